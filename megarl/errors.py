@@ -1,0 +1,33 @@
+"""Errors a user is meant to read.
+
+Every error megarl raises on purpose derives from `MegarlError`. The command line prints its
+message alone, without a traceback, and exits with code 2.
+"""
+
+
+class MegarlError(Exception):
+    """Base of all errors with a message written for the user."""
+
+    exit_code = 2
+
+
+class Refusal(MegarlError):
+    """Input that cannot be used: says the value, the rule it breaks, and the fix.
+
+    >>> str(Refusal("parallel.tensor=3", "must divide the model's 8 attention heads", "use 1, 2, 4 or 8"))
+    "parallel.tensor=3: must divide the model's 8 attention heads. Fix: use 1, 2, 4 or 8."
+    """
+
+    def __init__(self, value: str, rule: str, fix: str) -> None:
+        self.value = value
+        self.rule = rule
+        self.fix = fix
+        super().__init__(f"{value}: {rule.rstrip('.')}. Fix: {fix.rstrip('.')}.")
+
+
+class PhaseError(MegarlError):
+    """A part was touched in a phase in which it sleeps; names the phase and the part."""
+
+
+class TrainingStopped(MegarlError):
+    """The run stopped itself (for example too many skipped updates); what was saved stays."""

@@ -1,0 +1,75 @@
+"""The records that travel between the floors: prompts, samples, groups.
+
+Torch-free. Token ids are plain Python ints in tuples: they are made once by the tokenizer or the
+engine and never re-tokenised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a data set, ready to be generated from.
+
+    `index` is the row's position in the data file after nothing but reading (before filters), so it
+    names the row for ever; `answer` is the reference; `solution` a worked solution where the data
+    set has one (supervised training needs it).
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str
+    source: str = ""
+    solution: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled answer to a prompt.
+
+    `token_ids` (T,) are the response's ids, the end token included where the engine stopped on it;
+    `rollout_log_probs` (T,) the engine's log-probs of these ids in nats under the sampling
+    distribution; `seed` the sample's own seed, see `rollout.seeds`.
+    """
+
+    prompt_index: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    rollout_log_probs: tuple[float, ...]
+    finish_reason: FinishReason
+    seed: int = 0
+    text: str = ""
+    reward: float = 0.0
+    reward_counters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and its G samples, in sample order."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One training sequence: prompt and response tokens with per-token values of the response.
+
+    `token_ids` (P+T,): prompt then response. `response_length` = T ≥ 1. `rollout_log_probs` (T,) or
+    None where no engine made the response (supervised training). `advantages` (T,).
+    `group` and `sample` tell where it came from; sequences of one group share `group`.
+    """
+
+    token_ids: tuple[int, ...]
+    response_length: int
+    rollout_log_probs: tuple[float, ...] | None = None
+    advantages: tuple[float, ...] | None = None
+    group: int = 0
+    sample: int = 0
