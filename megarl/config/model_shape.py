@@ -1,0 +1,103 @@
+"""The sizes and switches of a model, read from its Hugging Face `config.json`. Torch-free.
+
+One record describes every supported family; the weight map and the policy are built from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a dense decoder. Lengths in elements; `rope_scaling` as Hugging Face writes it."""
+
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    attention_out_bias: bool
+    qk_norm: bool
+    norm_epsilon: float
+    rope_theta: float
+    max_positions: int
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+
+
+#: What a family adds to the common llama shape.
+FAMILIES: dict[str, dict[str, bool]] = {
+    "llama": {"qkv_bias": False, "qk_norm": False},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+}
+
+
+def read_model_shape(path: str | Path) -> ModelShape:
+    """Read `config.json` in the directory `path`.
+
+    Raises `Refusal` where the directory, the file, a needed size or the family is missing.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise Refusal(f"model.path={path}", "must be a Hugging Face checkpoint directory with a config.json", "give an existing directory")
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise Refusal(str(file), f"must be JSON ({error})", "restore the file from the original checkpoint") from None
+    return model_shape_from_hf(raw, origin=str(file))
+
+
+def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> ModelShape:
+    """Translate a Hugging Face configuration (as a dict). Raises `Refusal` like `read_model_shape`."""
+    family = str(raw.get("model_type", ""))
+    if family not in FAMILIES:
+        raise Refusal(f"model_type={family!r} in {origin}", f"must be one of {sorted(FAMILIES)}", "convert to a supported architecture")
+    switches = FAMILIES[family]
+    if raw.get("use_sliding_window"):
+        raise Refusal(f"use_sliding_window=true in {origin}", "sliding-window attention is not supported", "use a model without it")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise Refusal(f"hidden_act={raw['hidden_act']!r} in {origin}", "must be silu", "use a SwiGLU model")
+    if raw.get("mlp_bias"):
+        raise Refusal(f"mlp_bias=true in {origin}", "must be false", "use a model without MLP biases")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    missing = [key for key in needed if not isinstance(raw.get(key), int)]
+    if missing:
+        raise Refusal(f"{origin} without {', '.join(missing)}", "every size must be given as an integer", "restore the original config.json")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", raw.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise Refusal(f"rope_type={kind!r} in {origin}", "must be default, linear, llama3 or yarn", "use a model with one of these")
+    attention_bias = bool(raw.get("attention_bias", False))
+    eos = raw.get("eos_token_id")
+    return ModelShape(
+        family=family,
+        hidden_size=raw["hidden_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=raw["num_attention_heads"],
+        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        ffn_size=raw["intermediate_size"],
+        vocab_size=raw["vocab_size"],
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=switches["qkv_bias"] or attention_bias,
+        attention_out_bias=attention_bias and family != "qwen2",
+        qk_norm=switches["qk_norm"],
+        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        max_positions=int(raw.get("max_position_embeddings", 2048)),
+        rope_scaling={} if kind == "default" else rope,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+    )
