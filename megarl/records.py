@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -58,18 +60,31 @@ class Group:
     samples: tuple[Sample, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sequence:
     """One training sequence: prompt and response tokens with per-token values of the response.
 
-    `token_ids` (P+T,): prompt then response. `response_length` = T ≥ 1. `rollout_log_probs` (T,) or
-    None where no engine made the response (supervised training). `advantages` (T,).
-    `group` and `sample` tell where it came from; sequences of one group share `group`.
+    `tokens` int32 (P+T,): prompt then response; `prompt_length` = P >= 1. The values are float32 (T,):
+    `advantages`; `rollout_log_probs`, None where no engine made the response; `old_log_probs` and
+    `reference_log_probs`, filled by the policy where the algorithm needs them (on the last pipeline
+    stage only). `group` and `sample` say where the sequence came from.
     """
 
-    token_ids: tuple[int, ...]
-    response_length: int
-    rollout_log_probs: tuple[float, ...] | None = None
-    advantages: tuple[float, ...] | None = None
+    tokens: np.ndarray
+    prompt_length: int
+    advantages: np.ndarray
+    rollout_log_probs: np.ndarray | None = None
+    old_log_probs: np.ndarray | None = None
+    reference_log_probs: np.ndarray | None = None
     group: int = 0
     sample: int = 0
+
+    @property
+    def length(self) -> int:
+        """P + T, in tokens."""
+        return len(self.tokens)
+
+    @property
+    def response_length(self) -> int:
+        """T, in tokens."""
+        return len(self.tokens) - self.prompt_length

@@ -1,0 +1,133 @@
+"""Log-probs and entropy of chosen tokens under a vocabulary-parallel output layer.
+
+Logits exist for one chunk of tokens at a time, in the forward and in the backward pass: the backward
+recomputes them from the saved log-normaliser. Two small all-reduces serve a whole micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Function
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyShard:
+    """This rank's rows of the output weight: rows `start … start + valid` of the vocabulary; the rest is padding."""
+
+    start: int
+    valid: int
+    group: dist.ProcessGroup | None
+
+
+def vocabulary_shard(vocab_size: int, rows: int, rank: int, group: dist.ProcessGroup | None) -> VocabularyShard:
+    """The shard of `rank` when every rank holds `rows` rows of a vocabulary padded past `vocab_size`."""
+    start = rank * rows
+    return VocabularyShard(start, min(max(vocab_size - start, 0), rows), group)
+
+
+def token_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    shard: VocabularyShard,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    entropy_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of `targets` and the entropy of the distribution, both in nats, fp32.
+
+    hidden (R, H); weight (rows, H), this rank's shard; targets (R,) ids in the whole vocabulary.
+    Returns (log_probs (R,), entropy (R,)) of softmax(hidden @ weightᵀ / temperature). The gradient of
+    `hidden` is this rank's part: the caller sums it over the tensor-parallel group. The entropy carries
+    a gradient only with `entropy_gradient`.
+    """
+    log_probs, entropy = _TokenLogProbs.apply(hidden, weight, targets, shard, 1.0 / temperature, chunk, entropy_gradient)
+    return log_probs, entropy
+
+
+class _TokenLogProbs(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        shard: VocabularyShard,
+        scale: float,
+        chunk: int,
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = hidden.shape[0]
+        # Per token: local maximum, and sums relative to it: exp, exp * logit, and the target's logit.
+        maximum = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)
+        sums = torch.zeros(3, rows, dtype=torch.float32, device=hidden.device)
+        for part in _chunks(rows, chunk):
+            if shard.valid == 0:
+                break
+            logits = _logits(hidden[part], weight, shard, scale)
+            maximum[part] = logits.amax(dim=1)
+            exponentials = torch.exp(logits - maximum[part, None])
+            sums[0, part] = exponentials.sum(dim=1)
+            sums[1, part] = torch.linalg.vecdot(exponentials, logits)
+            index, held = _local_targets(targets[part], shard)
+            sums[2, part] = torch.where(held, logits.gather(1, index[:, None]).squeeze(1), 0.0)
+        if shard.group is not None and dist.get_world_size(shard.group) > 1:
+            local_maximum = maximum.clone()
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=shard.group)
+            sums[:2] *= torch.exp(local_maximum - maximum)
+            dist.all_reduce(sums, group=shard.group)
+        log_normaliser = maximum + torch.log(sums[0])
+        log_probs = sums[2] - log_normaliser
+        entropy = log_normaliser - sums[1] / sums[0]
+        ctx.save_for_backward(hidden, weight, targets, log_normaliser, entropy)
+        ctx.shard, ctx.scale, ctx.chunk, ctx.entropy_gradient = shard, scale, chunk, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        log_prob_gradient, entropy_gradient = gradients
+        hidden, weight, targets, log_normaliser, entropy = ctx.saved_tensors
+        shard: VocabularyShard = ctx.shard
+        hidden_gradient = torch.zeros_like(hidden)
+        weight_gradient = torch.zeros_like(weight)
+        valid = slice(0, shard.valid)
+        for part in _chunks(hidden.shape[0], ctx.chunk):
+            if shard.valid == 0:
+                break
+            log_softmax = _logits(hidden[part], weight, shard, ctx.scale).sub_(log_normaliser[part, None])
+            softmax = torch.exp(log_softmax)
+            index, held = _local_targets(targets[part], shard)
+            # d log p_target / d logit = onehot - softmax;  d entropy / d logit = -softmax (log softmax + entropy).
+            gradient = softmax * -log_prob_gradient[part, None]
+            gradient.scatter_add_(1, index[:, None], torch.where(held, log_prob_gradient[part], 0.0)[:, None])
+            if ctx.entropy_gradient:
+                weighted = softmax * (log_softmax + entropy[part, None])
+                gradient -= entropy_gradient[part, None] * weighted
+            gradient = gradient.mul_(ctx.scale).to(hidden.dtype)
+            hidden_gradient[part] = gradient @ weight[valid]
+            weight_gradient[valid].addmm_(gradient.T, hidden[part])
+        return hidden_gradient, weight_gradient, None, None, None, None, None
+
+
+def _chunks(rows: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, shard: VocabularyShard, scale: float) -> torch.Tensor:
+    """fp32 logits (r, valid) of this rank's real vocabulary rows; padding rows take no part in the softmax."""
+    logits = (hidden @ weight[: shard.valid].T).float()
+    return logits if scale == 1.0 else logits.mul_(scale)
+
+
+def _local_targets(targets: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each target in this shard (0 where another rank holds it), and whether it is held here."""
+    local = targets - shard.start
+    held = (local >= 0) & (local < shard.valid)
+    return torch.where(held, local, 0), held
