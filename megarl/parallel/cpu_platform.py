@@ -85,6 +85,8 @@ def _redirect_cuda_functions() -> None:
     cuda.empty_cache = lambda: None
     cuda.set_device = lambda *_: None
     cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda.Stream = cuda.Event = _NullStream
     cuda.current_stream = cuda.default_stream = lambda *_: _NullStream()
     cuda.stream = lambda *_: nullcontext()

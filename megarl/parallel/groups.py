@@ -38,7 +38,6 @@ def form_grid(parallel: ParallelSettings, seed: int) -> Grid:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             context_parallel_size=parallel.context,
-            create_gloo_process_groups=dist.get_backend() != "gloo",
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Grid(

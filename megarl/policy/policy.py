@@ -1,0 +1,260 @@
+"""The policy: a Megatron model with its optimizer, seen by the rest of megarl as a few verbs.
+
+Every method is called by all ranks together. Values per token exist on the last pipeline stage only;
+the numbers returned for a whole mini-batch are the same on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence as Sequences
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megarl.algorithms.base import Algorithm, BatchTotals, LocalReducer, LossInputs
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.data.packing import microbatches
+from megarl.parallel.bootstrap import World
+from megarl.parallel.groups import Grid
+from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
+from megarl.policy.batch import MicroBatch, lay_out
+from megarl.policy.forward import ForwardArguments
+from megarl.policy.model import build_model, optimizer_config, transformer_config, wrap_data_parallel
+from megarl.policy.weight_sets import WeightSets
+from megarl.records import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """One optimizer update. `token_means` are sums over counted tokens / their count over all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    token_means: dict[str, float]
+    gap_max: float
+    real_tokens: int
+    computed_tokens: int
+
+
+class Policy:
+    """A Megatron policy under one parallel layout.
+
+    `step_budget` is the number of optimizer updates in the whole run; learning-rate decay spans it.
+    """
+
+    def __init__(self, config: RunConfig, shape: ModelShape, world: World, grid: Grid, step_budget: int) -> None:
+        self.config, self.shape, self.world, self.grid = config, shape, world, grid
+        self.megatron_config = transformer_config(config, shape)
+        self.model = build_model(self.megatron_config, shape)
+        self.chunk = wrap_data_parallel(config, self.megatron_config, self.model)
+        self.optimizer = get_megatron_optimizer(optimizer_config(config), [self.chunk])
+        self.megatron_config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = _scheduler(config, self.optimizer, step_budget)
+        self.weight_sets = WeightSets(self.model)
+        self.forward_arguments = ForwardArguments(self.megatron_config, shape, self.model)
+        self.skipped_in_a_row = 0
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's shard, in Megatron's names."""
+        return self.model.named_parameters()
+
+    def weights_changed(self) -> None:
+        """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
+        self.optimizer.reload_model_params()
+
+    @contextmanager
+    def using(self, weights: str | None) -> Iterator[None]:
+        """Run with the named weight set in place of the policy's own weights; None changes nothing."""
+        if weights is None:
+            yield
+            return
+        with self.weight_sets.using(weights):
+            yield
+
+    def log_probs(self, sequences: Sequences[Sequence], weights: str | None = None) -> list[np.ndarray] | None:
+        """Log-probs of each sequence's response tokens, float32 (T,) each, under `weights`.
+
+        `sequences` are those of this data-parallel rank. None on all but the last pipeline stage.
+        """
+        found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+
+        def consume(batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor) -> Any:
+            parts = log_probs.float().cpu().split([sequences[i].response_length for i in members])
+            for index, part in zip(members, parts, strict=True):
+                found[index] = part.numpy()
+            return log_probs.new_zeros(()), {}
+
+        with torch.no_grad(), self.using(weights):
+            self.model.eval()
+            self._run(sequences, consume, forward_only=True)
+        return found if self.grid.is_last_stage else None
+
+    def update(self, sequences: Sequences[Sequence], algorithm: Algorithm, totals: BatchTotals) -> UpdateResult:
+        """One optimizer update on a mini-batch, of which `sequences` are this data-parallel rank's share.
+
+        A NaN or infinite loss or gradient norm skips the update; `skipped_in_a_row` counts them.
+        """
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.model.train()
+        consume = _LossStage(algorithm, totals)
+        work = self._run(sequences, consume, forward_only=False)
+        record = self._gather(consume.loss, consume.sums, consume.gap_max, work)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(record.loss))
+        if skipped:
+            self.skipped_in_a_row += 1
+        else:
+            self.skipped_in_a_row = 0
+            self._step(grad_norm)
+        means = {name: value / totals.tokens for name, value in record.token_means.items()} if totals.tokens else {}
+        return replace(record, grad_norm=grad_norm, lr=lr, skipped=skipped, token_means=means)
+
+    def _step(self, grad_norm: float) -> None:
+        for optimizer in self.optimizer.chained_optimizers:
+            if self.config.optimizer.clip_grad > 0 and not optimizer.is_stub_optimizer:
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=1)
+
+    def _run(self, sequences: Sequences[Sequence], consume: Callable[..., Any], *, forward_only: bool) -> tuple[int, int]:
+        """Run Megatron's schedule over token-bounded micro-batches; returns (real, computed) tokens."""
+        settings = self.config.batch
+        plan = microbatches([s.length for s in sequences], settings.tokens_per_microbatch)
+        multiple = self.grid.tensor if self.megatron_config.sequence_parallel else 1
+        batches = [
+            lay_out([sequences[i] for i in part], packed=settings.packed, length_multiple=multiple, device=self.world.device)
+            for part in plan
+        ]
+        queue = iter(zip(batches, plan, strict=True))
+
+        def forward_step(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+            batch, members = next(queue)
+            output = model(**self.forward_arguments.of(batch))
+
+            def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                log_probs, entropy = self._token_log_probs(hidden, batch, consume)
+                value, report = consume(batch, members, log_probs, entropy)
+                return value, torch.ones((), dtype=torch.int), report
+
+            return output, loss
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[self.chunk],
+            num_microbatches=len(batches),
+            seq_length=max(b.tokens.shape[1] for b in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return sum(b.real_tokens for b in batches), sum(b.computed_tokens for b in batches)
+
+    def _token_log_probs(self, hidden: torch.Tensor, batch: MicroBatch, consume: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
+        weight = self.model.shared_embedding_or_output_weight() if self.shape.tied_embeddings else self.model.output_layer.weight
+        return token_log_probs(
+            rows,
+            weight,
+            batch.targets,
+            self._vocabulary_shard(weight),
+            temperature=self.config.rollout.temperature,
+            chunk=self.config.batch.logprob_chunk,
+            entropy_gradient=getattr(consume, "entropy_gradient", False),
+        )
+
+    def _vocabulary_shard(self, weight: torch.Tensor) -> VocabularyShard:
+        group = parallel_state.get_tensor_model_parallel_group()
+        return vocabulary_shard(self.shape.vocab_size, weight.shape[0], self.grid.tensor_rank, group)
+
+    def _gather(self, loss: float, sums: dict[str, float], gap_max: float, work: tuple[int, int]) -> UpdateResult:
+        """Sum one mini-batch's report over all replicas; every rank gets the same numbers."""
+        mine = (loss, sums, gap_max, work) if self.grid.reports else None
+        reports: list[Any] = [None] * self.world.size
+        dist.all_gather_object(reports, mine)
+        present = [r for r in reports if r is not None]
+        names = present[0][1].keys()
+        return UpdateResult(
+            loss=sum(r[0] for r in present),
+            grad_norm=0.0,
+            lr=0.0,
+            skipped=False,
+            token_means={name: sum(r[1][name] for r in present) for name in names},
+            gap_max=max(r[2] for r in present),
+            real_tokens=sum(r[3][0] for r in present),
+            computed_tokens=sum(r[3][1] for r in present),
+        )
+
+
+class _LossStage:
+    """The algorithm's loss on each micro-batch, and the sums it reports, of this rank's share."""
+
+    def __init__(self, algorithm: Algorithm, totals: BatchTotals) -> None:
+        self.algorithm, self.totals = algorithm, totals
+        self.entropy_gradient = algorithm.needs.entropy_gradient
+        self.reducer = LocalReducer()
+        self.loss = 0.0
+        self.sums: dict[str, float] = {}
+        self.gap_max = 0.0
+
+    def __call__(self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor) -> Any:
+        old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+        rollout = old if batch.rollout_log_probs is None else batch.rollout_log_probs
+        terms = self.algorithm.loss(
+            LossInputs(
+                log_probs_T=log_probs,
+                entropy_T=entropy,
+                old_log_probs_T=old,
+                rollout_log_probs_T=rollout,
+                reference_log_probs_T=batch.reference_log_probs,
+                advantages_T=batch.advantages,
+                mask_T=torch.ones_like(log_probs),
+                sequence_T=batch.sequence,
+                num_sequences=batch.num_sequences,
+                lengths_S=batch.lengths,
+                totals=self.totals,
+                reducer=self.reducer,
+            )
+        )
+        gap = old - rollout
+        sums = {name: float(value.detach()) for name, value in terms.token_sums.items()}
+        sums |= {"logprob_gap_mean": float(gap.abs().sum()), "logprob_k3": float((gap.exp() - 1 - gap).sum())}
+        sums["entropy"] = float(entropy.detach().sum())
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.gap_max = max(self.gap_max, float(gap.abs().max()))
+        self.loss += float(terms.loss.detach())
+        return terms.loss, {}
+
+
+def _scheduler(config: RunConfig, optimizer: Any, step_budget: int) -> OptimizerParamScheduler:
+    """Megatron's learning-rate schedule, counted in optimizer updates."""
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(step_budget, settings.warmup_steps + 1),
+        lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
