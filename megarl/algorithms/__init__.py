@@ -1,0 +1,59 @@
+"""The algorithms: a plain table from name to class.
+
+To add one: a file here, a row in `ALGORITHMS`, its settings in `megarl.config.algorithms`. One of your own needs no
+row: `algorithm.name` may be an import path `package.module:Class` of a subclass of `Algorithm`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.sft import Sft
+from megarl.config.algorithms import AlgorithmSettings
+from megarl.errors import Refusal
+
+ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": Grpo, "sft": Sft}
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The class of a name in `ALGORITHMS`, or of an import path `package.module:Class`.
+
+    Raises:
+        Refusal: an unknown name, a path that cannot be imported, or a class that is no `Algorithm`.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    value = f"algorithm.name={name}"
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise Refusal(value, "is no known algorithm", f"use one of {', '.join(ALGORITHMS)}, or package.module:Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise Refusal(
+            value, f"could not be imported ({error})", "install the package, or put its folder on PYTHONPATH"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise Refusal(value, "must name a subclass of megarl.algorithms.base.Algorithm", "correct the part after ':'")
+    if not hasattr(found, "Settings"):
+        raise Refusal(value, "has no settings record", "set the class attribute Settings to an AlgorithmSettings class")
+    return found
+
+
+def build(settings: AlgorithmSettings, context: AlgorithmContext) -> Algorithm:
+    """The algorithm that `settings.name` names, ready for the loop.
+
+    Raises:
+        Refusal: see `algorithm_class`; settings of another algorithm; settings that do not fit the run.
+    """
+    chosen = algorithm_class(settings.name)
+    if not isinstance(settings, chosen.Settings):
+        raise Refusal(
+            f"algorithm.name={settings.name}",
+            f"needs settings of type {chosen.Settings.__name__}, got {type(settings).__name__}",
+            "build the settings with megarl.config.load.algorithm_settings",
+        )
+    return chosen(settings, context)

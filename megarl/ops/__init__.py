@@ -1,0 +1,1 @@
+"""Pure tensor functions: masks, segments, ratios, KL, clip, aggregation. No collective, no vendor."""

@@ -1,0 +1,169 @@
+"""GRPO and its family as settings of one algorithm.
+
+GRPO: arXiv 2402.03300; Dr. GRPO: 2503.20783; DAPO: 2503.14476; GSPO: 2507.18071. Which setting is whose, and what is
+our choice: docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from megarl.algorithms.base import (
+    Algorithm,
+    AlgorithmContext,
+    GroupOutcome,
+    LossInputs,
+    LossTerms,
+    Needs,
+    required,
+)
+from megarl.config.algorithms import GrpoSettings
+from megarl.errors import Refusal
+from megarl.ops.aggregate import token_weights
+from megarl.ops.clip import clipped_objective
+from megarl.ops.kl import kl_estimate
+from megarl.ops.masking import sum_counted, zero_masked
+from megarl.ops.ratios import k3_from_log_ratio, sequence_ratio, token_ratio, truncated_importance_weight
+
+
+class Grpo(Algorithm):
+    """Group-relative advantages and the clipped ratio objective."""
+
+    Settings = GrpoSettings
+
+    def __init__(self, settings: GrpoSettings, context: AlgorithmContext) -> None:
+        _check(settings, context)
+        self.settings = settings
+        self.context = context
+        self.needs = Needs(
+            rollouts=True,
+            old_log_probs=True,
+            reference_log_probs=settings.kl_coefficient > 0,
+            entropy_gradient=settings.entropy_coefficient != 0,
+            max_generation_batches=settings.max_generation_batches if settings.dynamic_sampling else 1,
+        )
+
+    def shape_rewards(self, outcome: GroupOutcome) -> tuple[float, ...]:
+        """Rewards less the soft overlong penalty, DAPO Eq. 13: it grows linearly over the last `overlong_buffer`
+        tokens before rollout.max_tokens, from 0 to `overlong_penalty`."""
+        buffer = self.settings.overlong_buffer
+        if buffer is None:
+            return outcome.rewards
+        free = self.context.max_tokens - buffer
+        excess = [min(max(length - free, 0), buffer) / buffer for length in outcome.lengths]
+        return tuple(
+            reward - self.settings.overlong_penalty * share
+            for reward, share in zip(outcome.rewards, excess, strict=True)
+        )
+
+    def keep(self, outcome: GroupOutcome) -> bool:
+        """False for groups whose rewards are all equal under `dynamic_sampling`, DAPO Eq. 11."""
+        return not self.settings.dynamic_sampling or min(outcome.rewards) != max(outcome.rewards)
+
+    def advantages(self, outcome: GroupOutcome) -> tuple[float, ...]:
+        """(R - mean) / (std + epsilon) within the group, GRPO section 4.1.2; (R - mean) without `normalize_std`.
+
+        Exactly 0 for all where all rewards are equal.
+        """
+        rewards = outcome.rewards
+        if len(rewards) == 1:
+            return rewards if self.settings.singleton_advantage == "reward" else (0.0,)
+        # Rounding makes the mean of equal rewards miss them by a digit (seven times 0.7), which a division by a
+        # standard deviation of the same size would blow up.
+        if min(rewards) == max(rewards):
+            return (0.0,) * len(rewards)
+        mean = math.fsum(rewards) / len(rewards)
+        deviations = [reward - mean for reward in rewards]
+        if not self.settings.normalize_std:
+            return tuple(deviations)
+        # Scaled by the largest deviation, because the squares of very small ones underflow to 0.
+        largest = max(abs(deviation) for deviation in deviations)
+        divisor = len(rewards) - (self.settings.std_estimator == "sample")
+        std = largest * math.sqrt(math.fsum((deviation / largest) ** 2 for deviation in deviations) / divisor)
+        return tuple(deviation / (std + self.settings.std_epsilon) for deviation in deviations)
+
+    def loss(self, inputs: LossInputs) -> LossTerms:
+        """See `Algorithm.loss`.
+
+        Per counted token: -weight x clipped objective + kl_coefficient x KL - entropy_coefficient x entropy; all
+        three are aggregated alike. Logs per-token means of `ratio_mean` (the ratio in the objective), `clip_share`
+        (tokens whose gradient the clip took away), `kl_old_k3` (k3 estimate of KL(old || current), from the token
+        ratios), `entropy`, and where their setting is on `dual_clip_share`, `importance_weight_mean` and
+        `reference_kl` (the estimate of `kl_kind`).
+        """
+        settings = self.settings
+        counted_T = inputs.mask_T > 0
+        log_probs_T = zero_masked(counted_T, inputs.log_probs_T)
+        # Detached, so that the loop may pass the current log-probs themselves while they are the old ones.
+        old_T = zero_masked(counted_T, required(inputs.old_log_probs_T, "old_log_probs_T").detach())
+        advantages_T = zero_masked(counted_T, required(inputs.advantages_T, "advantages_T"))
+        entropy_T = zero_masked(counted_T, inputs.entropy_T)
+
+        log_ratio_T = log_probs_T - old_T
+        ratio_T = self._ratio(log_ratio_T, inputs)
+        objective = clipped_objective(
+            ratio_T, advantages_T, settings.clip_low, settings.clip_high, settings.dual_clip
+        )
+        losses_T = -objective.values_T
+        clamp = settings.log_ratio_clamp
+        logged_T = {
+            "ratio_mean": ratio_T,
+            "clip_share": objective.clipped_T,
+            "kl_old_k3": k3_from_log_ratio(log_ratio_T.clamp(-clamp, clamp)),
+            "entropy": entropy_T,
+        }
+        if settings.dual_clip is not None:
+            logged_T["dual_clip_share"] = objective.dual_clipped_T
+        if settings.importance_cap is not None:
+            rollout_T = zero_masked(counted_T, required(inputs.rollout_log_probs_T, "rollout_log_probs_T"))
+            weight_T = truncated_importance_weight(old_T, rollout_T, settings.importance_cap)
+            losses_T = losses_T * weight_T
+            logged_T["importance_weight_mean"] = weight_T
+        if settings.kl_coefficient > 0:
+            reference_T = zero_masked(counted_T, required(inputs.reference_log_probs_T, "reference_log_probs_T"))
+            kl_T = kl_estimate(log_probs_T, reference_T, settings.kl_kind, clamp, settings.kl_cap)
+            losses_T = losses_T + settings.kl_coefficient * kl_T
+            logged_T["reference_kl"] = kl_T
+        if settings.entropy_coefficient != 0:
+            losses_T = losses_T - settings.entropy_coefficient * entropy_T
+        return LossTerms(
+            loss=(self._weights(counted_T, inputs) * losses_T).sum(),
+            token_sums={name: sum_counted(counted_T, values_T) for name, values_T in logged_T.items()},
+        )
+
+    def _ratio(self, log_ratio_T: Tensor, inputs: LossInputs) -> Tensor:
+        clamp = self.settings.log_ratio_clamp
+        if self.settings.ratio_level == "token":
+            return token_ratio(log_ratio_T, clamp)
+        return sequence_ratio(log_ratio_T, inputs.sequence_T, inputs.lengths_S, inputs.reducer, clamp)
+
+    def _weights(self, counted_T: Tensor, inputs: LossInputs) -> Tensor:
+        constant = self.settings.aggregation_constant
+        return token_weights(
+            self.settings.aggregation,
+            counted_T,
+            inputs.sequence_T,
+            inputs.lengths_S,
+            total_tokens=inputs.totals.tokens,
+            total_sequences=inputs.totals.sequences,
+            constant=float(self.context.max_tokens) if constant is None else constant,
+        )
+
+
+def _check(settings: GrpoSettings, context: AlgorithmContext) -> None:
+    """Refuse settings that cannot do what they say in this run."""
+    buffer = settings.overlong_buffer
+    if buffer is not None and buffer > context.max_tokens:
+        raise Refusal(
+            f"algorithm.overlong_buffer={buffer}",
+            f"must not exceed rollout.max_tokens, which is {context.max_tokens}",
+            "lower it, or raise rollout.max_tokens",
+        )
+    if settings.dynamic_sampling and context.group_size < 2:
+        raise Refusal(
+            "algorithm.dynamic_sampling=true",
+            f"would drop every group, because rollout.group_size is {context.group_size}",
+            "set rollout.group_size to 2 or more, or turn it off",
+        )
