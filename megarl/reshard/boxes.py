@@ -1,0 +1,109 @@
+"""Boxes: which region of which checkpoint tensor lies where in a local tensor.
+
+A box is a half-open rectangle, one `(start, stop)` per dimension, in elements. Every layout, of the
+policy, of the engine, of a checkpoint on disk, is a set of local tensors described by regions in
+the coordinates of the Hugging Face checkpoint, so that any layout can be cut against any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import prod
+
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A rectangle of a checkpoint tensor and the place it takes in a local tensor.
+
+    `hf_box` and `local_box` have the same extents; `local_box` may have further leading dimensions
+    of extent 1 (a row of a stack of equal matrices).
+    """
+
+    hf_name: str
+    hf_box: Box
+    local_box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """A tensor of one rank. What no region covers is padding and must hold zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    regions: tuple[Region, ...]
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that covers a tensor of this shape."""
+    return tuple((0, extent) for extent in shape)
+
+
+def numel(box: Box) -> int:
+    """Number of elements in the box."""
+    return prod(stop - start for start, stop in box)
+
+
+def extents(box: Box) -> tuple[int, ...]:
+    """Length of the box along each dimension."""
+    return tuple(stop - start for start, stop in box)
+
+
+def intersect(left: Box, right: Box) -> Box | None:
+    """The common part of two boxes of equal rank, or None where they share no element."""
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(left, right, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def contains(outer: Box, inner: Box) -> bool:
+    """Whether every element of `inner` is in `outer`."""
+    return all(a <= c and d <= b for (a, b), (c, d) in zip(outer, inner, strict=True))
+
+
+def to_local(region_hf_box: Box, region_local_box: Box, part: Box) -> Box:
+    """Translate `part`, a box inside `region_hf_box`, to the coordinates of the local tensor."""
+    leading = len(region_local_box) - len(part)
+    inner = tuple(
+        (start - origin + place, stop - origin + place)
+        for (start, stop), (origin, _), (place, _) in zip(part, region_hf_box, region_local_box[leading:], strict=True)
+    )
+    return region_local_box[:leading] + inner
+
+
+def cells(box: Box, cuts: Iterable[Box]) -> list[Box]:
+    """Split `box` so that each part lies wholly inside or wholly outside every box of `cuts`.
+
+    The parts are disjoint, cover `box`, and come in row-major order.
+    """
+    edges: list[set[int]] = [set(span) for span in box]
+    for cut in cuts:
+        common = intersect(box, cut)
+        if common is not None:
+            for edge, span in zip(edges, common, strict=True):
+                edge.update(span)
+    return list(product(*(tuple(pairwise(sorted(edge))) for edge in edges)))
+
+
+def overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two boxes that share an element, or None where all are disjoint."""
+    ordered = sorted(boxes)
+    for index, box in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other[0][0] >= box[0][1]:
+                break
+            if intersect(box, other) is not None:
+                return box, other
+    return None
+
+
+def padding_boxes(tensor: LocalTensor) -> tuple[Box, ...]:
+    """The boxes of a local tensor that no region covers: disjoint, to be filled with zeros."""
+    covered = [region.local_box for region in tensor.regions]
+    if sum(map(numel, covered)) == prod(tensor.shape):
+        return ()
+    return tuple(
+        cell for cell in cells(whole(tensor.shape), covered) if not any(contains(box, cell) for box in covered)
+    )

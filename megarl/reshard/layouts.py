@@ -1,0 +1,273 @@
+"""The local tensors of every rank, in each of the three worlds: checkpoint, Megatron, vLLM.
+
+All three come from the rows of `megarl.reshard.table`. Each function returns the tensors of one
+rank by name, in the order of the forward pass, with regions in checkpoint coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import lcm, prod
+
+from megarl.config.model_shape import ModelShape
+from megarl.errors import Refusal
+from megarl.reshard.boxes import LocalTensor, Region, extents, whole
+from megarl.reshard.table import Row, axis_sizes, rows_of
+
+#: vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`) before it splits it.
+VLLM_VOCABULARY_MULTIPLE = 64
+
+#: Part of a fused tensor: which of the row's checkpoint tensors, and its rows [start, stop).
+Span = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How one rank of a tensor-parallel group cuts the rows: what differs between Megatron and vLLM.
+
+    `vocabulary`: padded vocabulary in rows; `qkv`: the spans of query (0), key (1) and value (2)
+    rows on this rank, in local order.
+    """
+
+    shards: int
+    rank: int
+    vocabulary: int
+    qkv: Callable[[ModelShape, int, int], list[Span]]
+
+
+def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint's tensors, in the order of the forward pass.
+
+    A tied output layer is not stored.
+    """
+    sizes = axis_sizes(shape)
+    return {
+        name.format(layer=layer): tuple(sizes[axis] for axis in axes)
+        for row, layer in _forward_order(rows_of(shape, pipelined=False), range(shape.num_layers))
+        for name, axes in row.parts
+    }
+
+
+def _forward_order(rows: Iterable[Row], layers: range) -> Iterator[tuple[Row, int]]:
+    """The rows before the layers, the rows of each layer, the rows after them, each with its layer (0 outside)."""
+    rows = tuple(rows)
+    yield from ((row, 0) for row in rows if row.stage == "first")
+    yield from ((row, layer) for layer in layers for row in rows if row.stage == "layer")
+    yield from ((row, 0) for row in rows if row.stage == "last")
+
+
+def check_hf_shapes(shape: ModelShape, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    """Check the tensors of a checkpoint file against the model. Tensors beyond the model's are ignored.
+
+    Raises `Refusal` naming the first tensor of `origin` that is missing or has another shape.
+    """
+    for name, wanted in hf_tensors(shape).items():
+        if name not in found:
+            raise Refusal(f"{origin} without {name}", "must hold every tensor of the model", "restore the checkpoint")
+        if tuple(found[name]) != wanted:
+            raise Refusal(
+                f"{name} of shape {tuple(found[name])} in {origin}",
+                f"must have shape {wanted} by config.json",
+                "use the config.json that belongs to these weights",
+            )
+
+
+def padded_vocabulary(vocab_size: int, tensor: int, multiple: int = 128) -> int:
+    """Rows of Megatron's embedding and output layer: the vocabulary padded for the split.
+
+    Megatron-LM pads to `multiple * tensor`, so the size depends on the layout. Here it is padded to
+    the least common multiple of both: with 128, every tensor-parallel size up to 128 that is a power
+    of two gives the same size, and shards of 8 ranks keep the multiple of 16 that FP8 kernels want.
+
+    >>> [padded_vocabulary(151_665, tensor) for tensor in (1, 2, 4, 8)]
+    [151680, 151680, 151680, 151680]
+    """
+    step = lcm(multiple, tensor)
+    return -(-vocab_size // step) * step
+
+
+def stage_layers(shape: ModelShape, pipeline: int, pipeline_rank: int) -> range:
+    """The layers of a pipeline stage: equal shares in order.
+
+    Raises `Refusal` where the layers do not divide.
+    """
+    if shape.num_layers % pipeline:
+        fits = [size for size in range(1, shape.num_layers + 1) if shape.num_layers % size == 0]
+        raise Refusal(
+            f"parallel.pipeline={pipeline}", f"must divide the model's {shape.num_layers} layers", f"use one of {fits}"
+        )
+    per_stage = shape.num_layers // pipeline
+    return range(pipeline_rank * per_stage, (pipeline_rank + 1) * per_stage)
+
+
+def megatron_tensors(
+    shape: ModelShape,
+    *,
+    tensor: int,
+    pipeline: int,
+    tensor_rank: int,
+    pipeline_rank: int,
+    vocab_multiple: int = 128,
+) -> dict[str, LocalTensor]:
+    """The parameters of Megatron's GPT model on one rank, by the names of `named_parameters`.
+
+    Layers count from 0 on every pipeline stage. `vocab_multiple`: see `padded_vocabulary`.
+    Raises `Refusal` where heads, key-value heads, ffn or layers do not divide.
+    """
+    _check_division(shape, tensor, "parallel.tensor", fused_rows=True)
+    layers = stage_layers(shape, pipeline, pipeline_rank)
+    cut = _Cut(tensor, tensor_rank, padded_vocabulary(shape.vocab_size, tensor, vocab_multiple), _megatron_qkv)
+    stages = {"first": pipeline_rank == 0, "layer": True, "last": pipeline_rank == pipeline - 1}
+    rows = [row for row in rows_of(shape, pipelined=pipeline > 1) if stages[row.stage]]
+    tensors = [
+        _local_tensor(row, row.megatron.format(layer=layer - layers.start), layer, shape, cut)
+        for row, layer in _forward_order(rows, layers)
+    ]
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def vllm_tensors(shape: ModelShape, *, tensor: int, tensor_rank: int) -> dict[str, LocalTensor]:
+    """The parameters of vLLM's model class on one rank of an engine, before any packing.
+
+    Key-value heads are repeated over ranks where there are fewer of them than ranks; tied models
+    have no `lm_head.weight`. Raises `Refusal` where sizes do not divide, and where vLLM's class has
+    no parameter for one of the checkpoint's tensors.
+    """
+    _check_division(shape, tensor, "rollout.tensor", fused_rows=False)
+    vocabulary = -(-shape.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
+    if vocabulary % tensor:
+        raise Refusal(
+            f"rollout.tensor={tensor}", f"must divide vLLM's padded vocabulary of {vocabulary}", "use a power of two"
+        )
+    rows = rows_of(shape, pipelined=False)
+    for row in rows:
+        if row.vllm is None:
+            raise Refusal(
+                f"{row.parts[0][0].format(layer=0)} of a {shape.family} model",
+                f"has no place in vLLM's class for {shape.family}",
+                "use a model without it",
+            )
+    cut = _Cut(tensor, tensor_rank, vocabulary, _vllm_qkv)
+    tensors = [
+        _local_tensor(row, row.vllm.format(layer=layer), layer, shape, cut)
+        for row, layer in _forward_order(rows, range(shape.num_layers))
+        if row.vllm is not None
+    ]
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def checkpoint_tensors(shape: ModelShape, *, writers: int = 1, writer: int = 0) -> dict[str, LocalTensor]:
+    """The share of one writer of a Hugging Face checkpoint: whole tensors, consecutive, of nearly equal size.
+
+    A plan with these as targets is an export; each of the `writers` shares becomes one file.
+    """
+    tensors = hf_tensors(shape)
+    sizes = {name: prod(dims) for name, dims in tensors.items()}
+    total = sum(sizes.values())
+    share: dict[str, LocalTensor] = {}
+    before = 0
+    for name, dims in tensors.items():
+        # The file in which the tensor's middle falls.
+        if (2 * before + sizes[name]) * writers // (2 * total) == writer:
+            share[name] = LocalTensor(name, dims, (Region(name, whole(dims), whole(dims)),))
+        before += sizes[name]
+    return share
+
+
+def _check_division(shape: ModelShape, tensor: int, setting: str, fused_rows: bool) -> None:
+    """Refuse a tensor-parallel size that the model cannot be cut by.
+
+    Both worlds need whole query heads per rank, and key-value heads that divide the ranks or are
+    divided by them. With fewer key-value heads than ranks, Megatron cuts the fused query-key-value
+    rows of a group in equal parts without regard to heads (`fused_rows`): it gathers them again.
+    """
+
+    def fits(size: int) -> bool:
+        rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        return (
+            shape.num_heads % size == 0
+            and (shape.num_kv_heads % size == 0 or size % shape.num_kv_heads == 0)
+            and shape.ffn_size % size == 0
+            and not (fused_rows and rows % size)
+        )
+
+    if not fits(tensor):
+        raise Refusal(
+            f"{setting}={tensor}",
+            f"must divide the model's {shape.num_heads} heads and ffn size {shape.ffn_size}, and divide its "
+            f"{shape.num_kv_heads} key-value heads or be a multiple of them",
+            f"use one of {[size for size in range(1, shape.num_heads + 1) if fits(size)]}",
+        )
+
+
+def _megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
+    """Megatron's order: for each key-value head its query heads, its key, its value; then an even cut.
+
+    Where there are fewer key-value heads than ranks, the cut falls inside a group, possibly inside a head.
+    """
+    head, per_group = shape.head_dim, shape.num_heads // shape.num_kv_heads * shape.head_dim
+    fused: list[Span] = []
+    for group in range(shape.num_kv_heads):
+        fused.append((0, group * per_group, (group + 1) * per_group))
+        fused.extend((part, group * head, (group + 1) * head) for part in (1, 2))
+    share = sum(stop - start for _, start, stop in fused) // shards
+    low, high = rank * share, (rank + 1) * share
+    spans: list[Span] = []
+    offset = 0
+    for part, start, stop in fused:
+        first, last = max(low - offset, 0), min(high - offset, stop - start)
+        if first < last:
+            spans.append((part, start + first, start + last))
+        offset += stop - start
+    return spans
+
+
+def _vllm_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
+    """vLLM's order: this rank's query heads, its key heads, its value heads.
+
+    Where there are fewer key-value heads than ranks, consecutive ranks hold the same one.
+    """
+    query = shape.num_heads // shards * shape.head_dim
+    key_value = max(1, shape.num_kv_heads // shards) * shape.head_dim
+    place = rank // max(1, shards // shape.num_kv_heads)
+    return [
+        (0, rank * query, (rank + 1) * query),
+        *((part, place * key_value, (place + 1) * key_value) for part in (1, 2)),
+    ]
+
+
+def _spans(row: Row, shape: ModelShape, cut: _Cut, rows: int) -> tuple[list[Span], int]:
+    """The checkpoint rows of a fused tensor on this rank in local order, and the local tensor's number of rows.
+
+    `rows` is the length of dimension 0 of each part, where the layout has equal parts.
+    """
+    if row.layout == "qkv":
+        spans = cut.qkv(shape, cut.shards, cut.rank)
+    elif row.layout == "gate_up":
+        share = rows // cut.shards
+        spans = [(part, cut.rank * share, (cut.rank + 1) * share) for part in range(len(row.parts))]
+    elif row.layout == "vocabulary":
+        share = cut.vocabulary // cut.shards
+        start, stop = cut.rank * share, min((cut.rank + 1) * share, rows)
+        return ([(0, start, stop)] if start < stop else []), share
+    else:
+        spans = [(0, 0, rows)]
+    return spans, sum(stop - start for _, start, stop in spans)
+
+
+def _local_tensor(row: Row, name: str, layer: int, shape: ModelShape, cut: _Cut) -> LocalTensor:
+    sizes = axis_sizes(shape)
+    dims = [sizes[axis] for axis in row.parts[0][1]]
+    columns = whole(dims[1:])
+    if row.layout == "row":
+        share = dims[1] // cut.shards
+        columns = ((cut.rank * share, (cut.rank + 1) * share),)
+    spans, rows = _spans(row, shape, cut, dims[0])
+    regions: list[Region] = []
+    offset = 0
+    for part, start, stop in spans:
+        place = ((offset, offset + stop - start), *whole(extents(columns)))
+        regions.append(Region(row.parts[part][0].format(layer=layer), ((start, stop), *columns), place))
+        offset += stop - start
+    return LocalTensor(name, (rows, *extents(columns)), tuple(regions))
