@@ -53,11 +53,14 @@ class GrpoSettings(AlgorithmSettings):
     )
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of KL(policy || reference) in the loss.")
     kl_kind: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator, per token.")
-    kl_cap: PositiveFloat | None = Field(None, description="Cap on the per-token KL estimate; none by default. Our choice.")
+    kl_cap: PositiveFloat | None = Field(
+        None, description="Cap on the magnitude of the per-token KL estimate; none by default. Our choice."
+    )
     entropy_coefficient: float = Field(0.0, description="Weight of the mean entropy subtracted from the loss.")
     importance_cap: PositiveFloat | None = Field(
         None,
-        description="Truncated importance correction: each token's loss is weighted by min(policy_old / engine, cap).",
+        description="Truncated importance correction: weight each token's clipped objective by "
+        "min(policy_old / engine, cap).",
     )
     overlong_buffer: PositiveInt | None = Field(
         None, description="DAPO's soft overlong penalty over the last that many tokens before rollout.max_tokens."
