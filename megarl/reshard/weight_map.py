@@ -73,14 +73,14 @@ def check_hf_shapes(shape: ModelShape, found: Mapping[str, tuple[int, ...]], ori
             )
 
 
-def padded_vocabulary(vocab_size: int, tensor: int, multiple: int = 128) -> int:
+def padded_vocab_size(vocab_size: int, tensor: int = 1, multiple: int = 128) -> int:
     """Rows of Megatron's embedding and output layer: the vocabulary padded for the split.
 
     Megatron-LM pads to `multiple * tensor`, so the size depends on the layout. Here it is padded to
     the least common multiple of both: with 128, every tensor-parallel size up to 128 that is a power
     of two gives the same size, and shards of 8 ranks keep the multiple of 16 that FP8 kernels want.
 
-    >>> [padded_vocabulary(151_665, tensor) for tensor in (1, 2, 4, 8)]
+    >>> [padded_vocab_size(151_665, tensor) for tensor in (1, 2, 4, 8)]
     [151680, 151680, 151680, 151680]
     """
     step = lcm(multiple, tensor)
@@ -112,12 +112,12 @@ def megatron_tensors(
 ) -> dict[str, LocalTensor]:
     """The parameters of Megatron's GPT model on one rank, by the names of `named_parameters`.
 
-    Layers count from 0 on every pipeline stage. `vocab_multiple`: see `padded_vocabulary`.
+    Layers count from 0 on every pipeline stage. `vocab_multiple`: see `padded_vocab_size`.
     Raises `Refusal` where heads, key-value heads, ffn or layers do not divide.
     """
     _check_division(shape, tensor, "parallel.tensor", fused_rows=True)
     layers = stage_layers(shape, pipeline, pipeline_rank)
-    cut = _Cut(tensor, tensor_rank, padded_vocabulary(shape.vocab_size, tensor, vocab_multiple), _megatron_qkv)
+    cut = _Cut(tensor, tensor_rank, padded_vocab_size(shape.vocab_size, tensor, vocab_multiple), _megatron_qkv)
     stages = {"first": pipeline_rank == 0, "layer": True, "last": pipeline_rank == pipeline - 1}
     rows = [row for row in rows_of(shape, pipelined=pipeline > 1) if stages[row.stage]]
     tensors = [
