@@ -1,0 +1,207 @@
+"""The grader's processes: order, time limits, deaths, ranges."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from megarl.config.schema import RewardSettings
+from megarl.errors import MegarlError, Refusal
+from megarl.records import Prompt
+from megarl.rewards.grader import GradedAnswer, Grader, GradingItem
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+#: A user's reward functions, as a module outside the package.
+USER_MODULE = r"""
+import os, sys, time
+
+def length(text, answer, source):
+    print("noise on standard output")
+    return len(text) / 100
+
+def obey(text, answer, source):
+    if text == "hang":
+        while True:
+            pass
+    if text == "sleep":
+        time.sleep(60)
+    if text == "exit":
+        os._exit(3)
+    if text == "raise":
+        raise KeyError("no such thing")
+    if text == "none":
+        return None
+    return float(text)
+
+def modules(text, answer, source):
+    return 1.0 if {"torch", "vllm", "transformers"} & set(sys.modules) else 0.5
+
+def sources(text, answer, source):
+    return 1.0 if (text, answer, source) == ("t", "a", "s") else 0.0
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "user_rewards.py").write_text(USER_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "user_rewards"
+
+
+def settings(kind: str, **changes: object) -> RewardSettings:
+    return RewardSettings.model_validate({"kind": kind, "workers": 2, "time_limit": 5.0} | changes)
+
+
+def test_equivalent_answers_score_high_and_the_order_is_kept() -> None:
+    texts = [r"\boxed{0.5}", r"\boxed{2}", r"\boxed{\frac{1}{2}}", "nothing", r"\boxed{\frac12}", "", "it is 1/2"]
+    with Grader(settings("math", low=-1.0, high=1.0)) as grader:
+        rewards = [graded.reward for graded in grader.grade([GradingItem(text, "1/2") for text in texts])]
+    assert rewards == [1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0]
+
+
+def test_an_alternative_reference_counts_as_right() -> None:
+    prompt = Prompt(0, (1,), "q", "0.01", extra={"alternatives": ("0.02",)})
+    with Grader(settings("math")) as grader:
+        graded = grader.grade([GradingItem.of(prompt, rf"\boxed{{{value}}}") for value in ("0.010", "2/100", "0.03")])
+    assert [one.reward for one in graded] == [1.0, 1.0, 0.0]
+
+
+def test_the_strict_rule_needs_no_process() -> None:
+    with Grader(settings("boxed")) as grader:
+        assert grader._workers == []
+        graded = grader.grade([GradingItem(text, "42") for text in (r"\boxed{42}", r"\boxed{42.0}", "42")])
+    assert graded == [GradedAnswer(1.0), GradedAnswer(0.0), GradedAnswer(0.0)]
+
+
+def test_failures_cost_one_answer_each(user_module: str) -> None:
+    texts = ["0.25", "hang", "0.5", "exit", "raise", "sleep", "7", "nan", "-0.5", "none", "1", "inf", "0.75"]
+    start = time.monotonic()
+    with Grader(settings(f"{user_module}:obey", time_limit=1.0, low=0.0)) as grader:
+        graded = grader.grade([GradingItem(text, "") for text in texts])
+        assert [(one.reward, one.counter) for one in graded] == [
+            (0.25, None),
+            (0.0, "grader_timeout"),
+            (0.5, None),
+            (0.0, "grader_died"),
+            (0.0, "grader_error"),
+            (0.0, "grader_timeout"),
+            (0.0, "reward_out_of_range"),
+            (0.0, "reward_out_of_range"),
+            (0.0, "reward_out_of_range"),
+            (0.0, "grader_error"),
+            (1.0, None),
+            (0.0, "reward_out_of_range"),
+            (0.75, None),
+        ]
+        # The replaced processes work.
+        assert [one.reward for one in grader.grade([GradingItem("0.5", "")] * 5)] == [0.5] * 5
+    assert time.monotonic() - start < 20
+
+
+def test_every_answer_may_kill_its_worker(user_module: str) -> None:
+    with Grader(settings(f"{user_module}:obey")) as grader:
+        assert {one.counter for one in grader.grade([GradingItem("exit", "")] * 6)} == {"grader_died"}
+
+
+def test_sympy_beyond_the_time_limit_is_killed() -> None:
+    # Evaluating this tower needs more time and memory than there is, inside one call into C.
+    tower = r"\boxed{" + "9^{9^{9^{9}}}}"
+    with Grader(settings("math", time_limit=1.0, workers=1)) as grader:
+        start = time.monotonic()
+        hard, easy = grader.grade([GradingItem(tower, "10^{9^{9^{9}}}"), GradingItem(r"\boxed{2/4}", "0.5")])
+        assert time.monotonic() - start < 15
+    assert hard.reward == 0.0
+    assert easy == GradedAnswer(1.0)
+
+
+def test_a_worker_that_dies_while_idle_costs_nothing(user_module: str) -> None:
+    with Grader(settings(f"{user_module}:obey", workers=1)) as grader:
+        assert grader.grade([GradingItem("0.5", "")])[0].reward == 0.5
+        grader._workers[0].process.kill()
+        grader._workers[0].process.wait()
+        assert grader.grade([GradingItem("0.5", "")]) == [GradedAnswer(0.5)]
+
+
+def test_printing_does_not_disturb_and_long_texts_pass(user_module: str) -> None:
+    with Grader(settings(f"{user_module}:length", high=1e9)) as grader:
+        graded = grader.grade([GradingItem("x" * length, "") for length in (10, 300_000, 0)])
+    assert [one.reward for one in graded] == [0.1, 3000.0, 0.0]
+
+
+def test_the_function_gets_text_answer_and_source(user_module: str) -> None:
+    with Grader(settings(f"{user_module}:sources")) as grader:
+        assert grader.grade([GradingItem("t", "a", "s"), GradingItem("t", "s", "a")]) == [
+            GradedAnswer(1.0),
+            GradedAnswer(0.0),
+        ]
+
+
+def test_workers_import_neither_torch_nor_vllm_nor_transformers(user_module: str) -> None:
+    with Grader(settings(f"{user_module}:modules")) as grader:
+        assert grader.grade([GradingItem("", "")]) == [GradedAnswer(0.5)]
+
+
+@pytest.mark.parametrize("path", ["no_such_module:f", "math:no_such_function", "string:digits", "exact"])
+def test_a_wrong_import_path_is_refused_at_construction(path: str) -> None:
+    with pytest.raises(Refusal, match=r"reward\.kind"):
+        Grader(settings(path))
+
+
+def test_a_module_that_ends_the_process_is_an_error_not_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly_rewards.py").write_text("import os\nos._exit(5)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MegarlError, match="exit status 5"):
+        Grader(settings("deadly_rewards:f", workers=1))
+
+
+def test_an_empty_range_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"reward.low=1.0: must be below reward.high=0.0"):
+        Grader(settings("math", low=1.0, high=0.0))
+
+
+def test_a_closed_grader_says_so() -> None:
+    grader = Grader(settings("boxed"))
+    grader.close()
+    grader.close()
+    with pytest.raises(MegarlError, match="closed"):
+        grader.grade([])
+
+
+def test_workers_end_with_the_process_that_started_them(user_module: str, tmp_path: Path) -> None:
+    script = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from megarl.config.schema import RewardSettings\n"
+        "from megarl.rewards.grader import Grader\n"
+        f"grader = Grader(RewardSettings(kind='{user_module}:obey', workers=1))\n"
+        "print(grader._workers[0].process.pid, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pid = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout)
+    deadline = time.monotonic() + 10
+    while _runs(pid):
+        assert time.monotonic() < deadline, "the orphaned worker still runs"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is absent")
+@pytest.mark.parametrize(("name", "share"), [("math500", 0.98), ("olympiad", 0.97), ("minerva", 0.97)])
+def test_references_written_differently_grade_as_right(name: str, share: float) -> None:
+    # A thin space inside the box defeats string equality, so that math-verify decides.
+    table = pyarrow.parquet.read_table(SHARED_DATA / f"{name}.parquet").to_pylist()
+    answers = [row["reward_model"]["ground_truth"][0].strip() for row in table[:120]]
+    with Grader(settings("math")) as grader:
+        graded = grader.grade([GradingItem(rf"Thus \boxed{{{answer}\,}}", answer) for answer in answers])
+    assert sum(one.reward for one in graded) / len(answers) >= share
+    assert all(one.counter is None for one in graded)
