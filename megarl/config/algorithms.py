@@ -4,17 +4,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from megarl.config.base import Settings
+from megarl.errors import Refusal
+
+if TYPE_CHECKING:
+    from megarl.config.schema import RunConfig
 
 
 class AlgorithmSettings(Settings):
     """What every algorithm's settings have: its name in the table of `megarl.algorithms`."""
 
+    #: Whether the algorithm trains on sampled answers; else on the data set's worked solutions.
+    generates: ClassVar[bool] = True
+
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
+
+    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+        """The algorithm's own rules that `run` breaks; called with all other rules before anything starts."""
+        yield from ()
 
 
 class GrpoSettings(AlgorithmSettings):
@@ -24,7 +36,9 @@ class GrpoSettings(AlgorithmSettings):
     """
 
     name: Literal["grpo"] = "grpo"
-    normalize_std: bool = Field(True, description="Divide advantages by the group's standard deviation; off is Dr. GRPO.")
+    normalize_std: bool = Field(
+        True, description="Divide advantages by the group's standard deviation; off is Dr. GRPO."
+    )
     std_estimator: Literal["population", "sample"] = Field(
         "population", description="Divide the squared deviations by n (population) or n-1 (sample)."
     )
@@ -43,7 +57,8 @@ class GrpoSettings(AlgorithmSettings):
     clip_low: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="Lower clip range of the ratio.")
     clip_high: Annotated[float, Field(ge=0)] = Field(0.2, description="Upper clip range; 0.28 is DAPO's clip-higher.")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        None, description="Lower bound c x advantage on the objective of tokens with negative advantage (c = 3 is usual)."
+        None,
+        description="Lower bound c x advantage on the objective of tokens with negative advantage (c = 3 is usual).",
     )
     ratio_level: Literal["token", "sequence"] = Field(
         "token", description="sequence: the length-normalised sequence ratio of GSPO (Eq. 7)."
@@ -51,7 +66,9 @@ class GrpoSettings(AlgorithmSettings):
     log_ratio_clamp: PositiveFloat = Field(
         20.0, description="Log-ratios are clamped to plus/minus this before exp (zero gradient beyond). Our choice."
     )
-    kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of KL(policy || reference) in the loss.")
+    kl_coefficient: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of KL(policy || reference) in the loss."
+    )
     kl_kind: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator, per token.")
     kl_cap: PositiveFloat | None = Field(
         None, description="Cap on the magnitude of the per-token KL estimate; none by default. Our choice."
@@ -70,14 +87,53 @@ class GrpoSettings(AlgorithmSettings):
         False, description="Drop groups whose rewards are all equal and sample further prompts in their place (DAPO)."
     )
     max_generation_batches: PositiveInt = Field(
-        10, description="Bound on generation batches per step under dynamic_sampling; then the step trains on what it has."
+        10,
+        description="Bound on generation batches per step under dynamic_sampling; then the step trains on what it has.",
     )
+
+    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+        if self.aggregation_constant is not None and self.aggregation != "constant":
+            yield Refusal(
+                f"algorithm.aggregation_constant={self.aggregation_constant:g}",
+                f"has no effect with algorithm.aggregation={self.aggregation}",
+                "set algorithm.aggregation=constant or remove it",
+            )
+        if self.overlong_buffer is not None and self.overlong_buffer >= run.rollout.max_tokens:
+            yield Refusal(
+                f"algorithm.overlong_buffer={self.overlong_buffer}",
+                f"must be below rollout.max_tokens={run.rollout.max_tokens}",
+                "shorten the buffer or allow longer responses",
+            )
+        if run.rollout.group_size > 1:
+            return
+        if self.dynamic_sampling:
+            yield Refusal(
+                "algorithm.dynamic_sampling=true",
+                "drops every group of rollout.group_size=1, whose rewards are always all equal",
+                "set rollout.group_size to 2 or more",
+            )
+        if self.singleton_advantage == "zero":
+            yield Refusal(
+                "rollout.group_size=1",
+                "gives every answer the advantage 0, from which nothing is learned",
+                "set rollout.group_size to 2 or more, or algorithm.singleton_advantage=reward",
+            )
 
 
 class SftSettings(AlgorithmSettings):
     """Supervised fine-tuning on the data set's worked solutions: mean negative log-likelihood per token."""
 
+    generates: ClassVar[bool] = False
+
     name: Literal["sft"] = "sft"
+
+    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+        if run.data.solution_column is None:
+            yield Refusal(
+                "data.solution_column=null",
+                "must name the column of the worked solutions that supervised training learns",
+                "set data.solution_column",
+            )
 
 
 #: Built-in settings by algorithm name; `megarl.algorithms.ALGORITHMS` has the same keys.

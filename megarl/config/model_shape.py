@@ -51,7 +51,11 @@ def read_model_shape(path: str | Path) -> ModelShape:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise Refusal(f"model.path={path}", "must be a Hugging Face checkpoint directory with a config.json", "give an existing directory")
+        raise Refusal(
+            f"model.path={path}",
+            "must be a Hugging Face checkpoint directory with a config.json",
+            "give an existing directory",
+        )
     try:
         raw: dict[str, Any] = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -63,10 +67,18 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
     """Translate a Hugging Face configuration (as a dict). Raises `Refusal` like `read_model_shape`."""
     family = str(raw.get("model_type", ""))
     if family not in FAMILIES:
-        raise Refusal(f"model_type={family!r} in {origin}", f"must be one of {sorted(FAMILIES)}", "convert to a supported architecture")
+        raise Refusal(
+            f"model_type={family!r} in {origin}",
+            f"must be one of {sorted(FAMILIES)}",
+            "convert to a supported architecture",
+        )
     switches = FAMILIES[family]
     if raw.get("use_sliding_window"):
-        raise Refusal(f"use_sliding_window=true in {origin}", "sliding-window attention is not supported", "use a model without it")
+        raise Refusal(
+            f"use_sliding_window=true in {origin}",
+            "sliding-window attention is not supported",
+            "use a model without it",
+        )
     if raw.get("hidden_act", "silu") != "silu":
         raise Refusal(f"hidden_act={raw['hidden_act']!r} in {origin}", "must be silu", "use a SwiGLU model")
     if raw.get("mlp_bias"):
@@ -74,12 +86,20 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     missing = [key for key in needed if not isinstance(raw.get(key), int)]
     if missing:
-        raise Refusal(f"{origin} without {', '.join(missing)}", "every size must be given as an integer", "restore the original config.json")
+        raise Refusal(
+            f"{origin} without {', '.join(missing)}",
+            "every size must be given as an integer",
+            "restore the original config.json",
+        )
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = float(rope.pop("rope_theta", raw.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise Refusal(f"rope_type={kind!r} in {origin}", "must be default, linear, llama3 or yarn", "use a model with one of these")
+        raise Refusal(
+            f"rope_type={kind!r} in {origin}",
+            "must be default, linear, llama3 or yarn",
+            "use a model with one of these",
+        )
     attention_bias = bool(raw.get("attention_bias", False))
     eos = raw.get("eos_token_id")
     return ModelShape(

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    field_validator,
+)
 
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.base import Settings
@@ -18,9 +26,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 class ModelSettings(Settings):
     path: str = Field(description="Hugging Face checkpoint directory: config.json, weights, tokenizer files.")
-    tokenizer: str | None = Field(None, description="Tokenizer directory or sentencepiece .model file; default model.path.")
+    tokenizer: str | None = Field(
+        None, description="Tokenizer directory or sentencepiece .model file; default model.path."
+    )
     weights: str | None = Field(
-        None, description="A megarl checkpoint (its directory, or a run's checkpoints/ folder) whose weights replace those of model.path."
+        None,
+        description="A megarl checkpoint (its directory, or a run's checkpoints/ folder) whose weights replace those of model.path.",
     )
     random_init: bool = Field(False, description="Draw the weights from seed instead of reading them (benchmarks).")
 
@@ -31,10 +42,14 @@ class ParallelSettings(Settings):
     )
     tensor: PositiveInt = Field(1, description="Tensor-model-parallel size.")
     pipeline: PositiveInt = Field(1, description="Pipeline-model-parallel size.")
-    virtual_pipeline: PositiveInt | None = Field(None, description="Model chunks per pipeline stage (interleaved schedule).")
+    virtual_pipeline: PositiveInt | None = Field(
+        None, description="Model chunks per pipeline stage (interleaved schedule)."
+    )
     context: PositiveInt = Field(1, description="Context-parallel size.")
     expert: PositiveInt = Field(1, description="Expert-parallel size.")
-    expert_tensor: PositiveInt | None = Field(None, description="Tensor-parallel size of the experts; default parallel.tensor.")
+    expert_tensor: PositiveInt | None = Field(
+        None, description="Tensor-parallel size of the experts; default parallel.tensor."
+    )
     sequence: bool = Field(False, description="Megatron's sequence parallelism; needs parallel.tensor > 1.")
 
 
@@ -47,7 +62,8 @@ class RolloutSettings(Settings):
     max_tokens: PositiveInt = Field(1024, description="Longest response in tokens.")
     stop_token_ids: tuple[int, ...] = Field((), description="Further ids that end a response, beside the end token.")
     seeded: bool | None = Field(
-        None, description="A seed per sample, so that answers do not depend on the replica; default: on the CPU yes, on a GPU no."
+        None,
+        description="A seed per sample, so that answers do not depend on the replica; default: on the CPU yes, on a GPU no.",
     )
     deterministic: bool | None = Field(
         None,
@@ -59,23 +75,35 @@ class RolloutSettings(Settings):
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="KV cache per process in GiB; default: 0.25 on the CPU, by gpu_memory_fraction on a GPU."
     )
-    gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.6, description="Share of GPU memory for the engine while it is awake.")
+    gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.6, description="Share of GPU memory for the engine while it is awake."
+    )
     save: bool = Field(False, description="Write each step's rollouts to the run directory, for rollout.replay.")
-    replay: str | None = Field(None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating.")
+    replay: str | None = Field(
+        None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."
+    )
 
 
 class DataSettings(Settings):
     path: str = Field(description="Hub name, or a .parquet, .jsonl or .json file.")
     split: str = Field("train", description="Split of a hub data set.")
-    prompt_column: str = Field("prompt", description="Column of the question: a string or a list of messages; dots go into records.")
-    answer_column: str = Field("reward_model.ground_truth", description="Column of the reference answer; dots go into records.")
+    prompt_column: str = Field(
+        "prompt", description="Column of the question: a string or a list of messages; dots go into records."
+    )
+    answer_column: str = Field(
+        "reward_model.ground_truth", description="Column of the reference answer; dots go into records."
+    )
     solution_column: str | None = Field(None, description="Column of a worked solution (supervised training).")
-    source_column: str | None = Field("data_source", description="Column that names the row's source, where there is one.")
+    source_column: str | None = Field(
+        "data_source", description="Column that names the row's source, where there is one."
+    )
     answer_pattern: str | None = Field(
-        None, description="Regular expression with one group that picks the reference out of the answer column (GSM8K: '####\\s*(.+)')."
+        None,
+        description="Regular expression with one group that picks the reference out of the answer column (GSM8K: '####\\s*(.+)').",
     )
     template: str | None = Field(
-        None, description="Text with {prompt} in it, put around the question; default: the tokenizer's chat template where it has one, else the question."
+        None,
+        description="Text with {prompt} in it, put around the question; default: the tokenizer's chat template where it has one, else the question.",
     )
     system: str | None = Field(None, description="System message for the chat template.")
     max_prompt_tokens: PositiveInt = Field(1024, description="Rows with longer prompts are skipped and counted.")
@@ -85,13 +113,18 @@ class DataSettings(Settings):
 
 class RewardSettings(Settings):
     kind: str = Field(
-        "math", description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; or an import path package.module:function."
+        "math",
+        description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; or an import path package.module:function.",
     )
-    time_limit: PositiveFloat = Field(5.0, description="Seconds per answer; past it the answer scores 0 and is counted.")
+    time_limit: PositiveFloat = Field(
+        5.0, description="Seconds per answer; past it the answer scores 0 and is counted."
+    )
     workers: PositiveInt = Field(2, description="Grading processes per engine replica.")
     low: float = Field(0.0, description="Least reward allowed.")
     high: float = Field(1.0, description="Greatest reward allowed.")
-    truncated: Literal["score", "zero"] = Field("score", description="zero: a response cut at rollout.max_tokens scores reward.low.")
+    truncated: Literal["score", "zero"] = Field(
+        "score", description="zero: a response cut at rollout.max_tokens scores reward.low."
+    )
 
 
 class BatchSettings(Settings):
@@ -106,12 +139,18 @@ class OptimizerSettings(Settings):
     lr: NonNegativeFloat = Field(1e-6, description="Peak learning rate.")
     min_lr: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the decay.")
     warmup_steps: NonNegativeInt = Field(0, description="Updates of linear warm-up from 0.")
-    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after warm-up, over all updates of the run.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.999), description="Adam's betas.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Decay after warm-up, over all updates of the run."
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="Adam's betas."
+    )
     epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
     clip_grad: NonNegativeFloat = Field(1.0, description="Bound on the global gradient norm; 0 turns it off.")
-    max_skipped: PositiveInt = Field(5, description="Updates in a row skipped for a NaN or infinite loss or gradient before the run stops.")
+    max_skipped: PositiveInt = Field(
+        5, description="Updates in a row skipped for a NaN or infinite loss or gradient before the run stops."
+    )
 
 
 class EvaluationSettings(Settings):
@@ -152,7 +191,9 @@ class RunConfig(Settings):
     resume: Literal["never", "auto", "must"] = Field(
         "never", description="auto: continue from the latest checkpoint where there is one; must: refuse without one."
     )
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Type of weights and activations; the optimizer keeps fp32.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Type of weights and activations; the optimizer keeps fp32."
+    )
     model: ModelSettings
     algorithm: SerializeAsAny[AlgorithmSettings]
     parallel: ParallelSettings = ParallelSettings()
@@ -164,7 +205,10 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
-    megatron: dict[str, Any] = Field({}, description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.")
+    megatron: dict[str, Any] = Field(
+        {},
+        description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",
+    )
     vllm: dict[str, Any] = Field({}, description="Further fields of vLLM's EngineArgs.")
 
     @field_validator("algorithm", mode="before")

@@ -1,0 +1,93 @@
+"""Turns pydantic's errors into refusals: the key and its value, the rule, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from megarl.errors import Refusal
+
+
+def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -> Refusal:
+    """The first error of `error` as a refusal; keys are named from the top of the file (`prefix` added).
+
+    `record` is the class that was being built: unknown keys are matched against its fields.
+    """
+    details = error.errors(include_url=False)[0]
+    path = [str(part) for part in details["loc"]]
+    key = ".".join(([prefix] if prefix else []) + path)
+    description = _description(record, path)
+    if details["type"] == "extra_forbidden":
+        return Refusal(key, "is not a known key", _nearest(record, path, prefix))
+    if details["type"] == "missing":
+        return Refusal(key, "must be given", f"set {key}{description}")
+    value = details["input"]
+    shown = f"{key}={_yaml(value)}"
+    rule = details["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return Refusal(shown, "must be a table of keys", f"write the keys of {key} indented below it")
+    if details["type"] == "string_type":
+        fix = f"give {key} a text{description}" if value is None else f'write it in quotes, "{_yaml(value)}"'
+        return Refusal(shown, "must be text", fix)
+    if details["type"] == "literal_error":
+        return Refusal(shown, rule, _nearest_literal(key, str(value), details["ctx"]["expected"]))
+    if details["type"] == "string_pattern_mismatch":
+        rule = "must be letters, digits, '.', '_' or '-', and begin with a letter or digit"
+    return Refusal(shown, rule[:1].lower() + rule[1:], f"give {key} such a value{description}")
+
+
+def _yaml(value: Any) -> str:
+    """A value as the user wrote it: null and true, not None and True."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return value if isinstance(value, str) else repr(value)
+
+
+def _description(record: type[BaseModel], path: list[str]) -> str:
+    """The schema's sentence of the field at `path`, in brackets, or nothing."""
+    field: FieldInfo | None = None
+    current: Any = record
+    for part in path:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            break
+        field = current.model_fields.get(part)
+        if field is None:
+            return ""
+        current = field.annotation
+    return f" ({field.description.rstrip('.')})" if field and field.description else ""
+
+
+def _nearest(record: type[BaseModel], path: list[str], prefix: str) -> str:
+    """The fix for an unknown key: the known key it most likely stands for, else where to look."""
+    known = list(_keys(record))
+    wanted, leaf, table = ".".join(path), path[-1], ".".join(path[:-1])
+    siblings = [key for key in known if key.rpartition(".")[0] == table]
+    leaves = {key.rpartition(".")[2]: key for key in siblings}
+    near = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)
+    match = leaves[near[0]] if near else ""
+    # A key in the wrong section is as common as a slip of the finger: `lr` for `optimizer.lr`.
+    match = match or next((key for key in known if key.rpartition(".")[2] == leaf), "")
+    match = match or next(iter(difflib.get_close_matches(wanted, known, n=1, cutoff=0.7)), "")
+    dotted = f"{prefix}." if prefix else ""
+    if match:
+        return f"use {dotted}{match}"
+    return f"remove it; the keys there are {', '.join(dotted + key for key in siblings)}"
+
+
+def _nearest_literal(key: str, value: str, expected: str) -> str:
+    choices = re.findall(r"'([^']*)'", expected)
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+    return f"use {key}={near[0] if near else choices[0]}"
+
+
+def _keys(record: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a record and of the records inside it, in the schema's order."""
+    for name, field in record.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

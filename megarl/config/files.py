@@ -1,0 +1,96 @@
+"""What must be on disk before a run starts: model, tokenizer, data, rollouts to replay. Torch-free.
+
+Only what a wrong path or a broken copy shows at once is checked here; contents are read by `data` and
+`weights`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def refusals(config: RunConfig) -> Iterator[Refusal]:
+    """What is missing or broken among the files that `config` names."""
+    model = config.model
+    if model.random_init and model.weights is not None:
+        yield Refusal(f"model.weights={model.weights}", "contradicts model.random_init=true", "remove one of the two")
+    if model.weights is not None:
+        yield from _folder("model.weights", model.weights)
+    elif not model.random_init:
+        yield from checkpoint_refusals(Path(model.path))
+    if model.tokenizer is not None and not Path(model.tokenizer).exists():
+        fix = "give a tokenizer directory or a sentencepiece .model file"
+        yield Refusal(f"model.tokenizer={model.tokenizer}", "does not exist", fix)
+    for key, path in (("data.path", config.data.path), ("evaluation.path", config.evaluation.path)):
+        if path is not None and path.endswith(DATA_SUFFIXES):
+            yield from _data_file(key, path)
+    if config.rollout.replay is not None and not Path(config.rollout.replay).exists():
+        fix = "give a file or a rollouts/ folder that a run with rollout.save=true wrote"
+        yield Refusal(f"rollout.replay={config.rollout.replay}", "does not exist", fix)
+    if config.resume == "must":
+        folder = Path(config.runs_dir) / config.name / "checkpoints"
+        if not folder.is_dir() or not any(folder.iterdir()):
+            yield Refusal(
+                "resume=must",
+                f"needs a checkpoint in {folder}",
+                "use resume=auto to start a new run where there is none",
+            )
+
+
+def checkpoint_refusals(folder: Path) -> Iterator[Refusal]:
+    """What is missing or cut short among a Hugging Face checkpoint's weight files."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            yield Refusal(str(index), "must be JSON with a weight_map", "copy the checkpoint again")
+            return
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        rule = "must hold weights as *.safetensors"
+        yield Refusal(
+            f"model.path={folder}", rule, "give a complete checkpoint, or set model.random_init=true or model.weights"
+        )
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            yield Refusal(str(file), f"is named in {index.name} and missing", "copy the checkpoint again")
+        elif not _is_whole(file):
+            yield Refusal(str(file), "is cut short or not a safetensors file", "copy the checkpoint again")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the file's size is what its header says: 8 bytes of length, a JSON header, the tensors' bytes."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            return False
+        try:
+            header = json.loads(stream.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return False
+    return size == 8 + header_size + max(ends, default=0)
+
+
+def _folder(key: str, path: str) -> Iterator[Refusal]:
+    if not Path(path).is_dir():
+        yield Refusal(f"{key}={path}", "is not a directory", "give a megarl checkpoint, or a run's checkpoints/ folder")
+
+
+def _data_file(key: str, path: str) -> Iterator[Refusal]:
+    file = Path(path)
+    if not file.is_file():
+        yield Refusal(f"{key}={path}", "no such file", "give a path relative to the working directory, or a hub name")
+    elif file.stat().st_size == 0:
+        yield Refusal(f"{key}={path}", "is empty", "give a file with at least one row")

@@ -1,0 +1,169 @@
+"""From a YAML file and `key.path=value` overrides to a checked `RunConfig`, and back. Torch-free.
+
+A file may name one base (`base: other.yaml`, relative to the file); its own keys win over the base's,
+table by table. An override replaces the value at its path. Relative paths inside a configuration mean
+the working directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings
+from megarl.config.explain import explain
+from megarl.config.schema import RunConfig
+from megarl.config.yaml_dialect import Dumper, Loader
+from megarl.errors import Refusal
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run described by the YAML file `path`, changed by `overrides` (each `key.path=value`).
+
+    Raises `Refusal` for a missing, empty or malformed file, an unknown key, or a value of the wrong
+    type or range. Rules that span sections are checked by `megarl.config.rules.check`.
+    """
+    table = _read_with_base(Path(path))
+    for override in overrides:
+        _apply_override(table, override)
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise explain(error, RunConfig) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML of the whole configuration, defaults included; loading it gives an equal configuration."""
+    table = config.model_dump(mode="json")
+    return yaml.dump(table, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def algorithm_settings(value: Any) -> AlgorithmSettings:
+    """Build an algorithm's settings from its table, or from its bare name.
+
+    The name is one of `ALGORITHM_SETTINGS`, or an import path `package.module:Class` whose class has an
+    attribute `Settings` derived from `AlgorithmSettings`. Raises `Refusal`.
+    """
+    if isinstance(value, AlgorithmSettings):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    names = ", ".join(ALGORITHM_SETTINGS)
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise Refusal(
+            f"algorithm={value!r}",
+            "must be a table with a name",
+            f"set algorithm.name to {names} or package.module:Class",
+        )
+    record = _settings_class(value["name"])
+    try:
+        return record.model_validate(dict(value))
+    except ValidationError as error:
+        raise explain(error, record, prefix="algorithm") from None
+
+
+def _settings_class(name: str) -> type[AlgorithmSettings]:
+    """The settings record of a built-in algorithm, or of a class named by its import path."""
+    if name in ALGORITHM_SETTINGS:
+        return ALGORITHM_SETTINGS[name]
+    value = f"algorithm.name={name}"
+    module_name, separator, class_name = name.partition(":")
+    if not separator:
+        known = ", ".join(ALGORITHM_SETTINGS)
+        raise Refusal(value, "is not an algorithm", f"use one of {known}, or an import path package.module:Class")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise Refusal(
+            value, f"cannot be imported ({error})", "put the module on PYTHONPATH and name its class"
+        ) from None
+    record = getattr(found, "Settings", None)
+    if not (isinstance(record, type) and issubclass(record, AlgorithmSettings)):
+        rule = "must name a class with an attribute Settings derived from megarl.config.algorithms.AlgorithmSettings"
+        raise Refusal(value, rule, f"give {class_name} such a Settings record")
+    return record
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    table = _read_table(path)
+    if "base" not in table:
+        return table
+    base = table.pop("base")
+    if not isinstance(base, str):
+        raise Refusal(
+            f"base={base!r} in {path}", "must be the path of one YAML file", "name a single file, relative to this one"
+        )
+    base_path = path.parent / base
+    base_table = _read_table(base_path)
+    if "base" in base_table:
+        raise Refusal(
+            f"base={base} in {path}",
+            "a base may not have a base itself",
+            f"move what {base_path} takes from its base into it",
+        )
+    return _merge(base_table, table)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """One YAML file as a table. Raises `Refusal` where it is missing, unreadable, empty or no table."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Refusal(
+            str(path), "no such configuration file", "give the path of a YAML file, relative to the working directory"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(str(path), f"cannot be read as text ({error})", "give the path of a YAML file") from None
+    table = _parse(text, str(path))
+    if table is None:
+        raise Refusal(str(path), "is empty", "write at least name, steps, model, algorithm and data")
+    if not isinstance(table, dict):
+        raise Refusal(str(path), "must be a table of keys", "write one `key: value` per line")
+    return table
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "unreadable"
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise Refusal(origin, f"must be valid YAML ({problem}{place})", "correct the text there") from None
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `top`; tables are merged, everything else is replaced.
+
+    A table with another `name` is replaced whole: settings of one algorithm mean nothing to another.
+    """
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name")):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in place; the value is YAML (`[1, 2]`, `null`, `{name: sft}`)."""
+    path, separator, text = override.partition("=")
+    parts = path.split(".")
+    if not separator or not all(parts):
+        raise Refusal(f"argument {override!r}", "must have the form key.path=value", "for example optimizer.lr=1e-5")
+    value = _parse(text, f"the value of {override!r}")
+    for depth, part in enumerate(parts[:-1], start=1):
+        child = table.setdefault(part, {})
+        if part == "algorithm" and depth == 1 and isinstance(child, str):
+            child = table[part] = {"name": child}
+        if not isinstance(child, dict):
+            parent = ".".join(parts[:depth])
+            raise Refusal(f"argument {override!r}", f"{parent} is {child!r} and not a table", f"set {parent} itself")
+        table = child
+    table[parts[-1]] = value

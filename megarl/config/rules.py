@@ -1,0 +1,233 @@
+"""Every rule that spans several settings, in one place, checked before any process starts.
+
+Torch-free. An algorithm's own rules stand with its settings (`AlgorithmSettings.refusals`), those of the
+files on disk in `megarl.config.files`, those of the `megatron:` and `vllm:` tables in
+`megarl.config.vendor_fields`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import chain
+
+from megarl.config import files, vendor_fields
+from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
+
+#: vLLM pads the vocabulary to a multiple of this and splits the result evenly.
+VLLM_VOCABULARY_MULTIPLE = 64
+
+
+def check(config: RunConfig, shape: ModelShape | None = None, processes: int | None = None) -> None:
+    """Raise the first broken rule as a `Refusal`. Arguments as for `broken_rules`."""
+    for refusal in broken_rules(config, shape, processes):
+        raise refusal
+
+
+def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: int | None = None) -> Iterator[Refusal]:
+    """Yield each rule that `config` breaks.
+
+    `shape` is the model's (default: read from model.path; raises `Refusal` where that fails);
+    `processes` the world that a launcher started (default: parallel.processes, or 1).
+    """
+    world = processes or config.parallel.processes or 1
+    if config.parallel.processes not in (None, world):
+        yield Refusal(
+            f"parallel.processes={config.parallel.processes}",
+            f"differs from the {world} processes that the launcher started",
+            "leave parallel.processes out under a launcher, or start that many",
+        )
+    yield from _not_trained_yet(config)
+    yield from _grid(config, world)
+    shape = shape or read_model_shape(config.model.path)
+    yield from chain(
+        _policy_layout(config, shape), _engine_layout(config, shape), _lengths(config, shape), _batch(config, world)
+    )
+    yield from chain(
+        config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config), _texts(config)
+    )
+    yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
+    yield from files.refusals(config)
+
+
+def _not_trained_yet(config: RunConfig) -> Iterator[Refusal]:
+    parallel = config.parallel
+    sizes = {"virtual_pipeline": parallel.virtual_pipeline, "context": parallel.context, "expert": parallel.expert}
+    for name, size in (sizes | {"expert_tensor": parallel.expert_tensor}).items():
+        if size not in (None, 1):
+            rule = "this version trains dense models with tensor, sequence, pipeline and data parallelism only"
+            yield Refusal(f"parallel.{name}={size}", rule, f"remove parallel.{name}")
+
+
+def _grid(config: RunConfig, world: int) -> Iterator[Refusal]:
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        yield Refusal(
+            "parallel.sequence=true", "needs parallel.tensor > 1", "set parallel.tensor to 2 or more, or leave it off"
+        )
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world % model_ranks:
+        yield Refusal(
+            f"parallel.processes={world}",
+            f"must be a multiple of parallel.tensor x parallel.pipeline x parallel.context = {model_ranks}",
+            f"use {model_ranks} processes or a multiple of it",
+        )
+    if world % config.rollout.tensor:
+        yield Refusal(
+            f"rollout.tensor={config.rollout.tensor}",
+            f"must divide the {world} processes evenly into engine replicas",
+            f"use {_divisors(world)}",
+        )
+
+
+def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
+    parallel = config.parallel
+    yield from _split(f"parallel.tensor={parallel.tensor}", parallel.tensor, shape)
+    if shape.num_layers % parallel.pipeline:
+        yield Refusal(
+            f"parallel.pipeline={parallel.pipeline}",
+            f"must divide the model's {shape.num_layers} layers",
+            f"use {_divisors(shape.num_layers)}",
+        )
+
+
+def _engine_layout(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
+    tensor = config.rollout.tensor
+    yield from _split(f"rollout.tensor={tensor}", tensor, shape)
+    padded = -(-shape.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
+    if padded % tensor:
+        rule = f"must divide the model's vocabulary of {shape.vocab_size}, padded by vLLM to {padded}"
+        yield Refusal(f"rollout.tensor={tensor}", rule, "use a power of two")
+
+
+def _split(value: str, tensor: int, shape: ModelShape) -> Iterator[Refusal]:
+    """Tensor parallelism `tensor` of the policy or the engine; both split heads and the MLP alike.
+
+    Megatron-core 0.16.1 (TransformerConfig.__post_init__) and vLLM (the models' attention) both want
+    key-value heads that TP divides, each rank holding some, or that divide TP, each copied to several.
+    """
+    if shape.num_heads % tensor:
+        yield Refusal(
+            value, f"must divide the model's {shape.num_heads} attention heads", f"use {_divisors(shape.num_heads)}"
+        )
+    elif shape.num_kv_heads % tensor and tensor % shape.num_kv_heads:
+        usable = [n for n in range(1, shape.num_heads + 1) if shape.num_heads % n == 0]
+        usable = [n for n in usable if shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0]
+        yield Refusal(
+            value,
+            f"must divide the model's {shape.num_kv_heads} key-value heads or be a multiple of them",
+            f"use {_listed(usable)}",
+        )
+    elif shape.ffn_size % tensor:
+        yield Refusal(
+            value,
+            f"must divide the model's MLP size of {shape.ffn_size}",
+            f"use {_divisors(shape.num_heads, shape.ffn_size)}",
+        )
+
+
+def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
+    prompt = config.data.max_prompt_tokens
+    for name, response in (("rollout", config.rollout.max_tokens), ("evaluation", config.evaluation.max_tokens)):
+        if response is not None and prompt + response > shape.max_positions:
+            yield Refusal(
+                f"data.max_prompt_tokens={prompt} + {name}.max_tokens={response}",
+                f"must fit the model's {shape.max_positions} positions",
+                f"make them {prompt + response - shape.max_positions} tokens shorter",
+            )
+    longest = prompt + config.rollout.max_tokens
+    if config.batch.tokens_per_microbatch < longest:
+        yield Refusal(
+            f"batch.tokens_per_microbatch={config.batch.tokens_per_microbatch}",
+            f"must hold the longest sequence, data.max_prompt_tokens + rollout.max_tokens = {longest}",
+            f"use {longest} or more",
+        )
+
+
+def _batch(config: RunConfig, world: int) -> Iterator[Refusal]:
+    batch, parallel = config.batch, config.parallel
+    if batch.prompts % batch.updates:
+        yield Refusal(
+            f"batch.updates={batch.updates}",
+            f"must divide batch.prompts={batch.prompts}, so that every update gets an equal share",
+            f"use {_divisors(batch.prompts)}",
+        )
+        return
+    data_parallel = world // (parallel.tensor * parallel.pipeline * parallel.context)
+    per_prompt = config.rollout.group_size if config.algorithm.generates else 1
+    sequences = batch.prompts // batch.updates * per_prompt
+    if sequences < data_parallel:
+        yield Refusal(
+            f"batch.prompts={batch.prompts}",
+            f"gives an update {sequences} sequence(s), fewer than the {data_parallel} data-parallel ranks",
+            "use more prompts, fewer updates or fewer processes",
+        )
+
+
+def _reward(config: RunConfig) -> Iterator[Refusal]:
+    reward = config.reward
+    if reward.low >= reward.high:
+        yield Refusal(f"reward.low={reward.low:g}", f"must be below reward.high={reward.high:g}", "widen the range")
+    if reward.kind not in ("math", "boxed") and not re.fullmatch(r"[\w.]+:\w+", reward.kind):
+        rule = "must be math, boxed or an import path package.module:function"
+        yield Refusal(f"reward.kind={reward.kind}", rule, "correct reward.kind")
+
+
+def _schedule(config: RunConfig) -> Iterator[Refusal]:
+    optimizer, checkpoint = config.optimizer, config.checkpoint
+    if optimizer.min_lr > optimizer.lr:
+        yield Refusal(
+            f"optimizer.min_lr={optimizer.min_lr:g}", f"must not exceed optimizer.lr={optimizer.lr:g}", "lower min_lr"
+        )
+    if config.resume == "never":
+        return
+    if not checkpoint.optimizer:
+        rule = "needs the optimizer's state, which checkpoint.optimizer=false leaves out"
+        yield Refusal(
+            f"resume={config.resume}", rule, "set checkpoint.optimizer=true, or load weights alone with model.weights"
+        )
+    if checkpoint.every == 0 and not checkpoint.end:
+        rule = "needs checkpoints, which checkpoint.every=0 with checkpoint.end=false never saves"
+        yield Refusal(f"resume={config.resume}", rule, "set checkpoint.every")
+
+
+def _sampling(config: RunConfig) -> Iterator[Refusal]:
+    rollout, evaluation = config.rollout, config.evaluation
+    if rollout.top_k < 1 and rollout.top_k != -1:
+        yield Refusal(f"rollout.top_k={rollout.top_k}", "must be -1 or at least 1", "use -1 to sample from all tokens")
+    if evaluation.samples > 1 and evaluation.temperature == 0:
+        yield Refusal(
+            f"evaluation.samples={evaluation.samples}",
+            "needs evaluation.temperature > 0, since greedy answers are all the same",
+            "set evaluation.temperature, or samples to 1",
+        )
+
+
+def _texts(config: RunConfig) -> Iterator[Refusal]:
+    data = config.data
+    if data.template is not None and "{prompt}" not in data.template:
+        yield Refusal(
+            f"data.template={data.template!r}", "must contain {prompt}", "put {prompt} where the question belongs"
+        )
+    if data.answer_pattern is None:
+        return
+    value, fix = f"data.answer_pattern={data.answer_pattern!r}", "write one pair of brackets around the answer"
+    try:
+        groups = re.compile(data.answer_pattern).groups
+    except re.error as error:
+        yield Refusal(value, f"must be a regular expression ({error})", fix)
+        return
+    if groups != 1:
+        yield Refusal(value, f"must have exactly one group and has {groups}", fix)
+
+
+def _divisors(*numbers: int) -> str:
+    """The common divisors of `numbers`, as text: `1, 2, 4 or 8`."""
+    return _listed([n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)])
+
+
+def _listed(numbers: list[int]) -> str:
+    texts = [str(number) for number in numbers]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

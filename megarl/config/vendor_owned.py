@@ -1,0 +1,68 @@
+"""Megatron's and vLLM's options that megarl sets from its own configuration, and what to set instead.
+
+Set in two places they could disagree, so the tables `megatron:` and `vllm:` refuse them.
+"""
+
+_SHAPE = "change the model's config.json in model.path"
+_FIXED = "remove it; training depends on megarl's value"
+_PLACE = "remove it; processes are placed by parallel.processes and rollout.tensor"
+
+#: By table: field -> the fix.
+OWNED: dict[str, dict[str, str]] = {
+    "megatron": {
+        "tensor_model_parallel_size": "set parallel.tensor",
+        "pipeline_model_parallel_size": "set parallel.pipeline",
+        "virtual_pipeline_model_parallel_size": "set parallel.virtual_pipeline",
+        "context_parallel_size": "set parallel.context",
+        "expert_model_parallel_size": "set parallel.expert",
+        "expert_tensor_parallel_size": "set parallel.expert_tensor",
+        "sequence_parallel": "set parallel.sequence",
+        **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype"), "set precision"),
+        "lr": "set optimizer.lr",
+        "min_lr": "set optimizer.min_lr",
+        "weight_decay": "set optimizer.weight_decay",
+        "adam_beta1": "set optimizer.betas",
+        "adam_beta2": "set optimizer.betas",
+        "adam_eps": "set optimizer.epsilon",
+        "clip_grad": "set optimizer.clip_grad",
+        **dict.fromkeys(
+            (
+                "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
+                "kv_channels", "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias",
+                "gated_linear_unit", "activation_func", "qk_layernorm", "multi_latent_attention", "num_moe_experts",
+                "window_size", "rotary_interleaved", "softmax_scale",
+            ),
+            _SHAPE,
+        ),
+        **dict.fromkeys(
+            (
+                "hidden_dropout", "attention_dropout", "calculate_per_token_loss", "variable_seq_lengths",
+                "perform_initialization", "use_distributed_optimizer", "moe_token_dispatcher_type",
+                "finalize_model_grads_func", "check_for_nan_in_grad",
+            ),
+            _FIXED,
+        ),
+    },
+    "vllm": {
+        "model": "set model.path",
+        "model_weights": "set model.path or model.weights",
+        "tokenizer": "set model.tokenizer",
+        "dtype": "set precision",
+        "seed": "set seed",
+        "tensor_parallel_size": "set rollout.tensor",
+        "max_model_len": "set data.max_prompt_tokens and rollout.max_tokens",
+        "max_num_seqs": "set rollout.max_concurrent",
+        "gpu_memory_utilization": "set rollout.gpu_memory_fraction",
+        "kv_cache_memory_bytes": "set rollout.kv_cache_gib",
+        **dict.fromkeys(
+            ("skip_tokenizer_init", "load_format", "enable_sleep_mode", "logprobs_mode", "generation_config"), _FIXED
+        ),
+        **dict.fromkeys(
+            (
+                "distributed_executor_backend", "pipeline_parallel_size", "data_parallel_size", "data_parallel_rank",
+                "data_parallel_backend", "master_addr", "master_port", "nnodes", "node_rank", "worker_cls",
+            ),
+            _PLACE,
+        ),
+    },
+}  # fmt: skip
