@@ -1,0 +1,41 @@
+"""Small exchanges between ranks: who knows what, and arrays sent to where they are needed.
+
+All of it travels as CPU tensors over gloo, also where the weights travel over NCCL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def gather_all(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank. For small picklable values."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def send_arrays(outgoing: Sequence[np.ndarray], incoming_sizes: Sequence[int]) -> list[np.ndarray]:
+    """Send `outgoing[r]` (int32, flat) to each rank r; returns what each rank sent here.
+
+    The receiver must know the sizes: `incoming_sizes[r]` elements come from rank r.
+    """
+    sizes = [len(part) for part in outgoing]
+    payload = torch.from_numpy(np.concatenate([np.asarray(part, np.int32) for part in outgoing]))
+    received = torch.empty(sum(incoming_sizes), dtype=torch.int32)
+    dist.all_to_all_single(received, payload, list(incoming_sizes), sizes)
+    return [part.numpy() for part in received.split(list(incoming_sizes))]

@@ -1,0 +1,100 @@
+"""Writes the policy as a Hugging Face checkpoint: every rank writes whole tensors of its own share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megarl.policy.policy import Policy
+from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors, megatron_tensors
+from megarl.reshard.plan import make_plan
+from megarl.parallel.groups import grid_of_rank
+from megarl.weights.transfer import Mover
+
+#: Files of the original checkpoint that belong to it beside the weights.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class _HostTensors:
+    """Collects whole checkpoint tensors in host memory."""
+
+    def __init__(self, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+
+    def buffer(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def complete(self, name: str) -> None:
+        pass
+
+
+def export_hf(policy: Policy, directory: Path, original: Path) -> None:
+    """Write `directory` as a checkpoint in the policy's precision, with the companions of `original`.
+
+    The directory appears under its name only when it is complete.
+    """
+    world = policy.world
+    parts = [
+        megatron_tensors(
+            policy.shape,
+            tensor=policy.grid.tensor,
+            pipeline=policy.grid.pipeline,
+            tensor_rank=tensor_rank,
+            pipeline_rank=pipeline_rank,
+        )
+        for tensor_rank, _, pipeline_rank in (
+            grid_of_rank(rank, world.size, policy.config.parallel) for rank in range(world.size)
+        )
+    ]
+    targets = [checkpoint_tensors(policy.shape, writers=world.size, writer=rank) for rank in range(world.size)]
+    plan = make_plan(parts, targets, world.node_of_rank)
+    dtype = policy.megatron_config.params_dtype
+    mine = _HostTensors(dtype, {name: t.shape for name, t in targets[world.rank].items()})
+    Mover(plan, world.rank, bucket_bytes=256 * 2**20, dtype=dtype, device=world.device).run(
+        {name: p.detach() for name, p in policy.named_parameters()}, mine
+    )
+    partial = directory.with_name(directory.name + ".partial")
+    if world.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    if mine.tensors:
+        save_file(mine.tensors, partial / _file_name(world.rank, world.size), metadata={"format": "pt"})
+    dist.barrier()
+    if world.is_first:
+        _write_index(policy, partial, targets)
+        for name in _COMPANIONS:
+            if (original / name).is_file():
+                shutil.copyfile(original / name, partial / name)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    dist.barrier()
+
+
+def _file_name(rank: int, size: int) -> str:
+    return "model.safetensors" if size == 1 else f"model-{rank + 1:05d}-of-{size:05d}.safetensors"
+
+
+def _write_index(policy: Policy, directory: Path, targets: list[dict]) -> None:
+    size = policy.world.size
+    if size == 1:
+        return
+    weight_map = {name: _file_name(rank, size) for rank, tensors in enumerate(targets) for name in tensors}
+    ordered = {name: weight_map[name] for name in hf_tensors(policy.shape)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": ordered}, indent=1))
