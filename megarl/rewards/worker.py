@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from megarl.rewards.math import boxed_equals, math_equals
 
@@ -40,10 +40,10 @@ def reward_function(kind: str) -> RewardFunction:
     module_name, colon, function_name = kind.partition(":")
     if not colon or not module_name or not function_name:
         raise ValueError("an import path looks like package.module:function")
-    function: Any = getattr(importlib.import_module(module_name), function_name)
+    function = getattr(importlib.import_module(module_name), function_name)
     if not callable(function):
         raise TypeError(f"{function_name} in {module_name} is not a function")
-    return function
+    return cast(RewardFunction, function)
 
 
 def best_reward(function: RewardFunction, text: str, answers: Sequence[str], source: str) -> float:
