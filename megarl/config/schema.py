@@ -31,7 +31,8 @@ class ModelSettings(Settings):
     )
     weights: str | None = Field(
         None,
-        description="A megarl checkpoint (its directory, or a run's checkpoints/ folder) whose weights replace those of model.path.",
+        description="A megarl checkpoint (its directory, or a run's checkpoints/ folder) whose weights replace "
+        "those of model.path.",
     )
     random_init: bool = Field(False, description="Draw the weights from seed instead of reading them (benchmarks).")
 
@@ -63,7 +64,8 @@ class RolloutSettings(Settings):
     stop_token_ids: tuple[int, ...] = Field((), description="Further ids that end a response, beside the end token.")
     seeded: bool | None = Field(
         None,
-        description="A seed per sample, so that answers do not depend on the replica; default: on the CPU yes, on a GPU no.",
+        description="A seed per sample, so that answers do not depend on the replica; default: on the "
+        "CPU yes, on a GPU no.",
     )
     deterministic: bool | None = Field(
         None,
@@ -99,11 +101,13 @@ class DataSettings(Settings):
     )
     answer_pattern: str | None = Field(
         None,
-        description="Regular expression with one group that picks the reference out of the answer column (GSM8K: '####\\s*(.+)').",
+        description="Regular expression with one group that picks the reference out of the answer column "
+        "(GSM8K: '####\\s*(.+)').",
     )
     template: str | None = Field(
         None,
-        description="Text with {prompt} in it, put around the question; default: the tokenizer's chat template where it has one, else the question.",
+        description="Text with {prompt} in it, put around the question; default: the tokenizer's chat template "
+        "where it has one, else the question.",
     )
     system: str | None = Field(None, description="System message for the chat template.")
     max_prompt_tokens: PositiveInt = Field(1024, description="Rows with longer prompts are skipped and counted.")
@@ -114,7 +118,8 @@ class DataSettings(Settings):
 class RewardSettings(Settings):
     kind: str = Field(
         "math",
-        description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; or an import path package.module:function.",
+        description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; or an "
+        "import path package.module:function.",
     )
     time_limit: PositiveFloat = Field(
         5.0, description="Seconds per answer; past it the answer scores 0 and is counted."
@@ -181,6 +186,12 @@ class LoggingSettings(Settings):
     plot_every: PositiveInt = Field(10, description="Redraw curves.png every that many steps.")
 
 
+class WeightsSettings(Settings):
+    bucket_mib: PositiveFloat = Field(
+        256.0, description="Most a rank sends, and receives, in one round of a weight push, in MiB."
+    )
+
+
 class RunConfig(Settings):
     """A whole run."""
 
@@ -205,6 +216,7 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+    weights: WeightsSettings = WeightsSettings()
     megatron: dict[str, Any] = Field(
         {},
         description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",

@@ -1,0 +1,29 @@
+"""`megarl bench step|rollout CONFIG [key=value ...] [--json]`"""
+
+from __future__ import annotations
+
+import typer
+
+from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
+
+bench = typer.Typer(help="Measure a run's speed.", no_args_is_help=True)
+
+
+@bench.command()
+def step(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Seconds and tokens/s of each phase of a step, padding share and peak memory."""
+    settings = prepare(config, overrides)
+    with reserved_stdout(as_json) as stream:
+        from megarl.train.bench import bench_step as worker
+
+        show(run(worker, settings, processes=settings.parallel.processes), stream, as_json)
+
+
+@bench.command()
+def rollout(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Tokens/s of generation inside the loop beside those of plain vLLM on the same prompts."""
+    settings = prepare(config, overrides)
+    with reserved_stdout(as_json) as stream:
+        from megarl.train.bench import bench_rollout as worker
+
+        show(run(worker, settings, processes=settings.parallel.processes), stream, as_json)

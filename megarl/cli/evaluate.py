@@ -1,0 +1,25 @@
+"""`megarl evaluate CONFIG [checkpoint=DIR] [key=value ...] [--json]`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
+from megarl.errors import Refusal
+
+_CHECKPOINT = "checkpoint="
+
+
+def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Evaluate the model of CONFIG, or of checkpoint=DIR, on the evaluation data: accuracy and avg@k."""
+    given = overrides or []
+    checkpoints = [text.removeprefix(_CHECKPOINT) for text in given if text.startswith(_CHECKPOINT)]
+    checkpoint = checkpoints[-1] if checkpoints else None
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        fix = "give a megarl checkpoint, or a run's checkpoints/ folder"
+        raise Refusal(f"checkpoint={checkpoint}", "is not a directory", fix)
+    settings = prepare(config, [text for text in given if not text.startswith(_CHECKPOINT)])
+    with reserved_stdout(as_json) as stream:
+        from megarl.train.run import evaluate as worker
+
+        show(run(worker, settings, checkpoint, processes=settings.parallel.processes), stream, as_json)

@@ -1,0 +1,15 @@
+"""`megarl generate CONFIG [key=value ...]`"""
+
+from __future__ import annotations
+
+import sys
+
+from megarl.cli.start import ConfigPath, Overrides, prepare, run, show
+
+
+def generate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Generate and score one step's rollouts without training on them."""
+    settings = prepare(config, overrides)
+    from megarl.train.run import generate as worker
+
+    show(run(worker, settings, processes=settings.parallel.processes), sys.stdout, as_json=False)

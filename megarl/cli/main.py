@@ -1,0 +1,37 @@
+"""The `megarl` command. One file per command; errors meant for the user end as one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from megarl.cli.bench import bench
+from megarl.cli.check import check
+from megarl.cli.evaluate import evaluate
+from megarl.cli.generate import generate
+from megarl.cli.train import train
+from megarl.errors import MegarlError
+
+app = typer.Typer(
+    help="Reinforcement learning of language models on Megatron-core policies and vLLM engines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _command in (train, evaluate, generate, check):
+    app.command()(_command)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Run the command line. A `MegarlError` becomes its sentence on stderr and its exit code, no traceback."""
+    # A console script does not search the working directory, where a user's own algorithm or reward lives.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        app()
+    except MegarlError as error:
+        print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,105 @@
+"""What the commands share: read and check the configuration, then run a worker in this process or in local ones.
+
+Nothing here imports torch before the configuration has passed, unless a launcher started this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TextIO, TypeVar
+
+import typer
+
+from megarl.config import rules
+from megarl.config.load import load_config
+from megarl.config.schema import RunConfig
+
+T = TypeVar("T")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout; all else goes to stderr.")]
+
+#: A process that a launcher started has one of these; `find_place` reads the rest.
+_LAUNCHER_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
+
+
+def prepare(path: Path, overrides: Sequence[str] | None) -> RunConfig:
+    """The checked configuration. Raises `Refusal` before anything is started or written."""
+    config = load_config(path, overrides or ())
+    place = launcher_place()
+    rules.check(config, processes=place[1] if place else None)
+    return config
+
+
+def launcher_place() -> tuple[int, int] | None:
+    """Rank and world size where torchrun, srun or mpirun started this process, else None."""
+    if not any(name in os.environ for name in _LAUNCHER_RANKS):
+        return None
+    from megarl.parallel.bootstrap import find_place
+
+    place = find_place(os.environ)
+    return (place.rank, place.size) if place else None
+
+
+def run(worker: Callable[..., T], *args: Any, processes: int | None) -> T | None:
+    """Run `worker(*args)` in the world a launcher started, else in that many local processes.
+
+    Returns rank 0's result; None on the other ranks of a launched world.
+    """
+    place = launcher_place()
+    if place is not None:
+        result = worker(*args)
+        return result if place[0] == 0 else None
+    from megarl.parallel.launch import launch
+
+    return launch(worker, args, processes or 1)
+
+
+@contextlib.contextmanager
+def reserved_stdout(reserve: bool) -> Iterator[TextIO]:
+    """Yield a stream to the real stdout; if `reserve`, everything else that prints there goes to stderr.
+
+    Works on the file descriptor, so that libraries and worker processes that keep their own handle on
+    stdout do not spoil a line that another program will parse.
+    """
+    if not reserve:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream:
+            yield stream
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def show(result: Any, stream: TextIO, as_json: bool) -> None:
+    """Print a result: one JSON line, or one `key  value` line per entry with nested keys dotted."""
+    if result is None:
+        return
+    if as_json:
+        print(json.dumps(result), file=stream, flush=True)
+        return
+    for key, value in _flat(result):
+        print(f"{key:<32} {value:.6g}" if isinstance(value, float) else f"{key:<32} {value}", file=stream)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix or "result", value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
