@@ -1,0 +1,126 @@
+"""From a run's configuration to vLLM's EngineArgs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
+
+#: Set by megarl from other settings; the `vllm:` table may not contradict them.
+RESERVED = {
+    "model": "model.path",
+    "tensor_parallel_size": "rollout.tensor",
+    "dtype": "precision",
+    "max_model_len": "data.max_prompt_tokens and rollout.max_tokens",
+    "max_num_seqs": "rollout.max_concurrent",
+    "gpu_memory_utilization": "rollout.gpu_memory_fraction",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "seed": "seed",
+    "load_format": "the weight push",
+    "distributed_executor_backend": "the launcher",
+    "skip_tokenizer_init": "data and model.tokenizer",
+    "logprobs_mode": "rollout.temperature",
+    "worker_cls": "the platform",
+    "pipeline_parallel_size": "rollout.tensor (a replica is one tensor-parallel group)",
+    "data_parallel_size": "rollout.tensor (further processes form further replicas)",
+}
+
+#: vLLM's model classes by family: module and class.
+MODEL_CLASSES = {
+    "llama": ("vllm.model_executor.models.llama", "LlamaForCausalLM"),
+    "qwen2": ("vllm.model_executor.models.qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("vllm.model_executor.models.qwen3", "Qwen3ForCausalLM"),
+}
+
+GIB = 1 << 30
+CPU_KV_CACHE_GIB = 0.25
+
+
+def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
+    """EngineArgs fields for a run. Raises `Refusal` for what cannot work."""
+    rollout = config.rollout
+    if world_size % rollout.tensor:
+        raise Refusal(
+            f"rollout.tensor={rollout.tensor}", f"must divide the {world_size} processes", "choose a divisor of parallel.processes"
+        )
+    length = config.data.max_prompt_tokens + max(rollout.max_tokens, config.evaluation.max_tokens or 0)
+    if length > shape.max_positions:
+        raise Refusal(
+            f"data.max_prompt_tokens + the longest response = {length} tokens",
+            f"must fit the model's {shape.max_positions} positions",
+            "lower data.max_prompt_tokens, rollout.max_tokens or evaluation.max_tokens",
+        )
+    arguments: dict[str, Any] = {
+        "model": config.model.path,
+        "tensor_parallel_size": rollout.tensor,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.precision],
+        "max_model_len": length,
+        "max_num_seqs": rollout.max_concurrent,
+        "seed": config.seed % 2**31,
+        # Weights arrive by push, so no file is read and a full checkpoint is never held in memory.
+        "load_format": "dummy",
+        "distributed_executor_backend": "external_launcher",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        # Log-probs after temperature, top-p and top-k: those of the distribution the tokens were drawn from.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    arguments |= _gpu_arguments(config) if torch.cuda.is_available() else _cpu_arguments(config, length)
+    return arguments | _passed_through(config.vllm)
+
+
+def _cpu_arguments(config: RunConfig, length: int) -> dict[str, Any]:
+    return {
+        "enforce_eager": True,
+        "worker_cls": "megarl.rollout.cpu_worker.Worker",
+        # An explicit size together with eager mode lets vLLM skip its warm-up.
+        "kv_cache_memory_bytes": int((config.rollout.kv_cache_gib or CPU_KV_CACHE_GIB) * GIB),
+        # A seeded request whose prompt is cut by the token budget makes vLLM rewind the request's generator,
+        # which CPU generators cannot do ("CPU Generator does not use offset"): never cut prompts.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(length, 8192),
+    }
+
+
+def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
+    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        raise Refusal(
+            "PYTORCH_CUDA_ALLOC_CONF with expandable_segments:True",
+            "vLLM's sleep mode cannot free memory held in expandable segments",
+            "unset it",
+        )
+    gib = config.rollout.kv_cache_gib
+    return {
+        "enable_sleep_mode": True,
+        "gpu_memory_utilization": config.rollout.gpu_memory_fraction,
+        "kv_cache_memory_bytes": None if gib is None else int(gib * GIB),
+    }
+
+
+def _passed_through(options: dict[str, Any]) -> dict[str, Any]:
+    """The `vllm:` table, checked against vLLM's own fields."""
+    from vllm import EngineArgs
+
+    known = {field.name for field in fields(EngineArgs)}
+    for name, value in options.items():
+        if name in RESERVED:
+            raise Refusal(f"vllm.{name}={value!r}", f"is set by {RESERVED[name]}", f"remove it and use {RESERVED[name]}")
+        if name not in known:
+            raise Refusal(f"vllm.{name}={value!r}", "is not a field of vLLM's EngineArgs", "check the name against this vLLM version")
+    return dict(options)
+
+
+def register_model_class(path: str) -> None:
+    """Tell vLLM the model's class, which it would otherwise look up in a subprocess that takes seconds to start."""
+    from vllm import ModelRegistry
+
+    module, name = MODEL_CLASSES[read_model_shape(path).family]
+    ModelRegistry.register_model(name, getattr(importlib.import_module(module), name))

@@ -1,0 +1,241 @@
+"""The in-process vLLM engine: token ids in, token ids and log-probs out.
+
+Every process of the world holds one engine core, by vLLM's external launcher; consecutive
+`rollout.tensor` ranks form a replica. Only calls that vLLM 0.24 and 0.32 both have are used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.errors import MegarlError
+from megarl.records import FinishReason
+from megarl.rollout import environment
+from megarl.rollout.arguments import engine_arguments, register_model_class
+from megarl.rollout.draw import FixedAssignment, SharedCounter, WorkSource
+from megarl.rollout.phases import NoSleeper, Phases
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response to generate: `prompt_token_ids` (P,), P ≥ 1; `index` comes back with the completion."""
+
+    prompt_token_ids: tuple[int, ...]
+    index: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The response to request `index`: `token_ids` (T,), stop token included; `log_probs` (T,) in nats
+    of these ids under the sampling distribution (temperature, top-p and top-k applied)."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. Temperature 0 is greedy. `stop_token_ids` are beside the engine's end tokens.
+
+    `seed` starts the engine's shared generator, for requests without a seed of their own.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+class Engine:
+    """One replica's engine, as seen by one of its ranks. All ranks of the world construct it together.
+
+    Its weights are undefined until the first push (`megarl.rollout.weights`). `eos_token_ids` end a
+    response. Raises `Refusal` for lengths the model cannot hold, unknown or reserved `vllm` options.
+    """
+
+    def __init__(
+        self, config: RunConfig, shape: ModelShape, *, eos_token_ids: Sequence[int], rank: int, world_size: int
+    ) -> None:
+        environment.prepare()
+        arguments = engine_arguments(config, shape, world_size)
+        self.num_replicas = world_size // config.rollout.tensor
+        self.replica, self.replica_rank = divmod(rank, config.rollout.tensor)
+        self.replica_group = _replica_group(config.rollout.tensor, world_size, rank)
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._on_gpu = torch.cuda.is_available()
+        self._max_concurrent = config.rollout.max_concurrent
+        self._chunk = config.rollout.chunk
+        self._calls = itertools.count()
+        with environment.quiet(), environment.own_randomness(None), self._eager():
+            register_model_class(config.model.path)
+            self._engine = _build(arguments)
+        self.phases = Phases(GpuSleeper(self._engine) if self._on_gpu else NoSleeper())
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the first of its replica, whose completions count."""
+        return self.replica_rank == 0
+
+    def fixed_assignment(self, total: int) -> FixedAssignment:
+        """This replica's share of `total` requests, assigned in advance."""
+        return FixedAssignment(total, self.replica, self.num_replicas)
+
+    def shared_counter(self, total: int) -> SharedCounter:
+        """This replica's view of a counter over `total` requests; all ranks of the world must call it alike."""
+        store = dist.distributed_c10d._get_default_store()
+        return SharedCounter(store, f"megarl/rollout/{next(self._calls)}", total, self._chunk, self.replica_group)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, work: WorkSource | None = None
+    ) -> list[Completion]:
+        """Generate this replica's part of `requests` and return its completions in index order.
+
+        `requests` is the same list on all ranks of a replica; `work` says which positions of it are this
+        replica's (all, where None). Every rank of the replica returns the same completions. A chunk is
+        drawn between two engine steps whenever it fits, one at a time, so that replicas that start
+        together share the work evenly and none waits for another's prompts.
+        Raises `PhaseError` where the engine sleeps or was never filled.
+        """
+        self.phases.require_ready()
+        work = work or FixedAssignment(len(requests), 0, 1)
+        shared_seed = sampling.seed + self.replica
+        with environment.own_randomness(shared_seed), self._eager(), torch.inference_mode():
+            completions = self._run(requests, sampling, work)
+        return sorted(completions, key=lambda completion: completion.index)
+
+    def _run(self, requests: Sequence[Request], sampling: Sampling, work: WorkSource) -> list[Completion]:
+        parameters = self._parameter_factory(sampling)
+        completions: list[Completion] = []
+        unfinished = 0
+        chunk: Sequence[int] | None = ()
+        while True:
+            if chunk is not None and unfinished + self._chunk <= max(self._max_concurrent, self._chunk):
+                chunk = work.draw()
+                for position in chunk or ():
+                    request = requests[position]
+                    prompt = {"type": "token", "prompt_token_ids": list(request.prompt_token_ids)}
+                    self._engine.add_request(str(request.index), prompt, parameters(request.seed))
+                    unfinished += 1
+            if unfinished == 0:
+                if chunk is None:
+                    return completions
+                continue
+            for output in self._engine.step():
+                if output.finished:
+                    completions.append(_completion(output))
+                    unfinished -= 1
+
+    def _parameter_factory(self, sampling: Sampling) -> Callable[[int | None], Any]:
+        """A function from a seed to vLLM's sampling parameters."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        stops = sorted({*self.eos_token_ids, *sampling.stop_token_ids})
+
+        def parameters(seed: int | None) -> Any:
+            return SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=stops,
+                seed=seed if sampling.temperature > 0 else None,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+
+        return parameters
+
+    def call_worker(self, function: Callable[..., T]) -> T:
+        """`function(worker)` on this process's vLLM worker."""
+        return self._engine.collective_rpc(function)[0]
+
+    def weights_changed(self) -> None:
+        """After a push: forget cached prefixes, whose keys and values belong to the old weights."""
+        self.phases.weights_written()
+        self._engine.reset_prefix_cache()
+
+    def wake_weights(self) -> None:
+        """Make room for new weights."""
+        self.phases.wake_weights()
+
+    def wake_cache(self) -> None:
+        """Make room for keys and values: the engine can generate."""
+        self.phases.wake_cache()
+
+    def sleep(self) -> None:
+        """Give the engine's memory back."""
+        self.phases.sleep()
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Run vLLM's few torch-compiled helpers as they are on the CPU.
+
+        With sequences of RL's lengths they gain nothing measurable there, and compiling them takes 10 to 15 seconds
+        and a C++ compiler in the first generation.
+        """
+        if self._on_gpu:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+class GpuSleeper:
+    """vLLM's sleep mode at level 2: weights are not kept, because every wake-up is followed by a push."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def sleep(self) -> None:
+        self._engine.sleep(level=2)
+
+    def wake(self, tags: Sequence[str]) -> None:
+        self._engine.wake_up(tags=list(tags))
+
+
+def _build(arguments: dict[str, Any]) -> Any:
+    """Build vLLM's engine from EngineArgs fields."""
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+
+def _replica_group(tensor: int, world_size: int, rank: int) -> dist.ProcessGroup | None:
+    """The gloo group of this rank's replica, or None for replicas of one rank. Collective over the world."""
+    if tensor == 1:
+        return None
+    mine = None
+    for first in range(0, world_size, tensor):
+        ranks = list(range(first, first + tensor))
+        group = dist.new_group(ranks, backend="gloo")
+        mine = group if rank in ranks else mine
+    return mine
+
+
+def _completion(output: Any) -> Completion:
+    """Translate vLLM's RequestOutput. Raises `MegarlError` where vLLM gave a request up."""
+    answer = output.outputs[0]
+    if answer.finish_reason not in ("stop", "length"):
+        raise MegarlError(f"vLLM ended request {output.request_id} with {answer.finish_reason!r}")
+    # One log-prob per position, the chosen token's: `logprobs=0` asks for no others.
+    return Completion(int(output.request_id), tuple(answer.token_ids), tuple(answer.logprobs.logprobs), answer.finish_reason)

@@ -1,0 +1,197 @@
+"""Where a weight push writes: the engine's tensors by vLLM's parameter names, in their shapes as loaded.
+
+On a GPU these are the live parameters. The CPU backend packs linear weights after loading, so that the
+parameter itself is empty: such a weight is written to a staging tensor and packed again by vLLM's own
+code when its layer is complete. Packed copies that share a parameter, as a tied output head does with the
+embedding, are packed again too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from megarl.errors import MegarlError
+from megarl.rollout.engine import Engine
+from megarl.rollout.phases import Part
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """One engine parameter on this rank: `shape` and `dtype` as a checkpoint loader sees it.
+
+    `num_rows` is shape[0] without the vocabulary's padding rows, which stay zero. `staged` says that it is
+    written through a tensor that exists only between `buffer` and `finish`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_rows: int
+    staged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a slot lives: attribute of one module or, when tied, of several."""
+
+    modules: tuple[nn.Module, ...]
+    attribute: str
+
+
+class EngineWeights:
+    """The destination of a push: `begin`, then `buffer` for every slot and `finish` for complete layers, then `end`.
+
+    Everything happens on this rank alone; nothing here communicates.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._model: nn.Module = engine.call_worker(lambda worker: worker.get_model())
+        self._slots, self._places = _find_slots(self._model)
+        self._staged: dict[str, torch.Tensor] = {}
+        self._written: set[str] = set()
+        self._finished: set[str] = set()
+        self._open = False
+
+    def tensors(self) -> Mapping[str, WeightSlot]:
+        """All slots by name; a tied output head has none of its own."""
+        return self._slots
+
+    def begin(self) -> None:
+        """Start a push. Raises `PhaseError` where the engine's weights sleep."""
+        self._engine.phases.require(Part.ENGINE_WEIGHTS)
+        self._written.clear()
+        self._finished.clear()
+        self._staged.clear()
+        self._open = True
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """The tensor to write slot `name` into, shape and dtype as in the slot; void after `finish`.
+
+        Padding rows are zero already. Raises `MegarlError` outside of a push.
+        """
+        if not self._open:
+            raise MegarlError(f"engine weight {name} written outside of a push")
+        slot = self._slots[name]
+        first = name not in self._written
+        self._written.add(name)
+        if slot.staged:
+            if name not in self._staged:
+                self._staged[name] = torch.zeros(slot.shape, dtype=slot.dtype, device=self._live(name).device)
+            return self._staged[name]
+        live = self._live(name).data
+        if first and slot.num_rows < slot.shape[0]:
+            live[slot.num_rows :].zero_()
+        return live
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Declare slots complete: vLLM packs their layers again and the staging tensors are freed.
+
+        A layer's weight and bias are finished together. Calling it layer by layer bounds the memory of a
+        push; what is not finished by then is finished by `end`.
+        """
+        modules: dict[int, nn.Module] = {}
+        for name in names:
+            self._finished.add(name)
+            place = self._places[name]
+            staged = self._staged.pop(name, None)
+            for module in place.modules:
+                if staged is not None:
+                    _replace(module, place.attribute, staged)
+                if _is_packed(module):
+                    modules[id(module)] = module
+        with torch.no_grad():
+            for module in modules.values():
+                cast("Any", module.quant_method).process_weights_after_loading(module)
+
+    def end(self) -> None:
+        """Close the push; the engine forgets cached prefixes. Raises `MegarlError` naming unwritten slots."""
+        missing = [name for name in self._slots if name not in self._written]
+        if missing:
+            raise MegarlError(f"weight push incomplete: {len(missing)} engine weights not written, first {missing[0]}")
+        self.finish([name for name in self._slots if name not in self._finished])
+        self._open = False
+        self._engine.weights_changed()
+
+    def read_back(self) -> dict[str, torch.Tensor]:
+        """The weights as the engine's kernels use them, by module path; for tests and diagnosis.
+
+        Packed weights cannot be looked at: a kernel multiplies the identity matrix, which gives every weight
+        exactly. Packed copies beside a readable parameter come under `<name> (packed)`.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for path, module in self._model.named_modules():
+            for attribute, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{attribute}"
+                if parameter.numel():
+                    found[name] = parameter.detach().clone()
+                if attribute == "weight" and _is_packed(module):
+                    found[f"{name} (packed)" if parameter.numel() else name] = _unpack(module)
+        return found
+
+    def checksum(self) -> str:
+        """BLAKE2b hash over `read_back`."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.read_back().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _live(self, name: str) -> nn.Parameter:
+        place = self._places[name]
+        return getattr(place.modules[0], place.attribute)
+
+
+def _find_slots(model: nn.Module) -> tuple[dict[str, WeightSlot], dict[str, _Place]]:
+    """All distinct parameters with their as-loaded shapes, and the modules that hold each."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    slots: dict[str, WeightSlot] = {}
+    places: dict[str, _Place] = {}
+    name_of: dict[int, str] = {}
+    for path, module in model.named_modules():
+        # vLLM records every layer's tensors on the meta device before it loads and packs them.
+        loaded = get_layerwise_info(module).restore_metadata[0]
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in name_of:
+                known = places[name_of[id(parameter)]]
+                places[name_of[id(parameter)]] = _Place((*known.modules, module), known.attribute)
+                continue
+            name = f"{path}.{attribute}"
+            name_of[id(parameter)] = name
+            pattern = loaded.get(attribute, parameter)
+            # A bias may have been cast while packing; it was loaded in its weight's type.
+            dtype = loaded["weight"].dtype if attribute == "bias" and "weight" in loaded else pattern.dtype
+            shape = tuple(pattern.shape)
+            staged = tuple(parameter.shape) != shape or parameter.dtype != dtype
+            rows = module.shard_indices.num_org_elements if hasattr(module, "shard_indices") else shape[0]
+            slots[name] = WeightSlot(name, shape, dtype, cast(int, rows), staged)
+            places[name] = _Place((module,), attribute)
+    return slots, places
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether vLLM's CPU backend keeps a packed copy of this layer's weight."""
+    return hasattr(module, "cpu_linear")
+
+
+def _replace(module: nn.Module, attribute: str, staged: torch.Tensor) -> None:
+    """Give a packed layer its weight back, as it was before packing."""
+    parameter = nn.Parameter(staged, requires_grad=False)
+    parameter.__dict__.update(getattr(module, attribute).__dict__)
+    setattr(module, attribute, parameter)
+
+
+def _unpack(module: nn.Module) -> torch.Tensor:
+    """Weight (N, K) of a packed layer, through its kernel."""
+    layer = cast("Any", module)
+    columns = layer.input_size_per_partition
+    identity = torch.eye(columns, dtype=layer.params_dtype)
+    with torch.no_grad():
+        return layer.quant_method.apply(layer, identity, None).t().contiguous()
