@@ -1,7 +1,7 @@
 """Starts the local processes of a run with torch's elastic launcher.
 
-On the CPU the workers are forked from a parent that has already imported the heavy libraries: they
-start at once and share that memory. With CUDA they are spawned, because a CUDA context does not
+On the CPU the workers are forked from a parent that has already imported the module of the function
+they run, and with it the heavy libraries: they start at once and share that memory. With CUDA they are spawned, because a CUDA context does not
 survive a fork.
 """
 
@@ -33,8 +33,6 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
 
     torch.set_num_threads(int(threads))
     fork = not torch.cuda.is_available()
-    if fork:
-        _import_heavy_libraries()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -63,8 +61,3 @@ def _worker(function: Callable[..., T], args: tuple[Any, ...]) -> tuple[MegarlEr
         return error, None
     return None, value if os.environ.get("RANK") == "0" else None
 
-
-def _import_heavy_libraries() -> None:
-    """Import once, before the fork, what every worker needs; none of these starts threads on import."""
-    import megatron.core.models.gpt
-    import vllm.entrypoints.llm  # noqa: F401

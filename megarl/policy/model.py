@@ -26,7 +26,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.parallel.cpu_platform import has_cuda
-from megarl.reshard.weight_map import padded_vocabulary
+from megarl.reshard.weight_map import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -135,7 +135,7 @@ def build_model(config: TransformerConfig, shape: ModelShape) -> GPTModel:
     model = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config),
-        vocab_size=padded_vocabulary(shape.vocab_size, config.tensor_model_parallel_size),
+        vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

@@ -1,0 +1,80 @@
+"""The weight push: after an update, the policy's shards go straight into the engine's tensors.
+
+The plan is made once from the two layouts. Each rank receives the elements it lacks and copies those it
+has; no whole tensor is put together anywhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.parallel.bootstrap import World
+from megarl.parallel.groups import grid_of_rank
+from megarl.policy.policy import Policy
+from megarl.reshard.plan import Plan, make_plan
+from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
+from megarl.rollout.engine import Engine
+from megarl.rollout.weights import EngineWeights
+from megarl.weights.transfer import Mover
+
+
+def push_plan(config: RunConfig, shape: ModelShape, world: World) -> Plan:
+    """The plan from the policy's layout to the engine replicas' layout, the same on every rank."""
+    parallel, engine_tensor = config.parallel, config.rollout.tensor
+    places = [grid_of_rank(rank, world.size, parallel) for rank in range(world.size)]
+    sources = [
+        megatron_tensors(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, tensor_rank=t, pipeline_rank=p)
+        for t, _, p in places
+    ]
+    targets = [vllm_tensors(shape, tensor=engine_tensor, tensor_rank=r % engine_tensor) for r in range(world.size)]
+    return make_plan(sources, targets, world.node_of_rank)
+
+
+class Push:
+    """Executes the push as often as the loop asks."""
+
+    def __init__(self, policy: Policy, engine: Engine) -> None:
+        self.policy = policy
+        self.engine_weights = EngineWeights(engine)
+        self.mover = Mover(
+            push_plan(policy.config, policy.shape, policy.world),
+            policy.world.rank,
+            bucket_bytes=int(policy.config.weights.bucket_mib * 2**20),
+            dtype=policy.megatron_config.params_dtype,
+            device=policy.world.device,
+        )
+
+    def run(self) -> None:
+        """Fill the engine with the policy's current weights. Collective; the engine's weights must be awake."""
+        self.engine_weights.begin()
+        self.mover.run({name: p.detach() for name, p in self.policy.named_parameters()}, _Layers(self.engine_weights))
+        self.engine_weights.end()
+
+
+class _Layers:
+    """Hands pieces to the engine and closes a layer when its last parameter is complete.
+
+    A layer's weight and bias are closed together, because the engine may pack them as one.
+    """
+
+    def __init__(self, weights: EngineWeights) -> None:
+        self._weights = weights
+        self._open = Counter(_layer(name) for name in weights.tensors())
+        self._complete: dict[str, list[str]] = {}
+
+    def buffer(self, name: str) -> torch.Tensor:
+        return self._weights.buffer(name)
+
+    def complete(self, name: str) -> None:
+        layer = _layer(name)
+        self._complete.setdefault(layer, []).append(name)
+        if len(self._complete[layer]) == self._open[layer]:
+            self._weights.finish(self._complete[layer])
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
