@@ -37,57 +37,62 @@ class GrpoSettings(AlgorithmSettings):
 
     name: Literal["grpo"] = "grpo"
     normalize_std: bool = Field(
-        True, description="Divide advantages by the group's standard deviation; off is Dr. GRPO."
+        default=True, description="Divide advantages by the group's standard deviation; off is Dr. GRPO."
     )
     std_estimator: Literal["population", "sample"] = Field(
-        "population", description="Divide the squared deviations by n (population) or n-1 (sample)."
+        default="population", description="Divide the squared deviations by n (population) or n-1 (sample)."
     )
-    std_epsilon: Annotated[float, Field(ge=0)] = Field(1e-6, description="Added to the standard deviation.")
+    std_epsilon: Annotated[float, Field(ge=0)] = Field(default=1e-6, description="Added to the standard deviation.")
     singleton_advantage: Literal["zero", "reward"] = Field(
-        "zero", description="Advantage of a group with one member: 0, or its raw reward."
+        default="zero", description="Advantage of a group with one member: 0, or its raw reward."
     )
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
-        "token_mean",
+        default="token_mean",
         description="token_mean: sum over all tokens of the mini-batch / their count (DAPO); sequence_mean: mean per "
         "sequence, then over sequences (classic GRPO); constant: sum / (sequences x aggregation_constant) (Dr. GRPO).",
     )
     aggregation_constant: PositiveFloat | None = Field(
-        None, description="Divisor of aggregation=constant in tokens; default rollout.max_tokens."
+        default=None, description="Divisor of aggregation=constant in tokens; default rollout.max_tokens."
     )
-    clip_low: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="Lower clip range of the ratio.")
-    clip_high: Annotated[float, Field(ge=0)] = Field(0.2, description="Upper clip range; 0.28 is DAPO's clip-higher.")
+    clip_low: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.2, description="Lower clip range of the ratio.")
+    clip_high: Annotated[float, Field(ge=0)] = Field(
+        default=0.2, description="Upper clip range; 0.28 is DAPO's clip-higher."
+    )
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        None,
+        default=None,
         description="Lower bound c x advantage on the objective of tokens with negative advantage (c = 3 is usual).",
     )
     ratio_level: Literal["token", "sequence"] = Field(
-        "token", description="sequence: the length-normalised sequence ratio of GSPO (Eq. 7)."
+        default="token", description="sequence: the length-normalised sequence ratio of GSPO (Eq. 7)."
     )
     log_ratio_clamp: PositiveFloat = Field(
-        20.0, description="Log-ratios are clamped to plus/minus this before exp (zero gradient beyond). Our choice."
+        default=20.0,
+        description="Log-ratios are clamped to plus/minus this before exp (zero gradient beyond). Our choice.",
     )
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Weight of KL(policy || reference) in the loss."
+        default=0.0, description="Weight of KL(policy || reference) in the loss."
     )
-    kl_kind: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator, per token.")
+    kl_kind: Literal["k1", "k2", "k3"] = Field(default="k3", description="KL estimator, per token.")
     kl_cap: PositiveFloat | None = Field(
-        None, description="Cap on the magnitude of the per-token KL estimate; none by default. Our choice."
+        default=None, description="Cap on the magnitude of the per-token KL estimate; none by default. Our choice."
     )
-    entropy_coefficient: float = Field(0.0, description="Weight of the mean entropy subtracted from the loss.")
+    entropy_coefficient: float = Field(default=0.0, description="Weight of the mean entropy subtracted from the loss.")
     importance_cap: PositiveFloat | None = Field(
-        None,
+        default=None,
         description="Truncated importance correction: weight each token's clipped objective by "
         "min(policy_old / engine, cap).",
     )
     overlong_buffer: PositiveInt | None = Field(
-        None, description="DAPO's soft overlong penalty over the last that many tokens before rollout.max_tokens."
+        default=None,
+        description="DAPO's soft overlong penalty over the last that many tokens before rollout.max_tokens.",
     )
-    overlong_penalty: Annotated[float, Field(ge=0)] = Field(1.0, description="Penalty at full overlength.")
+    overlong_penalty: Annotated[float, Field(ge=0)] = Field(default=1.0, description="Penalty at full overlength.")
     dynamic_sampling: bool = Field(
-        False, description="Drop groups whose rewards are all equal and sample further prompts in their place (DAPO)."
+        default=False,
+        description="Drop groups whose rewards are all equal and sample further prompts in their place (DAPO).",
     )
     max_generation_batches: PositiveInt = Field(
-        10,
+        default=10,
         description="Bound on generation batches per step under dynamic_sampling; then the step trains on what it has.",
     )
 

@@ -35,7 +35,7 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
         fix = f"give {key} a text{description}" if value is None else f'write it in quotes, "{_yaml(value)}"'
         return Refusal(shown, "must be text", fix)
     if details["type"] == "literal_error":
-        return Refusal(shown, rule, _nearest_literal(key, str(value), details["ctx"]["expected"]))
+        return Refusal(shown, rule, _nearest_literal(key, str(value), details.get("ctx", {})["expected"]))
     if details["type"] == "string_pattern_mismatch":
         rule = "must be letters, digits, '.', '_' or '-', and begin with a letter or digit"
     return Refusal(shown, rule[:1].lower() + rule[1:], f"give {key} such a value{description}")

@@ -27,168 +27,194 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class ModelSettings(Settings):
     path: str = Field(description="Hugging Face checkpoint directory: config.json, weights, tokenizer files.")
     tokenizer: str | None = Field(
-        None, description="Tokenizer directory or sentencepiece .model file; default model.path."
+        default=None, description="Tokenizer directory or sentencepiece .model file; default model.path."
     )
     weights: str | None = Field(
-        None,
+        default=None,
         description="A megarl checkpoint (its directory, or a run's checkpoints/ folder) whose weights replace "
         "those of model.path.",
     )
-    random_init: bool = Field(False, description="Draw the weights from seed instead of reading them (benchmarks).")
+    random_init: bool = Field(
+        default=False, description="Draw the weights from seed instead of reading them (benchmarks)."
+    )
 
 
 class ParallelSettings(Settings):
     processes: PositiveInt | None = Field(
-        None, description="World size; default: what the launcher started, or 1. Data parallelism follows from it."
+        default=None,
+        description="World size; default: what the launcher started, or 1. Data parallelism follows from it.",
     )
-    tensor: PositiveInt = Field(1, description="Tensor-model-parallel size.")
-    pipeline: PositiveInt = Field(1, description="Pipeline-model-parallel size.")
+    tensor: PositiveInt = Field(default=1, description="Tensor-model-parallel size.")
+    pipeline: PositiveInt = Field(default=1, description="Pipeline-model-parallel size.")
     virtual_pipeline: PositiveInt | None = Field(
-        None, description="Model chunks per pipeline stage (interleaved schedule)."
+        default=None, description="Model chunks per pipeline stage (interleaved schedule)."
     )
-    context: PositiveInt = Field(1, description="Context-parallel size.")
-    expert: PositiveInt = Field(1, description="Expert-parallel size.")
+    context: PositiveInt = Field(default=1, description="Context-parallel size.")
+    expert: PositiveInt = Field(default=1, description="Expert-parallel size.")
     expert_tensor: PositiveInt | None = Field(
-        None, description="Tensor-parallel size of the experts; default parallel.tensor."
+        default=None, description="Tensor-parallel size of the experts; default parallel.tensor."
     )
-    sequence: bool = Field(False, description="Megatron's sequence parallelism; needs parallel.tensor > 1.")
+    sequence: bool = Field(default=False, description="Megatron's sequence parallelism; needs parallel.tensor > 1.")
 
 
 class RolloutSettings(Settings):
-    tensor: PositiveInt = Field(1, description="Tensor-parallel size of each engine replica.")
-    group_size: PositiveInt = Field(8, description="Samples per prompt (G).")
-    temperature: PositiveFloat = Field(1.0, description="Sampling temperature; the policy's log-probs use the same.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling bound.")
-    top_k: int = Field(-1, description="Sample from the k most likely tokens; -1 from all.")
-    max_tokens: PositiveInt = Field(1024, description="Longest response in tokens.")
-    stop_token_ids: tuple[int, ...] = Field((), description="Further ids that end a response, beside the end token.")
+    tensor: PositiveInt = Field(default=1, description="Tensor-parallel size of each engine replica.")
+    group_size: PositiveInt = Field(default=8, description="Samples per prompt (G).")
+    temperature: PositiveFloat = Field(
+        default=1.0, description="Sampling temperature; the policy's log-probs use the same."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Nucleus sampling bound.")
+    top_k: int = Field(default=-1, description="Sample from the k most likely tokens; -1 from all.")
+    max_tokens: PositiveInt = Field(default=1024, description="Longest response in tokens.")
+    stop_token_ids: tuple[int, ...] = Field(
+        default=(), description="Further ids that end a response, beside the end token."
+    )
     seeded: bool | None = Field(
-        None,
+        default=None,
         description="A seed per sample, so that answers do not depend on the replica; default: on the "
         "CPU yes, on a GPU no.",
     )
     deterministic: bool | None = Field(
-        None,
+        default=None,
         description="Assign work to replicas in advance instead of drawing it from the shared counter; default: on the "
         "CPU yes, on a GPU no.",
     )
-    chunk: PositiveInt = Field(32, description="Requests a replica draws at a time.")
-    max_concurrent: PositiveInt = Field(256, description="Requests in one engine at a time (vLLM's max_num_seqs).")
+    chunk: PositiveInt = Field(default=32, description="Requests a replica draws at a time.")
+    max_concurrent: PositiveInt = Field(
+        default=256, description="Requests in one engine at a time (vLLM's max_num_seqs)."
+    )
     kv_cache_gib: PositiveFloat | None = Field(
-        None, description="KV cache per process in GiB; default: 0.25 on the CPU, by gpu_memory_fraction on a GPU."
+        default=None,
+        description="KV cache per process in GiB; default: 0.25 on the CPU, by gpu_memory_fraction on a GPU.",
     )
     gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.6, description="Share of GPU memory for the engine while it is awake."
+        default=0.6, description="Share of GPU memory for the engine while it is awake."
     )
-    save: bool = Field(False, description="Write each step's rollouts to the run directory, for rollout.replay.")
+    save: bool = Field(
+        default=False, description="Write each step's rollouts to the run directory, for rollout.replay."
+    )
     replay: str | None = Field(
-        None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."
+        default=None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."
     )
 
 
 class DataSettings(Settings):
     path: str = Field(description="Hub name, or a .parquet, .jsonl or .json file.")
-    split: str = Field("train", description="Split of a hub data set.")
+    split: str = Field(default="train", description="Split of a hub data set.")
     prompt_column: str = Field(
-        "prompt", description="Column of the question: a string or a list of messages; dots go into records."
+        default="prompt", description="Column of the question: a string or a list of messages; dots go into records."
     )
     answer_column: str = Field(
-        "reward_model.ground_truth", description="Column of the reference answer; dots go into records."
+        default="reward_model.ground_truth", description="Column of the reference answer; dots go into records."
     )
-    solution_column: str | None = Field(None, description="Column of a worked solution (supervised training).")
+    solution_column: str | None = Field(default=None, description="Column of a worked solution (supervised training).")
     source_column: str | None = Field(
-        "data_source", description="Column that names the row's source, where there is one."
+        default="data_source", description="Column that names the row's source, where there is one."
     )
     answer_pattern: str | None = Field(
-        None,
+        default=None,
         description="Regular expression with one group that picks the reference out of the answer column "
         "(GSM8K: '####\\s*(.+)').",
     )
     template: str | None = Field(
-        None,
+        default=None,
         description="Text with {prompt} in it, put around the question; default: the tokenizer's chat template "
         "where it has one, else the question.",
     )
-    system: str | None = Field(None, description="System message for the chat template.")
-    max_prompt_tokens: PositiveInt = Field(1024, description="Rows with longer prompts are skipped and counted.")
-    max_rows: PositiveInt | None = Field(None, description="Use only the first rows of the file.")
-    shuffle: bool = Field(True, description="Shuffle each epoch by the run's seed.")
+    system: str | None = Field(default=None, description="System message for the chat template.")
+    max_prompt_tokens: PositiveInt = Field(
+        default=1024, description="Rows with longer prompts are skipped and counted."
+    )
+    max_rows: PositiveInt | None = Field(default=None, description="Use only the first rows of the file.")
+    shuffle: bool = Field(default=True, description="Shuffle each epoch by the run's seed.")
 
 
 class RewardSettings(Settings):
     kind: str = Field(
-        "math",
+        default="math",
         description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; or an "
         "import path package.module:function.",
     )
     time_limit: PositiveFloat = Field(
-        5.0, description="Seconds per answer; past it the answer scores 0 and is counted."
+        default=5.0, description="Seconds per answer; past it the answer scores 0 and is counted."
     )
-    workers: PositiveInt = Field(2, description="Grading processes per engine replica.")
-    low: float = Field(0.0, description="Least reward allowed.")
-    high: float = Field(1.0, description="Greatest reward allowed.")
+    workers: PositiveInt = Field(default=2, description="Grading processes per engine replica.")
+    low: float = Field(default=0.0, description="Least reward allowed.")
+    high: float = Field(default=1.0, description="Greatest reward allowed.")
     truncated: Literal["score", "zero"] = Field(
-        "score", description="zero: a response cut at rollout.max_tokens scores reward.low."
+        default="score", description="zero: a response cut at rollout.max_tokens scores reward.low."
     )
 
 
 class BatchSettings(Settings):
-    prompts: PositiveInt = Field(64, description="Prompts per step (supervised: sequences per step).")
-    updates: PositiveInt = Field(1, description="Optimizer updates per step, each on an equal share of the prompts.")
-    tokens_per_microbatch: PositiveInt = Field(8192, description="Bound on tokens in one micro-batch.")
-    packed: bool = Field(True, description="Pack sequences end to end; off: one padded sequence row each.")
-    logprob_chunk: PositiveInt = Field(1024, description="Tokens per chunk when logits become log-probs.")
+    prompts: PositiveInt = Field(default=64, description="Prompts per step (supervised: sequences per step).")
+    updates: PositiveInt = Field(
+        default=1, description="Optimizer updates per step, each on an equal share of the prompts."
+    )
+    tokens_per_microbatch: PositiveInt = Field(default=8192, description="Bound on tokens in one micro-batch.")
+    packed: bool = Field(default=True, description="Pack sequences end to end; off: one padded sequence row each.")
+    logprob_chunk: PositiveInt = Field(default=1024, description="Tokens per chunk when logits become log-probs.")
 
 
 class OptimizerSettings(Settings):
-    lr: NonNegativeFloat = Field(1e-6, description="Peak learning rate.")
-    min_lr: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the decay.")
-    warmup_steps: NonNegativeInt = Field(0, description="Updates of linear warm-up from 0.")
+    lr: NonNegativeFloat = Field(default=1e-6, description="Peak learning rate.")
+    min_lr: NonNegativeFloat = Field(default=0.0, description="Learning rate at the end of the decay.")
+    warmup_steps: NonNegativeInt = Field(default=0, description="Updates of linear warm-up from 0.")
     decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Decay after warm-up, over all updates of the run."
+        default="constant", description="Decay after warm-up, over all updates of the run."
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="Adam's betas."
+        default=(0.9, 0.999), description="Adam's betas."
     )
-    epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
-    clip_grad: NonNegativeFloat = Field(1.0, description="Bound on the global gradient norm; 0 turns it off.")
+    epsilon: PositiveFloat = Field(default=1e-8, description="Adam's epsilon.")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Decoupled weight decay.")
+    clip_grad: NonNegativeFloat = Field(default=1.0, description="Bound on the global gradient norm; 0 turns it off.")
     max_skipped: PositiveInt = Field(
-        5, description="Updates in a row skipped for a NaN or infinite loss or gradient before the run stops."
+        default=5, description="Updates in a row skipped for a NaN or infinite loss or gradient before the run stops."
     )
 
 
 class EvaluationSettings(Settings):
-    path: str | None = Field(None, description="Data file of the evaluation; default data.path. Columns as in data.")
-    split: str = Field("test", description="Split of a hub data set.")
-    every: NonNegativeInt = Field(0, description="Evaluate every that many steps; 0: only where start and end ask.")
-    start: bool = Field(False, description="Evaluate before the first step.")
-    end: bool = Field(False, description="Evaluate after the last step.")
-    rows: PositiveInt | None = Field(None, description="Use only the first rows.")
-    samples: PositiveInt = Field(1, description="k of avg@k.")
-    temperature: NonNegativeFloat = Field(0.0, description="0: greedy.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling bound.")
-    max_tokens: PositiveInt | None = Field(None, description="Longest response; default rollout.max_tokens.")
+    path: str | None = Field(
+        default=None, description="Data file of the evaluation; default data.path. Columns as in data."
+    )
+    split: str = Field(default="test", description="Split of a hub data set.")
+    every: NonNegativeInt = Field(
+        default=0, description="Evaluate every that many steps; 0: only where start and end ask."
+    )
+    start: bool = Field(default=False, description="Evaluate before the first step.")
+    end: bool = Field(default=False, description="Evaluate after the last step.")
+    rows: PositiveInt | None = Field(default=None, description="Use only the first rows.")
+    samples: PositiveInt = Field(default=1, description="k of avg@k.")
+    temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Nucleus sampling bound.")
+    max_tokens: PositiveInt | None = Field(default=None, description="Longest response; default rollout.max_tokens.")
 
 
 class CheckpointSettings(Settings):
-    every: NonNegativeInt = Field(0, description="Save every that many steps; 0: never.")
-    end: bool = Field(True, description="Save after the last step.")
-    keep: PositiveInt = Field(2, description="Checkpoints kept; older ones are removed after a newer is complete.")
-    optimizer: bool = Field(True, description="Save the optimizer's state too; without it a run cannot be resumed.")
-    export_hf: bool = Field(False, description="At the end also write the weights as a Hugging Face checkpoint (hf/).")
+    every: NonNegativeInt = Field(default=0, description="Save every that many steps; 0: never.")
+    end: bool = Field(default=True, description="Save after the last step.")
+    keep: PositiveInt = Field(
+        default=2, description="Checkpoints kept; older ones are removed after a newer is complete."
+    )
+    optimizer: bool = Field(
+        default=True, description="Save the optimizer's state too; without it a run cannot be resumed."
+    )
+    export_hf: bool = Field(
+        default=False, description="At the end also write the weights as a Hugging Face checkpoint (hf/)."
+    )
 
 
 class LoggingSettings(Settings):
-    tensorboard: bool = Field(True, description="Write TensorBoard events.")
-    wandb: str | None = Field(None, description="Project name in Weights & Biases; none: not used.")
-    samples: NonNegativeInt = Field(16, description="Samples per step written to samples.jsonl.")
-    plot_every: PositiveInt = Field(10, description="Redraw curves.png every that many steps.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events.")
+    wandb: str | None = Field(default=None, description="Project name in Weights & Biases; none: not used.")
+    samples: NonNegativeInt = Field(default=16, description="Samples per step written to samples.jsonl.")
+    plot_every: PositiveInt = Field(default=10, description="Redraw curves.png every that many steps.")
 
 
 class WeightsSettings(Settings):
     bucket_mib: PositiveFloat = Field(
-        256.0, description="Most a rank sends, and receives, in one round of a weight push, in MiB."
+        default=256.0, description="Most a rank sends, and receives, in one round of a weight push, in MiB."
     )
 
 
@@ -196,14 +222,15 @@ class RunConfig(Settings):
     """A whole run."""
 
     name: str = Field(description="Name of the run: it lives in runs/<name>/.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs_dir: str = Field("runs", description="Folder of all runs.")
-    seed: NonNegativeInt = Field(1234, description="Seed of everything drawn.")
+    runs_dir: str = Field(default="runs", description="Folder of all runs.")
+    seed: NonNegativeInt = Field(default=1234, description="Seed of everything drawn.")
     steps: NonNegativeInt = Field(description="Steps of the run.")
     resume: Literal["never", "auto", "must"] = Field(
-        "never", description="auto: continue from the latest checkpoint where there is one; must: refuse without one."
+        default="never",
+        description="auto: continue from the latest checkpoint where there is one; must: refuse without one.",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="Type of weights and activations; the optimizer keeps fp32."
+        default="bf16", description="Type of weights and activations; the optimizer keeps fp32."
     )
     model: ModelSettings
     algorithm: SerializeAsAny[AlgorithmSettings]
@@ -218,10 +245,10 @@ class RunConfig(Settings):
     logging: LoggingSettings = LoggingSettings()
     weights: WeightsSettings = WeightsSettings()
     megatron: dict[str, Any] = Field(
-        {},
+        default={},
         description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",
     )
-    vllm: dict[str, Any] = Field({}, description="Further fields of vLLM's EngineArgs.")
+    vllm: dict[str, Any] = Field(default={}, description="Further fields of vLLM's EngineArgs.")
 
     @field_validator("algorithm", mode="before")
     @classmethod
