@@ -71,7 +71,7 @@ def test_worked_examples() -> None:
 
 
 def test_refusals_name_the_sequence_and_the_setting() -> None:
-    with pytest.raises(Refusal, match="a sequence of 11 tokens: .*at most 10 tokens.*batch.tokens_per_microbatch"):
+    with pytest.raises(Refusal, match=r"a sequence of 11 tokens: .*at most 10 tokens.*batch\.tokens_per_microbatch"):
         microbatches([3, 11], 10)
     with pytest.raises(Refusal, match="num_bins=0"):
         balance([1], 0)

@@ -100,6 +100,7 @@ class RolloutSettings(Settings):
 
 class DataSettings(Settings):
     path: str = Field(description="Hub name, or a .parquet, .jsonl or .json file.")
+    subset: str | None = Field(default=None, description="Configuration of a hub data set that has several.")
     split: str = Field(default="train", description="Split of a hub data set.")
     prompt_column: str = Field(
         default="prompt", description="Column of the question: a string or a list of messages; dots go into records."
@@ -139,8 +140,8 @@ class RewardSettings(Settings):
         default=5.0, description="Seconds per answer; past it the answer scores 0 and is counted."
     )
     workers: PositiveInt = Field(default=2, description="Grading processes per engine replica.")
-    low: float = Field(default=0.0, description="Least reward allowed.")
-    high: float = Field(default=1.0, description="Greatest reward allowed.")
+    low: float = Field(default=0.0, description="Least reward allowed; what math and boxed give a wrong answer.")
+    high: float = Field(default=1.0, description="Greatest reward allowed; what math and boxed give a right answer.")
     truncated: Literal["score", "zero"] = Field(
         default="score", description="zero: a response cut at rollout.max_tokens scores reward.low."
     )

@@ -1,0 +1,185 @@
+"""Text to token ids and back, by a Hugging Face tokenizer directory or a sentencepiece model. Torch-free.
+
+Both libraries are imported on first use: transformers takes about a second, sentencepiece none, and a
+sentencepiece model is read without transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megarl.errors import Refusal
+
+Message = Mapping[str, str]
+
+
+class Tokenizer(Protocol):
+    """What megarl asks of a tokenizer.
+
+    `vocab_size` is the largest id plus one, added tokens included. `eos_token_id` ends a response;
+    `pad_token_id` is the end token where there is no other. `bos` is the id that a prompt starts with, or None where
+    the tokenizer adds none. `chat_template` is a Jinja template or None.
+    """
+
+    vocab_size: int
+    eos_token_id: int
+    pad_token_id: int
+    bos: int | None
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added. Markers that are tokens of their own, such as <think>, are found anywhere."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`. Control tokens (end, padding, start) and ids past the vocabulary give no text."""
+        ...
+
+    def apply_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the assistant speaks, by the chat template.
+
+        Without one: the start token, then the messages' contents with blank lines between them.
+        """
+        ...
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer at `path`.
+
+    A file ending in .model, or a directory whose only tokenizer file is tokenizer.model, is read by
+    sentencepiece; any other directory by transformers, from local files only. Raises `Refusal` where there
+    is none, it cannot be read, or it has no end token.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if not path.is_dir():
+        raise Refusal(
+            f"tokenizer {path}",
+            "must be a directory with a tokenizer.json, or a sentencepiece .model file",
+            "set model.tokenizer",
+        )
+    if any((path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        return HuggingFaceTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    raise Refusal(
+        f"tokenizer {path}",
+        "holds neither tokenizer.json nor tokenizer.model",
+        "copy the tokenizer's files there, or set model.tokenizer",
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Raise `Refusal` where the tokenizer can make ids the model has no embedding for.
+
+    A larger model vocabulary is fine: many are padded.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise Refusal(
+            f"a tokenizer of {tokenizer.vocab_size} tokens",
+            f"must not exceed the model's vocabulary of {model_vocab_size}",
+            "use the tokenizer the model was trained with (model.tokenizer)",
+        )
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `.model` file. It has no chat template."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.Load(str(path))
+        except (RuntimeError, OSError) as error:
+            raise Refusal(
+                f"tokenizer {path}", f"must be a sentencepiece model ({_one_line(error)})", "restore the file"
+            ) from None
+        self.vocab_size = int(self._model.GetPieceSize())
+        self.eos_token_id = _end_token(self._known(self._model.eos_id()), path)
+        pad = self._known(self._model.pad_id())
+        self.pad_token_id = self.eos_token_id if pad is None else pad
+        self.bos = self._known(self._model.bos_id())
+        self.chat_template: str | None = None
+
+    def _known(self, token_id: int) -> int | None:
+        return None if token_id < 0 else token_id
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._model.EncodeAsIds(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._model.DecodeIds([token_id for token_id in ids if 0 <= token_id < self.vocab_size]))
+
+    def apply_chat(self, messages: Sequence[Message]) -> list[int]:
+        return _plain_chat(self, messages)
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer directory, read by transformers."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._inner: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise Refusal(
+                f"tokenizer {path}", f"cannot be read by transformers ({_one_line(error)})", "restore its files"
+            ) from None
+        self.vocab_size = max(len(self._inner), 1 + max(self._inner.get_vocab().values(), default=-1))
+        self.eos_token_id = _end_token(self._inner.eos_token_id, path)
+        pad = self._inner.pad_token_id
+        self.pad_token_id = self.eos_token_id if pad is None else int(pad)
+        self.bos = self._start_token()
+        template = self._inner.chat_template
+        self.chat_template = template if isinstance(template, str) else None
+
+    def _start_token(self) -> int | None:
+        """The start token, where the tokenizer itself puts it before a text."""
+        bos = self._inner.bos_token_id
+        return bos if bos is not None and list(self._inner("a").input_ids)[:1] == [bos] else None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._inner.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [token_id for token_id in ids if 0 <= token_id < self.vocab_size]
+        return str(self._inner.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def apply_chat(self, messages: Sequence[Message]) -> list[int]:
+        if self.chat_template is None:
+            return _plain_chat(self, messages)
+        rows = [dict(message) for message in messages]
+        return list(self._inner.apply_chat_template(rows, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt that is plain text: the start token where the tokenizer has one, then the text."""
+    return ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
+
+
+def response_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a complete response: the text, then the end token. For supervised training."""
+    return [*tokenizer.encode(text), tokenizer.eos_token_id]
+
+
+def _plain_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    return prompt_ids(tokenizer, "\n\n".join(message["content"] for message in messages))
+
+
+def _end_token(token_id: int | None, path: Path) -> int:
+    if token_id is None:
+        raise Refusal(
+            f"tokenizer {path}",
+            "has no end token, so no response could ever stop",
+            "set eos_token in its tokenizer_config.json, or train it with an end piece",
+        )
+    return int(token_id)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
