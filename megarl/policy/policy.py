@@ -31,6 +31,7 @@ from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_s
 from megarl.policy.batch import MicroBatch, lay_out
 from megarl.policy.forward import ForwardArguments
 from megarl.policy.model import build_model, optimizer_config, transformer_config, wrap_data_parallel
+from megarl.policy.residence import Residence
 from megarl.policy.weight_sets import WeightSets
 from megarl.records import Sequence
 
@@ -64,6 +65,7 @@ class Policy:
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(config, self.optimizer, step_budget)
         self.weight_sets = WeightSets(self.model)
+        self.residence = Residence(self.chunk, self.optimizer)
         self.forward_arguments = ForwardArguments(self.megatron_config, shape, self.model)
         self.skipped_in_a_row = 0
 
@@ -89,6 +91,7 @@ class Policy:
 
         `sequences` are those of this data-parallel rank. None on all but the last pipeline stage.
         """
+        self.residence.require_ready("compute log-probs")
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
 
         def consume(batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor) -> Any:
@@ -107,6 +110,7 @@ class Policy:
 
         A NaN or infinite loss or gradient norm skips the update; `skipped_in_a_row` counts them.
         """
+        self.residence.require_ready("update the policy")
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.model.train()

@@ -25,7 +25,7 @@ _DEFAULTS = {
 
 
 def prepare() -> None:
-    """Set vLLM's environment variables; call before anything imports vLLM. Idempotent."""
+    """Set vLLM's environment variables, before anything imports vLLM. Idempotent."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # The external launcher runs the engine's core in this process, and vLLM asserts this variable.
@@ -79,3 +79,11 @@ def own_randomness(seed: int | None) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def preload() -> None:
+    """Import vLLM quietly, with its environment set; a parent that forks workers does this once for all."""
+    prepare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import vllm.v1.engine.llm_engine  # noqa: F401

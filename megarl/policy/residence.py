@@ -1,0 +1,64 @@
+"""Where the policy's memory is: on the device while it trains, in host memory while the engine generates.
+
+On the CPU there is one memory, and nothing moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megarl.errors import PhaseError
+from megarl.parallel.cpu_platform import has_cuda
+
+
+class Residence:
+    """Moves a policy's optimizer state, gradients and weights out of and back into device memory."""
+
+    def __init__(self, chunk: Any, optimizer: Any) -> None:
+        self._chunk, self._optimizer = chunk, optimizer
+        self._host_weights: list[torch.Tensor] | None = None
+        self._optimizer_away = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that training needs is on the device."""
+        return not self._optimizer_away and self._host_weights is None
+
+    def require_ready(self, action: str) -> None:
+        """Raise `PhaseError` naming `action` where a part of the policy is away."""
+        if not self.ready:
+            raise PhaseError(f"cannot {action} while the policy's memory is given to the engine: the phase is generate")
+
+    def offload_optimizer(self) -> None:
+        """Move optimizer state away and free the gradient buffers; the weights stay, as a push reads them."""
+        self._optimizer_away = True
+        if has_cuda():
+            self._optimizer.offload_to_cpu()
+            self._chunk.offload_grad_buffers(synchronize=True, empty_cache=True)
+
+    def offload_weights(self) -> None:
+        """Move the weights away as well."""
+        if not has_cuda():
+            self._host_weights = []
+            return
+        self._host_weights = [buffer.param_data.to("cpu", copy=True) for buffer in self._buffers()]
+        for buffer in self._buffers():
+            buffer.param_data.untyped_storage().resize_(0)
+        torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        """Bring everything back."""
+        if has_cuda() and self._host_weights is not None:
+            for buffer, kept in zip(self._buffers(), self._host_weights, strict=True):
+                buffer.param_data.untyped_storage().resize_(kept.untyped_storage().size())
+                buffer.param_data.copy_(kept)
+        self._host_weights = None
+        if has_cuda() and self._optimizer_away:
+            self._chunk.restore_grad_buffers()
+            self._optimizer.restore_from_cpu()
+        self._optimizer_away = False
+
+    def _buffers(self) -> list[Any]:
+        return [*self._chunk.buffers, *self._chunk.expert_parallel_buffers]

@@ -1,0 +1,141 @@
+"""The training loop: one function, the same on every rank, for every algorithm.
+
+    generate → score → select groups → advantages → log-probs → update → push weights → evaluate, save
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.errors import TrainingStopped
+from megarl.train import supervised
+from megarl.train.evaluation import evaluate
+from megarl.train.measure import StepRecord
+from megarl.train.rollouts import Rollouts, make_rollouts
+from megarl.train.route import assign, deliver
+from megarl.train.saving import save_checkpoint, save_rollouts
+from megarl.train.session import REFERENCE, Session
+from megarl.algorithms.base import BatchTotals
+from megarl.records import Sequence
+
+
+def run_steps(session: Session) -> None:
+    """Train from the session's progress to the configured number of steps."""
+    config, progress = session.config, session.progress
+    if config.evaluation.start and progress.step == 0:
+        progress.accuracy_before = evaluate_now(session)["accuracy"]
+    while progress.step < config.steps:
+        run_step(session, progress.step + 1)
+        if _due(config.evaluation.every, progress.step) and progress.step < config.steps:
+            evaluate_now(session)
+        if _due(config.checkpoint.every, progress.step):
+            save_checkpoint(session)
+
+
+def run_step(session: Session, step: int) -> dict[str, Any]:
+    """One step; returns the metrics that it recorded."""
+    record = StepRecord(session, step)
+    if session.algorithm.needs.rollouts:
+        wake_engine(session)
+        rollouts = make_rollouts(session, step)
+        sleep_engine(session)
+        save_rollouts(session, step, rollouts)
+        record.rollouts(rollouts)
+        batches, totals = trainable(session, rollouts)
+    else:
+        batches, totals = supervised.batches(session)
+    add_log_probs(session, batches)
+    for batch, total in zip(batches, totals, strict=True):
+        with session.clock.phase("update"):
+            result = session.policy.update(batch, session.algorithm, total)
+        record.update(result)
+        _stop_if_stuck(session)
+    session.progress.step = step
+    session.progress.cursor = session.stream.state()
+    return record.write()
+
+
+def trainable(session: Session, rollouts: Rollouts) -> tuple[list[list[Sequence]], list[BatchTotals]]:
+    """Advantages of the kept groups, and this rank's sequences of each mini-batch with the whole batch's counts."""
+    config, algorithm = session.config, session.algorithm
+    with session.clock.phase("advantages"):
+        advantages: dict[int, float] = {}
+        for group in rollouts.kept:
+            outcome = rollouts.outcome(group)
+            shaped = type(outcome)(algorithm.shape_rewards(outcome), outcome.lengths, outcome.finished)
+            for k, value in enumerate(algorithm.advantages(shaped)):
+                advantages[group * rollouts.group_size + k] = value
+        assignments = assign(rollouts, config.batch.updates, session.grid.data)
+        batches = deliver(rollouts, assignments, advantages, config, session.world)
+        totals = [
+            BatchTotals(
+                tokens=float(sum(rollouts.scores[r].length for part in assignment for r in part)),
+                sequences=float(sum(len(part) for part in assignment)),
+            )
+            for assignment in assignments
+        ]
+    return batches, totals
+
+
+def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:
+    """Old and reference log-probs, where the algorithm needs them.
+
+    With one update per step the old log-probs are those of the update's own forward pass, so that no pass of
+    their own is spent on them.
+    """
+    needs = session.algorithm.needs
+    sequences = [sequence for batch in batches for sequence in batch]
+    if needs.old_log_probs and len(batches) > 1:
+        with session.clock.phase("old_log_probs"):
+            for sequence, values in zip(sequences, session.policy.log_probs(sequences) or [], strict=False):
+                sequence.old_log_probs = values
+    if needs.reference_log_probs and sequences:
+        with session.clock.phase("reference_log_probs"):
+            found = session.policy.log_probs(sequences, weights=REFERENCE) or []
+            for sequence, values in zip(sequences, found, strict=False):
+                sequence.reference_log_probs = values
+
+
+def wake_engine(session: Session) -> None:
+    """Memory goes to the engine, and the policy's current weights with it."""
+    if session.engine is None or session.push is None:
+        return
+    with session.clock.phase("push"):
+        session.policy.residence.offload_optimizer()
+        session.engine.wake_weights()
+        session.push.run()
+        session.policy.residence.offload_weights()
+        session.engine.wake_cache()
+
+
+def sleep_engine(session: Session) -> None:
+    """Memory goes back to the policy."""
+    if session.engine is None:
+        return
+    with session.clock.phase("push"):
+        session.engine.sleep()
+        session.policy.residence.onload()
+
+
+def evaluate_now(session: Session) -> dict[str, Any]:
+    """Evaluate the current weights and record the result."""
+    wake_engine(session)
+    with session.clock.phase("evaluate"):
+        result = evaluate(session)
+    sleep_engine(session)
+    session.recorder.metrics({"step": session.progress.step, **result, "seconds": session.clock.take()})
+    return result
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _stop_if_stuck(session: Session) -> None:
+    limit = session.config.optimizer.max_skipped
+    if session.policy.skipped_in_a_row >= limit:
+        raise TrainingStopped(
+            f"{limit} updates in a row had a NaN or infinite loss or gradient, so the run stops before step "
+            f"{session.progress.step + 1} is recorded. Fix: lower optimizer.lr, check the data and rewards, and "
+            "continue from the last checkpoint with resume=auto; optimizer.max_skipped sets the limit."
+        )

@@ -1,0 +1,105 @@
+"""The numbers of one step, collected while it runs and written as one line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from typing import Any
+
+import torch
+
+from megarl.parallel.cpu_platform import has_cuda
+from megarl.parallel.exchange import gather_all
+from megarl.policy.policy import UpdateResult
+from megarl.train.rollouts import Rollouts
+from megarl.train.session import Session
+
+
+class StepRecord:
+    """Collects a step's numbers; `write` completes and records them. All ranks call it alike."""
+
+    def __init__(self, session: Session, step: int) -> None:
+        self._session, self._step = session, step
+        self._rollouts: Rollouts | None = None
+        self._results: list[UpdateResult] = []
+
+    def rollouts(self, rollouts: Rollouts) -> None:
+        """Take the step's groups."""
+        self._rollouts = rollouts
+        for name, amount in rollouts.counters.items():
+            self._session.progress.count(name, amount)
+
+    def update(self, result: UpdateResult) -> None:
+        """Take one optimizer update's result."""
+        self._results.append(result)
+        if result.skipped:
+            self._session.progress.skipped_updates += 1
+
+    def write(self) -> dict[str, Any]:
+        """Complete the numbers, record them, and return them."""
+        session = self._session
+        values: dict[str, Any] = {"step": self._step, "algorithm": session.config.algorithm.name}
+        values |= _of_updates(self._results)
+        values |= _of_rollouts(self._rollouts)
+        # Every rank waits for the slowest in each phase; rank 0's clock shows it.
+        values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
+        values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
+        values["skipped_updates"] = session.progress.skipped_updates
+        values["counters"] = dict(self._rollouts.counters) if self._rollouts else {}
+        session.progress.skipped_in_a_row = session.policy.skipped_in_a_row
+        session.recorder.metrics(values)
+        if self._rollouts is not None:
+            shown = self._rollouts.shown
+            by_index = {p.index: p for p in self._rollouts.prompts}
+            session.recorder.samples(self._step, [by_index[s.prompt_index] for s in shown], shown)
+        if self._step % session.config.logging.plot_every == 0:
+            session.recorder.curves()
+        return values
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: of its GPU where it has one, else resident memory."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
+    """Means over the step's updates; None where there was none."""
+    if not results:
+        return dict.fromkeys(("loss", "grad_norm", "lr", "entropy", "clip_share")) | {"tokens": 0, "padding_share": 0.0}
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    names = results[0].token_means.keys()
+    computed = sum(r.computed_tokens for r in results)
+    real = sum(r.real_tokens for r in results)
+    values: dict[str, Any] = {
+        "loss": mean([r.loss for r in results]),
+        "grad_norm": mean([r.grad_norm for r in results]),
+        "lr": results[-1].lr,
+    }
+    values |= {name: mean([r.token_means[name] for r in results]) for name in names}
+    values |= {
+        "logprob_gap_max": max(r.gap_max for r in results),
+        "tokens": real,
+        "padding_share": 1 - real / computed,
+    }
+    return values
+
+
+def _of_rollouts(rollouts: Rollouts | None) -> dict[str, Any]:
+    if rollouts is None:
+        return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean"))
+    scores = list(rollouts.scores.values())
+    rewards = [s.reward for s in scores]
+    return {
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "response_length_mean": statistics.fmean(s.length for s in scores),
+        "truncated_share": statistics.fmean(not s.finished for s in scores),
+        "generated_tokens": sum(s.length for s in scores),
+        "groups": len(rollouts.prompts),
+        "groups_trained": len(rollouts.kept),
+    }

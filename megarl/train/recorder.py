@@ -1,0 +1,123 @@
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, TensorBoard, summary.json, curves.png; and the terminal.
+
+Only rank 0 writes; on other ranks every method does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megarl.config.load import dump_config
+from megarl.config.schema import RunConfig
+from megarl.records import Prompt, Sample
+from megarl.train.curves import draw_curves
+from megarl.train.display import Display
+
+
+class Recorder:
+    """Writes the files of one run directory."""
+
+    def __init__(self, config: RunConfig, writes: bool, *, show: bool) -> None:
+        self.config = config
+        self.directory = Path(config.runs_dir) / config.name
+        self._writes = writes
+        self.display = Display(config.name, config.steps, enabled=show)
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+
+    def open(self, first_step: int) -> None:
+        """Start recording at `first_step`; lines of later steps, left by an interrupted run, are removed."""
+        if not self._writes:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "config.yaml").write_text(dump_config(self.config))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep_lines_before(self.directory / name, first_step)
+        if self.config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Steps from `first_step` on are written again, so TensorBoard must forget the interrupted ones.
+            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step)
+        if self.config.logging.wandb is not None:
+            import wandb
+
+            self._wandb = wandb.init(project=self.config.logging.wandb, name=self.config.name, resume="allow")
+
+    def status(self, text: str) -> None:
+        """Say on the terminal what is being done."""
+        self.display.status(text)
+
+    def phase(self, name: str) -> None:
+        """Say on the terminal which phase the step is in."""
+        self.display.phase(name)
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Append one step's (or evaluation's) line."""
+        if not self._writes:
+            return
+        with open(self.directory / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+        flat = {f"{k}/{n}": v for k, d in values.items() if isinstance(d, dict) for n, v in d.items()}
+        flat |= {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        if self._tensorboard is not None:
+            for name, value in flat.items():
+                self._tensorboard.add_scalar(name, value, values["step"])
+        if self._wandb is not None:
+            self._wandb.log(flat, step=values["step"])
+        self.display.step(values)
+
+    def samples(self, step: int, prompts: list[Prompt], samples: list[Sample]) -> None:
+        """Append samples with their prompts; `prompts[i]` belongs to `samples[i]`."""
+        if not self._writes or not samples:
+            return
+        with open(self.directory / "samples.jsonl", "a") as file:
+            for prompt, sample in zip(prompts, samples, strict=True):
+                line = {
+                    "step": step,
+                    "prompt_index": sample.prompt_index,
+                    "sample_index": sample.sample_index,
+                    "prompt": prompt.text,
+                    "answer": prompt.answer,
+                    "response": sample.text,
+                    "reward": sample.reward,
+                    "finish_reason": sample.finish_reason,
+                }
+                file.write(json.dumps(line) + "\n")
+
+    def curves(self) -> None:
+        """Redraw curves.png from metrics.jsonl."""
+        if self._writes:
+            draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.config.name)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Write summary.json."""
+        if self._writes:
+            partial = self.directory / "summary.json.partial"
+            partial.write_text(json.dumps(values, indent=2) + "\n")
+            partial.replace(self.directory / "summary.json")
+
+    def close(self) -> None:
+        """Flush and end the display."""
+        self.display.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _keep_lines_before(file: Path, first_step: int) -> None:
+    """Drop the lines of steps ≥ `first_step` (those after the checkpoint a run continues from), and a torn last line."""
+    if not file.is_file():
+        return
+    kept: list[str] = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    fresh = file.with_name(file.name + ".partial")
+    fresh.write_text("".join(kept))
+    fresh.replace(file)

@@ -1,0 +1,64 @@
+"""Rollouts on disk: saved per step, read back in place of generating.
+
+`rollouts/step_000012.rank_0003.jsonl` holds one sample per line. A step can be made of one such file or
+of several, as many as there were engine replicas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarl.errors import Refusal
+from megarl.parallel.bootstrap import World
+from megarl.records import Prompt, Sample
+from megarl.rollout.engine import Request
+
+
+def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Sample]) -> Path:
+    """Write this rank's samples of one step; the file appears whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"step_{step:06d}.rank_{rank:04d}.jsonl"
+    fresh = file.with_suffix(".partial")
+    fresh.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
+    fresh.replace(file)
+    return file
+
+
+def read_samples(
+    source: str, step: int, prompts: Sequence[Prompt], requests: Sequence[Request], world: World, group_size: int
+) -> dict[int, Sample]:
+    """This rank's part of the saved samples that answer `requests`, by request index.
+
+    `source` is a file, whose samples serve any step, or a rollouts/ folder, of which `step`'s files are
+    read. Ranks share the samples round robin. Raises `Refusal` where there is nothing to read.
+    """
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.glob(f"step_{step:06d}.rank_*.jsonl"))
+    if not files:
+        raise Refusal(f"rollout.replay={source}", f"holds no samples of step {step}", "give a rollouts/ folder that has it, or one of its files")
+    saved: dict[tuple[int, int], Sample] = {}
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            sample = _sample(line, file, number)
+            saved[sample.prompt_index, sample.sample_index] = sample
+    found: dict[int, Sample] = {}
+    for request in requests:
+        if request.index % world.size != world.rank:
+            continue
+        key = (prompts[request.index // group_size].index, request.index % group_size)
+        if key in saved:
+            found[request.index] = saved[key]
+    return found
+
+
+def _sample(line: str, file: Path, number: int) -> Sample:
+    try:
+        fields = json.loads(line)
+        for name in ("token_ids", "rollout_log_probs"):
+            fields[name] = tuple(fields[name])
+        return Sample(**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{file} line {number}", f"must be a saved sample ({error})", "save the rollouts again") from None

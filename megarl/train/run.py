@@ -1,0 +1,118 @@
+"""What the commands run on every rank: train, evaluate, generate.
+
+Importing this module imports Megatron and vLLM, so that workers forked afterwards start at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megarl.config.schema import RunConfig
+from megarl.parallel import bootstrap
+from megarl.parallel.exchange import gather_all
+from megarl.parallel.groups import form_grid
+from megarl.rollout import environment
+from megarl.train.loop import evaluate_now, run_steps, sleep_engine, wake_engine
+from megarl.train.measure import peak_memory_bytes
+from megarl.train.rollouts import make_rollouts
+from megarl.train.saving import resume, save_checkpoint, save_rollouts
+from megarl.train.session import Session, build, run_directory
+from megarl.weights.export import export_hf
+
+environment.preload()
+
+
+@contextmanager
+def session_of(config: RunConfig, *, evaluate_only: bool = False) -> Iterator[Session]:
+    """Join the world, build this rank's session, and take both down in the end."""
+    world = bootstrap.join()
+    grid = form_grid(config.parallel, config.seed)
+    session = build(config, world, grid, evaluate_only=evaluate_only)
+    try:
+        yield session
+    finally:
+        session.close()
+        bootstrap.leave()
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run the whole configuration and return what summary.json holds."""
+    started = time.time()
+    with session_of(config) as session:
+        resumed = resume(session)
+        session.recorder.open(session.progress.step + 1)
+        session.recorder.status(_start_line(session, resumed))
+        first = session.progress.step
+        run_steps(session)
+        accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
+        saves = config.checkpoint
+        if saves.end and not (saves.every and session.progress.step % saves.every == 0) and session.progress.step > first:
+            save_checkpoint(session)
+        if saves.export_hf:
+            export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
+        memory = gather_all(peak_memory_bytes())
+        summary = {
+            "name": config.name,
+            "algorithm": config.algorithm.name,
+            "steps": session.progress.step,
+            "processes": session.world.size,
+            "accuracy_before": session.progress.accuracy_before,
+            "accuracy_after": accuracy,
+            "evaluation_problems": len(session.evaluation_data.prompts) if session.evaluation_data else 0,
+            "seconds": round(time.time() - started, 2),
+            "peak_memory_bytes_per_process": memory,
+            "skipped_updates": session.progress.skipped_updates,
+            "data": session.data.counters,
+            "counters": session.progress.counters,
+        }
+        session.recorder.curves()
+        session.recorder.summary(summary)
+        return summary
+
+
+def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str, Any]:
+    """Run the evaluation alone, on `checkpoint_path` or the weights that the configuration names."""
+    if checkpoint_path is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"weights": checkpoint_path})})
+    with session_of(config, evaluate_only=True) as session:
+        wake_engine(session)
+        from megarl.train.evaluation import evaluate as run_evaluation
+
+        result = run_evaluation(session)
+        sleep_engine(session)
+        return {"name": config.name, "checkpoint": checkpoint_path, **result}
+
+
+def generate(config: RunConfig) -> dict[str, Any]:
+    """Make and save the rollouts of every step, without training."""
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save": True})})
+    with session_of(config) as session:
+        session.recorder.open(1)
+        rewards: list[float] = []
+        for step in range(1, config.steps + 1):
+            wake_engine(session)
+            rollouts = make_rollouts(session, step)
+            sleep_engine(session)
+            save_rollouts(session, step, rollouts)
+            rewards += [s.reward for s in rollouts.scores.values()]
+            session.recorder.status(f"step {step}: {len(rollouts.scores)} samples")
+        return {
+            "name": config.name,
+            "rollouts": str(run_directory(config) / "rollouts"),
+            "samples": len(rewards),
+            "reward_mean": sum(rewards) / len(rewards) if rewards else None,
+        }
+
+
+def _start_line(session: Session, resumed: bool) -> str:
+    grid, config = session.grid, session.config
+    layout = f"TP {grid.tensor} x PP {grid.pipeline} x DP {grid.data}"
+    engines = f", {session.world.size // config.rollout.tensor} engine(s) of TP {config.rollout.tensor}" if session.engine else ""
+    begin = f"continuing after step {session.progress.step}" if resumed else "starting"
+    return f"{config.name}: {config.algorithm.name}, {session.world.size} process(es), {layout}{engines}; {begin}"
+
+

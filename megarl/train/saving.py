@@ -1,0 +1,53 @@
+"""Saves and restores a session: checkpoints with the loop's progress, and rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megarl.errors import Refusal
+from megarl.parallel.exchange import from_first
+from megarl.policy import checkpoint
+from megarl.train import replay
+from megarl.train.rollouts import Rollouts
+from megarl.train.session import Progress, Session, run_directory
+
+
+def save_checkpoint(session: Session) -> None:
+    """Save weights, optimizer and progress under runs/<name>/checkpoints. Collective."""
+    settings = session.config.checkpoint
+    with session.clock.phase("save"):
+        checkpoint.save(
+            session.policy,
+            run_directory(session.config) / "checkpoints",
+            session.progress.step,
+            dataclasses.asdict(session.progress),
+            optimizer=settings.optimizer,
+            keep=settings.keep,
+        )
+
+
+def resume(session: Session) -> bool:
+    """Continue from the run's latest checkpoint where `resume` asks for it; whether there was one. Collective."""
+    config = session.config
+    if config.resume == "never":
+        return False
+    root = run_directory(config) / "checkpoints"
+    # One rank looks, so that all do the same.
+    directory = from_first(checkpoint.find(root))
+    if directory is None:
+        if config.resume == "must":
+            raise Refusal("resume=must", f"needs a complete checkpoint in {root}", "use resume=auto to start from the beginning")
+        return False
+    saved = checkpoint.load(session.policy, directory, optimizer=True)
+    names = {f.name for f in dataclasses.fields(Progress)}
+    session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
+    session.policy.skipped_in_a_row = session.progress.skipped_in_a_row
+    session.stream.restore(session.progress.cursor)
+    return True
+
+
+def save_rollouts(session: Session, step: int, rollouts: Rollouts) -> None:
+    """Write the samples this rank holds, where `rollout.save` asks for it."""
+    if session.config.rollout.save and rollouts.mine:
+        samples = [rollouts.mine[i] for i in sorted(rollouts.mine)]
+        replay.save_samples(run_directory(session.config) / "rollouts", step, session.world.rank, samples)

@@ -1,0 +1,154 @@
+"""All parts of a run on this rank, built in the order in which they may fail: cheap first."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megarl import algorithms
+from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.schema import DataSettings, RunConfig
+from megarl.data.dataset import LoadedPrompts, load_prompts
+from megarl.data.sampler import PromptStream
+from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megarl.parallel.bootstrap import World
+from megarl.parallel.groups import Grid
+from megarl.policy import checkpoint
+from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
+from megarl.policy.policy import Policy
+from megarl.rewards.grader import Grader
+from megarl.rollout.engine import Engine
+from megarl.train.clock import Clock
+from megarl.train.recorder import Recorder
+from megarl.weights.push import Push
+
+#: Name of the weight set that holds the policy as it was when the run began.
+REFERENCE = "reference"
+
+
+@dataclass
+class Progress:
+    """Where the run is; saved with every checkpoint. `step` counts finished steps."""
+
+    step: int = 0
+    cursor: int = 0
+    accuracy_before: float | None = None
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter of the run."""
+        if amount:
+            self.counters[name] = self.counters.get(name, 0) + amount
+
+
+@dataclass
+class Session:
+    """One rank's view of a run. `engine`, `push` and `grader` are None where the run never generates."""
+
+    config: RunConfig
+    shape: ModelShape
+    world: World
+    grid: Grid
+    tokenizer: Tokenizer
+    data: LoadedPrompts
+    evaluation_data: LoadedPrompts | None
+    stream: PromptStream
+    algorithm: Algorithm
+    policy: Policy
+    engine: Engine | None
+    push: Push | None
+    grader: Grader | None
+    recorder: Recorder
+    clock: Clock
+    progress: Progress
+
+    def close(self) -> None:
+        """End the grading processes and flush what is recorded."""
+        if self.grader is not None:
+            self.grader.close()
+        self.recorder.close()
+
+
+def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = False) -> Session:
+    """Build the session of this rank. Collective. Raises `Refusal` for data or checkpoints that cannot be used."""
+    _seed_everything(config.seed)
+    shape = read_model_shape(config.model.path)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    check_vocabulary(tokenizer, shape.vocab_size)
+    algorithm = algorithms.build(
+        config.algorithm, AlgorithmContext(max_tokens=config.rollout.max_tokens, group_size=config.rollout.group_size)
+    )
+    rollouts = algorithm.needs.rollouts
+    data = load_prompts(config.data, tokenizer, need_solution=not rollouts and not evaluate_only)
+    settings = config.evaluation
+    evaluates = evaluate_only or bool(settings.every) or settings.start or settings.end
+    evaluation_data = load_prompts(evaluation_source(config), tokenizer) if evaluates else None
+    recorder = Recorder(config, world.is_first, show=world.is_first)
+    generates = evaluates or (rollouts and config.rollout.replay is None)
+    engine = None
+    if generates:
+        recorder.status("building the inference engine")
+        eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
+        engine = Engine(config, shape, eos_token_ids=eos, rank=world.rank, world_size=world.size)
+        engine.sleep()
+    grader = Grader(config.reward) if engine is not None and engine.speaks else None
+    recorder.status("building the policy")
+    policy = Policy(config, shape, world, grid, step_budget=config.steps * config.batch.updates)
+    _load_weights(policy, config)
+    if algorithm.needs.reference_log_probs:
+        policy.weight_sets.keep(REFERENCE)
+    return Session(
+        config=config,
+        shape=shape,
+        world=world,
+        grid=grid,
+        tokenizer=tokenizer,
+        data=data,
+        evaluation_data=evaluation_data,
+        stream=PromptStream(len(data.prompts), config.seed, config.data.shuffle),
+        algorithm=algorithm,
+        policy=policy,
+        engine=engine,
+        push=Push(policy, engine) if engine is not None else None,
+        grader=grader,
+        recorder=recorder,
+        clock=Clock(recorder.phase),
+        progress=Progress(),
+    )
+
+
+def evaluation_source(config: RunConfig) -> DataSettings:
+    """The data settings of the evaluation: those of training with its own file, in file order."""
+    settings = config.evaluation
+    changes = {"max_rows": settings.rows, "shuffle": False}
+    if settings.path is not None:
+        changes |= {"path": settings.path, "split": settings.split}
+    return config.data.model_copy(update=changes)
+
+
+def run_directory(config: RunConfig) -> Path:
+    """`runs/<name>`."""
+    return Path(config.runs_dir) / config.name
+
+
+def _load_weights(policy: Policy, config: RunConfig) -> None:
+    if config.model.weights is not None:
+        checkpoint.load(policy, checkpoint.require(config.model.weights, "model.weights"), optimizer=False)
+    elif config.model.random_init:
+        draw_random_weights(policy, config.seed)
+    else:
+        load_hf_weights(policy, config.model.path)
+
+
+def _seed_everything(seed: int) -> None:
+    # Nothing in megarl draws from these; libraries might.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
