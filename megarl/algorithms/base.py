@@ -122,8 +122,8 @@ class LossTerms:
     loss: Tensor
     """Scalar; the sum over all micro-batches and ranks is the mini-batch's loss, nothing is left to divide."""
     token_sums: dict[str, Tensor]
-    """Scalars (float64) without gradient, sums over this shard's counted tokens; the loop adds them up over micro-batches and
-    ranks, divides by `BatchTotals.tokens` and logs them under these names."""
+    """Scalars (float64) without gradient, sums over this shard's counted tokens; the loop adds them up over all
+    micro-batches and ranks, divides by `BatchTotals.tokens` and logs them under these names."""
 
 
 class Algorithm(ABC):

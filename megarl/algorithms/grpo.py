@@ -103,9 +103,7 @@ class Grpo(Algorithm):
 
         log_ratio_T = log_probs_T - old_T
         ratio_T = self._ratio(log_ratio_T, inputs)
-        objective = clipped_objective(
-            ratio_T, advantages_T, settings.clip_low, settings.clip_high, settings.dual_clip
-        )
+        objective = clipped_objective(ratio_T, advantages_T, settings.clip_low, settings.clip_high, settings.dual_clip)
         losses_T = -objective.values_T
         clamp = settings.log_ratio_clamp
         logged_T = {

@@ -15,5 +15,5 @@ def zero_masked(counted_T: Tensor, values_T: Tensor) -> Tensor:
 
 
 def sum_counted(counted_T: Tensor, values_T: Tensor) -> Tensor:
-    """Sum of `values_T` (float or bool, [T]) over the counted tokens; a float64 scalar without gradient, for metrics."""
+    """Sum of `values_T` (float or bool, [T]) over the counted tokens, for metrics: float64, no gradient."""
     return torch.where(counted_T, values_T.detach(), 0).sum(dtype=torch.float64)

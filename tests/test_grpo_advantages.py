@@ -1,0 +1,134 @@
+"""GRPO before the loss: shaped rewards, dropped groups, advantages, what it asks of the loop."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.grpo import Grpo
+from megarl.config.algorithms import GrpoSettings
+from megarl.errors import Refusal
+
+CONTEXT = AlgorithmContext(max_tokens=100, group_size=8)
+
+
+def grpo(**settings) -> Grpo:
+    return Grpo(GrpoSettings(**settings), CONTEXT)
+
+
+def outcome(rewards, lengths=None) -> GroupOutcome:
+    lengths = (10,) * len(rewards) if lengths is None else lengths
+    return GroupOutcome(tuple(rewards), tuple(lengths), (True,) * len(rewards))
+
+
+OPTIONS = [
+    {"normalize_std": normalize, "std_estimator": estimator, "std_epsilon": epsilon}
+    for normalize in (True, False)
+    for estimator in ("population", "sample")
+    for epsilon in (0.0, 1e-6, 0.5)
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@given(rewards=st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.7, 1.0, 3.0]), min_size=2, max_size=16))
+def test_against_numpy(options, rewards):
+    found = grpo(**options).advantages(outcome(rewards))
+    expected = np.array(rewards) - np.mean(rewards)
+    if len(set(rewards)) == 1:
+        assert found == (0.0,) * len(rewards)
+        return
+    if options["normalize_std"]:
+        ddof = 1 if options["std_estimator"] == "sample" else 0
+        expected = expected / (np.std(rewards, ddof=ddof) + options["std_epsilon"])
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_worked_values():
+    one_of_four = outcome([1.0, 0.0, 0.0, 0.0])
+    root3 = math.sqrt(3.0)
+    assert grpo(std_epsilon=0.0).advantages(one_of_four) == pytest.approx([root3, *[-1 / root3] * 3], rel=1e-14)
+    assert grpo(std_epsilon=0.0, std_estimator="sample").advantages(one_of_four) == pytest.approx([1.5, *[-0.5] * 3])
+    assert grpo(normalize_std=False).advantages(one_of_four) == (0.75, -0.25, -0.25, -0.25)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reward", [0.7, 0.1, 0.0, -1 / 3, 1e-300, 1e300])
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 64])
+def test_equal_rewards_give_exactly_zero(options, reward, size):
+    """Seven rewards of 0.7 have a rounded mean beside 0.7; normalised, the digit would become a real advantage."""
+    assert grpo(**options).advantages(outcome([reward] * size)) == (0.0,) * size
+
+
+def test_tiny_differences_survive_without_epsilon():
+    """The squares of these deviations are 0 in float64."""
+    assert grpo(std_epsilon=0.0).advantages(outcome([0.0, 1e-200])) == pytest.approx([-1.0, 1.0])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_group_of_one(options):
+    assert grpo(**options).advantages(outcome([0.6])) == (0.0,)
+    assert grpo(**options, singleton_advantage="reward").advantages(outcome([0.6])) == (0.6,)
+
+
+def test_singleton_setting_leaves_larger_groups_alone():
+    pair = outcome([1.0, 0.0])
+    assert grpo(singleton_advantage="reward").advantages(pair) == grpo().advantages(pair)
+
+
+# max_tokens 100, buffer 20: free up to 80, then linear to the full penalty at 100 and beyond
+@pytest.mark.parametrize(
+    ("length", "penalty"),
+    [(1, 0.0), (79, 0.0), (80, 0.0), (81, 0.05), (90, 0.5), (99, 0.95), (100, 1.0), (101, 1.0), (500, 1.0)],
+)
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0])
+def test_overlong_penalty(length, penalty, factor):
+    shaped = grpo(overlong_buffer=20, overlong_penalty=factor).shape_rewards(outcome([1.0, 0.0], [length, 10]))
+    assert shaped == pytest.approx([1.0 - factor * penalty, 0.0], abs=1e-15)
+
+
+def test_overlong_buffer_may_span_all_tokens_and_is_off_by_default():
+    group = outcome([1.0, 1.0], [1, 100])
+    assert grpo(overlong_buffer=100).shape_rewards(group) == pytest.approx([0.99, 0.0])
+    assert grpo().shape_rewards(group) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kept"), [([1.0] * 8, False), ([0.0] * 8, False), ([0.7] * 7, False), ([0.0] * 7 + [1.0], True)]
+)
+def test_dynamic_sampling_drops_groups_of_equal_rewards(rewards, kept):
+    assert grpo(dynamic_sampling=True).keep(outcome(rewards)) is kept
+    assert grpo().keep(outcome(rewards)) is True
+
+
+def test_needs():
+    assert grpo().needs == Needs(
+        rollouts=True, old_log_probs=True, reference_log_probs=False, entropy_gradient=False, max_generation_batches=1
+    )
+    assert grpo(kl_coefficient=0.01).needs.reference_log_probs
+    assert grpo(entropy_coefficient=-0.01).needs.entropy_gradient
+    assert grpo(dynamic_sampling=True, max_generation_batches=4).needs.max_generation_batches == 4
+    assert grpo(max_generation_batches=4).needs.max_generation_batches == 1
+
+
+def test_refused_settings():
+    with pytest.raises(Refusal, match=r"algorithm.overlong_buffer=101: must not exceed rollout.max_tokens"):
+        grpo(overlong_buffer=101)
+    with pytest.raises(Refusal, match=r"dynamic_sampling=true: would drop every group.*group_size is 1"):
+        Grpo(GrpoSettings(dynamic_sampling=True), AlgorithmContext(max_tokens=100, group_size=1))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "lengths", "finished", "message"),
+    [
+        ((), (), (), "at least 1"),
+        ((1.0,), (3, 4), (True,), "1 rewards, 2 lengths, 1 ends"),
+        ((1.0, math.nan), (3, 4), (True, True), "reward nan of sample 1: must be finite"),
+        ((math.inf,), (3,), (True,), "reward inf of sample 0: must be finite"),
+    ],
+)
+def test_refused_outcomes(rewards, lengths, finished, message):
+    with pytest.raises(Refusal, match=message):
+        GroupOutcome(rewards, lengths, finished)

@@ -1,0 +1,134 @@
+"""Supervised fine-tuning's loss, and the table of algorithms."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megarl.algorithms import ALGORITHMS, algorithm_class, build
+from megarl.algorithms.base import AlgorithmContext, BatchTotals, GroupOutcome, LossInputs, Needs
+from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.sft import Sft
+from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings, GrpoSettings, SftSettings
+from megarl.errors import Refusal
+
+CONTEXT = AlgorithmContext(max_tokens=64)
+
+
+def make_inputs(log_probs, mask, sequence, totals) -> LossInputs:
+    counts = [sum(m for m, s in zip(mask, sequence, strict=True) if s == i) for i in range(max(sequence) + 1)]
+    return LossInputs(
+        log_probs_T=torch.tensor(log_probs, dtype=torch.float64, requires_grad=True),
+        entropy_T=torch.arange(len(mask), dtype=torch.float64),
+        mask_T=torch.tensor(mask, dtype=torch.float64),
+        sequence_T=torch.tensor(sequence),
+        num_sequences=len(counts),
+        lengths_S=torch.tensor(counts, dtype=torch.float64),
+        totals=totals,
+    )
+
+
+def test_mean_negative_log_likelihood_per_counted_token():
+    inputs = make_inputs([-1.0, -2.0, math.nan, -4.0], [1.0, 1.0, 0.0, 1.0], [0, 0, 1, 1], BatchTotals(10.0, 4.0))
+    terms = Sft(SftSettings(), CONTEXT).loss(inputs)
+    assert terms.loss.item() == pytest.approx(0.7)
+    assert torch.autograd.grad(terms.loss, inputs.log_probs_T)[0].tolist() == [-0.1, -0.1, 0.0, -0.1]
+    assert {name: value.item() for name, value in terms.token_sums.items()} == {"entropy": 0.0 + 1.0 + 3.0}
+
+
+@given(st.lists(st.floats(-9, 0), min_size=2, max_size=12), st.integers(1, 11))
+def test_shards_add_up(log_probs, cut):
+    cut = min(cut, len(log_probs) - 1)
+    totals = BatchTotals(float(len(log_probs)), 2.0)
+    parts = (log_probs[:cut], log_probs[cut:])
+    shards = [make_inputs(part, [1.0] * len(part), [0] * len(part), totals) for part in parts]
+    summed = sum(Sft(SftSettings(), CONTEXT).loss(shard).loss.item() for shard in shards)
+    assert summed == pytest.approx(-math.fsum(log_probs) / len(log_probs), rel=1e-12, abs=1e-15)
+
+
+def test_a_batch_without_counted_tokens_is_exactly_zero():
+    inputs = make_inputs([math.nan, -1.0], [0.0, 0.0], [0, 0], BatchTotals(0.0, 0.0))
+    loss = Sft(SftSettings(), CONTEXT).loss(inputs).loss
+    assert loss.item() == 0.0
+    assert torch.autograd.grad(loss, inputs.log_probs_T)[0].tolist() == [0.0, 0.0]
+
+
+def test_needs_no_rollouts():
+    assert Sft(SftSettings(), CONTEXT).needs == Needs(
+        rollouts=False, old_log_probs=False, reference_log_probs=False, entropy_gradient=False
+    )
+
+
+def test_defaults_before_the_loss_pass_rewards_through():
+    algorithm = Sft(SftSettings(), CONTEXT)
+    outcome = GroupOutcome((1.0, 0.5), (3, 4), (True, False))
+    assert algorithm.shape_rewards(outcome) == algorithm.advantages(outcome) == (1.0, 0.5)
+    assert algorithm.keep(outcome) is True
+
+
+def test_the_table_matches_the_settings_table():
+    assert {name: chosen.Settings for name, chosen in ALGORITHMS.items()} == ALGORITHM_SETTINGS
+
+
+def test_build_by_name():
+    algorithm = build(GrpoSettings(clip_high=0.28), CONTEXT)
+    assert isinstance(algorithm, Grpo)
+    assert algorithm.settings.clip_high == 0.28
+    assert isinstance(build(SftSettings(), CONTEXT), Sft)
+
+
+OWN_ALGORITHM = """
+from megarl.algorithms.base import Algorithm, LossTerms, Needs
+from megarl.config.algorithms import AlgorithmSettings
+
+class Reinforce(Algorithm):
+    class Settings(AlgorithmSettings):
+        scale: float = 2.0
+
+    def __init__(self, settings, context):
+        self.scale = settings.scale
+        self.needs = Needs(True, False, False, False)
+
+    def loss(self, inputs):
+        return LossTerms(-(self.scale * inputs.log_probs_T * inputs.advantages_T).sum(), {})
+
+class NoSettings(Algorithm):
+    pass
+
+unrelated = dict
+"""
+
+
+def test_build_by_import_path(tmp_path, monkeypatch):
+    (tmp_path / "own_algorithms.py").write_text(OWN_ALGORITHM)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "own_algorithms:Reinforce"
+    algorithm = build(algorithm_class(name).Settings.model_validate({"name": name, "scale": 3.0}), CONTEXT)
+    inputs = make_inputs([-1.0, -2.0], [1.0, 1.0], [0, 0], BatchTotals(2.0, 1.0))
+    inputs = replace(inputs, advantages_T=torch.tensor([1.0, -1.0], dtype=torch.float64))
+    assert algorithm.loss(inputs).loss.item() == -3.0
+    with pytest.raises(Refusal, match=r"needs settings of type Settings, got AlgorithmSettings"):
+        build(AlgorithmSettings(name=name), CONTEXT)
+    with pytest.raises(Refusal, match=r"must name a subclass"):
+        algorithm_class("own_algorithms:unrelated")
+    with pytest.raises(Refusal, match=r"must name a subclass"):
+        algorithm_class("own_algorithms:Missing")
+    with pytest.raises(Refusal, match=r"has no settings record"):
+        algorithm_class("own_algorithms:NoSettings")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gropo", r"algorithm.name=gropo: is no known algorithm. Fix: use one of grpo, sft, or package.module:Class."),
+        ("no_such_package.here:It", r"could not be imported \(No module named 'no_such_package'\)"),
+        (":It", r"is no known algorithm"),
+        ("package.module:", r"is no known algorithm"),
+    ],
+)
+def test_refused_names(name, message):
+    with pytest.raises(Refusal, match=message):
+        algorithm_class(name)
