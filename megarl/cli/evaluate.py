@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
@@ -18,7 +19,11 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
     if checkpoint is not None and not Path(checkpoint).is_dir():
         fix = "give a megarl checkpoint, or a run's checkpoints/ folder"
         raise Refusal(f"checkpoint={checkpoint}", "is not a directory", fix)
-    settings = prepare(config, [text for text in given if not text.startswith(_CHECKPOINT)])
+    settings_given = [text for text in given if not text.startswith(_CHECKPOINT)]
+    if checkpoint is not None:
+        # Known before the rules are checked: model.path then needs no weights of its own.
+        settings_given.append(f"model.weights={json.dumps(checkpoint)}")
+    settings = prepare(config, settings_given)
     with reserved_stdout(as_json) as stream:
         from megarl.train.run import evaluate as worker
 
