@@ -1,4 +1,4 @@
-"""Megatron's real modules against `megatron_tensors`, in two processes: names, shapes, and what loaded shards compute."""
+"""Real Megatron modules against `megatron_tensors`, in two processes: names, shapes, and what loaded shards compute."""
 
 import os
 import socket
