@@ -65,14 +65,16 @@ def _description(record: type[BaseModel], path: list[str]) -> str:
 def _nearest(record: type[BaseModel], path: list[str], prefix: str) -> str:
     """The fix for an unknown key: the known key it most likely stands for, else where to look."""
     known = list(_keys(record))
-    wanted, leaf, table = ".".join(path), path[-1], ".".join(path[:-1])
+    leaf, table = path[-1], ".".join(path[:-1])
     siblings = [key for key in known if key.rpartition(".")[0] == table]
     leaves = {key.rpartition(".")[2]: key for key in siblings}
     near = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)
     match = leaves[near[0]] if near else ""
-    # A key in the wrong section is as common as a slip of the finger: `lr` for `optimizer.lr`.
-    match = match or next((key for key in known if key.rpartition(".")[2] == leaf), "")
-    match = match or next(iter(difflib.get_close_matches(wanted, known, n=1, cutoff=0.7)), "")
+    if not match:
+        # A key in the wrong section is as common as a slip of the finger: `lr` for `optimizer.lr`.
+        elsewhere = {key.rpartition(".")[2]: key for key in reversed(known)}
+        near = difflib.get_close_matches(leaf, list(elsewhere), n=1, cutoff=0.8)
+        match = elsewhere[near[0]] if near else ""
     dotted = f"{prefix}." if prefix else ""
     if match:
         return f"use {dotted}{match}"

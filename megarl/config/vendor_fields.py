@@ -115,7 +115,7 @@ def _class_names(table: str) -> str:
 
 def _nearest(table: str, name: str, fields: Mapping[str, str]) -> str:
     free = [field for field in fields if field not in OWNED[table] and not field.startswith("_")]
-    near = difflib.get_close_matches(name, free, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, free, n=1, cutoff=0.7)
     return f"use {table}.{near[0]}" if near else f"remove {table}.{name}"
 
 

@@ -43,6 +43,14 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML writes the Unicode line breaks raw into plain text and then reads them back as blanks.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+Dumper.add_representer(str, _represent_text)
+
 for _class in (Loader, Dumper):
     _class.yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]

@@ -1,0 +1,52 @@
+"""A small run on disk for the tests of configuration and command line: model, data and the YAML that names them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+MODEL = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+}
+
+RUN: dict[str, Any] = {
+    "name": "case",
+    "steps": 3,
+    "model": {"path": "model"},
+    "algorithm": {"name": "grpo"},
+    "data": {"path": "rows.jsonl", "max_prompt_tokens": 64},
+    "rollout": {"max_tokens": 64},
+    "batch": {"prompts": 12, "tokens_per_microbatch": 512},
+}
+
+
+def write_case(folder: Path, **changes: Any) -> Path:
+    """Write model, data and `run.yaml` into `folder`; `changes` replace top-level keys of the run."""
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    save_file({"model.norm.weight": np.ones(64, np.float32)}, model / "model.safetensors")
+    (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    run = folder / "run.yaml"
+    run.write_text(yaml.safe_dump(RUN | changes, sort_keys=False))
+    return run
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The YAML file of a run that breaks no rule; the working directory is its folder."""
+    monkeypatch.chdir(tmp_path)
+    return write_case(tmp_path)

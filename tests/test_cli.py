@@ -1,0 +1,163 @@
+"""The command line as a user meets it: one line per refusal, exit code 2, no torch before the rules have passed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from config_case import write_case
+
+from megarl.cli import start
+from megarl.config.load import dump_config, load_config
+
+ROOT = Path(__file__).parents[1]
+#: A launcher's variables in the tests' own environment must not leak into the commands under test.
+CLEAN = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("SLURM_", "OMPI_", "PMI_")) and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+}
+
+
+def megarl(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in `folder` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "megarl", *arguments],
+        cwd=folder,
+        env=CLEAN | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["evaluate"], ["generate"], ["check"], ["bench", "step"], ["bench", "rollout"]]
+)
+def test_every_command_refuses_in_one_line(tmp_path: Path, command: list[str]) -> None:
+    write_case(tmp_path)
+    result = megarl(tmp_path, *command, "run.yaml", "batch.updates=5")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "megarl: batch.updates=5: must divide batch.prompts=12, so that every update gets an equal share. "
+        "Fix: use 1, 2, 3, 4, 6 or 12.\n"
+    )
+    assert not (tmp_path / "runs").exists(), "a refused run leaves nothing behind"
+
+
+def test_check_prints_the_resolved_file(tmp_path: Path) -> None:
+    run = write_case(tmp_path)
+    result = megarl(tmp_path, "check", "run.yaml", "optimizer.lr=3e-5", "parallel.tensor=2", "parallel.processes=2")
+    assert result.returncode == 0, result.stderr
+    config = load_config(run, ["optimizer.lr=3e-5", "parallel.tensor=2", "parallel.processes=2"])
+    assert result.stdout == dump_config(config)
+    assert yaml.safe_load(result.stdout)["optimizer"]["lr"] == 3e-5
+
+
+def test_check_is_quick_and_free_of_torch(tmp_path: Path) -> None:
+    write_case(tmp_path, vllm={"enforce_eager": True}, megatron={"recompute_granularity": "full"})
+    code = (
+        "import sys; from megarl.cli import main; sys.argv = ['megarl', 'check', 'run.yaml']\n"
+        "try: main.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'numpy', 'megatron', 'vllm', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy), file=sys.stderr)"
+    )
+    start_time = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=CLEAN | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = time.perf_counter() - start_time
+    assert result.stderr == "heavy: []\n"
+    # 0.2 s on an idle machine; the bound leaves room for a busy one.
+    assert seconds < 5
+
+
+def test_a_launchers_world_is_checked(tmp_path: Path) -> None:
+    write_case(tmp_path)
+    for environment in (
+        {"RANK": "0", "WORLD_SIZE": "3"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "3"},
+        {"PMI_RANK": "2", "PMI_SIZE": "3"},
+    ):
+        result = megarl(tmp_path, "check", "run.yaml", "parallel.tensor=2", **environment)
+        assert result.returncode == 2
+        assert result.stderr.startswith("megarl: parallel.processes=3: must be a multiple of"), environment
+    result = megarl(tmp_path, "check", "run.yaml", SLURM_PROCID="0", SLURM_NTASKS="1")
+    assert result.returncode == 0, "a batch script's own step is no launched world"
+
+
+def test_evaluate_refuses_a_missing_checkpoint(tmp_path: Path) -> None:
+    write_case(tmp_path)
+    result = megarl(tmp_path, "evaluate", "run.yaml", "checkpoint=runs/nowhere")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "megarl: checkpoint=runs/nowhere: is not a directory. "
+        "Fix: give a megarl checkpoint, or a run's checkpoints/ folder.\n"
+    )
+
+
+def test_own_algorithm_in_the_working_directory(tmp_path: Path) -> None:
+    write_case(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from megarl.config.algorithms import AlgorithmSettings\n"
+        "class Best:\n"
+        "    class Settings(AlgorithmSettings):\n"
+        "        factor: float = 2.0\n"
+    )
+    result = megarl(tmp_path, "check", "run.yaml", "algorithm=mine:Best")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["algorithm"] == {"name": "mine:Best", "factor": 2.0}
+
+
+def test_reserved_stdout_holds_the_result_alone(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from megarl.cli.start import reserved_stdout, show\n"
+        "with reserved_stdout(True) as stream:\n"
+        "    print('from python'); os.write(1, b'from C\\n'); os.system('echo from a child')\n"
+        "    show({'tokens': 3}, stream, True)\n"
+        "print('after')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=CLEAN | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == '{"tokens": 3}\nafter\n'
+    assert sorted(result.stderr.split("\n")) == ["", "from C", "from a child", "from python"]
+
+
+def test_results_for_people_and_programs() -> None:
+    stream = io.StringIO()
+    result = {"name": "case", "seconds": {"generate": 1.25, "update": 2.0}, "steps": 3}
+    start.show(result, stream, as_json=True)
+    assert json.loads(stream.getvalue()) == result
+    assert stream.getvalue().count("\n") == 1
+    stream = io.StringIO()
+    start.show(result, stream, as_json=False)
+    assert [line.split() for line in stream.getvalue().splitlines()] == [
+        ["name", "case"],
+        ["seconds.generate", "1.25"],
+        ["seconds.update", "2"],
+        ["steps", "3"],
+    ]
+    start.show(None, stream, as_json=True)
+    assert "null" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_shipped_configurations_load(name: str) -> None:
+    config = load_config(ROOT / "configs" / name)
+    assert config.name == Path(name).stem

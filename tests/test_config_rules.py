@@ -1,0 +1,316 @@
+"""Every refused configuration with its exact message, and the configurations beside them that must pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from config_case import MODEL
+
+from megarl.algorithms import ALGORITHMS, build
+from megarl.algorithms.base import AlgorithmContext
+from megarl.config.algorithms import ALGORITHM_SETTINGS
+from megarl.config.load import load_config
+from megarl.config.model_shape import model_shape_from_hf
+from megarl.config.rules import broken_rules, check
+from megarl.errors import Refusal
+
+DENSE = "this version trains dense models with tensor, sequence, pipeline and data parallelism only"
+
+#: (overrides, the message). The model has 6 layers, 12 heads, 4 key-value heads, MLP 96, vocabulary 300, 256 positions.
+REFUSED: list[tuple[str, str]] = [
+    ("parallel.context=2", f"parallel.context=2: {DENSE}. Fix: remove parallel.context."),
+    ("parallel.expert=2", f"parallel.expert=2: {DENSE}. Fix: remove parallel.expert."),
+    ("parallel.expert_tensor=2", f"parallel.expert_tensor=2: {DENSE}. Fix: remove parallel.expert_tensor."),
+    ("parallel.virtual_pipeline=2", f"parallel.virtual_pipeline=2: {DENSE}. Fix: remove parallel.virtual_pipeline."),
+    (
+        "parallel.sequence=true",
+        "parallel.sequence=true: needs parallel.tensor > 1. Fix: set parallel.tensor to 2 or more, or leave it off.",
+    ),
+    (
+        "parallel.tensor=2",
+        "parallel.processes=1: must be a multiple of parallel.tensor x parallel.pipeline x parallel.context = 2. "
+        "Fix: use 2 processes or a multiple of it.",
+    ),
+    (
+        "parallel.processes=6 parallel.tensor=2 parallel.pipeline=2",
+        "parallel.processes=6: must be a multiple of parallel.tensor x parallel.pipeline x parallel.context = 4. "
+        "Fix: use 4 processes or a multiple of it.",
+    ),
+    (
+        "parallel.processes=6 rollout.tensor=4",
+        "rollout.tensor=4: must divide the 6 processes evenly into engine replicas. Fix: use 1, 2, 3 or 6.",
+    ),
+    (
+        "parallel.processes=8 parallel.tensor=8",
+        "parallel.tensor=8: must divide the model's 12 attention heads. Fix: use 1, 2, 3, 4, 6 or 12.",
+    ),
+    (
+        "parallel.processes=6 parallel.tensor=6",
+        "parallel.tensor=6: must divide the model's 4 key-value heads or be a multiple of them. "
+        "Fix: use 1, 2, 4 or 12.",
+    ),
+    (
+        "parallel.processes=4 parallel.pipeline=4",
+        "parallel.pipeline=4: must divide the model's 6 layers. Fix: use 1, 2, 3 or 6.",
+    ),
+    (
+        "parallel.processes=8 rollout.tensor=8",
+        "rollout.tensor=8: must divide the model's 12 attention heads. Fix: use 1, 2, 3, 4, 6 or 12.",
+    ),
+    (
+        "parallel.processes=3 rollout.tensor=3",
+        "rollout.tensor=3: must divide the model's 4 key-value heads or be a multiple of them. Fix: use 1, 2, 4 or 12.",
+    ),
+    (
+        "parallel.processes=12 rollout.tensor=12",
+        "rollout.tensor=12: must divide the model's vocabulary of 300, padded by vLLM to 320. Fix: use a power of two.",
+    ),
+    (
+        "data.max_prompt_tokens=200",
+        "data.max_prompt_tokens=200 + rollout.max_tokens=64: must fit the model's 256 positions. "
+        "Fix: make them 8 tokens shorter.",
+    ),
+    (
+        "evaluation.max_tokens=193",
+        "data.max_prompt_tokens=64 + evaluation.max_tokens=193: must fit the model's 256 positions. "
+        "Fix: make them 1 tokens shorter.",
+    ),
+    (
+        "batch.tokens_per_microbatch=127",
+        "batch.tokens_per_microbatch=127: must hold the longest sequence, "
+        "data.max_prompt_tokens + rollout.max_tokens = 128. Fix: use 128 or more.",
+    ),
+    (
+        "batch.updates=5",
+        "batch.updates=5: must divide batch.prompts=12, so that every update gets an equal share. "
+        "Fix: use 1, 2, 3, 4, 6 or 12.",
+    ),
+    (
+        "batch.updates=12 rollout.group_size=2 parallel.processes=4",
+        "batch.prompts=12: gives an update 2 sequence(s), fewer than the 4 data-parallel ranks. "
+        "Fix: use more prompts, fewer updates or fewer processes.",
+    ),
+    (
+        "algorithm=sft data.solution_column=solution batch.updates=6 parallel.processes=4",
+        "batch.prompts=12: gives an update 2 sequence(s), fewer than the 4 data-parallel ranks. "
+        "Fix: use more prompts, fewer updates or fewer processes.",
+    ),
+    (
+        "algorithm=sft",
+        "data.solution_column=null: must name the column of the worked solutions that supervised training learns. "
+        "Fix: set data.solution_column.",
+    ),
+    (
+        "algorithm.aggregation_constant=64",
+        "algorithm.aggregation_constant=64: has no effect with algorithm.aggregation=token_mean. "
+        "Fix: set algorithm.aggregation=constant or remove it.",
+    ),
+    (
+        "algorithm.overlong_buffer=64",
+        "algorithm.overlong_buffer=64: must be below rollout.max_tokens=64. "
+        "Fix: shorten the buffer or allow longer responses.",
+    ),
+    (
+        "rollout.group_size=1 algorithm.dynamic_sampling=true algorithm.singleton_advantage=reward",
+        "algorithm.dynamic_sampling=true: drops every group of rollout.group_size=1, whose rewards are always "
+        "all equal. "
+        "Fix: set rollout.group_size to 2 or more.",
+    ),
+    (
+        "rollout.group_size=1",
+        "rollout.group_size=1: gives every answer the advantage 0, from which nothing is learned. "
+        "Fix: set rollout.group_size to 2 or more, or algorithm.singleton_advantage=reward.",
+    ),
+    ("reward.low=1", "reward.low=1: must be below reward.high=1. Fix: widen the range."),
+    (
+        "reward.kind=maths",
+        "reward.kind=maths: must be math, boxed or an import path package.module:function. Fix: correct reward.kind.",
+    ),
+    ("optimizer.min_lr=1e-3", "optimizer.min_lr=0.001: must not exceed optimizer.lr=1e-06. Fix: lower min_lr."),
+    (
+        "resume=auto checkpoint.optimizer=false",
+        "resume=auto: needs the optimizer's state, which checkpoint.optimizer=false leaves out. "
+        "Fix: set checkpoint.optimizer=true, or load weights alone with model.weights.",
+    ),
+    (
+        "resume=auto checkpoint.end=false",
+        "resume=auto: needs checkpoints, which checkpoint.every=0 with checkpoint.end=false never saves. "
+        "Fix: set checkpoint.every.",
+    ),
+    (
+        "resume=must",
+        "resume=must: needs a checkpoint in runs/case/checkpoints. "
+        "Fix: use resume=auto to start a new run where there is none.",
+    ),
+    ("rollout.top_k=0", "rollout.top_k=0: must be -1 or at least 1. Fix: use -1 to sample from all tokens."),
+    (
+        "evaluation.samples=4",
+        "evaluation.samples=4: needs evaluation.temperature > 0, since greedy answers are all the same. "
+        "Fix: set evaluation.temperature, or samples to 1.",
+    ),
+    (
+        "data.template=Question",
+        "data.template='Question': must contain {prompt}. Fix: put {prompt} where the question belongs.",
+    ),
+    (
+        "data.answer_pattern=.+",
+        "data.answer_pattern='.+': must have exactly one group and has 0. "
+        "Fix: write one pair of brackets around the answer.",
+    ),
+    (
+        "data.answer_pattern=(",
+        "data.answer_pattern='(': must be a regular expression (missing ), unterminated subpattern at position 0). "
+        "Fix: write one pair of brackets around the answer.",
+    ),
+    ("vllm.dtype=auto", "vllm.dtype: is set by megarl. Fix: set precision."),
+    ("megatron.fp16=true", "megatron.fp16: is set by megarl. Fix: set precision."),
+    (
+        "model.path=nowhere",
+        "model.path=nowhere: must be a Hugging Face checkpoint directory with a config.json. "
+        "Fix: give an existing directory.",
+    ),
+    (
+        "model.tokenizer=nowhere.model",
+        "model.tokenizer=nowhere.model: does not exist. "
+        "Fix: give a tokenizer directory or a sentencepiece .model file.",
+    ),
+    (
+        "model.weights=nowhere",
+        "model.weights=nowhere: is not a directory. Fix: give a megarl checkpoint, or a run's checkpoints/ folder.",
+    ),
+    (
+        "model.weights=model model.random_init=true",
+        "model.weights=model: contradicts model.random_init=true. Fix: remove one of the two.",
+    ),
+    (
+        "data.path=nowhere.jsonl",
+        "data.path=nowhere.jsonl: no such file. Fix: give a path relative to the working directory, or a hub name.",
+    ),
+    (
+        "evaluation.path=nowhere.parquet",
+        "evaluation.path=nowhere.parquet: no such file. "
+        "Fix: give a path relative to the working directory, or a hub name.",
+    ),
+    (
+        "rollout.replay=nowhere",
+        "rollout.replay=nowhere: does not exist. "
+        "Fix: give a file or a rollouts/ folder that a run with rollout.save=true wrote.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[overrides for overrides, _ in REFUSED])
+def test_refused(run_file: Path, overrides: str, message: str) -> None:
+    config = load_config(run_file, overrides.split())
+    with pytest.raises(Refusal) as caught:
+        check(config)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "parallel.processes=2 parallel.tensor=2 parallel.sequence=true rollout.tensor=2",
+        "parallel.processes=4 parallel.tensor=2 parallel.pipeline=2 rollout.tensor=4",
+        "parallel.processes=12 parallel.tensor=12 rollout.tensor=4",
+        "parallel.processes=6 parallel.pipeline=6 rollout.tensor=2",
+        "parallel.virtual_pipeline=1 parallel.expert_tensor=1",
+        "data.max_prompt_tokens=192",
+        "batch.tokens_per_microbatch=128",
+        "batch.updates=12 rollout.group_size=4 parallel.processes=4",
+        "algorithm=sft data.solution_column=solution rollout.group_size=1",
+        "algorithm.aggregation=constant algorithm.aggregation_constant=64 algorithm.overlong_buffer=63",
+        "rollout.group_size=1 algorithm.singleton_advantage=reward",
+        "reward.low=-1 reward.kind=mine.rewards:grade",
+        "optimizer.lr=1e-3 optimizer.min_lr=1e-3",
+        "resume=auto",
+        "evaluation.samples=4 evaluation.temperature=0.6",
+        "data.path=org/name data.answer_pattern=####(.+)",
+        "model.weights=model",
+        "megatron.recompute_granularity=full vllm.enforce_eager=true",
+    ],
+)
+def test_allowed(run_file: Path, overrides: str) -> None:
+    assert list(broken_rules(load_config(run_file, overrides.split()))) == []
+
+
+def test_the_launchers_world_counts(run_file: Path) -> None:
+    config = load_config(run_file, ["parallel.tensor=4", "rollout.tensor=2"])
+    assert list(broken_rules(config, processes=8)) == []
+    config = load_config(run_file, ["parallel.processes=2"])
+    assert [str(each) for each in broken_rules(config, processes=8)] == [
+        "parallel.processes=2: differs from the 8 processes that the launcher started. "
+        "Fix: leave parallel.processes out under a launcher, or start that many."
+    ]
+
+
+def test_all_broken_rules_are_listed_in_order(run_file: Path) -> None:
+    config = load_config(run_file, ["rollout.top_k=0", "batch.updates=5", "reward.low=2"])
+    assert [each.value for each in broken_rules(config)] == ["batch.updates=5", "reward.low=2", "rollout.top_k=0"]
+
+
+def test_the_mlp_must_be_divisible_too(run_file: Path) -> None:
+    shape = model_shape_from_hf(MODEL | {"intermediate_size": 98})
+    config = load_config(run_file, ["parallel.processes=4", "parallel.tensor=4"])
+    assert [str(each) for each in broken_rules(config, shape)] == [
+        "parallel.tensor=4: must divide the model's MLP size of 98. Fix: use 1 or 2."
+    ]
+
+
+def test_broken_checkpoints(run_file: Path) -> None:
+    config, weights = load_config(run_file), Path("model/model.safetensors")
+    whole = weights.read_bytes()
+
+    def message() -> str:
+        with pytest.raises(Refusal) as caught:
+            check(config)
+        return str(caught.value)
+
+    for broken in (whole[:-1], whole[:40], whole[:3], b"", b"\x08" + b"\0" * 7 + b"no json!"):
+        weights.write_bytes(broken)
+        assert message() == (
+            "model/model.safetensors: is cut short or not a safetensors file. Fix: copy the checkpoint again."
+        ), broken
+    weights.unlink()
+    assert message() == (
+        "model.path=model: must hold weights as *.safetensors. "
+        "Fix: give a complete checkpoint, or set model.random_init=true or model.weights."
+    )
+    assert list(broken_rules(load_config(run_file, ["model.random_init=true"]))) == []
+
+    index = Path("model/model.safetensors.index.json")
+    Path("model/part-1.safetensors").write_bytes(whole)
+    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}))
+    assert message() == (
+        "model/part-2.safetensors: is named in model.safetensors.index.json and missing. "
+        "Fix: copy the checkpoint again."
+    )
+    Path("model/part-2.safetensors").write_bytes(whole)
+    assert list(broken_rules(config)) == []
+    index.write_text('{"weight_map": ')
+    assert message() == (
+        "model/model.safetensors.index.json: must be JSON with a weight_map. Fix: copy the checkpoint again."
+    )
+
+
+def test_empty_data_file(run_file: Path) -> None:
+    Path("rows.jsonl").write_text("")
+    assert [str(each) for each in broken_rules(load_config(run_file))] == [
+        "data.path=rows.jsonl: is empty. Fix: give a file with at least one row."
+    ]
+
+
+def test_resume_must_finds_a_checkpoint(run_file: Path) -> None:
+    Path("runs/case/checkpoints/step_2").mkdir(parents=True)
+    assert list(broken_rules(load_config(run_file, ["resume=must"]))) == []
+
+
+def test_settings_and_algorithms_agree() -> None:
+    context = AlgorithmContext(max_tokens=64, group_size=8)
+    assert ALGORITHM_SETTINGS.keys() == ALGORITHMS.keys()
+    for name, settings in ALGORITHM_SETTINGS.items():
+        algorithm = build(settings.model_validate({"name": name}), context)
+        assert settings.generates == algorithm.needs.rollouts, name

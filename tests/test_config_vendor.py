@@ -1,0 +1,126 @@
+"""The `megatron:` and `vllm:` tables against those libraries' own dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megarl.config.vendor_fields import TABLES, refusals, vendor_fields
+from megarl.config.vendor_owned import OWNED
+
+
+def test_fields_read_from_source_are_those_of_the_classes() -> None:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from vllm import EngineArgs
+
+    classes = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
+    megatron = {field.name for each in classes for field in dataclasses.fields(each)}
+    assert set(vendor_fields("megatron")) == megatron
+    assert set(vendor_fields("vllm")) == {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_owned_option_exists(table: str) -> None:
+    assert set(OWNED[table]) <= set(vendor_fields(table))
+
+
+def test_an_empty_table_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: pytest.fail(f"looked for {name}"))
+    vendor_fields.cache_clear()
+    assert list(refusals("vllm", {})) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "value"),
+    [
+        ("megatron", "recompute_granularity", "full"),
+        ("megatron", "recompute_granularity", None),
+        ("megatron", "recompute_num_layers", 2),
+        ("megatron", "moe_layer_freq", [1, 0]),
+        ("megatron", "moe_layer_freq", 2),
+        ("megatron", "attention_backend", "flash"),
+        ("megatron", "loss_scale", 1),
+        ("megatron", "bucket_size", 1000),
+        ("vllm", "enforce_eager", True),
+        ("vllm", "block_size", None),
+        ("vllm", "hf_overrides", {"a": 1}),
+        ("vllm", "cpu_offload_gb", 4),
+    ],
+)
+def test_passed_through(table: str, name: str, value: object) -> None:
+    assert list(refusals(table, {name: value})) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "value", "message"),
+    [
+        (
+            "megatron",
+            "recompute_granularty",
+            "full",
+            "megatron.recompute_granularty: is not a field of TransformerConfig, ModelParallelConfig, OptimizerConfig "
+            "or DistributedDataParallelConfig. Fix: use megatron.recompute_granularity.",
+        ),
+        (
+            "megatron",
+            "tensor_model_parallel_size",
+            2,
+            "megatron.tensor_model_parallel_size: is set by megarl. Fix: set parallel.tensor.",
+        ),
+        (
+            "megatron",
+            "hidden_size",
+            2,
+            "megatron.hidden_size: is set by megarl. Fix: change the model's config.json in model.path.",
+        ),
+        (
+            "megatron",
+            "recompute_num_layers",
+            "two",
+            "megatron.recompute_num_layers='two': must be of type Optional[int]. "
+            "Fix: correct or remove megatron.recompute_num_layers.",
+        ),
+        (
+            "megatron",
+            "fp8",
+            "e5",
+            "megatron.fp8='e5': must be of type Optional[Literal['e4m3', 'hybrid']]. "
+            "Fix: correct or remove megatron.fp8.",
+        ),
+        (
+            "megatron",
+            "init_method",
+            "normal",
+            "megatron.init_method='normal': is a Python function, which YAML cannot give. "
+            "Fix: correct or remove megatron.init_method.",
+        ),
+        (
+            "megatron",
+            "recompute_num_layers",
+            True,
+            "megatron.recompute_num_layers=True: must be of type Optional[int]. "
+            "Fix: correct or remove megatron.recompute_num_layers.",
+        ),
+        ("vllm", "enforce_egar", True, "vllm.enforce_egar: is not a field of EngineArgs. Fix: use vllm.enforce_eager."),
+        (
+            "vllm",
+            "_api_process_rank",
+            0,
+            "vllm._api_process_rank: is not a field of EngineArgs. Fix: remove vllm._api_process_rank.",
+        ),
+        ("vllm", "tensor_parallel_size", 2, "vllm.tensor_parallel_size: is set by megarl. Fix: set rollout.tensor."),
+        ("vllm", "dtype", "auto", "vllm.dtype: is set by megarl. Fix: set precision."),
+        (
+            "vllm",
+            "block_size",
+            "x",
+            "vllm.block_size='x': must be of type int | None. Fix: correct or remove vllm.block_size.",
+        ),
+    ],
+)
+def test_refused(table: str, name: str, value: object, message: str) -> None:
+    vendor_fields.cache_clear()
+    assert [str(each) for each in refusals(table, {name: value})] == [message]
