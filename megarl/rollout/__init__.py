@@ -1,0 +1,8 @@
+"""Generation: the only door to vLLM.
+
+vLLM reads its environment while it is imported, so this package sets it before any of its modules can.
+"""
+
+from megarl.rollout.environment import prepare
+
+prepare()

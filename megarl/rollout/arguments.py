@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import fields
 from typing import Any
 
 import torch
+from vllm import EngineArgs, ModelRegistry
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
@@ -32,23 +36,25 @@ RESERVED = {
     "data_parallel_size": "rollout.tensor (further processes form further replicas)",
 }
 
-#: vLLM's model classes by family: module and class.
-MODEL_CLASSES = {
-    "llama": ("vllm.model_executor.models.llama", "LlamaForCausalLM"),
-    "qwen2": ("vllm.model_executor.models.qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("vllm.model_executor.models.qwen3", "Qwen3ForCausalLM"),
+#: vLLM's model classes by family.
+MODEL_CLASSES: dict[str, type[torch.nn.Module]] = {
+    "llama": LlamaForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
 }
 
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 0.25
 
 
-def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int) -> dict[str, Any]:
+def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int, *, load_weights: bool) -> dict[str, Any]:
     """EngineArgs fields for a run. Raises `Refusal` for what cannot work."""
     rollout = config.rollout
     if world_size % rollout.tensor:
         raise Refusal(
-            f"rollout.tensor={rollout.tensor}", f"must divide the {world_size} processes", "choose a divisor of parallel.processes"
+            f"rollout.tensor={rollout.tensor}",
+            f"must divide the {world_size} processes",
+            "choose a divisor of parallel.processes",
         )
     length = config.data.max_prompt_tokens + max(rollout.max_tokens, config.evaluation.max_tokens or 0)
     if length > shape.max_positions:
@@ -64,8 +70,8 @@ def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int) -> d
         "max_model_len": length,
         "max_num_seqs": rollout.max_concurrent,
         "seed": config.seed % 2**31,
-        # Weights arrive by push, so no file is read and a full checkpoint is never held in memory.
-        "load_format": "dummy",
+        # Weights that arrive by push are not read from files.
+        "load_format": "auto" if load_weights else "dummy",
         "distributed_executor_backend": "external_launcher",
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
@@ -73,11 +79,18 @@ def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int) -> d
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
-    arguments |= _gpu_arguments(config) if torch.cuda.is_available() else _cpu_arguments(config, length)
+    arguments |= _gpu_arguments(config) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
     return arguments | _passed_through(config.vllm)
 
 
-def _cpu_arguments(config: RunConfig, length: int) -> dict[str, Any]:
+def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[str, Any]:
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if shape.head_dim not in sizes:
+        raise Refusal(
+            f"attention heads of {shape.head_dim} elements",
+            f"vLLM's CPU backend has kernels for {', '.join(map(str, sizes))} alone",
+            "use a model with one of these head sizes",
+        )
     return {
         "enforce_eager": True,
         "worker_cls": "megarl.rollout.cpu_worker.Worker",
@@ -107,20 +120,16 @@ def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
 
 def _passed_through(options: dict[str, Any]) -> dict[str, Any]:
     """The `vllm:` table, checked against vLLM's own fields."""
-    from vllm import EngineArgs
-
     known = {field.name for field in fields(EngineArgs)}
     for name, value in options.items():
         if name in RESERVED:
-            raise Refusal(f"vllm.{name}={value!r}", f"is set by {RESERVED[name]}", f"remove it and use {RESERVED[name]}")
+            raise Refusal(f"vllm.{name}={value!r}", f"is set by {RESERVED[name]}", "remove it from the vllm table")
         if name not in known:
-            raise Refusal(f"vllm.{name}={value!r}", "is not a field of vLLM's EngineArgs", "check the name against this vLLM version")
+            raise Refusal(f"vllm.{name}={value!r}", "is not a field of vLLM's EngineArgs", "correct or remove it")
     return dict(options)
 
 
-def register_model_class(path: str) -> None:
-    """Tell vLLM the model's class, which it would otherwise look up in a subprocess that takes seconds to start."""
-    from vllm import ModelRegistry
-
-    module, name = MODEL_CLASSES[read_model_shape(path).family]
-    ModelRegistry.register_model(name, getattr(importlib.import_module(module), name))
+def register_model_class(family: str) -> None:
+    """Tell vLLM the model's class, which it would otherwise inspect in a subprocess that takes seconds to start."""
+    model_class = MODEL_CLASSES[family]
+    ModelRegistry.register_model(model_class.__name__, model_class)

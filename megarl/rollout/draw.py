@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 
 class WorkSource(Protocol):
@@ -45,7 +46,7 @@ class SharedCounter:
     `key` must be new for every call and equal on all ranks.
     """
 
-    def __init__(self, store: dist.Store, key: str, total: int, chunk: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, store: Store, key: str, total: int, chunk: int, group: dist.ProcessGroup | None) -> None:
         self._store = store
         self._key = key
         self._total = total

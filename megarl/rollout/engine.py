@@ -10,10 +10,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from vllm import EngineArgs, SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
@@ -23,6 +27,7 @@ from megarl.rollout import environment
 from megarl.rollout.arguments import engine_arguments, register_model_class
 from megarl.rollout.draw import FixedAssignment, SharedCounter, WorkSource
 from megarl.rollout.phases import NoSleeper, Phases
+from megarl.rollout.seeds import hash_seed
 
 T = TypeVar("T")
 
@@ -65,15 +70,22 @@ class Sampling:
 class Engine:
     """One replica's engine, as seen by one of its ranks. All ranks of the world construct it together.
 
-    Its weights are undefined until the first push (`megarl.rollout.weights`). `eos_token_ids` end a
-    response. Raises `Refusal` for lengths the model cannot hold, unknown or reserved `vllm` options.
+    Its weights are undefined until the first push (`megarl.rollout.weights`), unless `load_weights` lets
+    vLLM read them from `model.path`. `eos_token_ids` end a response. Raises `Refusal` for lengths the model
+    cannot hold, and for unknown or reserved `vllm` options.
     """
 
     def __init__(
-        self, config: RunConfig, shape: ModelShape, *, eos_token_ids: Sequence[int], rank: int, world_size: int
+        self,
+        config: RunConfig,
+        shape: ModelShape,
+        *,
+        eos_token_ids: Sequence[int],
+        rank: int,
+        world_size: int,
+        load_weights: bool = False,
     ) -> None:
-        environment.prepare()
-        arguments = engine_arguments(config, shape, world_size)
+        arguments = engine_arguments(config, shape, world_size, load_weights=load_weights)
         self.num_replicas = world_size // config.rollout.tensor
         self.replica, self.replica_rank = divmod(rank, config.rollout.tensor)
         self.replica_group = _replica_group(config.rollout.tensor, world_size, rank)
@@ -83,9 +95,11 @@ class Engine:
         self._chunk = config.rollout.chunk
         self._calls = itertools.count()
         with environment.quiet(), environment.own_randomness(None), self._eager():
-            register_model_class(config.model.path)
-            self._engine = _build(arguments)
+            register_model_class(shape.family)
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.phases = Phases(GpuSleeper(self._engine) if self._on_gpu else NoSleeper())
+        if load_weights:
+            self.phases.weights_written()
 
     @property
     def speaks(self) -> bool:
@@ -114,7 +128,9 @@ class Engine:
         """
         self.phases.require_ready()
         work = work or FixedAssignment(len(requests), 0, 1)
-        shared_seed = sampling.seed + self.replica
+        shared_seed = hash_seed("replica", sampling.seed, self.replica)
+        # Prefixes cached by earlier calls would change batch shapes, and with them last bits, from run to resumed run.
+        self._engine.reset_prefix_cache()
         with environment.own_randomness(shared_seed), self._eager(), torch.inference_mode():
             completions = self._run(requests, sampling, work)
         return sorted(completions, key=lambda completion: completion.index)
@@ -129,7 +145,7 @@ class Engine:
                 chunk = work.draw()
                 for position in chunk or ():
                     request = requests[position]
-                    prompt = {"type": "token", "prompt_token_ids": list(request.prompt_token_ids)}
+                    prompt = tokens_input(list(request.prompt_token_ids))
                     self._engine.add_request(str(request.index), prompt, parameters(request.seed))
                     unfinished += 1
             if unfinished == 0:
@@ -141,14 +157,11 @@ class Engine:
                     completions.append(_completion(output))
                     unfinished -= 1
 
-    def _parameter_factory(self, sampling: Sampling) -> Callable[[int | None], Any]:
+    def _parameter_factory(self, sampling: Sampling) -> Callable[[int | None], SamplingParams]:
         """A function from a seed to vLLM's sampling parameters."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         stops = sorted({*self.eos_token_ids, *sampling.stop_token_ids})
 
-        def parameters(seed: int | None) -> Any:
+        def parameters(seed: int | None) -> SamplingParams:
             return SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -212,14 +225,6 @@ class GpuSleeper:
         self._engine.wake_up(tags=list(tags))
 
 
-def _build(arguments: dict[str, Any]) -> Any:
-    """Build vLLM's engine from EngineArgs fields."""
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
-
-
 def _replica_group(tensor: int, world_size: int, rank: int) -> dist.ProcessGroup | None:
     """The gloo group of this rank's replica, or None for replicas of one rank. Collective over the world."""
     if tensor == 1:
@@ -228,7 +233,8 @@ def _replica_group(tensor: int, world_size: int, rank: int) -> dist.ProcessGroup
     for first in range(0, world_size, tensor):
         ranks = list(range(first, first + tensor))
         group = dist.new_group(ranks, backend="gloo")
-        mine = group if rank in ranks else mine
+        if rank in ranks:
+            mine = cast(dist.ProcessGroup, group)
     return mine
 
 
@@ -238,4 +244,5 @@ def _completion(output: Any) -> Completion:
     if answer.finish_reason not in ("stop", "length"):
         raise MegarlError(f"vLLM ended request {output.request_id} with {answer.finish_reason!r}")
     # One log-prob per position, the chosen token's: `logprobs=0` asks for no others.
-    return Completion(int(output.request_id), tuple(answer.token_ids), tuple(answer.logprobs.logprobs), answer.finish_reason)
+    log_probs = tuple(answer.logprobs.logprobs)
+    return Completion(int(output.request_id), tuple(answer.token_ids), log_probs, answer.finish_reason)

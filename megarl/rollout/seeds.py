@@ -17,9 +17,9 @@ def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) 
     return hash_seed("sample", run_seed, step, prompt_index, sample_index)
 
 
-def batch_seed(run_seed: int, step: int, replica: int) -> int:
-    """Seed of a replica's shared generator for one generate call whose requests have no seeds of their own."""
-    return hash_seed("batch", run_seed, step, replica)
+def batch_seed(run_seed: int, step: int, call: int = 0) -> int:
+    """Seed of the engines' shared generators (`Sampling.seed`), for requests without seeds of their own."""
+    return hash_seed("batch", run_seed, step, call)
 
 
 def hash_seed(purpose: str, *numbers: int) -> int:

@@ -170,8 +170,9 @@ def _find_slots(model: nn.Module) -> tuple[dict[str, WeightSlot], dict[str, _Pla
             dtype = loaded["weight"].dtype if attribute == "bias" and "weight" in loaded else pattern.dtype
             shape = tuple(pattern.shape)
             staged = tuple(parameter.shape) != shape or parameter.dtype != dtype
-            rows = module.shard_indices.num_org_elements if hasattr(module, "shard_indices") else shape[0]
-            slots[name] = WeightSlot(name, shape, dtype, cast(int, rows), staged)
+            vocabulary = cast("Any", getattr(module, "shard_indices", None))
+            rows = vocabulary.num_org_elements if vocabulary is not None else shape[0]
+            slots[name] = WeightSlot(name, shape, dtype, rows, staged)
             places[name] = _Place((module,), attribute)
     return slots, places
 
@@ -184,7 +185,7 @@ def _is_packed(module: nn.Module) -> bool:
 def _replace(module: nn.Module, attribute: str, staged: torch.Tensor) -> None:
     """Give a packed layer its weight back, as it was before packing."""
     parameter = nn.Parameter(staged, requires_grad=False)
-    parameter.__dict__.update(getattr(module, attribute).__dict__)
+    vars(parameter).update(vars(getattr(module, attribute)))
     setattr(module, attribute, parameter)
 
 

@@ -1,0 +1,260 @@
+"""What the rollout tests run in processes of their own: `python tests/rollout_workers.py SCENARIO FOLDER`.
+
+Each rank writes what its scenario returns to FOLDER/<rank>.pickle. Engines need processes of their own
+because vLLM keeps one tensor-parallel layout per process.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FAMILIES = {
+    # name: (transformers classes, tied embeddings, precision)
+    "qwen2": ("Qwen2", True, "fp32"),
+    "llama": ("Llama", False, "fp32"),
+    "qwen3": ("Qwen3", True, "fp32"),
+    "qwen2-untied-bf16": ("Qwen2", False, "bf16"),
+}
+# 130 is no multiple of vLLM's padding (64): the last tensor-parallel rank holds padding rows.
+SIZES = {
+    "vocab_size": 130,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+
+
+def run_world(scenario: str, folder: Path, processes: int) -> list[Any]:
+    """Run a scenario in that many processes; their results by rank. Raises where one of them fails."""
+    from megarl.parallel.bootstrap import free_port
+
+    port = str(free_port())
+    root = Path(__file__).parent.parent
+    workers = []
+    for rank in range(processes):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(root),
+        }
+        command = [sys.executable, __file__, scenario, str(folder)]
+        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [worker.communicate(timeout=600)[1] for worker in workers]
+    failed = [error for worker, error in zip(workers, errors, strict=True) if worker.returncode]
+    if failed:
+        raise RuntimeError(f"{scenario}: {len(failed)} of {processes} processes failed\n" + "\n".join(failed))
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(processes)]
+
+
+def write_checkpoint(folder: Path, family: str, seed: int) -> Path:
+    """A tiny random Hugging Face checkpoint, written once."""
+    import torch
+    import transformers
+
+    path = folder / f"{family}-{seed}"
+    if not path.exists():
+        classes, tied, _ = FAMILIES[family]
+        config = getattr(transformers, f"{classes}Config")(**SIZES, tie_word_embeddings=tied)
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{classes}ForCausalLM")(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(path)
+    return path
+
+
+def engine_for(path: Path, family: str, *, load_weights: bool, **rollout: Any) -> Any:
+    """An engine of the world this process has joined."""
+    import torch.distributed as dist
+
+    from megarl.config.model_shape import read_model_shape
+    from megarl.config.schema import RunConfig
+    from megarl.rollout.engine import Engine
+
+    config = RunConfig.model_validate(
+        {
+            "name": "test",
+            "steps": 1,
+            "precision": FAMILIES[family][2],
+            "model": {"path": str(path)},
+            "algorithm": {"name": "grpo"},
+            "data": {"path": "unused", "max_prompt_tokens": 160},
+            "rollout": {"kv_cache_gib": 0.02, "max_tokens": 24, "chunk": 4} | rollout,
+        }
+    )
+    return Engine(
+        config,
+        read_model_shape(path),
+        eos_token_ids=[1],
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        load_weights=load_weights,
+    )
+
+
+def requests(number: int, *, seeded: bool = True) -> list[Any]:
+    """Prompts of 3 to 13 tokens, each with a seed."""
+    from megarl.rollout.engine import Request
+    from megarl.rollout.seeds import sample_seed
+
+    return [
+        Request(tuple(2 + (5 * i + j) % 120 for j in range(3 + i % 11)), i, sample_seed(7, 0, i, 0) if seeded else None)
+        for i in range(number)
+    ]
+
+
+def write_slots(weights: Any, path: Path, rank: int, size: int) -> None:
+    """Push a Hugging Face checkpoint's weights, cut for tensor-parallel rank `rank` of `size`, into the engine."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "model.safetensors")
+
+    def rows(name: str) -> Any:
+        tensor = tensors[name]
+        count = tensor.shape[0] // size
+        return tensor[rank * count : (rank + 1) * count]
+
+    weights.begin()
+    for name, slot in weights.tensors().items():
+        layer, _, kind = name.rpartition(".")
+        parent, _, module = layer.rpartition(".")
+        target = weights.buffer(name)
+        if module == "qkv_proj":
+            value = _cat([rows(f"{parent}.{part}_proj.{kind}") for part in "qkv"])
+        elif module == "gate_up_proj":
+            value = _cat([rows(f"{parent}.{part}_proj.{kind}") for part in ("gate", "up")])
+        elif module in ("o_proj", "down_proj"):
+            value = tensors[name].chunk(size, dim=1)[rank]
+        elif module in ("embed_tokens", "lm_head"):
+            first = rank * slot.shape[0]
+            value = tensors[name][first : first + slot.num_rows]
+            target = target[: slot.num_rows]
+        else:
+            value = tensors[name]
+        target.copy_(value)
+        # Closing the layers without a bias one by one leaves the others to `end`.
+        if module in ("o_proj", "down_proj", "lm_head"):
+            weights.finish([name])
+    weights.end()
+
+
+def _cat(parts: list[Any]) -> Any:
+    import torch
+
+    return torch.cat(parts)
+
+
+def weights_scenario(folder: Path) -> Any:
+    """For every family: engines that read checkpoints 1 and 2, and one engine that is written 1, 2 and 1."""
+    import torch.distributed as dist
+
+    from megarl.rollout.engine import Sampling
+    from megarl.rollout.weights import EngineWeights
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    sampling = Sampling(max_tokens=24)
+    results = {}
+    # All stay alive: a vLLM engine that is collected takes the process's groups down with it.
+    engines = []
+    for family in FAMILIES:
+        paths = [folder.parent / "checkpoints" / f"{family}-{seed}" for seed in (1, 2)]
+        read = []
+        for path in paths:
+            engine = engine_for(path, family, load_weights=True, tensor=size)
+            engines.append(engine)
+            read.append((EngineWeights(engine).read_back(), engine.generate(requests(12), sampling)))
+        engine = engine_for(paths[0], family, load_weights=False, tensor=size)
+        engines.append(engine)
+        weights = EngineWeights(engine)
+        written = []
+        for path in (paths[0], paths[1], paths[0]):
+            write_slots(weights, path, rank, size)
+            written.append((weights.read_back(), engine.generate(requests(12), sampling), weights.checksum()))
+        results[family] = (read, written)
+    return results
+
+
+def replicas_scenario(folder: Path) -> Any:
+    """Completions of this rank under fixed assignment, the shared counter, and without seeds."""
+    import torch
+    import torch.distributed as dist
+
+    from megarl.rollout.engine import Sampling
+
+    tensor = 2 if dist.get_world_size() > 2 else 1
+    path = folder.parent / "checkpoints" / "qwen2-1"
+    engine = engine_for(path, "qwen2", load_weights=True, tensor=tensor, max_concurrent=8)
+    # As in training, the ranks' own random states differ.
+    torch.manual_seed(dist.get_rank())
+    sampling, work = Sampling(max_tokens=24, seed=5), requests(41)
+    return {
+        "replica": engine.replica,
+        "speaks": engine.speaks,
+        "fixed": engine.generate(work, sampling, engine.fixed_assignment(len(work))),
+        "shared": engine.generate(work, sampling, engine.shared_counter(len(work))),
+        "shared again": engine.generate(work, sampling, engine.shared_counter(len(work))),
+        "unseeded": engine.generate(requests(41, seeded=False), sampling, engine.fixed_assignment(len(work))),
+    }
+
+
+def generate_scenario(folder: Path) -> Any:
+    """One engine in one process, called in many ways."""
+    import random
+
+    import numpy as np
+    import torch
+
+    from megarl.rollout.engine import Request, Sampling
+
+    path = folder.parent / "checkpoints" / "qwen2-1"
+    states = (torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
+    engine = engine_for(path, "qwen2", load_weights=True, max_concurrent=16)
+    work, sampling = requests(40), Sampling(max_tokens=24)
+    results = {
+        "plain": engine.generate(work, sampling),
+        "again": engine.generate(work, sampling),
+        "unseeded": engine.generate(requests(40, seeded=False), Sampling(max_tokens=24, seed=1)),
+        "unseeded again": engine.generate(requests(40, seeded=False), Sampling(max_tokens=24, seed=1)),
+        "unseeded other": engine.generate(requests(40, seeded=False), Sampling(max_tokens=24, seed=2)),
+        "greedy": engine.generate(work, Sampling(max_tokens=24, temperature=0.0)),
+        "shaped": engine.generate(work, Sampling(max_tokens=24, temperature=0.7, top_p=0.8, top_k=20)),
+        "stop": engine.generate(work, Sampling(max_tokens=24, stop_token_ids=(5, 9, 17, 33))),
+        # Long prompts fill the token budget of one step several times over.
+        "long": engine.generate([Request(tuple(2 + i % 100 for i in range(150)), k, k) for k in range(80)], sampling),
+    }
+    results["states kept"] = (
+        torch.equal(states[0], torch.get_rng_state())
+        and repr(states[1]) == repr(np.random.get_state(legacy=False))
+        and states[2] == random.getstate()
+    )
+    return results
+
+
+SCENARIOS = {"weights": weights_scenario, "replicas": replicas_scenario, "generate": generate_scenario}
+
+
+def main(scenario: str, folder: Path) -> None:
+    from megarl.parallel import bootstrap
+
+    world = bootstrap.join()
+    result = SCENARIOS[scenario](folder)
+    (folder / f"{world.rank}.pickle").write_bytes(pickle.dumps(result))
+    bootstrap.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,154 @@
+"""The engine against Hugging Face, against itself, and against vLLM's own weight loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from rollout_workers import FAMILIES, requests, run_world, write_checkpoint
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints of every family, two sets of weights each."""
+    folder = tmp_path_factory.mktemp("rollout")
+    (folder / "checkpoints").mkdir()
+    for family in FAMILIES:
+        for seed in (1, 2):
+            write_checkpoint(folder / "checkpoints", family, seed)
+    return folder
+
+
+def run(folder: Path, scenario: str, processes: int) -> list[Any]:
+    place = folder / f"{scenario}-{processes}"
+    place.mkdir(exist_ok=True)
+    return run_world(scenario, place, processes)
+
+
+@pytest.fixture(scope="module")
+def generated(folder: Path) -> dict[str, Any]:
+    return run(folder, "generate", 1)[0]
+
+
+def log_probs_by_transformers(folder: Path, completions: list, temperature: float = 1.0) -> list[torch.Tensor]:
+    """Log-softmax (T, V) of the responses' positions, by Hugging Face's model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "qwen2-1", dtype=torch.float32)
+    found = []
+    with torch.no_grad():
+        for request, completion in zip(requests(len(completions)), completions, strict=True):
+            ids = torch.tensor([*request.prompt_token_ids, *completion.token_ids])
+            logits = model(ids[None]).logits[0, len(request.prompt_token_ids) - 1 : -1] / temperature
+            found.append(torch.log_softmax(logits.double(), -1))
+    return found
+
+
+def chosen(log_probs: torch.Tensor, completion: Any) -> torch.Tensor:
+    return log_probs.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+
+
+def test_log_probs_are_the_models(folder: Path, generated: dict[str, Any]):
+    for name in ("plain", "unseeded"):
+        expected = log_probs_by_transformers(folder, generated[name])
+        for completion, log_probs in zip(generated[name], expected, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(completion.log_probs).double(), chosen(log_probs, completion), atol=1e-5, rtol=0
+            )
+
+
+def test_log_probs_are_those_of_the_sampling_distribution(folder: Path, generated: dict[str, Any]):
+    """Temperature 0.7, the 20 likeliest tokens, of these the fewest that hold 0.8 of the mass."""
+    for completion, log_probs in zip(
+        generated["shaped"], log_probs_by_transformers(folder, generated["shaped"], 0.7), strict=True
+    ):
+        top = log_probs.topk(20)
+        kept = torch.log_softmax(top.values, -1)
+        below = kept.exp().cumsum(-1) - kept.exp()
+        kept = torch.log_softmax(kept.masked_fill(below >= 0.8, -torch.inf), -1)
+        shaped = torch.full_like(log_probs, -torch.inf).scatter(-1, top.indices, kept)
+        torch.testing.assert_close(
+            torch.tensor(completion.log_probs).double(), chosen(shaped, completion), atol=1e-4, rtol=0
+        )
+
+
+def test_greedy_takes_the_likeliest_token(folder: Path, generated: dict[str, Any]):
+    for completion, log_probs in zip(
+        generated["greedy"], log_probs_by_transformers(folder, generated["greedy"]), strict=True
+    ):
+        assert torch.equal(log_probs.argmax(-1), torch.tensor(completion.token_ids))
+
+
+def test_responses_end_at_a_stop_token_or_at_the_limit(generated: dict[str, Any]):
+    for name, stops in (("plain", {1}), ("stop", {1, 5, 9, 17, 33})):
+        reasons = set()
+        for completion in generated[name]:
+            reasons.add(completion.finish_reason)
+            assert not stops.intersection(completion.token_ids[:-1])
+            assert len(completion.log_probs) == len(completion.token_ids) <= 24
+            if completion.finish_reason == "stop":
+                assert completion.token_ids[-1] in stops
+            else:
+                assert len(completion.token_ids) == 24 and completion.token_ids[-1] not in stops
+        assert reasons == {"stop", "length"}
+
+
+def test_results_come_in_order_and_repeat(generated: dict[str, Any]):
+    assert [completion.index for completion in generated["plain"]] == list(range(40))
+    assert generated["plain"] == generated["again"]
+    assert generated["unseeded"] == generated["unseeded again"]
+    assert generated["unseeded"] != generated["unseeded other"]
+
+
+def test_long_prompts_with_seeds_are_not_cut(generated: dict[str, Any]):
+    """80 equal prompts of 150 tokens: different seeds, different answers."""
+    assert len({completion.token_ids for completion in generated["long"]}) > 70
+
+
+def test_the_trainers_random_states_are_untouched(generated: dict[str, Any]):
+    assert generated["states kept"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_replicas_share_the_work(folder: Path, generated: dict[str, Any], processes: int):
+    """Two replicas, of one rank each or tensor-parallel over two."""
+    ranks = run(folder, "replicas", processes)
+    tensor = processes // 2
+    for first in range(0, processes, tensor):
+        for rank in range(first + 1, first + tensor):
+            assert {k: v for k, v in ranks[rank].items() if k != "speaks"} == {
+                k: v for k, v in ranks[first].items() if k != "speaks"
+            }
+    assert [rank["speaks"] for rank in ranks] == [rank % tensor == 0 for rank in range(processes)]
+    speakers = [ranks[0], ranks[tensor]]
+    assert [completion.index for completion in speakers[1]["fixed"]] == list(range(1, 41, 2))
+    alone = {completion.index: completion for completion in generated["plain"]}
+    for way in ("fixed", "shared", "shared again"):
+        together = sorted((c for speaker in speakers for c in speaker[way]), key=lambda c: c.index)
+        assert [c.index for c in together] == list(range(41))
+        # Seeds make the answers the same wherever they were made; sums in another order change last bits.
+        for completion in together[:40]:
+            assert completion.token_ids == alone[completion.index].token_ids
+            assert completion.log_probs == pytest.approx(alone[completion.index].log_probs, abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_written_weights_are_those_of_vllms_loader(folder: Path, processes: int):
+    """Bitwise, as the kernels use them, and so are the answers: first, second and first set of weights again."""
+    for rank in run(folder, "weights", processes):
+        assert set(rank) == set(FAMILIES)
+        for family, (read, written) in rank.items():
+            names = set(read[0][0])
+            assert any("packed" in name for name in names), family
+            assert any(not torch.equal(read[0][0][name], read[1][0][name]) for name in names)
+            for number, (weights, completions, _) in zip((0, 1, 0), written, strict=True):
+                assert set(weights) == names
+                different = [name for name in names if not torch.equal(read[number][0][name], weights[name])]
+                assert not different, f"{family}: {different}"
+                assert completions == read[number][1], family
+            checksums = [checksum for _, _, checksum in written]
+            assert checksums[0] == checksums[2] != checksums[1]

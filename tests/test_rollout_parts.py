@@ -1,0 +1,170 @@
+"""The rollout's parts that need no engine: seeds, work distribution, phases, arguments."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+from megarl.config.model_shape import ModelShape, model_shape_from_hf
+from megarl.config.schema import RunConfig
+from megarl.errors import PhaseError, Refusal
+from megarl.rollout.arguments import engine_arguments
+from megarl.rollout.draw import FixedAssignment, SharedCounter
+from megarl.rollout.phases import NoSleeper, Part, Phase, Phases
+from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
+
+
+def test_seeds_are_stable_and_distinct():
+    # A changed value would break the exact continuation of runs begun before the change.
+    assert sample_seed(1234, 7, 42, 3) == 8789022837760256467
+    assert sample_seed(1, 23, 4, 5) != sample_seed(12, 3, 4, 5)
+    seeds = {sample_seed(s, t, p, i) for s in range(3) for t in range(3) for p in range(20) for i in range(20)}
+    assert len(seeds) == 3 * 3 * 20 * 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert batch_seed(1, 2, 3) != hash_seed("sample", 1, 2, 3)
+
+
+def drain(source: FixedAssignment | SharedCounter) -> list[int]:
+    found: list[int] = []
+    while (chunk := source.draw()) is not None:
+        found.extend(chunk)
+    assert source.draw() is None
+    return found
+
+
+@pytest.mark.parametrize(("total", "replicas"), [(0, 2), (1, 3), (7, 2), (12, 4)])
+def test_fixed_assignment_is_round_robin(total: int, replicas: int):
+    shares = [drain(FixedAssignment(total, r, replicas)) for r in range(replicas)]
+    assert shares == [[i for i in range(total) if i % replicas == r] for r in range(replicas)]
+
+
+def test_shared_counter_gives_every_request_once():
+    store, shares = HashStore(), [[] for _ in range(4)]
+
+    def replica(number: int) -> None:
+        shares[number] = drain(SharedCounter(store, "call 1", total=103, chunk=8, group=None))
+
+    threads = [threading.Thread(target=replica, args=(r,)) for r in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(index for share in shares for index in share) == list(range(103))
+    # Another call's key starts from the beginning.
+    assert drain(SharedCounter(store, "call 2", total=5, chunk=8, group=None)) == [0, 1, 2, 3, 4]
+
+
+class Recorder(NoSleeper):
+    """Writes down what a GPU would be asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def wake(self, tags: Sequence[str]) -> None:
+        self.calls.extend(tags)
+
+
+def test_phases_in_order():
+    recorder = Recorder()
+    phases = Phases(recorder)
+    phases.weights_written()
+    phases.require_ready()
+    for _ in range(2):
+        phases.sleep()
+        phases.require(Part.OPTIMIZER)
+        phases.wake_weights()
+        phases.require(Part.POLICY)
+        phases.weights_written()
+        phases.wake_cache()
+        phases.require_ready()
+    assert recorder.calls == ["sleep", "weights", "kv_cache"] * 2
+    assert phases.phase is Phase.GENERATE
+
+
+def test_sleeping_parts_are_named():
+    phases = Phases(NoSleeper())
+    with pytest.raises(PhaseError, match="engine weights used in phase generate before a push"):
+        phases.require_ready()
+    with pytest.raises(PhaseError, match="optimizer state touched in phase generate"):
+        phases.require(Part.OPTIMIZER)
+    with pytest.raises(PhaseError, match="cannot wake the engine's weights in phase generate"):
+        phases.wake_weights()
+    phases.sleep()
+    with pytest.raises(PhaseError, match="engine KV cache touched in phase train"):
+        phases.require_ready()
+    with pytest.raises(PhaseError, match="engine weights touched in phase train"):
+        phases.weights_written()
+    with pytest.raises(PhaseError, match="cannot put the engine to sleep in phase train: possible only in phase gene"):
+        phases.sleep()
+    phases.wake_weights()
+    # A sleeping engine has forgotten its weights: without a push it must not generate.
+    with pytest.raises(PhaseError, match="engine weights used in phase push before a push"):
+        phases.wake_cache()
+    with pytest.raises(PhaseError, match="engine KV cache touched in phase push"):
+        phases.require(Part.ENGINE_CACHE)
+
+
+def config_with(**sections: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "test",
+            "steps": 1,
+            "model": {"path": "model"},
+            "algorithm": {"name": "grpo"},
+            "data": {"path": "unused", "max_prompt_tokens": 64},
+            "rollout": {"max_tokens": 64},
+        }
+        | sections
+    )
+
+
+def shape_with(**changes: int) -> ModelShape:
+    sizes = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "vocab_size": 100,
+        "max_position_embeddings": 128,
+    }
+    return model_shape_from_hf({"model_type": "qwen2"} | sizes | changes)
+
+
+def test_arguments_follow_the_configuration():
+    config = config_with(
+        precision="bf16", rollout={"tensor": 2, "max_tokens": 64, "max_concurrent": 12}, vllm={"block_size": 32}
+    )
+    arguments = engine_arguments(config, shape_with(), 4, load_weights=False)
+    expected = {
+        "tensor_parallel_size": 2,
+        "max_model_len": 128,
+        "max_num_seqs": 12,
+        "dtype": "bfloat16",
+        "load_format": "dummy",
+        "block_size": 32,
+    }
+    assert expected.items() <= arguments.items()
+
+
+@pytest.mark.parametrize(
+    ("sections", "shape", "message"),
+    [
+        ({"rollout": {"tensor": 3, "max_tokens": 8}}, {}, "rollout.tensor=3: must divide the 4 processes"),
+        ({"rollout": {"max_tokens": 65}}, {}, "= 129 tokens: must fit the model's 128 positions"),
+        ({"evaluation": {"max_tokens": 65}}, {}, "= 129 tokens: must fit the model's 128 positions"),
+        ({"vllm": {"dtype": "float16"}}, {}, "vllm.dtype='float16': is set by precision"),
+        ({"vllm": {"no_such_option": 1}}, {}, "vllm.no_such_option=1: is not a field of vLLM's EngineArgs"),
+        ({}, {"head_dim": 16}, "attention heads of 16 elements: vLLM's CPU backend has kernels for 32, 64"),
+    ],
+)
+def test_refused_arguments(sections: dict, shape: dict, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(Refusal) as refusal:
+        engine_arguments(config_with(**sections), shape_with(**shape), 4, load_weights=False)
+    assert message in str(refusal.value)
