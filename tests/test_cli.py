@@ -16,6 +16,7 @@ from config_case import write_case
 
 from megarl.cli import start
 from megarl.config.load import dump_config, load_config
+from megarl.errors import Refusal
 
 ROOT = Path(__file__).parents[1]
 #: A launcher's variables in the tests' own environment must not leak into the commands under test.
@@ -86,19 +87,46 @@ def test_check_is_quick_and_free_of_torch(tmp_path: Path) -> None:
     assert seconds < 5
 
 
-def test_a_launchers_world_is_checked(tmp_path: Path) -> None:
-    write_case(tmp_path)
-    for environment in (
-        {"RANK": "0", "WORLD_SIZE": "3"},
-        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"},
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "3"},
-        {"PMI_RANK": "2", "PMI_SIZE": "3"},
-    ):
-        result = megarl(tmp_path, "check", "run.yaml", "parallel.tensor=2", **environment)
-        assert result.returncode == 2
-        assert result.stderr.startswith("megarl: parallel.processes=3: must be a multiple of"), environment
-    result = megarl(tmp_path, "check", "run.yaml", SLURM_PROCID="0", SLURM_NTASKS="1")
-    assert result.returncode == 0, "a batch script's own step is no launched world"
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"RANK": "0", "WORLD_SIZE": "3"}, (0, 3)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}, (1, 3)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}, (2, 3)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3"}, (2, 3)),
+        # A batch script's own step is no launched world.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+    ],
+)
+def test_place_in_a_launched_world(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: tuple[int, int] | None
+) -> None:
+    monkeypatch.setattr(os, "environ", CLEAN | environment)
+    assert start.launcher_place() == place
+
+
+def test_a_launched_world_is_checked_and_joined(monkeypatch: pytest.MonkeyPatch, run_file: Path) -> None:
+    monkeypatch.setattr(os, "environ", CLEAN | {"RANK": "1", "WORLD_SIZE": "3"})
+    with pytest.raises(Refusal, match=r"^parallel.processes=3: must be a multiple of"):
+        start.prepare(run_file, ["parallel.tensor=2"])
+    assert start.prepare(run_file, []).parallel.processes is None
+    calls: list[tuple[str, int]] = []
+    for rank, result in ((0, "done"), (2, None)):
+        monkeypatch.setattr(os, "environ", CLEAN | {"RANK": str(rank), "WORLD_SIZE": "3"})
+
+        def worker(name: str, rank: int = rank) -> str:
+            calls.append((name, rank))
+            return "done"
+
+        assert start.run(worker, "x", processes=None) == result, "only rank 0 has something to print"
+    assert calls == [("x", 0), ("x", 2)], "every rank works in its own process"
+
+
+def test_without_a_launcher_local_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", CLEAN.copy())
+    assert start.run(os.getpid, processes=None) == os.getpid(), "one process needs no other"
+    assert start.run(os.getpid, processes=2) != os.getpid()
 
 
 def test_evaluate_refuses_a_missing_checkpoint(tmp_path: Path) -> None:
