@@ -22,7 +22,7 @@ class ClippedObjective:
 def clipped_objective(
     ratio_T: Tensor, advantages_T: Tensor, low: float, high: float, dual: float | None
 ) -> ClippedObjective:
-    """min(r A, clip(r, 1 - low, 1 + high) A) (PPO, 1707.06347 Eq. 7), for A < 0 at least dual x A (1912.09729 Eq. 5).
+    """min(r A, clip(r, 1 - low, 1 + high) A) (PPO, 1707.06347 Eq. 7), for A < 0 at least dual x A (1912.09729).
 
     Written as A times a bounded ratio, which is the same function: for A >= 0 the ratio counts up to 1 + high, for
     A < 0 from 1 - low up to `dual`. On a bound itself the gradient is that of the inside. Shapes [T].
