@@ -32,7 +32,7 @@ class AlgorithmSettings(Settings):
 class GrpoSettings(AlgorithmSettings):
     """GRPO and its family (arXiv 2402.03300; Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071).
 
-    The defaults are classic GRPO without a KL term.
+    The defaults are GRPO's advantage with DAPO's token mean, without a KL term.
     """
 
     name: Literal["grpo"] = "grpo"
