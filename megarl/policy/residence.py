@@ -18,13 +18,13 @@ class Residence:
 
     def __init__(self, chunk: Any, optimizer: Any) -> None:
         self._chunk, self._optimizer = chunk, optimizer
-        self._host_weights: list[torch.Tensor] | None = None
         self._optimizer_away = False
+        self._weights_away = False
 
     @property
     def ready(self) -> bool:
         """Whether everything that training needs is on the device."""
-        return not self._optimizer_away and self._host_weights is None
+        return not (self._optimizer_away or self._weights_away)
 
     def require_ready(self, action: str) -> None:
         """Raise `PhaseError` naming `action` where a part of the policy is away."""
@@ -40,21 +40,18 @@ class Residence:
 
     def offload_weights(self) -> None:
         """Move the weights away as well."""
-        if not has_cuda():
-            self._host_weights = []
-            return
-        self._host_weights = [buffer.param_data.to("cpu", copy=True) for buffer in self._buffers()]
-        for buffer in self._buffers():
-            buffer.param_data.untyped_storage().resize_(0)
-        torch.cuda.empty_cache()
+        self._weights_away = True
+        if has_cuda():
+            for buffer in self._buffers():
+                buffer.offload_to_cpu(move_params=True, move_grads=False)
+            torch.cuda.empty_cache()
 
     def onload(self) -> None:
         """Bring everything back."""
-        if has_cuda() and self._host_weights is not None:
-            for buffer, kept in zip(self._buffers(), self._host_weights, strict=True):
-                buffer.param_data.untyped_storage().resize_(kept.untyped_storage().size())
-                buffer.param_data.copy_(kept)
-        self._host_weights = None
+        if has_cuda() and self._weights_away:
+            for buffer in self._buffers():
+                buffer.reload_from_cpu(move_params=True, move_grads=False)
+        self._weights_away = False
         if has_cuda() and self._optimizer_away:
             self._chunk.restore_grad_buffers()
             self._optimizer.restore_from_cpu()

@@ -198,6 +198,11 @@ class Engine:
         """Give the engine's memory back."""
         self.phases.sleep()
 
+    def close(self) -> None:
+        """Shut vLLM's core down. It takes torch's default process group with it, so this comes last."""
+        with environment.quiet():
+            self._engine.engine_core.shutdown()
+
     @contextmanager
     def _eager(self) -> Iterator[None]:
         """Run vLLM's few torch-compiled helpers as they are on the CPU.

@@ -70,10 +70,12 @@ class Session:
     progress: Progress
 
     def close(self) -> None:
-        """End the grading processes and flush what is recorded."""
+        """End the grading processes, flush what is recorded, and shut the engine down."""
         if self.grader is not None:
             self.grader.close()
         self.recorder.close()
+        if self.engine is not None:
+            self.engine.close()
 
 
 def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = False) -> Session:
