@@ -73,6 +73,12 @@ def test_the_table_matches_the_settings_table():
     assert {name: chosen.Settings for name, chosen in ALGORITHMS.items()} == ALGORITHM_SETTINGS
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_the_configuration_knows_about_rollouts_is_what_the_loop_is_told(name):
+    settings = ALGORITHM_SETTINGS[name].model_validate({"name": name})
+    assert build(settings, CONTEXT).needs.rollouts is settings.generates
+
+
 def test_build_by_name():
     algorithm = build(GrpoSettings(clip_high=0.28), CONTEXT)
     assert isinstance(algorithm, Grpo)
