@@ -1,7 +1,9 @@
 r"""Make a small random checkpoint in Hugging Face format.
 
 The folder gets config.json, generation_config.json, model.safetensors (fp32) and the tokenizer's files; both
-transformers and vLLM load it. Neither torch nor transformers is imported, so it takes well under a second.
+transformers and vLLM load it (beside a qwen2 model, transformers 5's AutoTokenizer does not follow tokenizer.json;
+PreTrainedTokenizerFast does, and so does megarl). Neither torch nor transformers is imported, so it takes well under
+a second.
 
 Matrices, biases and embeddings are normal with standard deviation 0.02, norm weights 1 plus the same noise: a
 mapping that loses or confuses any of them shows. The same arguments always write the same weights.

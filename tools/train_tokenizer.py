@@ -99,8 +99,9 @@ def hugging_face_tokenizer(model: bytes, markers: list[str]) -> Any:
     vocabulary = [(pieces.IdToPiece(i), score) for i, score in enumerate(scores)]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", BLANK)
-    # Byte pieces stand for bytes, never for their own names in a text.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
+    # Byte pieces stand for bytes, never for their own names in a text. Cutting around the digit, which is always a
+    # piece of its own, keeps "<0x41>" from being found whole and changes nothing else.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?<=<)0(?=x[0-9A-F]{2}>)"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (UNKNOWN, END, PADDING)])
     return tokenizer

@@ -122,10 +122,8 @@ class HuggingFaceTokenizer:
     """A Hugging Face tokenizer directory, read by transformers."""
 
     def __init__(self, path: Path) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._inner: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            self._inner: Any = _transformers_class(path).from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise Refusal(
                 f"tokenizer {path}", f"cannot be read by transformers ({_one_line(error)})", "restore its files"
@@ -155,6 +153,22 @@ class HuggingFaceTokenizer:
             return _plain_chat(self, messages)
         rows = [dict(message) for message in messages]
         return list(self._inner.apply_chat_template(rows, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def _transformers_class(path: Path) -> Any:
+    """The class to load `path` with.
+
+    tokenizer.json says everything, so it is read by the class that adds nothing. AutoTokenizer goes by the type of
+    the model beside it: for qwen2 it puts Qwen's own splitting in the place of whatever the file asks for
+    (transformers 5), which turns a tokenizer of another kind into nonsense. It also imports torch.
+    """
+    if (path / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -1,0 +1,137 @@
+"""Loading tokenizers of both kinds, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from megarl.data.tokenizer import check_vocabulary, load_tokenizer, prompt_ids, response_ids
+from megarl.errors import Refusal
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA = ROOT.parent / "shared" / "data" / "llama2_tokenizer.model"
+needs_llama = pytest.mark.skipif(not LLAMA.is_file(), reason=f"{LLAMA} is absent")
+
+TEXT = "the quick brown fox jumps over the lazy dog 0123456789 the fox and the dog run"
+
+
+def sentencepiece_model(path: Path, **options: Any) -> Path:
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([TEXT] * 20),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=44,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return path
+
+
+def hugging_face_folder(path: Path, start: bool = False, **config: object) -> Path:
+    """A word-level tokenizer in Hugging Face's format, with a marker, an end token and, if asked, a start token."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "user", "1", "2", "+"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    inner.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    inner.add_tokens([AddedToken("<think>", special=False)])
+    if start:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # type: ignore[assignment]
+    path.mkdir()
+    inner.save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"} | config
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_hugging_face_directory(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} <think>{% endif %}"
+    )
+    tokenizer = load_tokenizer(hugging_face_folder(tmp_path / "t", chat_template=template))
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos) == (8, 2, 2, None)
+    assert tokenizer.encode("1+<think>2") == [0, 7, 5]
+    assert tokenizer.encode("1 <think> 2") == [4, 7, 5]
+    assert tokenizer.apply_chat([{"role": "user", "content": "1 + 2"}]) == [3, 4, 6, 5, 7]
+    # Control tokens and ids of a padded vocabulary are silent, markers are not.
+    assert tokenizer.decode([4, 7, 2, 99, 1]) == "1 <think>"
+    assert prompt_ids(tokenizer, "1") == [4]
+    assert response_ids(tokenizer, "1 + 2") == [4, 6, 5, 2]
+
+
+def test_a_start_token_that_the_tokenizer_adds_begins_prompts_and_nothing_else(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(hugging_face_folder(tmp_path / "t", start=True))
+    assert tokenizer.bos == 1
+    assert tokenizer.encode("1") == [4]
+    assert prompt_ids(tokenizer, "1") == [1, 4]
+    # No template: contents with blank lines between them.
+    assert tokenizer.apply_chat([{"role": "system", "content": "2"}, {"role": "user", "content": "1"}]) == [1, 5, 4]
+
+
+def test_sentencepiece_file_and_directory_are_the_same(tmp_path: Path) -> None:
+    file = sentencepiece_model(tmp_path / "tokenizer.model", pad_id=3)
+    tokenizer = load_tokenizer(str(file))
+    assert tokenizer.vocab_size == len(sentencepiece.SentencePieceProcessor(model_file=str(file)))
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos) == (2, 3, 1)
+    assert tokenizer.decode([1, *tokenizer.encode("the dog run"), 2, 3, 12345, -1]) == "the dog run"
+    assert load_tokenizer(tmp_path).encode("the fox") == tokenizer.encode("the fox")
+    assert tokenizer.apply_chat([{"role": "user", "content": "the fox"}]) == [1, *tokenizer.encode("the fox")]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"must be a directory with a tokenizer\.json"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(Refusal, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(Refusal, match="has no end token"):
+        load_tokenizer(sentencepiece_model(tmp_path / "endless.model", eos_id=-1))
+    with pytest.raises(Refusal, match="has no end token"):
+        load_tokenizer(hugging_face_folder(tmp_path / "endless", eos_token=None))
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    with pytest.raises(Refusal, match="must be a sentencepiece model"):
+        load_tokenizer(tmp_path / "broken.model")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    with pytest.raises(Refusal, match="cannot be read by transformers"):
+        load_tokenizer(tmp_path / "broken")
+
+
+def test_the_vocabulary_must_fit_the_model(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "tokenizer.model"))
+    size = tokenizer.vocab_size
+    check_vocabulary(tokenizer, size)
+    check_vocabulary(tokenizer, size + 24)
+    with pytest.raises(
+        Refusal, match=f"a tokenizer of {size} tokens: must not exceed the model's vocabulary of {size - 1}"
+    ):
+        check_vocabulary(tokenizer, size - 1)
+
+
+@needs_llama
+def test_the_llama_tokenizer() -> None:
+    tokenizer = load_tokenizer(LLAMA)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos) == (32000, 2, 2, 1)
+    assert tokenizer.encode("Hello world") == [15043, 3186]
+    for text in ("Hello world", "x = 12\n\ny < 3 <think>é日本</think>\n", "\\boxed{42}"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_sentencepiece_needs_no_transformers_and_neither_kind_imports_torch(tmp_path: Path) -> None:
+    file = sentencepiece_model(tmp_path / "tokenizer.model")
+    folder = hugging_face_folder(tmp_path / "t")
+    program = (
+        "import sys\n"
+        "from megarl.data.tokenizer import load_tokenizer\n"
+        f"load_tokenizer({str(file)!r}).encode('the')\n"
+        "print({'torch', 'transformers'} & set(sys.modules))\n"
+        f"load_tokenizer({str(folder)!r}).encode('1')\n"
+        "print('torch' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.split("\n")[:2] == ["set()", "False"]
