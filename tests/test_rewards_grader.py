@@ -1,5 +1,6 @@
 """The grader's processes: order, time limits, deaths, ranges."""
 
+import os
 import subprocess
 import sys
 import time
@@ -36,6 +37,12 @@ def obey(text, answer, source):
     if text == "none":
         return None
     return float(text)
+
+def work(text, answer, source):
+    start, wall = time.process_time(), time.monotonic()
+    while time.process_time() - start < float(text):
+        pass
+    return round(time.monotonic() - wall, 1)
 
 def modules(text, answer, source):
     return 1.0 if {"torch", "vllm", "transformers"} & set(sys.modules) else 0.5
@@ -100,6 +107,24 @@ def test_failures_cost_one_answer_each(user_module: str) -> None:
         # The replaced processes work.
         assert [one.reward for one in grader.grade([GradingItem("0.5", "")] * 5)] == [0.5] * 5
     assert time.monotonic() - start < 20
+
+
+def test_waiting_for_a_processor_does_not_count(user_module: str) -> None:
+    """Half a second of work among six processes that want the same processor takes several, and is in time."""
+    processor = min(os.sched_getaffinity(0))
+    with Grader(settings(f"{user_module}:work", workers=1, time_limit=1.0, high=100.0)) as grader:
+        assert grader.grade([GradingItem("0", "")]) == [GradedAnswer(0.0)]
+        hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+        try:
+            for process in (*hogs, grader._workers[0].process):
+                os.sched_setaffinity(process.pid, {processor})
+            (graded,) = grader.grade([GradingItem("0.5", "")])
+        finally:
+            for hog in hogs:
+                hog.kill()
+                hog.wait()
+    assert graded.counter is None
+    assert graded.reward > 1.5  # seconds it took
 
 
 def test_every_answer_may_kill_its_worker(user_module: str) -> None:
@@ -201,7 +226,7 @@ def test_references_written_differently_grade_as_right(name: str, share: float) 
     # A thin space inside the box defeats string equality, so that math-verify decides.
     table = pyarrow.parquet.read_table(SHARED_DATA / f"{name}.parquet").to_pylist()
     answers = [row["reward_model"]["ground_truth"][0].strip() for row in table[:120]]
-    with Grader(settings("math")) as grader:
+    with Grader(settings("math", time_limit=60.0)) as grader:
         graded = grader.grade([GradingItem(rf"Thus \boxed{{{answer}\,}}", answer) for answer in answers])
     assert sum(one.reward for one in graded) / len(answers) >= share
     assert all(one.counter is None for one in graded)

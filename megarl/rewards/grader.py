@@ -23,11 +23,11 @@ from megarl.records import Prompt
 from megarl.rewards.math import boxed, boxed_equals, nothing_to_grade
 
 #: Seconds a worker may take to import its reward function.
-START_LIMIT = 120.0
+START_LIMIT = 300.0
 #: Processes that may end in a row before they are ready, before the grader gives up.
 MAX_FAILED_STARTS = 3
-#: Seconds past the time limit after which a worker ends itself, should this process be gone.
-BACKSTOP_MARGIN = 10.0
+#: Multiple of the time limit after which a worker ends itself, should this process be gone.
+BACKSTOP_FACTOR = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class _Worker:
         package_root = str(Path(megarl.__file__).resolve().parent.parent)
         python_path = os.pathsep.join([package_root, *(entry or os.getcwd() for entry in sys.path)])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megarl.rewards.worker", kind, str(time_limit + BACKSTOP_MARGIN)],
+            [sys.executable, "-m", "megarl.rewards.worker", kind, str(time_limit * BACKSTOP_FACTOR)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
@@ -75,6 +75,7 @@ class _Worker:
         self.ready = False
         self.item: int | None = None
         self.deadline = time.monotonic() + START_LIMIT
+        self.starved = 0.0
         self.received = b""
 
     def assign(self, item: int, request: bytes, time_limit: float) -> bool:
@@ -84,12 +85,31 @@ class _Worker:
         """
         self.item = item
         self.deadline = time.monotonic() + time_limit
+        self.starved = self._starved()
         try:
             self.stdin.write(request)
             self.stdin.flush()
         except BrokenPipeError:
             return False
         return True
+
+    def overdue(self) -> bool:
+        """Whether the deadline has passed. Time spent waiting for a processor moves the deadline: on a crowded
+        machine an answer would otherwise score by what else happens to run.
+        """
+        if time.monotonic() < self.deadline:
+            return False
+        starved = self._starved()
+        self.deadline += starved - self.starved
+        self.starved = starved
+        return time.monotonic() >= self.deadline
+
+    def _starved(self) -> float:
+        """Seconds the process has waited for a processor so far; 0 where the kernel does not say."""
+        try:
+            return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) * 1e-9
+        except (OSError, IndexError, ValueError):
+            return 0.0
 
     def receive(self) -> dict[str, object] | None:
         """The message that arrived, or None where it is not complete yet. Raises EOFError where the process is gone."""
@@ -212,7 +232,7 @@ class Grader:
                 worker.item = None
                 finished.append((item, self._graded(message)))
         for position, worker in enumerate(self._workers):
-            if worker in self._busy() and time.monotonic() >= worker.deadline:
+            if worker in self._busy() and worker.overdue():
                 item = worker.item
                 self._replace(position)
                 if item is not None:
