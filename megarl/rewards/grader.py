@@ -75,7 +75,7 @@ class _Worker:
         self.ready = False
         self.item: int | None = None
         self.deadline = time.monotonic() + START_LIMIT
-        self.starved = 0.0
+        self.limit, self.started_at = START_LIMIT, 0.0
         self.received = b""
 
     def assign(self, item: int, request: bytes, time_limit: float) -> bool:
@@ -85,7 +85,7 @@ class _Worker:
         """
         self.item = item
         self.deadline = time.monotonic() + time_limit
-        self.starved = self._starved()
+        self.limit, self.started_at = time_limit, self._activity()[1]
         try:
             self.stdin.write(request)
             self.stdin.flush()
@@ -94,22 +94,29 @@ class _Worker:
         return True
 
     def overdue(self) -> bool:
-        """Whether the deadline has passed. Time spent waiting for a processor moves the deadline: on a crowded
-        machine an answer would otherwise score by what else happens to run.
-        """
-        if time.monotonic() < self.deadline:
-            return False
-        starved = self._starved()
-        self.deadline += starved - self.starved
-        self.starved = starved
-        return time.monotonic() >= self.deadline
+        """Whether the time limit has passed.
 
-    def _starved(self) -> float:
-        """Seconds the process has waited for a processor so far; 0 where the kernel does not say."""
+        For a process that wants to run, the limit is one of processor time: on a crowded machine an answer would
+        otherwise score by what else happens to run. A process that sleeps has no such excuse.
+        """
+        now = time.monotonic()
+        if now < self.deadline:
+            return False
+        state, processor_seconds = self._activity()
+        left = self.limit - (processor_seconds - self.started_at)
+        if state not in "RD" or left <= 0:
+            return True
+        self.deadline = now + max(left, 0.01)
+        return False
+
+    def _activity(self) -> tuple[str, float]:
+        """The process's state letter and the processor seconds it has used; ("?", 0.0) where nothing says so."""
         try:
-            return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) * 1e-9
-        except (OSError, IndexError, ValueError):
-            return 0.0
+            # The name, in brackets, may hold anything; state is the first field after it, the times the 12th and 13th.
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return "?", 0.0
+        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def receive(self) -> dict[str, object] | None:
         """The message that arrived, or None where it is not complete yet. Raises EOFError where the process is gone."""
