@@ -24,6 +24,10 @@ class Refusal(MegarlError):
         self.fix = fix
         super().__init__(f"{value}: {rule.rstrip('.')}. Fix: {fix.rstrip('.')}.")
 
+    def __reduce__(self) -> tuple[type["Refusal"], tuple[str, str, str]]:
+        # Exceptions pickle by their message alone, which would lose the three parts on the way between processes.
+        return type(self), (self.value, self.rule, self.fix)
+
 
 class PhaseError(MegarlError):
     """A part was touched in a phase in which it sleeps; names the phase and the part."""

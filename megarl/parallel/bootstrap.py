@@ -94,7 +94,11 @@ def join(timeout_minutes: float = 30.0) -> World:
     if place.size == 1 and port == "0":
         port = str(free_port())
     os.environ.update(
-        RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(place.local_rank), MASTER_ADDR=address, MASTER_PORT=port
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.size),
+        LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=address,
+        MASTER_PORT=port,
     )
     cuda = cpu_platform.has_cuda()
     if cuda:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megarl.config.schema import ParallelSettings

@@ -1,8 +1,8 @@
 """Starts the local processes of a run with torch's elastic launcher.
 
-On the CPU the workers are forked from a parent that has already imported the module of the function
-they run, and with it the heavy libraries: they start at once and share that memory. With CUDA they are spawned, because a CUDA context does not
-survive a fork.
+On the CPU the workers are forked from a parent that has already imported the function they run, and
+with it the heavy libraries: they start at once and share that memory. With CUDA they are spawned,
+because a CUDA context does not survive a fork.
 """
 
 from __future__ import annotations
@@ -60,4 +60,3 @@ def _worker(function: Callable[..., T], args: tuple[Any, ...]) -> tuple[MegarlEr
     except MegarlError as error:
         return error, None
     return None, value if os.environ.get("RANK") == "0" else None
-

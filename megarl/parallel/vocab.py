@@ -46,7 +46,9 @@ def token_log_probs(
     `hidden` is this rank's part: the caller sums it over the tensor-parallel group. The entropy carries
     a gradient only with `entropy_gradient`.
     """
-    log_probs, entropy = _TokenLogProbs.apply(hidden, weight, targets, shard, 1.0 / temperature, chunk, entropy_gradient)
+    log_probs, entropy = _TokenLogProbs.apply(
+        hidden, weight, targets, shard, 1.0 / temperature, chunk, entropy_gradient
+    )
     return log_probs, entropy
 
 

@@ -54,7 +54,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
             "was saved without the optimizer's state, so the run cannot continue from it",
             "start a new run with model.weights set to it, or save with checkpoint.optimizer=true",
         )
-    state = dist_checkpointing.load(
+    state: Any = dist_checkpointing.load(
         _state(policy, optimizer=optimizer, loading=True), str(directory), strict=StrictHandling.RAISE_UNEXPECTED
     )
     policy.model.load_state_dict(state["model"])
@@ -67,7 +67,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
 
 
 def find(path: str | Path) -> Path | None:
-    """The checkpoint that `path` means: itself, or what `latest` in it (or in its checkpoints/) names; None without one."""
+    """The checkpoint that `path` means: itself, or what `latest` in it or in its checkpoints/ names; or None."""
     path = Path(path)
     if (path / "progress.json").is_file():
         return path

@@ -46,7 +46,7 @@ def cpu_packing(batch: MicroBatch, inverse_frequencies: torch.Tensor, scaling: f
         spread = torch.where(place < lengths[:, None], starts[:, None] + place, 0)
         owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         collect = owner * longest + torch.arange(len(owner)) - starts[owner]
-    # The format is named sbhd in both cases: Megatron then keeps (S, B, heads, D) and leaves the packing to this module.
+    # Named sbhd in both cases: Megatron then keeps (S, B, heads, D) and leaves the packing to this module.
     return CpuPacking(
         qkv_format="sbhd",
         max_seqlen_q=batch.longest,
@@ -67,7 +67,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class CpuAttention(torch.nn.Module):
     """Core attention: (S, B, heads, D) queries, (S, B, kv heads, D) keys and values -> (S, B, heads·D)."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__()
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale

@@ -84,5 +84,3 @@ class CpuSpecProvider(BackendSpecProvider):
 
     def activation_func(self) -> Any:
         return None
-
-

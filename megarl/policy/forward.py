@@ -59,12 +59,12 @@ def rotary_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
 
     kind = shape.rope_scaling.get("rope_type") or shape.rope_scaling["type"]
     parameters = dict(shape.rope_scaling) | {"rope_type": kind, "rope_theta": shape.rope_theta}
-    config = PretrainedConfig(
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
-        rope_parameters=parameters,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.max_positions,
+    }
+    config = PretrainedConfig(**sizes, rope_parameters=parameters)  # pyright: ignore[reportCallIssue]
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequencies.float(), float(scaling)

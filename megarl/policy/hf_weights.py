@@ -98,7 +98,9 @@ class HfCheckpoint:
         try:
             return safe_open(file, framework="pt")
         except Exception as error:  # safetensors raises its own type for a damaged header, OSError for a missing file
-            raise Refusal(str(file), f"must be a readable safetensors file ({error})", "download or copy it again") from None
+            raise Refusal(
+                str(file), f"must be a readable safetensors file ({error})", "download or copy it again"
+            ) from None
 
     def _file(self, name: str) -> Any:
         file_name = self._file_of[name]
@@ -113,4 +115,3 @@ class HfCheckpoint:
     def read(self, name: str, box: Box) -> torch.Tensor:
         """One box of one tensor; the rest of the file is not read."""
         return self._file(name).get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
-

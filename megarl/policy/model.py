@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -21,7 +28,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
@@ -96,6 +102,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
 
     backend = CpuSpecProvider()
     qk_norm = CpuRMSNorm if config.qk_layernorm else IdentityOp
+    residual: Any = get_bias_dropout_add
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -111,14 +118,14 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual,
             mlp=get_mlp_module_spec_for_backend(backend),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual,
         ),
     )
 
 
-def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig) -> Any:
     """The decoder's spec; the CPU's carries its own final norm, which Megatron would else pick by itself."""
     layer = layer_spec(config)
     if has_cuda():
@@ -127,7 +134,8 @@ def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
 
     from megarl.policy.cpu_layers import CpuRMSNorm
 
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=CpuRMSNorm)
+    norm: Any = CpuRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def build_model(config: TransformerConfig, shape: ModelShape) -> GPTModel:
@@ -145,9 +153,23 @@ def build_model(config: TransformerConfig, shape: ModelShape) -> GPTModel:
         position_embedding_type="rope" if has_cuda() else "none",
         rotary_base=int(shape.rope_theta),
     )
+    _mark_shards(model)
     if model.post_process:
         model.output_layer.forward = types.MethodType(_defer_head, model.output_layer)
     return model
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Mark the parameters of which each tensor-parallel rank holds a part of its own.
+
+    Megatron marks weights as it initialises them, which is left out here. Without the mark the gradient norm counts
+    every weight on the first rank alone, as a copy that all ranks share.
+    """
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
+            weight = module.weight
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 
 def _defer_head(
@@ -160,12 +182,23 @@ def _defer_head(
     """
     if layer.sequence_parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True), None
-    return tensor_parallel.copy_to_tensor_model_parallel_region(hidden), None
+    whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+    if whole.requires_grad:
+        # Megatron sums a copy of a gradient that is not contiguous, and drops the sum. Padded micro-batches of several
+        # rows leave here transposed, and so their gradient comes back.
+        whole.register_hook(torch.Tensor.contiguous)
+    return whole, None
 
 
-def wrap_data_parallel(config: RunConfig, megatron_config: TransformerConfig, model: GPTModel) -> DistributedDataParallel:
+def wrap_data_parallel(
+    config: RunConfig, megatron_config: TransformerConfig, model: GPTModel
+) -> DistributedDataParallel:
     """Gradient buffers and reductions over the data-parallel group, sharded for the distributed optimizer."""
-    fields = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, "overlap_grad_reduce": False}
+    fields: dict[str, Any] = {
+        "use_distributed_optimizer": True,
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": False,
+    }
     ddp = DistributedDataParallelConfig(**(fields | fields_of(DistributedDataParallelConfig, config.megatron)))
     return DistributedDataParallel(config=megatron_config, ddp_config=ddp, module=model)
 
@@ -173,7 +206,7 @@ def wrap_data_parallel(config: RunConfig, megatron_config: TransformerConfig, mo
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
     """Megatron's optimizer settings: AdamW in fp32, sharded over data parallelism."""
     settings = config.optimizer
-    fields = {
+    fields: dict[str, Any] = {
         "optimizer": "adam",
         "lr": settings.lr,
         "min_lr": settings.min_lr,

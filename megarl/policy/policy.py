@@ -7,7 +7,8 @@ the numbers returned for a whole mini-batch are the same on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence as Sequences
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sequences
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,7 +62,7 @@ class Policy:
         self.megatron_config = transformer_config(config, shape)
         self.model = build_model(self.megatron_config, shape)
         self.chunk = wrap_data_parallel(config, self.megatron_config, self.model)
-        self.optimizer = get_megatron_optimizer(optimizer_config(config), [self.chunk])
+        self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), [self.chunk])
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(config, self.optimizer, step_budget)
         self.weight_sets = WeightSets(self.model)
@@ -136,13 +137,17 @@ class Policy:
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
 
-    def _run(self, sequences: Sequences[Sequence], consume: Callable[..., Any], *, forward_only: bool) -> tuple[int, int]:
+    def _run(
+        self, sequences: Sequences[Sequence], consume: Callable[..., Any], *, forward_only: bool
+    ) -> tuple[int, int]:
         """Run Megatron's schedule over token-bounded micro-batches; returns (real, computed) tokens."""
         settings = self.config.batch
         plan = microbatches([s.length for s in sequences], settings.tokens_per_microbatch)
         multiple = self.grid.tensor if self.megatron_config.sequence_parallel else 1
         batches = [
-            lay_out([sequences[i] for i in part], packed=settings.packed, length_multiple=multiple, device=self.world.device)
+            lay_out(
+                [sequences[i] for i in part], packed=settings.packed, length_multiple=multiple, device=self.world.device
+            )
             for part in plan
         ]
         queue = iter(zip(batches, plan, strict=True))
@@ -158,7 +163,8 @@ class Policy:
 
             return output, loss
 
-        get_forward_backward_func()(
+        schedule: Any = get_forward_backward_func()
+        schedule(
             forward_step_func=forward_step,
             data_iterator=None,
             model=[self.chunk],
@@ -169,9 +175,12 @@ class Policy:
         )
         return sum(b.real_tokens for b in batches), sum(b.computed_tokens for b in batches)
 
-    def _token_log_probs(self, hidden: torch.Tensor, batch: MicroBatch, consume: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _token_log_probs(
+        self, hidden: torch.Tensor, batch: MicroBatch, consume: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
-        weight = self.model.shared_embedding_or_output_weight() if self.shape.tied_embeddings else self.model.output_layer.weight
+        tied = self.shape.tied_embeddings
+        weight: Any = self.model.shared_embedding_or_output_weight() if tied else self.model.output_layer.weight
         return token_log_probs(
             rows,
             weight,
@@ -183,7 +192,7 @@ class Policy:
         )
 
     def _vocabulary_shard(self, weight: torch.Tensor) -> VocabularyShard:
-        group = parallel_state.get_tensor_model_parallel_group()
+        group: Any = parallel_state.get_tensor_model_parallel_group()
         return vocabulary_shard(self.shape.vocab_size, weight.shape[0], self.grid.tensor_rank, group)
 
     def _gather(self, loss: float, sums: dict[str, float], gap_max: float, work: tuple[int, int]) -> UpdateResult:

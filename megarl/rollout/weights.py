@@ -9,16 +9,17 @@ embedding, are packed again too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
 from megarl.errors import MegarlError
-from megarl.rollout.engine import Engine
-from megarl.rollout.phases import Part
+from megarl.rollout.phases import Part, Phases
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,23 @@ class _Place:
     attribute: str
 
 
+class Fillable(Protocol):
+    """An engine that a push can fill: megarl's own, or plain vLLM."""
+
+    phases: Phases
+
+    def call_worker(self, function: Callable[..., T]) -> T: ...
+
+    def weights_changed(self) -> None: ...
+
+
 class EngineWeights:
     """The destination of a push: `begin`, then `buffer` for every slot and `finish` for complete layers, then `end`.
 
     Everything happens on this rank alone; nothing here communicates.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Fillable) -> None:
         self._engine = engine
         self._model: nn.Module = engine.call_worker(lambda worker: worker.get_model())
         self._slots, self._places = _find_slots(self._model)

@@ -5,11 +5,21 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from megarl.config.schema import RunConfig
-from megarl.train.loop import run_step
+from megarl.parallel.exchange import gather_all
+from megarl.rollout.engine import Sampling
+from megarl.rollout.plain import PlainEngine
+from megarl.train.loop import run_step, sleep_engine, wake_engine
+from megarl.train.rollouts import make_rollouts
 from megarl.train.run import session_of
+from megarl.weights.push import Push
+
+T = TypeVar("T")
 
 #: Steps that warm caches and allocators before anything is measured.
 WARM_UP_STEPS = 1
@@ -24,7 +34,10 @@ def bench_step(config: RunConfig) -> dict[str, Any]:
     Returns `step_seconds`, `seconds` and `tokens_per_second` by phase, `tokens_generated`, `tokens_trained`,
     `padding_share`, `peak_memory_bytes` (largest process), `processes`, `steps`. Nothing is left in the runs folder.
     """
-    with tempfile.TemporaryDirectory() as scratch, session_of(config.model_copy(update={"runs_dir": scratch})) as session:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        session_of(config.model_copy(update={"runs_dir": scratch})) as session,
+    ):
         session.recorder.open(1)
         lines: list[dict[str, Any]] = []
         walls: list[float] = []
@@ -42,7 +55,9 @@ def _report(lines: list[dict[str, Any]], walls: list[float], processes: int) -> 
     generated = statistics.median(line.get("generated_tokens", 0) for line in lines)
     trained = statistics.median(line["tokens"] for line in lines)
     rates = {
-        name: round((generated if name in _GENERATING else trained) / value, 1) for name, value in seconds.items() if value > 0
+        name: round((generated if name in _GENERATING else trained) / value, 1)
+        for name, value in seconds.items()
+        if value > 0
     }
     return {
         "step_seconds": round(statistics.median(walls), 4),
@@ -55,3 +70,61 @@ def _report(lines: list[dict[str, Any]], walls: list[float], processes: int) -> 
         "processes": processes,
         "steps": len(lines),
     }
+
+
+def bench_rollout(config: RunConfig) -> dict[str, Any]:
+    """Generation inside the loop beside plain vLLM, in turns, `config.steps` times.
+
+    Plain vLLM is `LLM.generate` with the same engine arguments, weights and prompts in the same processes, without
+    seeds of the samples' own, log-probs of the chosen tokens included. The loop's seconds are those of the whole
+    rollout stage: drawing work, generating, decoding, grading and exchanging metadata. Tokens/s are those of all
+    replicas together. Returns both, their ratio turn by turn (`ratios`) and its median (`ratio`).
+    """
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        session_of(config.model_copy(update={"runs_dir": scratch})) as session,
+    ):
+        session.recorder.open(1)
+        wake_engine(session)
+        engine = session.engine
+        assert engine is not None
+        plain = PlainEngine(config, session.shape, session.world.size)
+        Push(session.policy, plain).run()
+        sampling = Sampling(
+            max_tokens=config.rollout.max_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            stop_token_ids=(*engine.eos_token_ids, *config.rollout.stop_token_ids),
+        )
+        turns: list[dict[str, float]] = []
+        for step in range(1, WARM_UP_STEPS + config.steps + 1):
+            session.recorder.status(f"turn {step} of {WARM_UP_STEPS + config.steps}")
+            loop_seconds, rollouts = _together(lambda step=step: make_rollouts(session, step))
+            prompts = [p.token_ids for p in rollouts.prompts for _ in range(rollouts.group_size)]
+            share = prompts[engine.replica :: engine.num_replicas]
+            plain_seconds, made = _together(lambda share=share: plain.generate(share, sampling))
+            tokens = sum(score.length for score in rollouts.scores.values())
+            turns.append(
+                {"loop": tokens / loop_seconds, "plain": sum(gather_all(made if engine.speaks else 0)) / plain_seconds}
+            )
+        sleep_engine(session)
+        measured = turns[WARM_UP_STEPS:]
+        ratios = [turn["loop"] / turn["plain"] for turn in measured]
+        return {
+            "loop_tokens_per_second": round(statistics.median(turn["loop"] for turn in measured), 1),
+            "plain_tokens_per_second": round(statistics.median(turn["plain"] for turn in measured), 1),
+            "ratio": round(statistics.median(ratios), 4),
+            "ratios": [round(ratio, 4) for ratio in ratios],
+            "requests": config.batch.prompts * config.rollout.group_size,
+            "processes": session.world.size,
+        }
+
+
+def _together(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds until the slowest rank has done `work`, and this rank's result."""
+    dist.barrier()
+    start = time.perf_counter()
+    result = work()
+    dist.barrier()
+    return time.perf_counter() - start, result

@@ -33,7 +33,9 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
 
     columns = 4
     rows = -(-(len(panels) + 1) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, 2.8 * rows), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.6 * columns, 2.8 * rows), squeeze=False, layout="constrained"
+    )
     flat = axes.ravel()
     for axis, (name, label) in zip(flat, panels, strict=False):
         points = [(line["step"], line[name]) for line in lines if _number(line.get(name))]

@@ -1,13 +1,15 @@
 """The training loop: one function, the same on every rank, for every algorithm.
 
-    generate → score → select groups → advantages → log-probs → update → push weights → evaluate, save
+generate → score → select groups → advantages → log-probs → update → push weights → evaluate, save
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from megarl.algorithms.base import BatchTotals
 from megarl.errors import TrainingStopped
+from megarl.records import Sequence
 from megarl.train import supervised
 from megarl.train.evaluation import evaluate
 from megarl.train.measure import StepRecord
@@ -15,8 +17,6 @@ from megarl.train.rollouts import Rollouts, make_rollouts
 from megarl.train.route import assign, deliver
 from megarl.train.saving import save_checkpoint, save_rollouts
 from megarl.train.session import REFERENCE, Session
-from megarl.algorithms.base import BatchTotals
-from megarl.records import Sequence
 
 
 def run_steps(session: Session) -> None:

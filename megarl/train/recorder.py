@@ -41,7 +41,7 @@ class Recorder:
             # Steps from `first_step` on are written again, so TensorBoard must forget the interrupted ones.
             self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step)
         if self.config.logging.wandb is not None:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             self._wandb = wandb.init(project=self.config.logging.wandb, name=self.config.name, resume="allow")
 
@@ -108,7 +108,7 @@ class Recorder:
 
 
 def _keep_lines_before(file: Path, first_step: int) -> None:
-    """Drop the lines of steps ≥ `first_step` (those after the checkpoint a run continues from), and a torn last line."""
+    """Drop the lines of steps ≥ `first_step`, which come after the checkpoint, and a torn last line."""
     if not file.is_file():
         return
     kept: list[str] = []

@@ -38,7 +38,11 @@ def read_samples(
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.glob(f"step_{step:06d}.rank_*.jsonl"))
     if not files:
-        raise Refusal(f"rollout.replay={source}", f"holds no samples of step {step}", "give a rollouts/ folder that has it, or one of its files")
+        raise Refusal(
+            f"rollout.replay={source}",
+            f"holds no samples of step {step}",
+            "give a rollouts/ folder that has it, or one of its files",
+        )
     saved: dict[tuple[int, int], Sample] = {}
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), start=1):

@@ -94,7 +94,9 @@ def _sample_batch(session: Session, rollouts: Rollouts, step: int, first: int) -
     ]
     if config.rollout.replay is not None:
         with session.clock.phase("replay"):
-            samples = replay.read_samples(config.rollout.replay, step, rollouts.prompts, requests, session.world, group_size)
+            samples = replay.read_samples(
+                config.rollout.replay, step, rollouts.prompts, requests, session.world, group_size
+            )
     else:
         assert session.engine is not None
         with session.clock.phase("generate"):

@@ -44,7 +44,8 @@ def deliver(
     """Send tokens to where they train; returns this rank's sequences, one list per mini-batch. Collective."""
     wanted_by_rank = [_requests_of(rank, assignments, config, world) for rank in range(world.size)]
     outgoing = [
-        _pack([rollouts.mine[r] for r in wanted if rollouts.scores[r].holder == world.rank]) for wanted in wanted_by_rank
+        _pack([rollouts.mine[r] for r in wanted if rollouts.scores[r].holder == world.rank])
+        for wanted in wanted_by_rank
     ]
     mine = wanted_by_rank[world.rank]
     by_holder: list[list[int]] = [[] for _ in range(world.size)]
@@ -78,7 +79,9 @@ def _pack(samples: list) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-def _sequence(rollouts: Rollouts, request: int, tokens: np.ndarray, log_probs: np.ndarray, advantage: float) -> Sequence:
+def _sequence(
+    rollouts: Rollouts, request: int, tokens: np.ndarray, log_probs: np.ndarray, advantage: float
+) -> Sequence:
     prompt = rollouts.prompts[request // rollouts.group_size]
     return Sequence(
         tokens=np.concatenate([np.array(prompt.token_ids, np.int32), tokens]),

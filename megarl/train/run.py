@@ -50,7 +50,11 @@ def train(config: RunConfig) -> dict[str, Any]:
         run_steps(session)
         accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
         saves = config.checkpoint
-        if saves.end and not (saves.every and session.progress.step % saves.every == 0) and session.progress.step > first:
+        if (
+            saves.end
+            and not (saves.every and session.progress.step % saves.every == 0)
+            and session.progress.step > first
+        ):
             save_checkpoint(session)
         if saves.export_hf:
             export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
@@ -111,8 +115,10 @@ def generate(config: RunConfig) -> dict[str, Any]:
 def _start_line(session: Session, resumed: bool) -> str:
     grid, config = session.grid, session.config
     layout = f"TP {grid.tensor} x PP {grid.pipeline} x DP {grid.data}"
-    engines = f", {session.world.size // config.rollout.tensor} engine(s) of TP {config.rollout.tensor}" if session.engine else ""
+    engines = (
+        f", {session.world.size // config.rollout.tensor} engine(s) of TP {config.rollout.tensor}"
+        if session.engine
+        else ""
+    )
     begin = f"continuing after step {session.progress.step}" if resumed else "starting"
     return f"{config.name}: {config.algorithm.name}, {session.world.size} process(es), {layout}{engines}; {begin}"
-
-

@@ -36,7 +36,9 @@ def resume(session: Session) -> bool:
     directory = from_first(checkpoint.find(root))
     if directory is None:
         if config.resume == "must":
-            raise Refusal("resume=must", f"needs a complete checkpoint in {root}", "use resume=auto to start from the beginning")
+            raise Refusal(
+                "resume=must", f"needs a complete checkpoint in {root}", "use resume=auto to start from the beginning"
+            )
         return False
     saved = checkpoint.load(session.policy, directory, optimizer=True)
     names = {f.name for f in dataclasses.fields(Progress)}

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megarl.policy.policy import Policy
-from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors, megatron_tensors
-from megarl.reshard.plan import make_plan
 from megarl.parallel.groups import grid_of_rank
+from megarl.policy.policy import Policy
+from megarl.reshard.plan import make_plan
+from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors, megatron_tensors
 from megarl.weights.transfer import Mover
 
 #: Files of the original checkpoint that belong to it beside the weights.
@@ -97,4 +97,6 @@ def _write_index(policy: Policy, directory: Path, targets: list[dict]) -> None:
         return
     weight_map = {name: _file_name(rank, size) for rank, tensors in enumerate(targets) for name in tensors}
     ordered = {name: weight_map[name] for name in hf_tensors(policy.shape)}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": ordered}, indent=1))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": ordered}, indent=1)
+    )

@@ -17,8 +17,7 @@ from megarl.parallel.groups import grid_of_rank
 from megarl.policy.policy import Policy
 from megarl.reshard.plan import Plan, make_plan
 from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
-from megarl.rollout.engine import Engine
-from megarl.rollout.weights import EngineWeights
+from megarl.rollout.weights import EngineWeights, Fillable
 from megarl.weights.transfer import Mover
 
 
@@ -37,7 +36,7 @@ def push_plan(config: RunConfig, shape: ModelShape, world: World) -> Plan:
 class Push:
     """Executes the push as often as the loop asks."""
 
-    def __init__(self, policy: Policy, engine: Engine) -> None:
+    def __init__(self, policy: Policy, engine: Fillable) -> None:
         self.policy = policy
         self.engine_weights = EngineWeights(engine)
         self.mover = Mover(
