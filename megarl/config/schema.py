@@ -72,7 +72,7 @@ class RolloutSettings(Settings):
     seeded: bool | None = Field(
         default=None,
         description="A seed per sample, so that answers do not depend on the replica; default: on the "
-        "CPU yes, on a GPU no.",
+        "CPU yes (it cost 0 to 4 % at 64 and 4 to 13 % at 512 sequences), on a GPU no (not measured).",
     )
     deterministic: bool | None = Field(
         default=None,

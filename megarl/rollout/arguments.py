@@ -99,6 +99,11 @@ def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[st
         # A seeded request whose prompt is cut by the token budget makes vLLM rewind the request's generator,
         # which CPU generators cannot do ("CPU Generator does not use offset"): never cut prompts.
         "enable_chunked_prefill": False,
+        # Samples of a group share their prompt. vLLM's default of 128 tokens leaves most prompts of small models
+        # uncached; 256 samples of 60-token prompts, 8 each: 2.0 s of processor time without cache and with blocks
+        # of 128, 1.6 with blocks of 32; of 400-token prompts 6.6, 2.5 and 2.3.
+        "enable_prefix_caching": True,
+        "block_size": 32,
         "max_num_batched_tokens": max(length, 8192),
     }
 

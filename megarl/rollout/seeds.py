@@ -11,8 +11,8 @@ SEED_BITS = 63
 def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
     """Seed of one sample, 0 ≤ seed < 2**63; the same on every machine, process and Python version.
 
-    Cost of seeds on the CPU (vLLM 0.32, fp32, 0.8 M parameters, 2 cores): see the description of
-    `rollout.seeded` in `megarl.config.schema`.
+    vLLM samples seeded requests one by one. On the CPU (vLLM 0.32, fp32, one thread, 64 tokens each) that cost
+    4 % of processor time at 64 sequences and 13 % at 512 with 0.8 M parameters, 0 and 4 % with 3.15 M.
     """
     return hash_seed("sample", run_seed, step, prompt_index, sample_index)
 
