@@ -15,7 +15,7 @@ setup(
     description="Reinforcement learning of language models on Megatron-core policies and co-located vLLM engines",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["megarl", "megarl.*"]),
     package_data={"megarl": ["py.typed"]},
     entry_points={"console_scripts": ["megarl = megarl.cli.main:main"]},
