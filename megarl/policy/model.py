@@ -200,7 +200,21 @@ def wrap_data_parallel(
         "overlap_grad_reduce": False,
     }
     ddp = DistributedDataParallelConfig(**(fields | fields_of(DistributedDataParallelConfig, config.megatron)))
-    return DistributedDataParallel(config=megatron_config, ddp_config=ddp, module=model)
+    wrapped: Any = DistributedDataParallel(config=megatron_config, ddp_config=ddp, module=model)
+    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+        _count_padding(buffer)
+    return wrapped
+
+
+def _count_padding(buffer: Any) -> None:
+    """Count the padding at the end of a gradient buffer's buckets as data.
+
+    Megatron's checkpoints cut it off every bucket, and then look parameters up by their places before the cut: what
+    stands behind a padded bucket would be saved shifted. Under pipeline parallelism tied embeddings do.
+    """
+    buffer.numel_unpadded = buffer.numel
+    for bucket in buffer.buckets:
+        bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:

@@ -1,0 +1,251 @@
+"""What the policy keeps: reference weights, checkpoints under other layouts, and itself when numbers are not finite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parity
+import pytest
+
+from megarl.errors import Refusal
+
+SAVED_UNDER = {"tensor": 2}
+#: Layouts of 4 and of 1 processes under which the checkpoint is loaded.
+LOADED_UNDER = {4: [{"tensor": 2, "pipeline": 2}, {"pipeline": 2}], 1: [{}]}
+MODELS = ("qwen2-tied", "qwen3-tied", "llama-llama3")
+#: A schedule whose rate differs at every update: a run that loses its place shows.
+SCHEDULE = {"warmup_steps": 2, "decay": "linear", "min_lr": 1e-4}
+
+
+@dataclass
+class Update:
+    """An update's numbers and, on rank 0, the weights after it."""
+
+    loss: float
+    norm: float
+    lr: float
+    weights: dict[str, np.ndarray] | None
+
+
+def config_for(path: Path, parallel: dict[str, Any]) -> Any:
+    return parity.run_config(path, parallel=parallel, optimizer=SCHEDULE)
+
+
+def made_batches(number: int) -> list:
+    """Mini-batches with old and reference log-probs around -4.5, near a random model's."""
+    plain = [parity.mini_batch(seed) for seed in range(number)]
+    return [
+        parity.with_old_log_probs(batch, [np.full(s.response_length, -4.5) for s in batch], seed)
+        for seed, batch in enumerate(plain)
+    ]
+
+
+def next_update(policy: Any, config: Any, batch: list, folder: Path) -> Update:
+    result = parity.update(policy, parity.grpo(config), batch)
+    return Update(result.loss, result.grad_norm, result.lr, parity.exported(policy, folder))
+
+
+def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
+    """Two updates, a checkpoint, a third update. A scenario of `run_world`."""
+    from megarl.policy import checkpoint
+
+    found = {}
+    for model in MODELS:
+        config = config_for(folder / model, SAVED_UNDER)
+        batches = made_batches(3)
+        with parity.policy_of(config, world) as policy:
+            for batch in batches[:2]:
+                parity.update(policy, parity.grpo(config), batch)
+            checkpoint.save(policy, folder / f"{model}-saved", 2, {"cursor": 7}, optimizer=True, keep=2)
+            weights = parity.exported(policy, folder / f"{model}-hf")
+            found[model] = weights, next_update(policy, config, batches[2], folder / f"{model}-hf")
+    return found
+
+
+def load_and_go_on(world: Any, folder: Path, layouts: list[dict]) -> dict[str, Any]:
+    """Load the checkpoint under each layout, save it again, and make the third update. A scenario of `run_world`."""
+    from megarl.policy import checkpoint
+
+    found = {}
+    for model in MODELS:
+        for number, parallel in enumerate(layouts):
+            name = f"{model}-{world.size}-{number}"
+            config = config_for(folder / model, parallel)
+            with parity.policy_of(config, world, weights=False) as policy:
+                saved = checkpoint.require(folder / f"{model}-saved", "resume")
+                progress = checkpoint.load(policy, saved, optimizer=True)
+                weights = parity.exported(policy, folder / f"{name}-hf")
+                checkpoint.save(policy, folder / f"{name}-again", 2, progress, optimizer=True, keep=2)
+                update = next_update(policy, config, made_batches(3)[2], folder / f"{name}-hf")
+                found[name] = model, progress, weights, update
+    return found
+
+
+def read_plain(world: Any, roots: list[Path]) -> list[dict[str, np.ndarray]]:
+    """All tensors of checkpoints by name, put together from their shards. A scenario of `run_world`."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    return [dict(flat(load_plain_tensors(str(root / "step_000002")))) for root in roots]
+
+
+def flat(state: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of nested dictionaries and lists by dotted name."""
+    if hasattr(state, "numpy"):
+        yield prefix, state.numpy()
+    elif isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("state")
+    for model in MODELS:
+        parity.write_model(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> dict[str, Any]:
+    """Of each model: weights when saved, and the third update, under the layout it was saved in."""
+    return parity.run_world("test_policy_state", "save_and_go_on", 4, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """The same after loading under every layout of `LOADED_UNDER`."""
+    found = {}
+    for processes, layouts in LOADED_UNDER.items():
+        found |= parity.run_world("test_policy_state", "load_and_go_on", processes, folder, layouts)[0]
+    return found
+
+
+def test_loaded_weights_are_bitwise_the_saved_ones(saved: dict, loaded: dict):
+    assert len(loaded) == len(MODELS) * sum(map(len, LOADED_UNDER.values()))
+    for name, (model, progress, weights, _) in loaded.items():
+        assert progress["step"] == 2 and progress["cursor"] == 7
+        expected = saved[model][0]
+        assert set(weights) == set(expected)
+        assert not [key for key in expected if not np.array_equal(weights[key], expected[key])], name
+
+
+def test_the_update_after_loading_is_the_one_after_saving(saved: dict, loaded: dict):
+    """To rounding: other layouts sum in another order. Without moments Adam's step would be several times as long."""
+    for name, (model, _, _, update) in loaded.items():
+        weights, expected = saved[model]
+        assert update.lr == expected.lr
+        assert update.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert update.norm == pytest.approx(expected.norm, rel=1e-5)
+        for key, value in expected.weights.items():
+            change = np.linalg.norm(value - weights[key])
+            assert np.linalg.norm(update.weights[key] - value) < 1e-4 * change, f"{name}: {key}"
+            assert np.abs(update.weights[key] - value).max() < 1e-5 * np.abs(value).max(), f"{name}: {key}"
+
+
+def test_moments_come_back_bitwise(folder: Path, loaded: dict):
+    """What is saved again right after loading is, tensor by tensor, what was loaded: fp32 weights and both moments."""
+    again = [(model, f"{name}-again") for name, (model, *_) in loaded.items()]
+    roots = [folder / name for name in (*(f"{model}-saved" for model in MODELS), *(name for _, name in again))]
+    found = parity.run_world("test_policy_state", "read_plain", 1, roots)[0]
+    first = dict(zip(MODELS, found, strict=False))
+    for (model, name), tensors in zip(again, found[len(MODELS) :], strict=True):
+        assert set(tensors) == set(first[model])
+        assert not [key for key in tensors if not np.array_equal(tensors[key], first[model][key])], name
+    for tensors in first.values():
+        weights = {key for key in tensors if not key.startswith("optimizer.")}
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            assert {f"optimizer.state.{kind}.{key}" for key in weights} < set(tensors)
+            assert all(np.abs(tensors[f"optimizer.state.{kind}.{key}"]).max() > 0 for key in weights)
+
+
+@pytest.fixture
+def root(folder: Path, saved: dict, tmp_path: Path) -> Path:
+    """A checkpoints folder with steps 1 and 2, to be damaged."""
+    for step in (1, 2):
+        shutil.copytree(folder / "qwen2-tied-saved" / "step_000002", tmp_path / f"step_00000{step}")
+    (tmp_path / "latest").write_text("step_000002")
+    return tmp_path
+
+
+def lose_progress(directory: Path) -> None:
+    (directory / "progress.json").unlink()
+
+
+def tear_progress(directory: Path) -> None:
+    text = (directory / "progress.json").read_text()
+    (directory / "progress.json").write_text(text[: len(text) // 2])
+
+
+def truncate(directory: Path) -> None:
+    largest = max(directory.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+
+
+def lose_file(directory: Path) -> None:
+    next(directory.glob("*.distcp")).unlink()
+
+
+DAMAGES = {
+    lose_progress: "has no progress.json",
+    tear_progress: "progress.json that cannot be read",
+    truncate: r"bytes of its file __\d_\d.distcp",
+    lose_file: r"has lost its file __\d_\d.distcp",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_checkpoints_give_way_to_the_one_before_or_are_refused(root: Path, damage: Any):
+    from megarl.policy import checkpoint
+
+    assert checkpoint.find(root) == checkpoint.find(root / "step_000002") == root / "step_000002"
+    damage(root / "step_000002")
+    assert checkpoint.find(root) == root / "step_000001"
+    with pytest.raises(Refusal, match=f"step_000002: must be a complete checkpoint, but .*{DAMAGES[damage]}"):
+        checkpoint.require(root / "step_000002", "model.weights")
+    damage(root / "step_000001")
+    with pytest.raises(Refusal, match=DAMAGES[damage]):
+        checkpoint.find(root)
+
+
+def test_unfinished_and_later_checkpoints_are_not_found(root: Path, tmp_path: Path):
+    """What is still being written, and what an earlier run of that name left beyond `latest`."""
+    from megarl.policy import checkpoint
+
+    shutil.copytree(root / "step_000002", root / "step_000001.partial")
+    (root / "latest").write_text("step_000001")
+    assert checkpoint.find(root) == root / "step_000001"
+    assert checkpoint.find(tmp_path / "nothing") is None
+    with pytest.raises(Refusal, match=r"model.weights=.*nothing: must be a checkpoint"):
+        checkpoint.require(tmp_path / "nothing", "model.weights")
+
+
+def refusals(world: Any, folder: Path, bare: Path) -> list[str]:
+    """What loading says of a checkpoint of another model, and of one without moments. A scenario of `run_world`."""
+    from megarl.policy import checkpoint
+
+    said = []
+    for model, root, optimizer in (("qwen3-tied", "qwen2-tied-saved", False), ("qwen2-tied", bare, True)):
+        with parity.policy_of(config_for(folder / model, {}), world) as policy:
+            before = parity.exported(policy, folder / "refused-hf")
+            try:
+                checkpoint.load(policy, checkpoint.require(folder / root, "resume"), optimizer=optimizer)
+            except Refusal as refusal:
+                said.append(str(refusal))
+            after = parity.exported(policy, folder / "refused-hf")
+            assert before is not None and after is not None
+            assert all(np.array_equal(before[name], after[name]) for name in before)
+    return said
+
+
+def test_checkpoints_of_other_models_or_without_moments_are_refused(folder: Path, root: Path):
+    progress = json.loads((root / "step_000002" / "progress.json").read_text())
+    (root / "step_000002" / "progress.json").write_text(json.dumps(progress | {"optimizer": False}))
+    other, bare = parity.run_world("test_policy_state", "refusals", 1, folder, root)[0]
+    assert "of a model with family=qwen2: must be of the run's model, which has family=qwen3" in other
+    assert "was saved without the optimizer's state" in bare
