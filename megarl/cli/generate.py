@@ -8,7 +8,7 @@ from megarl.cli.start import ConfigPath, Overrides, prepare, run, show
 
 
 def generate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Generate and score one step's rollouts without training on them."""
+    """Generate and score the rollouts of every step without training on them, and save them."""
     settings = prepare(config, overrides)
     from megarl.train.run import generate as worker
 

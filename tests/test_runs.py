@@ -1,0 +1,187 @@
+"""Whole runs through the command line: launchers, the seams of the loop, evaluation, the real data of GSM8K."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import arithmetic_run
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+#: The virtual environment's own commands: torchrun, mpirun.
+COMMANDS = Path(sys.executable).parent
+LIMIT = 400
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model, problems, and run.yaml: GRPO on two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    arithmetic_run.write_inputs(folder)
+    arithmetic_run.write_run(
+        folder,
+        name="base",
+        steps=2,
+        parallel={"processes": 2, "tensor": 2},
+        rollout={"tensor": 2, "group_size": 4, "max_tokens": 12, "save": True, "kv_cache_gib": 0.02},
+        batch={"prompts": 8, "tokens_per_microbatch": 256},
+        evaluation={"path": "data/heldout.jsonl", "end": True},
+    )
+    run(folder, "train", "run.yaml")
+    return folder
+
+
+def run(folder: Path, command: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    """Run `megarl command` in `folder`; returns its standard output."""
+    launched = [*launcher, "-m", "megarl"] if launcher else [sys.executable, "-m", "megarl"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*launched, command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished.stdout
+
+
+def steps_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The training steps of a run's metrics.jsonl, without what depends on the machine."""
+    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    machine = ("seconds", "peak_memory_bytes")
+    return [{k: v for k, v in line.items() if k not in machine} for line in lines if "loss" in line]
+
+
+def test_metrics_have_the_names_that_people_script_on(base: Path) -> None:
+    lines = [json.loads(line) for line in (base / "runs/base/metrics.jsonl").read_text().splitlines()]
+    names = {"step", "algorithm", "loss", "grad_norm", "reward_mean", "reward_std", "entropy", "response_length_mean"}
+    names |= {
+        "clip_share",
+        "logprob_gap_mean",
+        "logprob_gap_max",
+        "logprob_k3",
+        "tokens",
+        "seconds",
+        "peak_memory_bytes",
+    }
+    for line in lines[:2]:
+        assert names <= line.keys()
+        assert {"push", "generate", "score", "update"} <= line["seconds"].keys()
+        assert line["peak_memory_bytes"] > 10_000_000
+        assert 0 < line["logprob_gap_max"] < 1e-4
+        assert 0 < line["reward_mean"] < 1 and line["grad_norm"] > 0
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert "accuracy" in lines[2]
+    for file in ("config.yaml", "samples.jsonl", "summary.json", "curves.png", "checkpoints/latest"):
+        assert (base / "runs/base" / file).stat().st_size > 0
+    assert (base / "runs/base/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_torchrun_and_mpirun_give_the_same_run(base: Path) -> None:
+    torchrun = (
+        str(COMMANDS / "torchrun"),
+        "--nproc-per-node",
+        "2",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "--rdzv-backend",
+        "c10d",
+    )
+    run(base, "train", "run.yaml", "name=torchrun", launcher=torchrun)
+    mpirun = (str(COMMANDS / "mpirun"), "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable)
+    run(base, "train", "run.yaml", "name=mpirun", launcher=mpirun)
+    assert steps_of(base, "torchrun") == steps_of(base, "base")
+    assert steps_of(base, "mpirun") == steps_of(base, "base")
+
+
+def test_replay_trains_as_the_run_that_made_the_rollouts(base: Path) -> None:
+    run(base, "train", "run.yaml", "name=replayed", f"rollout.replay={base}/runs/base/rollouts", "evaluation.end=false")
+    assert steps_of(base, "replayed") == steps_of(base, "base")
+
+
+def test_generate_makes_the_first_steps_rollouts(base: Path) -> None:
+    printed = run(base, "generate", "run.yaml", "name=generated", "steps=1")
+    assert re.search(r"^samples +32$", printed, re.MULTILINE)
+    made = sorted((base / "runs/generated/rollouts").glob("step_000001.*"))
+    trained = sorted((base / "runs/base/rollouts").glob("step_000001.*"))
+    assert [file.read_text() for file in made] == [file.read_text() for file in trained]
+
+
+def test_evaluate_repeats_the_runs_last_evaluation(base: Path) -> None:
+    summary = json.loads((base / "runs/base/summary.json").read_text())
+    printed = json.loads(run(base, "evaluate", "run.yaml", f"checkpoint={base}/runs/base", "--json"))
+    assert printed["accuracy"] == summary["accuracy_after"]
+    assert printed["evaluation_problems"] == 8
+
+
+def test_every_option_of_the_loop_at_once(base: Path) -> None:
+    options = (
+        "parallel.tensor=1",
+        "parallel.pipeline=2",
+        "rollout.tensor=1",
+        "rollout.deterministic=false",
+        "batch.updates=2",
+        "batch.packed=false",
+        "algorithm.dynamic_sampling=true",
+        "algorithm.max_generation_batches=3",
+        "algorithm.kl_coefficient=0.01",
+        "algorithm.importance_cap=2.0",
+        "algorithm.entropy_coefficient=0.01",
+        "algorithm.dual_clip=3",
+        "algorithm.overlong_buffer=4",
+        "algorithm.ratio_level=sequence",
+        "optimizer.warmup_steps=1",
+        "optimizer.decay=linear",
+    )
+    run(base, "train", "run.yaml", "name=options", *options)
+    first, second = steps_of(base, "options")
+    assert first["groups_trained"] == 8
+    assert first["lr"] == 1e-3 and 0 <= second["lr"] < 1e-3
+    assert second["reference_kl"] > 0
+    assert first["padding_share"] > 0
+    assert abs(first["ratio_mean"] - 1) < 0.5
+    assert {"importance_weight_mean", "dual_clip_share"} <= first.keys()
+
+
+def test_gsm8k_with_a_real_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    if not (SHARED_DATA / "gsm8k_train.jsonl").is_file():
+        pytest.skip(f"the GSM8K file is not in {SHARED_DATA.name}/")
+    tokenizer = str(SHARED_DATA / "llama2_tokenizer.model")
+    smoke = yaml.safe_load((ROOT / "configs/gsm8k_smoke.yaml").read_text())
+    model = tmp_path / smoke["model"]["path"]
+    arguments = [
+        "--family",
+        "llama",
+        "--hidden",
+        "64",
+        "--layers",
+        "2",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "2",
+        "--ffn",
+        "128",
+    ]
+    subprocess.run(
+        [sys.executable, ROOT / "tools/make_tiny_model.py", *arguments, "--vocab-size", "32000", "--out", model],
+        check=True,
+    )
+    run(
+        tmp_path,
+        "train",
+        str(ROOT / "configs/gsm8k_smoke.yaml"),
+        f"data.path={SHARED_DATA / 'gsm8k_train.jsonl'}",
+        f"model.tokenizer={tokenizer}",
+        f"runs_dir={tmp_path / 'runs'}",
+        "rollout.max_tokens=48",
+    )
+    steps = steps_of(tmp_path, "gsm8k_smoke")
+    assert len(steps) == 3
+    assert all(step["logprob_gap_max"] < 1e-4 for step in steps)
