@@ -24,15 +24,14 @@ def digit_share(text: str, answer: str, source: str) -> float:
 
 def write_inputs(folder: Path) -> None:
     """data/, tokenizer/ and model/ in `folder`: 48 problems, a Qwen2 of 2 layers and 2 heads of 32 elements."""
-    data, tokenizer = folder / "data", folder / "tokenizer"
-    for arguments in (
-        ["make_arithmetic", "--out", data, "--train", 48, "--heldout", 8],
-        ["train_tokenizer", "--input", data / "train.jsonl", "--vocab-size", 300, "--out", tokenizer],
-        ["make_tiny_model", "--out", folder / "model", "--tokenizer", tokenizer, "--tied", "--hidden", 64]
-        + ["--layers", 2, "--heads", 2, "--kv-heads", 1, "--ffn", 96],
+    for tool in (
+        "make_arithmetic --out data --train 48 --heldout 8",
+        "train_tokenizer --input data/train.jsonl --vocab-size 300 --out tokenizer",
+        "make_tiny_model --out model --tokenizer tokenizer --tied --hidden 64 --layers 2 --heads 2 --kv-heads 1 --ffn 96",
     ):
-        script = TESTS.parent / "tools" / f"{arguments[0]}.py"
-        subprocess.run([sys.executable, str(script), *map(str, arguments[1:])], check=True, capture_output=True)
+        name, *arguments = tool.split()
+        script = TESTS.parent / "tools" / f"{name}.py"
+        subprocess.run([sys.executable, str(script), *arguments], cwd=folder, check=True, capture_output=True)
 
 
 def write_run(folder: Path, **changes: Any) -> Path:

@@ -1,7 +1,7 @@
 """What the proofs of the policy share: tiny models, mini-batches, worlds of real processes, transformers' answers.
 
 A test gives a scenario, a function of its own file, to `run_world`. A fresh process imports that file and Megatron
-once and forks the world's ranks, which call the scenario under as many layouts as it likes; the test compares what
+(or what the file's PRELOAD names) once and forks the world's ranks, which call the scenario under as many layouts as it likes; the test compares what
 all ranks returned.
 """
 
@@ -174,9 +174,9 @@ def _launcher(module: str, scenario: str, processes: int, given: Path, found: Pa
     from megarl.parallel.launch import launch
 
     arguments = pickle.loads(given.read_bytes())
-    function = getattr(importlib.import_module(module), scenario)
-    importlib.import_module("megarl.policy.policy")
-    result = launch(_rank, (function, arguments), processes)
+    scenarios = importlib.import_module(module)
+    importlib.import_module(getattr(scenarios, "PRELOAD", "megarl.policy.policy"))
+    result = launch(_rank, (getattr(scenarios, scenario), arguments), processes)
     found.write_bytes(pickle.dumps(result))
 
 

@@ -7,9 +7,13 @@ because a CUDA context does not survive a fork.
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
+import tempfile
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megarl.errors import MegarlError
@@ -20,8 +24,8 @@ T = TypeVar("T")
 def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) -> T:
     """Run `function(*args)` in that many local processes and return rank 0's result.
 
-    One process runs here, in this process. A `MegarlError` raised by a worker is raised again here.
-    Other failures raise torch's `ChildFailedError`, which names rank, exit code and error.
+    One process runs here, in this process. When a worker raises, the others are ended; a `MegarlError` is
+    raised again here, another failure as torch's `ChildFailedError`, which names rank, exit code and error.
     """
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if processes == 1:
@@ -29,10 +33,12 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
 
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     torch.set_num_threads(int(threads))
-    fork = not torch.cuda.is_available()
+    # The launcher's own log repeats what the exception says, around a sentence that is meant to stand alone.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -40,23 +46,31 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        start_method="fork" if fork else "spawn",
+        start_method="spawn" if torch.cuda.is_available() else "fork",
         max_restarts=0,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(),
     )
-    results = elastic_launch(config, _worker)(function, args)
-    error, value = results[0]
-    first_error = error or next((e for e, _ in results.values() if e), None)
-    if first_error is not None:
-        raise first_error
-    return value
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "error"
+        try:
+            return elastic_launch(config, _worker)(function, args, str(report))[0]
+        except ChildFailedError:
+            if report.is_file():
+                raise pickle.loads(report.read_bytes()) from None
+            raise
 
 
-def _worker(function: Callable[..., T], args: tuple[Any, ...]) -> tuple[MegarlError | None, T | None]:
-    """Carry a user-facing error back as a value, so that the parent prints its sentence and no traceback."""
+def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T | None:
+    """Run the function; a user-facing error is left in the file `report`, for the parent to print its sentence.
+
+    The process then fails, so that the launcher ends the others, which may be waiting for this one.
+    """
     try:
         value = function(*args)
     except MegarlError as error:
-        return error, None
-    return None, value if os.environ.get("RANK") == "0" else None
+        partial = Path(f"{report}.{os.environ['RANK']}")
+        partial.write_bytes(pickle.dumps(error))
+        partial.replace(report)
+        raise
+    return value if os.environ["RANK"] == "0" else None
