@@ -20,6 +20,11 @@ DENSE = "this version trains dense models with tensor, sequence, pipeline and da
 
 #: (overrides, the message). The model has 6 layers, 12 heads, 4 key-value heads, MLP 96, vocabulary 300, 256 positions.
 REFUSED: list[tuple[str, str]] = [
+    (
+        "logging.wandb=project",
+        "logging.wandb=project: needs the package wandb, which is not installed. "
+        "Fix: install it (pip install wandb), or leave logging.wandb out.",
+    ),
     ("parallel.context=2", f"parallel.context=2: {DENSE}. Fix: remove parallel.context."),
     ("parallel.expert=2", f"parallel.expert=2: {DENSE}. Fix: remove parallel.expert."),
     ("parallel.expert_tensor=2", f"parallel.expert_tensor=2: {DENSE}. Fix: remove parallel.expert_tensor."),

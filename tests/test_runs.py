@@ -12,7 +12,6 @@ from typing import Any
 
 import arithmetic_run
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import chain
 
 from megarl.config import files, vendor_fields
@@ -49,6 +50,7 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config), _texts(config)
     )
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
+    yield from _packages(config)
     yield from files.refusals(config)
 
 
@@ -90,6 +92,12 @@ def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             f"parallel.pipeline={parallel.pipeline}",
             f"must divide the model's {shape.num_layers} layers",
             f"use {_divisors(shape.num_layers)}",
+        )
+    if shape.attention_out_bias:
+        yield Refusal(
+            "attention_bias=true in the model's config.json",
+            "gives the attention's output a bias, which Megatron's layers have only together with biases in the MLP",
+            "use a model without it",
         )
 
 
@@ -202,6 +210,15 @@ def _sampling(config: RunConfig) -> Iterator[Refusal]:
             f"evaluation.samples={evaluation.samples}",
             "needs evaluation.temperature > 0, since greedy answers are all the same",
             "set evaluation.temperature, or samples to 1",
+        )
+
+
+def _packages(config: RunConfig) -> Iterator[Refusal]:
+    if config.logging.wandb is not None and find_spec("wandb") is None:
+        yield Refusal(
+            f"logging.wandb={config.logging.wandb}",
+            "needs the package wandb, which is not installed",
+            "install it (pip install wandb), or leave logging.wandb out",
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -38,7 +39,8 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
 
     torch.set_num_threads(int(threads))
     # The launcher's own log repeats what the exception says, around a sentence that is meant to stand alone.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -66,6 +68,8 @@ def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T
 
     The process then fails, so that the launcher ends the others, which may be waiting for this one.
     """
+    # Forked workers inherit the launcher's handler, which would answer the end with a traceback from each of them.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         value = function(*args)
     except MegarlError as error:
