@@ -27,7 +27,7 @@ def write_inputs(folder: Path) -> None:
     for tool in (
         "make_arithmetic --out data --train 48 --heldout 8",
         "train_tokenizer --input data/train.jsonl --vocab-size 300 --out tokenizer",
-        "make_tiny_model --out model --tokenizer tokenizer --tied --hidden 64 --layers 2 --heads 2 --kv-heads 1 --ffn 96",
+        "make_tiny_model --out model --tokenizer tokenizer --tied --hidden 64 --layers 2 --heads 2 --kv-heads 1",
     ):
         name, *arguments = tool.split()
         script = TESTS.parent / "tools" / f"{name}.py"

@@ -1,8 +1,8 @@
 """What the proofs of the policy share: tiny models, mini-batches, worlds of real processes, transformers' answers.
 
-A test gives a scenario, a function of its own file, to `run_world`. A fresh process imports that file and Megatron
-(or what the file's PRELOAD names) once and forks the world's ranks, which call the scenario under as many layouts as it likes; the test compares what
-all ranks returned.
+A test gives a scenario, a function of its own file, to `run_world`. A fresh process imports that file and Megatron (or
+what the file's PRELOAD names) once and forks the world's ranks, which call the scenario under as many layouts as it
+likes; the test compares what all ranks returned.
 """
 
 from __future__ import annotations

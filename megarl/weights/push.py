@@ -12,9 +12,11 @@ import torch
 
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.groups import grid_of_rank
 from megarl.policy.policy import Policy
+from megarl.reshard.boxes import LocalTensor
 from megarl.reshard.plan import Plan, make_plan
 from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
 from megarl.rollout.weights import EngineWeights, Fillable
@@ -23,22 +25,35 @@ from megarl.weights.transfer import Mover
 
 def push_plan(config: RunConfig, shape: ModelShape, world: World) -> Plan:
     """The plan from the policy's layout to the engine replicas' layout, the same on every rank."""
-    parallel, engine_tensor = config.parallel, config.rollout.tensor
+    parallel = config.parallel
     places = [grid_of_rank(rank, world.size, parallel) for rank in range(world.size)]
     sources = [
         megatron_tensors(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, tensor_rank=t, pipeline_rank=p)
         for t, _, p in places
     ]
-    targets = [vllm_tensors(shape, tensor=engine_tensor, tensor_rank=r % engine_tensor) for r in range(world.size)]
+    targets = [engine_tensors(config, shape, rank) for rank in range(world.size)]
     return make_plan(sources, targets, world.node_of_rank)
 
 
+def engine_tensors(config: RunConfig, shape: ModelShape, rank: int) -> dict[str, LocalTensor]:
+    """The engine's tensors on a rank, as the plan sees them."""
+    tensor = config.rollout.tensor
+    return vllm_tensors(shape, tensor=tensor, tensor_rank=rank % tensor)
+
+
 class Push:
-    """Executes the push as often as the loop asks."""
+    """Executes the push as often as the loop asks.
+
+    Raises `Refusal` where vLLM builds the model with other tensors than the plan fills.
+    """
 
     def __init__(self, policy: Policy, engine: Fillable) -> None:
         self.policy = policy
         self.engine_weights = EngineWeights(engine)
+        targets = engine_tensors(policy.config, policy.shape, policy.world.rank)
+        _check_slots(self.engine_weights, targets)
+        # A rank late in a large group may hold padding rows of the vocabulary alone: nothing arrives for those tensors.
+        self._padding = [name for name, target in targets.items() if not target.regions]
         self.mover = Mover(
             push_plan(policy.config, policy.shape, policy.world),
             policy.world.rank,
@@ -50,7 +65,11 @@ class Push:
     def run(self) -> None:
         """Fill the engine with the policy's current weights. Collective; the engine's weights must be awake."""
         self.engine_weights.begin()
-        self.mover.run({name: p.detach() for name, p in self.policy.named_parameters()}, _Layers(self.engine_weights))
+        layers = _Layers(self.engine_weights)
+        for name in self._padding:
+            layers.buffer(name)
+            layers.complete(name)
+        self.mover.run({name: p.detach() for name, p in self.policy.named_parameters()}, layers)
         self.engine_weights.end()
 
 
@@ -77,3 +96,15 @@ class _Layers:
 
 def _layer(parameter: str) -> str:
     return parameter.rpartition(".")[0]
+
+
+def _check_slots(weights: EngineWeights, targets: dict[str, LocalTensor]) -> None:
+    slots = {name: slot.shape for name, slot in weights.tensors().items()}
+    wanted = {name: target.shape for name, target in targets.items()}
+    for name in sorted(slots.keys() | wanted.keys()):
+        if slots.get(name) != wanted.get(name):
+            raise Refusal(
+                f"{name} of shape {slots.get(name)} in vLLM",
+                f"must have shape {wanted.get(name)} by the model's config.json",
+                "use a model whose sizes vLLM takes from config.json as they are there (vLLM's Qwen2 ignores head_dim)",
+            )

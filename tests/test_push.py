@@ -1,0 +1,191 @@
+"""The weight push, after real updates: the engine against vLLM's own loader, and its log-probs against the policy's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parity
+import pytest
+
+#: Imported before the ranks are forked; brings vLLM in.
+PRELOAD = "megarl.train.run"
+
+#: vLLM's CPU attention wants heads of 32 elements. 130 rows are padded to 192: with TP 2 the second rank pads.
+SIZES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 130}
+MODELS = ("qwen2-tied", "qwen3-untied", "llama-llama3")
+LAYOUTS: tuple[dict[str, Any], ...] = ({"tensor": 2, "pipeline": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True})
+PUSHES = 3
+PROMPTS = 12
+
+
+@dataclass
+class Outcome:
+    """One rank's findings after one push."""
+
+    engine: dict[str, np.ndarray]
+    completions: list[Any]
+    log_probs: dict[int, np.ndarray]
+
+
+def config_for(path: Path, parallel: dict[str, Any], engine_tensor: int) -> Any:
+    return parity.run_config(
+        path,
+        parallel=parallel,
+        rollout={"tensor": engine_tensor, "max_tokens": 16, "kv_cache_gib": 0.01},
+        data={"max_prompt_tokens": 32},
+        batch={"tokens_per_microbatch": 128, "logprob_chunk": 7},
+        # Small enough for several bucket rounds per push.
+        weights={"bucket_mib": 0.05},
+    )
+
+
+def engine_of(config: Any, world: Any, *, load_weights: bool = False) -> Any:
+    from megarl.config.model_shape import read_model_shape
+    from megarl.rollout.engine import Engine
+
+    shape = read_model_shape(config.model.path)
+    engine = Engine(
+        config, shape, eos_token_ids=(1,), rank=world.rank, world_size=world.size, load_weights=load_weights
+    )
+    # All stay alive: an engine that is collected takes the process's groups down with it.
+    _ENGINES.append(engine)
+    return engine
+
+
+_ENGINES: list[Any] = []
+
+
+def read_back(engine: Any) -> dict[str, np.ndarray]:
+    from megarl.rollout.weights import EngineWeights
+
+    return {name: tensor.numpy() for name, tensor in EngineWeights(engine).read_back().items()}
+
+
+def generate(engine: Any, vocab: int) -> list[Any]:
+    from megarl.rollout.engine import Request, Sampling
+
+    requests = [Request(tuple(2 + (7 * i + j) % (vocab - 2) for j in range(2 + i)), i, 100 + i) for i in range(PROMPTS)]
+    return [(r.prompt_token_ids, c) for r, c in zip(requests, engine.generate(requests, Sampling(16)), strict=True)]
+
+
+def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
+    engine.wake_weights()
+    push.run()
+    engine.wake_cache()
+    completions = generate(engine, policy.shape.vocab_size)
+    sequences = [
+        parity.Sequence(
+            tokens=np.array([*prompt, *c.token_ids], np.int32),
+            prompt_length=len(prompt),
+            advantages=np.zeros(len(c.token_ids), np.float32),
+        )
+        for prompt, c in completions
+    ]
+    mine = parity.share(sequences, policy.grid)
+    log_probs = policy.log_probs([sequences[i] for i in mine])
+    found = Outcome(
+        engine=read_back(engine),
+        completions=[c for _, c in completions],
+        log_probs={} if log_probs is None else dict(zip(mine, log_probs, strict=True)),
+    )
+    engine.sleep()
+    return found
+
+
+def pushes(world: Any, folder: Path, engine_tensor: int, models: list[str], layouts: list[dict]) -> dict[str, Any]:
+    """Of each model and layout: three updates with a push after each, and what vLLM loads from the last export."""
+    from megarl.weights.push import Push
+
+    found = {}
+    for model in models:
+        engine = engine_of(config_for(folder / model, {}, engine_tensor), world)
+        engine.sleep()
+        for number, parallel in enumerate(layouts):
+            config = config_for(folder / model, parallel, engine_tensor)
+            exported = folder / f"{model}-{engine_tensor}-{number}"
+            with parity.policy_of(config, world) as policy:
+                push = Push(policy, engine)
+                rounds = []
+                for seed in range(PUSHES):
+                    batch = parity.mini_batch(seed, vocab=policy.shape.vocab_size)
+                    values = [np.full(s.response_length, -4.8) for s in batch]
+                    parity.update(policy, parity.grpo(config), parity.with_old_log_probs(batch, values, seed))
+                    rounds.append(push_and_measure(policy, push, engine))
+                parity.exported(policy, exported)
+            loader = engine_of(config_for(exported, {}, engine_tensor), world, load_weights=True)
+            found[model, number] = rounds, read_back(loader), generate(loader, policy.shape.vocab_size)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push")
+    for model in MODELS:
+        parity.write_model(folder, model, **SIZES)
+    return folder
+
+
+@pytest.mark.parametrize("engine_tensor", [1, 2])
+def test_engine_holds_what_vllm_loads_from_the_exported_checkpoint(folder: Path, engine_tensor: int):
+    """Bitwise, as its kernels use the weights, under every layout of the policy; and so are its answers."""
+    ranks = parity.run_world("test_push", "pushes", 4, folder, engine_tensor, list(MODELS), list(LAYOUTS))
+    check(ranks, {(model, number) for model in MODELS for number in range(len(LAYOUTS))})
+
+
+def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):
+    """65 rows are padded to 128: of four ranks the third has one row and the fourth none; it pads with zeros."""
+    for model in ("qwen2-tied", "qwen3-untied"):
+        parity.write_model(tmp_path, model, **SIZES | {"vocab_size": 65})
+    cases = {("qwen2-tied", 0), ("qwen3-untied", 0)}
+    ranks = parity.run_world("test_push", "pushes", 4, tmp_path, 4, [model for model, _ in cases], [{"tensor": 2}])
+    check(ranks, cases)
+    for (model, _), (rounds, _, _) in ranks[3].items():
+        for outcome in rounds:
+            rows = [value for name, value in outcome.engine.items() if "embed_tokens" in name or "lm_head" in name]
+            assert len(rows) == 2, model
+            assert all(value.shape == (32, 128) and not value.any() for value in rows)
+
+
+def refused(world: Any, folder: Path) -> str:
+    """What the push says of a model that vLLM builds with other sizes. A scenario of `run_world`."""
+    from megarl.errors import Refusal
+    from megarl.weights.push import Push
+
+    config = config_for(folder / "qwen2-tied", {}, 1)
+    engine = engine_of(config, world)
+    with parity.policy_of(config, world) as policy, pytest.raises(Refusal) as refusal:
+        Push(policy, engine)
+    return str(refusal.value)
+
+
+def test_model_that_vllm_builds_otherwise_is_refused(tmp_path: Path):
+    """vLLM's Qwen2 divides the hidden size by the heads, whatever head_dim says."""
+    parity.write_model(tmp_path, "qwen2-tied", hidden_size=128, head_dim=64)
+    said = parity.run_world("test_push", "refused", 1, tmp_path)[0]
+    assert "self_attn.o_proj.weight of shape (128, 128) in vLLM: must have shape (128, 256)" in said
+
+
+def check(ranks: list[dict], cases: set) -> None:
+    """Every push changed every weight; log-probs agree after each; after the last, weights are the loader's."""
+    for rank in ranks:
+        assert set(rank) == cases
+        for case, (rounds, loaded, loader_completions) in rank.items():
+            last = rounds[-1]
+            assert len(rounds) == PUSHES
+            assert set(last.engine) == set(loaded)
+            assert not [name for name in loaded if not np.array_equal(last.engine[name], loaded[name])], case
+            assert last.completions == [c for _, c in loader_completions], case
+            for before, after in pairwise(rounds):
+                same = [n for n in loaded if loaded[n].any() and np.array_equal(before.engine[n], after.engine[n])]
+                assert not same, f"{case}: a push changed nothing in {same}"
+            for outcome in rounds:
+                for index, log_probs in outcome.log_probs.items():
+                    np.testing.assert_allclose(log_probs, outcome.completions[index].log_probs, rtol=0, atol=1e-4)
+    for case in cases:
+        for number in range(PUSHES):
+            compared = {index for rank in ranks for index in rank[case][0][number].log_probs}
+            assert compared == set(range(PROMPTS))
