@@ -146,7 +146,7 @@ def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):
     for (model, _), (rounds, _, _) in ranks[3].items():
         for outcome in rounds:
             rows = [value for name, value in outcome.engine.items() if "embed_tokens" in name or "lm_head" in name]
-            assert len(rows) == 2, model
+            assert len(rows) >= 2, model
             assert all(value.shape == (32, 128) and not value.any() for value in rows)
 
 
