@@ -6,6 +6,7 @@ Only rank 0 writes; on other ranks every method does nothing.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Recorder:
         if not self._writes:
             return
         with open(self.directory / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(_null_where_not_finite(values)) + "\n")
         flat = {f"{k}/{n}": v for k, d in values.items() if isinstance(d, dict) for n, v in d.items()}
         flat |= {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         if self._tensorboard is not None:
@@ -105,6 +106,13 @@ class Recorder:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _null_where_not_finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity, which the loss of a skipped update may be."""
+    if isinstance(value, dict):
+        return {key: _null_where_not_finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_lines_before(file: Path, first_step: int) -> None:

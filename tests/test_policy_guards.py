@@ -1,0 +1,171 @@
+"""What must not change the policy: the reference weight set, and updates whose numbers are not finite."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import arithmetic_run
+import numpy as np
+import parity
+import pytest
+
+LAYOUTS: tuple[dict[str, Any], ...] = ({"tensor": 2}, {"tensor": 2, "pipeline": 2})
+#: Where something that is not finite stands in one sequence of a mini-batch.
+POISONS = {
+    "NaN advantage": ("advantages", np.nan),
+    "infinite advantage": ("advantages", np.inf),
+    "NaN old log-prob": ("old_log_probs", np.nan),
+}
+
+
+@dataclass
+class Guarded:
+    """One rank's findings under one layout."""
+
+    start: list[np.ndarray] | None
+    trained: list[np.ndarray] | None
+    reference: list[np.ndarray] | None
+    trained_again: list[np.ndarray] | None
+    kept_while_reference: bool
+    kept_after_error: bool
+    poisoned: dict[str, tuple[bool, int, bool]]
+    after: list[np.ndarray]
+    after_without_poison: list[np.ndarray]
+    in_a_row_at_end: int
+
+
+def weights_of(policy: Any) -> list[np.ndarray]:
+    return [parameter.detach().numpy().copy() for _, parameter in policy.named_parameters()]
+
+
+def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def batches() -> list:
+    plain = [parity.mini_batch(seed) for seed in range(3)]
+    return [parity.with_old_log_probs(b, [np.full(s.response_length, -4.5) for s in b], 7) for b in plain]
+
+
+def poisoned(batch: list, field: str, value: float) -> list:
+    """The mini-batch with `value` at one token of its last sequence, which one data-parallel rank alone has."""
+    values = getattr(batch[-1], field).copy()
+    values[1] = value
+    return [*batch[:-1], replace(batch[-1], **{field: values})]
+
+
+def guard(world: Any, folder: Path) -> list[Guarded]:
+    """Train, look at the reference, meet poison, train on. A scenario of `run_world`."""
+    return [guard_layout(world, parity.run_config(folder / "qwen2-tied", parallel=layout)) for layout in LAYOUTS]
+
+
+def guard_layout(world: Any, config: Any) -> Guarded:
+    first, second, third = batches()
+    with parity.policy_of(config, world) as policy:
+        algorithm = parity.grpo(config)
+        mine = [first[i] for i in parity.share(first, policy.grid)]
+        start = policy.log_probs(mine)
+        policy.weight_sets.keep("reference")
+        parity.update(policy, algorithm, first)
+        parity.update(policy, algorithm, second)
+        trained, weights = policy.log_probs(mine), weights_of(policy)
+        reference = policy.log_probs(mine, weights="reference")
+        kept_while_reference = same(weights_of(policy), weights)
+        try:
+            with policy.using("reference"):
+                raise KeyError
+        except KeyError:
+            kept_after_error = same(weights_of(policy), weights)
+        found = {}
+        for name, (field, value) in POISONS.items():
+            result = parity.update(policy, algorithm, poisoned(third, field, value))
+            found[name] = result.skipped, policy.skipped_in_a_row, same(weights_of(policy), weights)
+        trained_again = policy.log_probs(mine)
+        parity.update(policy, algorithm, third)
+        after, in_a_row = weights_of(policy), policy.skipped_in_a_row
+    with parity.policy_of(config, world) as policy:
+        for batch in (first, second, third):
+            parity.update(policy, parity.grpo(config), batch)
+        control = weights_of(policy)
+    return Guarded(
+        start=start,
+        trained=trained,
+        reference=reference,
+        trained_again=trained_again,
+        kept_while_reference=kept_while_reference,
+        kept_after_error=kept_after_error,
+        poisoned=found,
+        after=after,
+        after_without_poison=control,
+        in_a_row_at_end=in_a_row,
+    )
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> list[Guarded]:
+    """Findings of all ranks under all layouts."""
+    folder = tmp_path_factory.mktemp("guards")
+    parity.write_model(folder, "qwen2-tied")
+    return [found for rank in parity.run_world("test_policy_guards", "guard", 4, folder) for found in rank]
+
+
+def test_reference_log_probs_are_those_before_training(guarded: list[Guarded]):
+    """Bitwise; and the policy's own weights come back bitwise, after an error too."""
+    compared = 0
+    for found in guarded:
+        assert found.kept_while_reference and found.kept_after_error
+        if found.start is None:
+            continue
+        assert found.reference is not None and found.trained is not None and found.trained_again is not None
+        compared += len(found.start)
+        assert same(found.reference, found.start)
+        assert same(found.trained_again, found.trained)
+        assert all(np.abs(new - old).max() > 1e-3 for new, old in zip(found.trained, found.start, strict=True))
+    # Every tensor-parallel rank of the last stage has its replica's share: 13 sequences twice under each layout.
+    assert compared == 4 * 13
+
+
+def test_updates_that_are_not_finite_change_nothing(guarded: list[Guarded]):
+    """They are skipped on all ranks and counted; the next update is the one it would have been without them."""
+    assert len(guarded) == 4 * len(LAYOUTS)
+    for found in guarded:
+        assert found.poisoned == {name: (True, number, True) for number, name in enumerate(POISONS, start=1)}
+        assert same(found.after, found.after_without_poison)
+        assert found.in_a_row_at_end == 0
+
+
+def test_run_stops_after_too_many_skipped_updates_in_a_row(tmp_path: Path):
+    """Update 2 is one alone, 4 and 5 are two in a row: the run ends at step 5, and step 4 is saved."""
+    arithmetic_run.write_inputs(tmp_path)
+    arithmetic_run.write_run(
+        tmp_path,
+        algorithm={"name": "poisoned:Poisoned", "updates": [2, 4, 5]},
+        parallel={"processes": 2},
+        batch={"prompts": 6, "tokens_per_microbatch": 4096},
+        rollout={"max_tokens": 64},
+        optimizer={"lr": 1e-3, "max_skipped": 2},
+        checkpoint={"every": 1},
+    )
+    process = arithmetic_run.start(tmp_path, "train", "run.yaml")
+    output = " ".join(process.communicate(timeout=600)[0].split())
+    assert process.returncode == 2, output
+    assert "megarl: 2 updates in a row had a NaN or infinite loss or gradient" in output
+    assert "Traceback" not in output
+    run = tmp_path / "runs" / "run"
+    metrics = [strict_json(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["skipped_updates"] for line in metrics] == [0, 1, 1, 2]
+    assert [line["loss"] is None for line in metrics] == [False, True, False, True]
+    assert (run / "checkpoints" / "latest").read_text() == "step_000004"
+
+
+def strict_json(line: str) -> Any:
+    """The record, which must be JSON as others read it: without NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
