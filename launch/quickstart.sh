@@ -20,6 +20,11 @@ fi
 if [[ ! -f runs/quickstart_warmup/summary.json ]]; then
     megarl train configs/quickstart_warmup.yaml
 fi
+# The last run is kept beside the new one.
+if [[ -d runs/quickstart ]]; then
+    rm -rf runs/quickstart.previous
+    mv runs/quickstart runs/quickstart.previous
+fi
 megarl train configs/quickstart.yaml "$@"
 
 echo

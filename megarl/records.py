@@ -1,4 +1,4 @@
-"""The records that travel between the floors: prompts, samples, groups.
+"""The records that travel between the floors: prompts, samples, training sequences.
 
 Torch-free. Token ids are plain Python ints in tuples: they are made once by the tokenizer or the
 engine and never re-tokenised.
@@ -50,14 +50,6 @@ class Sample:
     text: str = ""
     reward: float = 0.0
     reward_counters: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A prompt and its G samples, in sample order."""
-
-    prompt: Prompt
-    samples: tuple[Sample, ...]
 
 
 @dataclass(slots=True)

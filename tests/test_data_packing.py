@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarl.data.packing import balance, microbatches, padding_share
+from megarl.data.packing import balance, microbatches, padded_microbatches, padding_share
 from megarl.errors import Refusal
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
@@ -75,3 +75,13 @@ def test_refusals_name_the_sequence_and_the_setting() -> None:
         microbatches([3, 11], 10)
     with pytest.raises(Refusal, match="num_bins=0"):
         balance([1], 0)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 400))
+def test_padded_microbatches_bound_what_is_computed(lengths: list[int], bound: int) -> None:
+    plan = padded_microbatches(lengths, bound)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= bound for batch in plan)
+    # The next micro-batch's longest would not have fitted into the one before.
+    for batch in plan[:-1]:
+        assert (len(batch) + 1) * max(lengths[i] for i in batch) > bound

@@ -40,14 +40,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, command: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
     """Run `megarl command` in `folder`; returns its standard output."""
+    finished = call(folder, command, *arguments, launcher=launcher)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished.stdout
+
+
+def call(
+    folder: Path, command: str, *arguments: str, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run `megarl command` in `folder` and return how it ended."""
     launched = [*launcher, "-m", "megarl"] if launcher else [sys.executable, "-m", "megarl"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
+    return subprocess.run(
         [*launched, command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return finished.stdout
 
 
 def steps_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -117,6 +124,22 @@ def test_evaluate_repeats_the_runs_last_evaluation(base: Path) -> None:
     printed = json.loads(run(base, "evaluate", "run.yaml", f"checkpoint={base}/runs/base", "--json"))
     assert printed["accuracy"] == summary["accuracy_after"]
     assert printed["evaluation_problems"] == 8
+
+
+def test_a_finished_run_is_not_touched(base: Path) -> None:
+    recorded = (base / "runs/base/metrics.jsonl").read_bytes()
+    run(base, "generate", "run.yaml", "steps=1")
+    refused = call(base, "train", "run.yaml")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "megarl: name=base: already names a run, in runs/base, which a new one would mix with. "
+        "Fix: continue it with resume=auto, choose another name, or move the folder away."
+    )
+    run(base, "train", "run.yaml", "resume=auto")
+    lines = [json.loads(line) for line in (base / "runs/base/metrics.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in recorded.decode().splitlines()]
+    assert lines[:-1] == before[:-1]
+    assert lines[-1]["accuracy"] == before[-1]["accuracy"]
 
 
 def test_every_option_of_the_loop_at_once(base: Path) -> None:

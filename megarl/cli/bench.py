@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
+from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, require_rollouts, reserved_stdout, run, show
 
 bench = typer.Typer(help="Measure a run's speed.", no_args_is_help=True)
 
@@ -23,6 +23,7 @@ def step(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 def rollout(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Tokens/s of generation inside the loop beside those of plain vLLM on the same prompts."""
     settings = prepare(config, overrides)
+    require_rollouts(settings)
     with reserved_stdout(as_json) as stream:
         from megarl.train.bench import bench_rollout as worker
 

@@ -18,6 +18,7 @@ import typer
 from megarl.config import rules
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
 
 T = TypeVar("T")
 
@@ -38,6 +39,14 @@ def prepare(path: Path, overrides: Sequence[str] | None) -> RunConfig:
     place = launcher_place()
     rules.check(config, processes=place[1] if place else None)
     return config
+
+
+def require_rollouts(config: RunConfig) -> None:
+    """Refuse an algorithm that trains on given answers, for a command that generates."""
+    if not config.algorithm.generates:
+        raise Refusal(
+            f"algorithm.name={config.algorithm.name}", "makes no rollouts", "use an algorithm that does, such as grpo"
+        )
 
 
 def launcher_place() -> tuple[int, int] | None:

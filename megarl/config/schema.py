@@ -21,8 +21,6 @@ from pydantic import (
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.base import Settings
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
 
 class ModelSettings(Settings):
     path: str = Field(description="Hugging Face checkpoint directory: config.json, weights, tokenizer files.")

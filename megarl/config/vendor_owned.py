@@ -38,7 +38,8 @@ OWNED: dict[str, dict[str, str]] = {
             (
                 "hidden_dropout", "attention_dropout", "calculate_per_token_loss", "variable_seq_lengths",
                 "perform_initialization", "use_distributed_optimizer", "moe_token_dispatcher_type",
-                "finalize_model_grads_func", "check_for_nan_in_grad",
+                "finalize_model_grads_func", "check_for_nan_in_grad", "overlap_grad_reduce", "overlap_param_gather",
+                "overlap_param_gather_with_optimizer_step", "use_megatron_fsdp", "num_distributed_optimizer_instances",
             ),
             _FIXED,
         ),
@@ -55,7 +56,11 @@ OWNED: dict[str, dict[str, str]] = {
         "gpu_memory_utilization": "set rollout.gpu_memory_fraction",
         "kv_cache_memory_bytes": "set rollout.kv_cache_gib",
         **dict.fromkeys(
-            ("skip_tokenizer_init", "load_format", "enable_sleep_mode", "logprobs_mode", "generation_config"), _FIXED
+            (
+                "quantization", "hf_overrides", "skip_tokenizer_init", "load_format", "enable_sleep_mode",
+                "logprobs_mode", "generation_config",
+            ),
+            _FIXED,
         ),
         **dict.fromkeys(
             (

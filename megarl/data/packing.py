@@ -50,13 +50,7 @@ def microbatches(lengths: Sequence[int], token_bound: int) -> list[list[int]]:
     >>> microbatches([5, 1, 4, 2], 6)
     [[0, 1], [2, 3]]
     """
-    longest = max(lengths, default=0)
-    if longest > token_bound:
-        raise Refusal(
-            f"a sequence of {longest} tokens",
-            f"must fit into one micro-batch of at most {token_bound} tokens",
-            f"set batch.tokens_per_microbatch to at least {longest}, or shorten prompts or responses",
-        )
+    _check_bound(lengths, token_bound)
     batches: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, micro-batch), ascending
     for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
@@ -69,6 +63,32 @@ def microbatches(lengths: Sequence[int], token_bound: int) -> list[list[int]]:
         batches[index].append(position)
         insort(free, (left - lengths[position], index))
     return [sorted(batch) for batch in batches]
+
+
+def padded_microbatches(lengths: Sequence[int], token_bound: int) -> list[list[int]]:
+    """Indices of each micro-batch when every sequence has a row padded to the longest of its micro-batch.
+
+    Rows times the longest stays within `token_bound`. Sequences of like length come together; the plan is
+    deterministic. Raises `Refusal` for a sequence longer than the bound.
+    """
+    _check_bound(lengths, token_bound)
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        # Sorted by length, so the first of a micro-batch is its longest.
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > token_bound:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _check_bound(lengths: Sequence[int], token_bound: int) -> None:
+    longest = max(lengths, default=0)
+    if longest > token_bound:
+        raise Refusal(
+            f"a sequence of {longest} tokens",
+            f"must fit into one micro-batch of at most {token_bound} tokens",
+            f"set batch.tokens_per_microbatch to at least {longest}, or shorten prompts or responses",
+        )
 
 
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:

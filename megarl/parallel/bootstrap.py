@@ -77,11 +77,6 @@ def first_host(nodelist: str) -> str:
     return (match.group(1) + (match.group(2) or "")) if match else "127.0.0.1"
 
 
-def launched() -> bool:
-    """Whether a launcher (torchrun, srun, mpirun) started this process."""
-    return find_place(os.environ) is not None
-
-
 def join(timeout_minutes: float = 30.0) -> World:
     """Join the world this process was started in and return its place in it.
 
@@ -106,6 +101,9 @@ def join(timeout_minutes: float = 30.0) -> World:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
     cpu_platform.activate()
+    if cuda:
+        # NCCL forms the group at its first collective, in which all must take part; a push is not one.
+        dist.all_reduce(torch.zeros(1, device="cuda"))
     hosts: list[str] = [""] * place.size
     dist.all_gather_object(hosts, socket.gethostname())
     numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -73,13 +74,26 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     state: Any = dist_checkpointing.load(
         _state(policy, optimizer=optimizer, loading=True), str(directory), strict=StrictHandling.RAISE_UNEXPECTED
     )
-    policy.model.load_state_dict(state["model"])
+    _load_model(policy.model, state["model"])
     if optimizer:
         adam_state.load(policy.optimizer, state["optimizer"])
         policy.scheduler.load_state_dict(state["scheduler"])
     else:
         policy.weights_changed()
     return progress
+
+
+def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Load every parameter. Transformer Engine's extra state (FP8 history) is not saved and may be missing."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise Refusal(
+            f"a checkpoint with {len(missing)} parameters missing and {len(unexpected)} unexpected "
+            f"({', '.join([*missing, *unexpected][:3])})",
+            "must hold exactly the model's parameters",
+            "use a checkpoint of this model",
+        )
 
 
 def find(path: str | Path) -> Path | None:

@@ -10,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config.model_shape import ModelShape
+from megarl.errors import Refusal
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.batch import MicroBatch
 
@@ -21,6 +22,12 @@ class ForwardArguments:
         self.config = config
         self.inverse_frequencies, self.scaling = rotary_frequencies(shape)
         if has_cuda():
+            if self.scaling != 1.0:
+                raise Refusal(
+                    f"rope_scaling {shape.rope_scaling}",
+                    "scales cosine and sine, which Transformer Engine's rotary embedding does not",
+                    "use a model without yarn on GPUs",
+                )
             # Megatron knows fewer rope scalings than Hugging Face; the frequencies are ours in every case.
             model.rotary_pos_emb.inv_freq = self.inverse_frequencies.cuda()
 

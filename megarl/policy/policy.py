@@ -25,8 +25,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megarl.algorithms.base import Algorithm, BatchTotals, LocalReducer, LossInputs
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.data.packing import microbatches
+from megarl.data.packing import microbatches, padded_microbatches
+from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
+from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.groups import Grid
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
 from megarl.policy.batch import MicroBatch, lay_out
@@ -54,11 +56,27 @@ class UpdateResult:
 class Policy:
     """A Megatron policy under one parallel layout.
 
-    `step_budget` is the number of optimizer updates in the whole run; learning-rate decay spans it.
+    `step_budget` is the number of optimizer updates in the whole run; learning-rate decay spans it. All
+    log-probs are those of the distribution at `temperature`; default: that of the rollouts.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, world: World, grid: Grid, step_budget: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: ModelShape,
+        world: World,
+        grid: Grid,
+        step_budget: int,
+        temperature: float | None = None,
+    ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
+        self.temperature = config.rollout.temperature if temperature is None else temperature
+        if has_cuda() and config.precision == "fp32" and config.batch.packed:
+            raise Refusal(
+                "precision=fp32 with batch.packed=true on a GPU",
+                "has no attention kernel in Transformer Engine",
+                "set precision=bf16 or batch.packed=false",
+            )
         self.megatron_config = transformer_config(config, shape)
         self.model = build_model(self.megatron_config, shape)
         self.chunk = wrap_data_parallel(config, self.megatron_config, self.model)
@@ -142,7 +160,8 @@ class Policy:
     ) -> tuple[int, int]:
         """Run Megatron's schedule over token-bounded micro-batches; returns (real, computed) tokens."""
         settings = self.config.batch
-        plan = microbatches([s.length for s in sequences], settings.tokens_per_microbatch)
+        cut = microbatches if settings.packed else padded_microbatches
+        plan = cut([s.length for s in sequences], settings.tokens_per_microbatch)
         multiple = self.grid.tensor if self.megatron_config.sequence_parallel else 1
         batches = [
             lay_out(
@@ -186,7 +205,7 @@ class Policy:
             weight,
             batch.targets,
             self._vocabulary_shard(weight),
-            temperature=self.config.rollout.temperature,
+            temperature=self.temperature,
             chunk=self.config.batch.logprob_chunk,
             entropy_gradient=getattr(consume, "entropy_gradient", False),
         )
@@ -250,7 +269,8 @@ class _LossStage:
         sums["entropy"] = float(entropy.detach().sum())
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.gap_max = max(self.gap_max, float(gap.abs().max()))
+        # Python's max would drop a NaN.
+        self.gap_max = float(np.maximum(self.gap_max, float(gap.abs().max())))
         self.loss += float(terms.loss.detach())
         return terms.loss, {}
 
@@ -266,6 +286,9 @@ def _scheduler(config: RunConfig, optimizer: Any, step_budget: int) -> Optimizer
         lr_warmup_steps=settings.warmup_steps,
         lr_decay_steps=max(step_budget, settings.warmup_steps + 1),
         lr_decay_style=settings.decay,
+        # A continued run takes its count of updates from the checkpoint and its settings from the configuration.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=0,

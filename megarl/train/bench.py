@@ -38,7 +38,7 @@ def bench_step(config: RunConfig) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as scratch,
         session_of(config.model_copy(update={"runs_dir": scratch})) as session,
     ):
-        session.recorder.open(1)
+        session.recorder.open()
         lines: list[dict[str, Any]] = []
         walls: list[float] = []
         for step in range(1, WARM_UP_STEPS + config.steps + 1):
@@ -78,14 +78,15 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
     Plain vLLM is `LLM.generate` with the same engine arguments, weights and prompts in the same processes, without
     seeds of the samples' own, log-probs of the chosen tokens included. The loop's seconds are those of the whole
     rollout stage: drawing work, generating, decoding, grading and exchanging metadata. Tokens/s are those of all
-    replicas together. Returns both, their ratio turn by turn (`ratios`) and its median (`ratio`).
+    replicas together. Both engines are awake at once.
+
+    Returns both speeds, their ratio turn by turn (`ratios`) and its median (`ratio`).
     """
     with (
         tempfile.TemporaryDirectory() as scratch,
         session_of(config.model_copy(update={"runs_dir": scratch})) as session,
     ):
-        session.recorder.open(1)
-        wake_engine(session)
+        session.recorder.open()
         engine = session.engine
         assert engine is not None
         plain = PlainEngine(config, session.shape, session.world.size)
@@ -97,6 +98,8 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
             top_k=config.rollout.top_k,
             stop_token_ids=(*engine.eos_token_ids, *config.rollout.stop_token_ids),
         )
+        # The push above needs the policy's weights, which leave the device when the loop's engine wakes.
+        wake_engine(session)
         turns: list[dict[str, float]] = []
         for step in range(1, WARM_UP_STEPS + config.steps + 1):
             session.recorder.status(f"turn {step} of {WARM_UP_STEPS + config.steps}")

@@ -14,8 +14,8 @@ from megarl.train.session import Session
 def evaluate(session: Session) -> dict[str, Any]:
     """Answer every held-out prompt `evaluation.samples` times; the numbers are the same on every rank.
 
-    Returns `accuracy` (mean over prompts of the share of answers with reward above the middle of the
-    reward's range), `reward_mean`, `truncated_share`, `response_length_mean`, `problems`, `samples`.
+    Returns `accuracy` (share of answers with a reward above the middle of the reward's range) and, with the
+    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems` and `samples`.
     Collective; the engine must be awake with the current weights.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
@@ -31,7 +31,7 @@ def evaluate(session: Session) -> dict[str, Any]:
         temperature=settings.temperature,
         top_p=settings.top_p,
         stop_token_ids=rollout.stop_token_ids,
-        seed=hash_seed("evaluation", session.config.seed) >> 1,
+        seed=hash_seed("evaluation", session.config.seed),
     )
     completions = generate(session.engine, requests, sampling, session.config)
     mine: list[tuple[int, float, int, bool]] = []

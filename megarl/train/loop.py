@@ -40,8 +40,8 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
         rollouts = make_rollouts(session, step)
         sleep_engine(session)
         save_rollouts(session, step, rollouts)
-        record.rollouts(rollouts)
         batches, totals = trainable(session, rollouts)
+        record.rollouts(rollouts)
     else:
         batches, totals = supervised.batches(session)
     add_log_probs(session, batches)

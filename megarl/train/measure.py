@@ -64,10 +64,24 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+#: Names that every line has, None where the step has no such number.
+_UPDATE_NAMES = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "entropy",
+    "clip_share",
+    "logprob_gap_mean",
+    "logprob_gap_max",
+    "logprob_k3",
+)
+
+
 def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
     """Means over the step's updates; None where there was none."""
+    values: dict[str, Any] = dict.fromkeys(_UPDATE_NAMES)
     if not results:
-        return dict.fromkeys(("loss", "grad_norm", "lr", "entropy", "clip_share")) | {"tokens": 0, "padding_share": 0.0}
+        return values | {"tokens": 0, "padding_share": 0.0}
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -75,7 +89,7 @@ def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
     names = results[0].token_means.keys()
     computed = sum(r.computed_tokens for r in results)
     real = sum(r.real_tokens for r in results)
-    values: dict[str, Any] = {
+    values |= {
         "loss": mean([r.loss for r in results]),
         "grad_norm": mean([r.grad_norm for r in results]),
         "lr": results[-1].lr,

@@ -28,19 +28,23 @@ class Recorder:
         self._tensorboard: Any = None
         self._wandb: Any = None
 
-    def open(self, first_step: int) -> None:
-        """Start recording at `first_step`; lines of later steps, left by an interrupted run, are removed."""
+    def open(self, finished: int | None = None) -> None:
+        """Start recording, after step `finished` where the run continues: what came after that is removed.
+
+        None begins anew: nothing that an earlier run of this name recorded is kept.
+        """
         if not self._writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.yaml").write_text(dump_config(self.config))
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _keep_lines_before(self.directory / name, first_step)
+            _keep_lines_of(self.directory / name, finished, self.config.steps)
         if self.config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Steps from `first_step` on are written again, so TensorBoard must forget the interrupted ones.
-            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step)
+            # Later steps are written again, so TensorBoard must forget the interrupted ones.
+            purge = 0 if finished is None else finished + 1
+            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge)
         if self.config.logging.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
@@ -115,17 +119,22 @@ def _null_where_not_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_lines_before(file: Path, first_step: int) -> None:
-    """Drop the lines of steps ≥ `first_step`, which come after the checkpoint, and a torn last line."""
+def _keep_lines_of(file: Path, finished: int | None, steps: int) -> None:
+    """Keep the lines up to step `finished`, without a torn last line and the evaluation at the run's end.
+
+    That evaluation is made again whenever a run reaches its end.
+    """
     if not file.is_file():
         return
     kept: list[str] = []
-    for line in file.read_text().splitlines():
+    for text in file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line + "\n")
+            line = json.loads(text)
         except ValueError:
             break
+        made_again = "accuracy" in line and line["step"] >= steps
+        if finished is not None and line["step"] <= finished and not made_again:
+            kept.append(text + "\n")
     fresh = file.with_name(file.name + ".partial")
     fresh.write_text("".join(kept))
     fresh.replace(file)

@@ -27,6 +27,12 @@ def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Sample
     return file
 
 
+def remove_step(directory: Path, step: int) -> None:
+    """Remove what is saved of a step."""
+    for file in directory.glob(f"step_{step:06d}.rank_*.jsonl"):
+        file.unlink()
+
+
 def read_samples(
     source: str, step: int, prompts: Sequence[Prompt], requests: Sequence[Request], world: World, group_size: int
 ) -> dict[int, Sample]:

@@ -68,10 +68,10 @@ def make_rollouts(session: Session, step: int) -> Rollouts:
     """
     wanted = session.config.batch.prompts
     rollouts = Rollouts(session.config.rollout.group_size)
-    for _ in range(session.algorithm.needs.max_generation_batches):
+    for batch in range(session.algorithm.needs.max_generation_batches):
         first = len(rollouts.prompts)
         rollouts.prompts += [session.data.prompts[i] for i in session.stream.take(wanted)]
-        _sample_batch(session, rollouts, step, first)
+        _sample_batch(session, rollouts, step, batch, first)
         for group in range(first, len(rollouts.prompts)):
             if session.algorithm.keep(rollouts.outcome(group)):
                 rollouts.kept.append(group)
@@ -84,7 +84,7 @@ def make_rollouts(session: Session, step: int) -> Rollouts:
     return rollouts
 
 
-def _sample_batch(session: Session, rollouts: Rollouts, step: int, first: int) -> None:
+def _sample_batch(session: Session, rollouts: Rollouts, step: int, batch: int, first: int) -> None:
     """Generate the groups from `first` on, grade what this rank holds, and tell everyone."""
     config, group_size = session.config, rollouts.group_size
     requests = [
@@ -100,7 +100,7 @@ def _sample_batch(session: Session, rollouts: Rollouts, step: int, first: int) -
     else:
         assert session.engine is not None
         with session.clock.phase("generate"):
-            completions = generate(session.engine, requests, _sampling(session, step), config)
+            completions = generate(session.engine, requests, _sampling(session, step, batch), config)
         samples = {}
         if session.grader is not None:
             prompts = [rollouts.prompts[c.index // group_size] for c in completions]
@@ -198,7 +198,7 @@ def _seed(session: Session, step: int, prompt_index: int, sample_index: int) -> 
     return sample_seed(session.config.seed, step, prompt_index, sample_index) if seeded else None
 
 
-def _sampling(session: Session, step: int) -> Sampling:
+def _sampling(session: Session, step: int, batch: int) -> Sampling:
     settings = session.config.rollout
     return Sampling(
         max_tokens=settings.max_tokens,
@@ -206,5 +206,5 @@ def _sampling(session: Session, step: int) -> Sampling:
         top_p=settings.top_p,
         top_k=settings.top_k,
         stop_token_ids=settings.stop_token_ids,
-        seed=batch_seed(session.config.seed, step, 0) >> 1,
+        seed=batch_seed(session.config.seed, step, batch),
     )

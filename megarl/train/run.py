@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
 from megarl.parallel import bootstrap
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.groups import form_grid
@@ -42,13 +43,14 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False) -> Iterator[Se
 def train(config: RunConfig) -> dict[str, Any]:
     """Run the whole configuration and return what summary.json holds."""
     started = time.time()
+    if config.resume == "never":
+        refuse_to_overwrite(run_directory(config))
     with session_of(config) as session:
         resumed = resume(session)
-        session.recorder.open(session.progress.step + 1)
+        session.recorder.open(session.progress.step if resumed else None)
         session.recorder.status(_start_line(session, resumed))
         first = session.progress.step
         run_steps(session)
-        accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
         saves = config.checkpoint
         if (
             saves.end
@@ -56,6 +58,8 @@ def train(config: RunConfig) -> dict[str, Any]:
             and session.progress.step > first
         ):
             save_checkpoint(session)
+        # What was learned is safe before anything else can fail.
+        accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
         if saves.export_hf:
             export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
         memory = gather_all(peak_memory_bytes())
@@ -95,7 +99,6 @@ def generate(config: RunConfig) -> dict[str, Any]:
     """Make and save the rollouts of every step, without training."""
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save": True})})
     with session_of(config) as session:
-        session.recorder.open(1)
         rewards: list[float] = []
         for step in range(1, config.steps + 1):
             wake_engine(session)
@@ -110,6 +113,16 @@ def generate(config: RunConfig) -> dict[str, Any]:
             "samples": len(rewards),
             "reward_mean": sum(rewards) / len(rewards) if rewards else None,
         }
+
+
+def refuse_to_overwrite(directory: Path) -> None:
+    """Raise `Refusal` where an earlier run has left metrics or checkpoints in `directory`."""
+    if (directory / "metrics.jsonl").exists() or (directory / "checkpoints" / "latest").exists():
+        raise Refusal(
+            f"name={directory.name}",
+            f"already names a run, in {directory}, which a new one would mix with",
+            "continue it with resume=auto, choose another name, or move the folder away",
+        )
 
 
 def _start_line(session: Session, resumed: bool) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch.distributed as dist
+
 from megarl.errors import Refusal
 from megarl.parallel.exchange import from_first
 from megarl.policy import checkpoint
@@ -32,7 +34,7 @@ def resume(session: Session) -> bool:
     if config.resume == "never":
         return False
     root = run_directory(config) / "checkpoints"
-    # One rank looks, so that all do the same.
+    # What rank 0 sees decides, so that all do the same.
     directory = from_first(checkpoint.find(root))
     if directory is None:
         if config.resume == "must":
@@ -50,6 +52,13 @@ def resume(session: Session) -> bool:
 
 def save_rollouts(session: Session, step: int, rollouts: Rollouts) -> None:
     """Write the samples this rank holds, where `rollout.save` asks for it."""
-    if session.config.rollout.save and rollouts.mine:
+    if not session.config.rollout.save:
+        return
+    directory = run_directory(session.config) / "rollouts"
+    if session.world.is_first:
+        # An earlier attempt at this step may have had other ranks.
+        replay.remove_step(directory, step)
+    dist.barrier()
+    if rollouts.mine:
         samples = [rollouts.mine[i] for i in sorted(rollouts.mine)]
-        replay.save_samples(run_directory(session.config) / "rollouts", step, session.world.rank, samples)
+        replay.save_samples(directory, step, session.world.rank, samples)

@@ -102,7 +102,10 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
         engine.sleep()
     grader = Grader(config.reward) if engine is not None and engine.speaks else None
     recorder.status("building the policy")
-    policy = Policy(config, shape, world, grid, step_budget=config.steps * config.batch.updates)
+    # Solutions were not sampled: their likelihood is that of the plain distribution.
+    temperature = config.rollout.temperature if rollouts else 1.0
+    budget = config.steps * config.batch.updates
+    policy = Policy(config, shape, world, grid, step_budget=budget, temperature=temperature)
     _load_weights(policy, config)
     if algorithm.needs.reference_log_probs:
         policy.weight_sets.keep(REFERENCE)
@@ -129,9 +132,9 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
 def evaluation_source(config: RunConfig) -> DataSettings:
     """The data settings of the evaluation: those of training with its own file, in file order."""
     settings = config.evaluation
-    changes = {"max_rows": settings.rows, "shuffle": False}
+    changes = {"max_rows": settings.rows, "shuffle": False, "split": settings.split, "solution_column": None}
     if settings.path is not None:
-        changes |= {"path": settings.path, "split": settings.split}
+        changes["path"] = settings.path
     return config.data.model_copy(update=changes)
 
 
