@@ -46,7 +46,7 @@ def test_an_empty_table_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None
         ("megatron", "bucket_size", 1000),
         ("vllm", "enforce_eager", True),
         ("vllm", "block_size", None),
-        ("vllm", "hf_overrides", {"a": 1}),
+        ("vllm", "additional_config", {"a": 1}),
         ("vllm", "cpu_offload_gb", 4),
     ],
 )
