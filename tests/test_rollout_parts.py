@@ -158,8 +158,8 @@ def test_arguments_follow_the_configuration():
         ({"rollout": {"tensor": 3, "max_tokens": 8}}, {}, "rollout.tensor=3: must divide the 4 processes"),
         ({"rollout": {"max_tokens": 65}}, {}, "= 129 tokens: must fit the model's 128 positions"),
         ({"evaluation": {"max_tokens": 65}}, {}, "= 129 tokens: must fit the model's 128 positions"),
-        ({"vllm": {"dtype": "float16"}}, {}, "vllm.dtype='float16': is set by precision"),
-        ({"vllm": {"no_such_option": 1}}, {}, "vllm.no_such_option=1: is not a field of vLLM's EngineArgs"),
+        ({"vllm": {"dtype": "float16"}}, {}, "vllm.dtype: is set by megarl. Fix: set precision."),
+        ({"vllm": {"no_such_option": 1}}, {}, "vllm.no_such_option: is not a field of EngineArgs."),
         ({}, {"head_dim": 16}, "attention heads of 16 elements: vLLM's CPU backend has kernels for 32, 64"),
     ],
 )

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from typing import Any
 
 import torch
-from vllm import EngineArgs, ModelRegistry
+from vllm import ModelRegistry
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from megarl.config import vendor_fields
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
-
-#: Set by megarl from other settings; the `vllm:` table may not contradict them.
-RESERVED = {
-    "model": "model.path",
-    "tensor_parallel_size": "rollout.tensor",
-    "dtype": "precision",
-    "max_model_len": "data.max_prompt_tokens and rollout.max_tokens",
-    "max_num_seqs": "rollout.max_concurrent",
-    "gpu_memory_utilization": "rollout.gpu_memory_fraction",
-    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
-    "seed": "seed",
-    "load_format": "the weight push",
-    "distributed_executor_backend": "the launcher",
-    "skip_tokenizer_init": "data and model.tokenizer",
-    "logprobs_mode": "rollout.temperature",
-    "worker_cls": "the platform",
-    "pipeline_parallel_size": "rollout.tensor (a replica is one tensor-parallel group)",
-    "data_parallel_size": "rollout.tensor (further processes form further replicas)",
-}
 
 #: vLLM's model classes by family.
 MODEL_CLASSES: dict[str, type[torch.nn.Module]] = {
@@ -124,13 +105,9 @@ def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def _passed_through(options: dict[str, Any]) -> dict[str, Any]:
-    """The `vllm:` table, checked against vLLM's own fields."""
-    known = {field.name for field in fields(EngineArgs)}
-    for name, value in options.items():
-        if name in RESERVED:
-            raise Refusal(f"vllm.{name}={value!r}", f"is set by {RESERVED[name]}", "remove it from the vllm table")
-        if name not in known:
-            raise Refusal(f"vllm.{name}={value!r}", "is not a field of vLLM's EngineArgs", "correct or remove it")
+    """The `vllm:` table. Raises the first `Refusal` of an option that is unknown or megarl's own."""
+    for refusal in vendor_fields.refusals("vllm", options):
+        raise refusal
     return dict(options)
 
 
