@@ -7,15 +7,13 @@ the working directory.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings
 from megarl.config.explain import explain
 from megarl.config.schema import RunConfig
 from megarl.config.yaml_dialect import Dumper, Loader
@@ -41,52 +39,6 @@ def dump_config(config: RunConfig) -> str:
     """YAML of the whole configuration, defaults included; loading it gives an equal configuration."""
     table = config.model_dump(mode="json")
     return yaml.dump(table, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def algorithm_settings(value: Any) -> AlgorithmSettings:
-    """Build an algorithm's settings from its table, or from its bare name.
-
-    The name is one of `ALGORITHM_SETTINGS`, or an import path `package.module:Class` whose class has an
-    attribute `Settings` derived from `AlgorithmSettings`. Raises `Refusal`.
-    """
-    if isinstance(value, AlgorithmSettings):
-        return value
-    if isinstance(value, str):
-        value = {"name": value}
-    names = ", ".join(ALGORITHM_SETTINGS)
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise Refusal(
-            f"algorithm={value!r}",
-            "must be a table with a name",
-            f"set algorithm.name to {names} or package.module:Class",
-        )
-    record = _settings_class(value["name"])
-    try:
-        return record.model_validate(dict(value))
-    except ValidationError as error:
-        raise explain(error, record, prefix="algorithm") from None
-
-
-def _settings_class(name: str) -> type[AlgorithmSettings]:
-    """The settings record of a built-in algorithm, or of a class named by its import path."""
-    if name in ALGORITHM_SETTINGS:
-        return ALGORITHM_SETTINGS[name]
-    value = f"algorithm.name={name}"
-    module_name, separator, class_name = name.partition(":")
-    if not separator:
-        known = ", ".join(ALGORITHM_SETTINGS)
-        raise Refusal(value, "is not an algorithm", f"use one of {known}, or an import path package.module:Class")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise Refusal(
-            value, f"cannot be imported ({error})", "put the module on PYTHONPATH and name its class"
-        ) from None
-    record = getattr(found, "Settings", None)
-    if not (isinstance(record, type) and issubclass(record, AlgorithmSettings)):
-        rule = "must name a class with an attribute Settings derived from megarl.config.algorithms.AlgorithmSettings"
-        raise Refusal(value, rule, f"give {class_name} such a Settings record")
-    return record
 
 
 def _read_with_base(path: Path) -> dict[str, Any]:

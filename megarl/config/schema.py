@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 
+from megarl.config.algorithm_choice import algorithm_settings
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.base import Settings
 
@@ -253,6 +254,4 @@ class RunConfig(Settings):
     @classmethod
     def _algorithm_record(cls, value: Any) -> Any:
         """Turn the `algorithm:` table into the settings record that its name asks for."""
-        from megarl.config.load import algorithm_settings
-
         return algorithm_settings(value)
