@@ -17,6 +17,7 @@ from megarl.parallel import bootstrap
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.groups import form_grid
 from megarl.rollout import environment
+from megarl.train import evaluation
 from megarl.train.loop import evaluate_now, run_steps, sleep_engine, wake_engine
 from megarl.train.measure import peak_memory_bytes
 from megarl.train.rollouts import make_rollouts
@@ -88,9 +89,7 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": checkpoint_path})})
     with session_of(config, evaluate_only=True) as session:
         wake_engine(session)
-        from megarl.train.evaluation import evaluate as run_evaluation
-
-        result = run_evaluation(session)
+        result = evaluation.evaluate(session)
         sleep_engine(session)
         return {"name": config.name, "checkpoint": checkpoint_path, **result}
 

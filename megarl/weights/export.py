@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megarl.parallel.groups import grid_of_rank
 from megarl.policy.policy import Policy
 from megarl.reshard.plan import make_plan
-from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors, megatron_tensors
+from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors
+from megarl.weights.layouts import policy_tensors
 from megarl.weights.transfer import Mover
 
 #: Files of the original checkpoint that belong to it beside the weights.
@@ -50,18 +50,7 @@ def export_hf(policy: Policy, directory: Path, original: Path) -> None:
     The directory appears under its name only when it is complete.
     """
     world = policy.world
-    parts = [
-        megatron_tensors(
-            policy.shape,
-            tensor=policy.grid.tensor,
-            pipeline=policy.grid.pipeline,
-            tensor_rank=tensor_rank,
-            pipeline_rank=pipeline_rank,
-        )
-        for tensor_rank, _, pipeline_rank in (
-            grid_of_rank(rank, world.size, policy.config.parallel) for rank in range(world.size)
-        )
-    ]
+    parts = policy_tensors(policy.config.parallel, policy.shape, world.size)
     targets = [checkpoint_tensors(policy.shape, writers=world.size, writer=rank) for rank in range(world.size)]
     plan = make_plan(parts, targets, world.node_of_rank)
     dtype = policy.megatron_config.params_dtype

@@ -14,31 +14,19 @@ from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
-from megarl.parallel.groups import grid_of_rank
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import LocalTensor
 from megarl.reshard.plan import Plan, make_plan
-from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
 from megarl.rollout.weights import EngineWeights, Fillable
+from megarl.weights.layouts import engine_tensors, policy_tensors
 from megarl.weights.transfer import Mover
 
 
 def push_plan(config: RunConfig, shape: ModelShape, world: World) -> Plan:
     """The plan from the policy's layout to the engine replicas' layout, the same on every rank."""
-    parallel = config.parallel
-    places = [grid_of_rank(rank, world.size, parallel) for rank in range(world.size)]
-    sources = [
-        megatron_tensors(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, tensor_rank=t, pipeline_rank=p)
-        for t, _, p in places
-    ]
+    sources = policy_tensors(config.parallel, shape, world.size)
     targets = [engine_tensors(config, shape, rank) for rank in range(world.size)]
     return make_plan(sources, targets, world.node_of_rank)
-
-
-def engine_tensors(config: RunConfig, shape: ModelShape, rank: int) -> dict[str, LocalTensor]:
-    """The engine's tensors on a rank, as the plan sees them."""
-    tensor = config.rollout.tensor
-    return vllm_tensors(shape, tensor=tensor, tensor_rank=rank % tensor)
 
 
 class Push:
