@@ -54,6 +54,6 @@ def build(settings: AlgorithmSettings, context: AlgorithmContext) -> Algorithm:
         raise Refusal(
             f"algorithm.name={settings.name}",
             f"needs settings of type {chosen.Settings.__name__}, got {type(settings).__name__}",
-            "build the settings with megarl.config.algorithm_choice.algorithm_settings",
+            "build the settings with megarl.config.algorithms.choice.algorithm_settings",
         )
     return chosen(settings, context)

@@ -2,10 +2,10 @@
 
 The loop provides what `needs` asks for, in this order per step:
 
-    rollouts -> keep (on the rewards as scored) -> shape_rewards -> advantages (on the shaped rewards)
-             -> old / reference log-probs -> loss per micro-batch
+    begin_step -> rollouts -> drop_reason (on the rewards as scored) -> shape_rewards -> advantages, signals, spans
+               (on the shaped rewards) -> old / reference log-probs -> loss per micro-batch
 
-The first line works on whole groups from metadata that every rank has, so every rank computes the same and no
+All but the last work on whole groups from metadata that every rank has, so every rank computes the same and no
 algorithm contains parallel code. `loss` sees the flat tokens of one shard; counts over all ranks are passed in.
 """
 
@@ -13,30 +13,59 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from megarl.config.algorithms import AlgorithmSettings
+from megarl.config.algorithms import AlgorithmSettings, ExplanationSettings
 from megarl.errors import Refusal
 from megarl.ops.segments import LocalReducer, Reducer
+
+#: Whose weights generate: those of the policy as it is, or as it was when the run began.
+Weights = Literal["current", "initial"]
+
+
+@dataclass(frozen=True)
+class Responder:
+    """Rollouts in two parts: the policy thinks, then `responses` answers are written to each thinking by `weights`.
+
+    A sample's reward is the mean of its responses' rewards; the first response stands in the sample.
+    """
+
+    weights: Weights
+    responses: int = 1
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the loop must provide for an algorithm."""
+    """What the loop must provide for an algorithm that generates; the first three also for one that does not."""
 
-    rollouts: bool
-    """Sampled groups; without them the data set's worked solutions are the sequences."""
-    old_log_probs: bool
+    old_log_probs: bool = False
     """Log-probs under the weights the rollouts were made with, recomputed by the policy."""
-    reference_log_probs: bool
-    """Log-probs under the reference weights."""
-    entropy_gradient: bool
+    reference_log_probs: bool = False
+    """Log-probs under the weights the run began with."""
+    entropy_gradient: bool = False
     """`entropy_T` must carry a gradient; otherwise it may be computed without."""
     max_generation_batches: int = 1
-    """Bound on generation batches per step while `keep` drops groups; then the step trains on what it has."""
+    """Bound on generation batches per step while groups are dropped; then the step trains on what it has."""
+    thinking: bool = False
+    """`GroupOutcome.thinking_lengths`: where the thinking of each sample ends."""
+    responder: Responder | None = None
+    """Generate in two parts; needs `thinking`."""
+    explanations: ExplanationSettings | None = None
+    """Generate explanations of the reference answers beside the rollouts: the targets of `LossInputs`."""
+    pairs: bool = False
+    """The trained samples and the targets of a group share a micro-batch; groups that lack either are left out."""
+    rollout_weights: Weights = "current"
+    """Whose weights generate the rollouts. Those of "initial" are the same whenever a prompt returns."""
+
+    @property
+    def initial_weights(self) -> bool:
+        """Whether the weights that the run began with must be kept."""
+        responder = self.responder is not None and self.responder.weights == "initial"
+        return self.reference_log_probs or self.rollout_weights == "initial" or responder
 
 
 @dataclass(frozen=True)
@@ -47,6 +76,8 @@ class AlgorithmContext:
     """rollout.max_tokens: longest response in tokens."""
     group_size: int = 1
     """rollout.group_size: samples per prompt."""
+    reward_low: float = 0.0
+    """reward.low: the least reward."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +93,14 @@ class GroupOutcome:
     """Response tokens, the end token included."""
     finished: tuple[bool, ...]
     """False where the response was cut at rollout.max_tokens."""
+    thinking_lengths: tuple[int | None, ...] | None = None
+    """Tokens up to and including the end of the thinking; None for a sample that is not one thinking, which is not
+    empty, and a response. Known where `Needs.thinking` asks for it."""
 
     def __post_init__(self) -> None:
         counts = {len(self.rewards), len(self.lengths), len(self.finished)}
+        if self.thinking_lengths is not None:
+            counts.add(len(self.thinking_lengths))
         if len(counts) != 1 or 0 in counts:
             raise Refusal(
                 f"a group with {len(self.rewards)} rewards, {len(self.lengths)} lengths, {len(self.finished)} ends",
@@ -78,18 +114,28 @@ class GroupOutcome:
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Counts of the whole mini-batch, over all ranks and micro-batches."""
+    """Counts of the whole mini-batch, over all ranks and micro-batches.
+
+    A sequence is a sampled answer, or a target: a text whose likelihood is to rise, with no reward of its own.
+    Supervised training, which has solutions alone, counts them as answers.
+    """
 
     tokens: float
-    """Response tokens that count (mask 1)."""
+    """Tokens of the sampled answers that count (mask 1)."""
     sequences: float
+    """Sampled answers that have such tokens."""
+    response_tokens: float = 0.0
+    """All response tokens of the groups' samples, trained or not."""
+    target_tokens: float = 0.0
+    target_sequences: float = 0.0
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """The flat tokens of one micro-batch of one shard; fields that the algorithm does not need may be None.
 
-    Log-probs and entropies are in nats, float32 or wider. Masked tokens may hold anything, NaN included.
+    Log-probs and entropies are in nats, float32 or wider. Masked tokens may hold anything, NaN included; so may the
+    old and rollout log-probs and the advantages of targets.
     """
 
     log_probs_T: Tensor
@@ -112,18 +158,31 @@ class LossInputs:
     """[T]"""
     advantages_T: Tensor | None = None
     """[T]"""
+    signals_S: Mapping[str, Tensor] = field(default_factory=dict)
+    """[S] each: what `Algorithm.signals` said of each sampled answer; 0 for targets."""
+    target_S: Tensor | None = None
+    """[S] bool, which sequences are targets; None: none."""
+    group_S: Tensor | None = None
+    """[S] int64, a number that sequences of the same group share."""
     reducer: Reducer = field(default_factory=LocalReducer)
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A micro-batch's share of the mini-batch's loss, and what to log."""
+    """A micro-batch's share of the mini-batch's loss, and what to log.
+
+    What is logged are scalars (float64) without gradient; the loop adds them up over all micro-batches and ranks,
+    divides, and logs them under their names. Every call of one algorithm's loss gives the same names.
+    """
 
     loss: Tensor
     """Scalar; the sum over all micro-batches and ranks is the mini-batch's loss, nothing is left to divide."""
-    token_sums: dict[str, Tensor]
-    """Scalars (float64) without gradient, sums over this shard's counted tokens; the loop adds them up over all
-    micro-batches and ranks, divides by `BatchTotals.tokens` and logs them under these names."""
+    token_sums: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over this shard's counted tokens of sampled answers; divided by `BatchTotals.tokens`."""
+    target_token_sums: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over this shard's tokens of targets; divided by `BatchTotals.target_tokens`."""
+    target_sums: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over this shard's targets; divided by `BatchTotals.target_sequences`."""
 
 
 class Algorithm(ABC):
@@ -144,13 +203,24 @@ class Algorithm(ABC):
             Refusal: settings that do not fit each other or the run.
         """
 
+    def begin_step(self, step: int) -> None:  # noqa: B027 (an algorithm without stages has nothing to do)
+        """Called before step `step` (1, 2, ...), also when a run continues there; may change `needs`.
+
+        What the algorithm does then depends on nothing but its settings and `step`. The first `needs`, after
+        construction, are those of which the run is built: later ones may only ask for less.
+        """
+
     def shape_rewards(self, outcome: GroupOutcome) -> tuple[float, ...]:
-        """The rewards that `advantages` shall see, one per sample; by default those of the outcome."""
+        """The rewards that the following shall see, one per sample; by default those of the outcome."""
         return outcome.rewards
 
-    def keep(self, outcome: GroupOutcome) -> bool:
-        """Whether to train on the group, by its rewards as scored (not shaped); False drops it. Default: keep."""
-        return True
+    def drop_reason(self, outcome: GroupOutcome) -> str | None:
+        """Why not to train on the group, by its rewards as scored (not shaped); None to train on it, the default.
+
+        Further prompts take the place of dropped ones, up to `Needs.max_generation_batches`. The reason is the name of
+        a counter, such as "groups_without_variance".
+        """
+        return None
 
     def advantages(self, outcome: GroupOutcome) -> tuple[float, ...]:
         """One advantage per sample, for all its tokens; `outcome` is the whole group with shaped rewards.
@@ -159,17 +229,32 @@ class Algorithm(ABC):
         """
         return outcome.rewards
 
+    def signals(self, outcome: GroupOutcome) -> dict[str, tuple[float, ...]]:
+        """Further numbers per sample that `loss` finds in `LossInputs.signals_S`, by name; by default none.
+
+        `outcome` is the whole group with shaped rewards. Every group has the same names.
+        """
+        return {}
+
+    def spans(self, outcome: GroupOutcome) -> tuple[tuple[int, int], ...]:
+        """Which tokens of each sample are trained, as (start, end) within the response; by default all.
+
+        Tokens before `start` are context, those from `end` on are not even computed; an empty span leaves the
+        sample out.
+        """
+        return tuple((0, length) for length in outcome.lengths)
+
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossTerms:
         """The micro-batch's share of the loss; no collective but those of `inputs.reducer`."""
 
 
-def required(values_T: Tensor | None, name: str) -> Tensor:
-    """`values_T`, which the algorithm declared in its `needs`.
+def required(values: Tensor | None, name: str) -> Tensor:
+    """`values`, which the algorithm declared in its `needs`.
 
     Raises:
         ValueError: the loop did not provide it.
     """
-    if values_T is None:
+    if values is None:
         raise ValueError(f"LossInputs.{name} is None, but the algorithm needs it")
-    return values_T
+    return values

@@ -19,7 +19,7 @@ from megarl.algorithms.base import (
     Needs,
     required,
 )
-from megarl.config.algorithms import GrpoSettings
+from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
 from megarl.errors import Refusal
 from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
@@ -33,12 +33,11 @@ class Grpo(Algorithm):
 
     Settings = GrpoSettings
 
-    def __init__(self, settings: GrpoSettings, context: AlgorithmContext) -> None:
+    def __init__(self, settings: GroupRelativeSettings, context: AlgorithmContext) -> None:
         _check(settings, context)
         self.settings = settings
         self.context = context
         self.needs = Needs(
-            rollouts=True,
             old_log_probs=True,
             reference_log_probs=settings.kl_coefficient > 0,
             entropy_gradient=settings.entropy_coefficient != 0,
@@ -58,9 +57,11 @@ class Grpo(Algorithm):
             for reward, share in zip(outcome.rewards, excess, strict=True)
         )
 
-    def keep(self, outcome: GroupOutcome) -> bool:
-        """False for groups whose rewards are all equal under `dynamic_sampling`, DAPO Eq. 11."""
-        return not self.settings.dynamic_sampling or min(outcome.rewards) != max(outcome.rewards)
+    def drop_reason(self, outcome: GroupOutcome) -> str | None:
+        """Under `dynamic_sampling` groups whose rewards are all equal are dropped, DAPO Eq. 11."""
+        if self.settings.dynamic_sampling and min(outcome.rewards) == max(outcome.rewards):
+            return "groups_without_variance"
+        return None
 
     def advantages(self, outcome: GroupOutcome) -> tuple[float, ...]:
         """(R - mean) / (std + epsilon) within the group, GRPO section 4.1.2; (R - mean) without `normalize_std`.
@@ -150,7 +151,7 @@ class Grpo(Algorithm):
         )
 
 
-def _check(settings: GrpoSettings, context: AlgorithmContext) -> None:
+def _check(settings: GroupRelativeSettings, context: AlgorithmContext) -> None:
     """Refuse settings that cannot do what they say in this run."""
     buffer = settings.overlong_buffer
     if buffer is not None and buffer > context.max_tokens:

@@ -15,7 +15,7 @@ class Sft(Algorithm):
 
     def __init__(self, settings: SftSettings, context: AlgorithmContext) -> None:
         self.settings = settings
-        self.needs = Needs(rollouts=False, old_log_probs=False, reference_log_probs=False, entropy_gradient=False)
+        self.needs = Needs()
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """See `Algorithm.loss`. Logs `entropy`, mean per token in nats."""

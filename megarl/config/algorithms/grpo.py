@@ -1,41 +1,23 @@
-"""Settings of the built-in algorithms, one record each; the algorithms themselves live in
-`megarl.algorithms`. Torch-free, so that a wrong setting is refused on a login node at once.
-"""
+"""Settings of GRPO, and of the algorithms whose rollout term is GRPO's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from megarl.config.base import Settings
+from megarl.config.algorithms.base import AlgorithmSettings
 from megarl.errors import Refusal
 
 if TYPE_CHECKING:
     from megarl.config.schema import RunConfig
 
 
-class AlgorithmSettings(Settings):
-    """What every algorithm's settings have: its name in the table of `megarl.algorithms`."""
+class GroupRelativeSettings(AlgorithmSettings):
+    """Group-relative advantages and the clipped objective (arXiv 2402.03300; Dr. GRPO 2503.20783, DAPO 2503.14476,
+    GSPO 2507.18071)."""
 
-    #: Whether the algorithm trains on sampled answers; else on the data set's worked solutions.
-    generates: ClassVar[bool] = True
-
-    name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
-
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
-        """The algorithm's own rules that `run` breaks; called with all other rules before anything starts."""
-        yield from ()
-
-
-class GrpoSettings(AlgorithmSettings):
-    """GRPO and its family (arXiv 2402.03300; Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071).
-
-    The defaults are GRPO's advantage with DAPO's token mean, without a KL term.
-    """
-
-    name: Literal["grpo"] = "grpo"
     normalize_std: bool = Field(
         default=True, description="Divide advantages by the group's standard deviation; off is Dr. GRPO."
     )
@@ -125,21 +107,7 @@ class GrpoSettings(AlgorithmSettings):
             )
 
 
-class SftSettings(AlgorithmSettings):
-    """Supervised fine-tuning on the data set's worked solutions: mean negative log-likelihood per token."""
+class GrpoSettings(GroupRelativeSettings):
+    """GRPO and its family. The defaults are GRPO's advantage with DAPO's token mean, without a KL term."""
 
-    generates: ClassVar[bool] = False
-
-    name: Literal["sft"] = "sft"
-
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
-        if run.data.solution_column is None:
-            yield Refusal(
-                "data.solution_column=null",
-                "must name the column of the worked solutions that supervised training learns",
-                "set data.solution_column",
-            )
-
-
-#: Built-in settings by algorithm name; `megarl.algorithms.ALGORITHMS` has the same keys.
-ALGORITHM_SETTINGS: dict[str, type[AlgorithmSettings]] = {"grpo": GrpoSettings, "sft": SftSettings}
+    name: Literal["grpo"] = "grpo"

@@ -1,0 +1,111 @@
+"""What every algorithm's settings have, and the tables that several share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from megarl.config.base import Settings
+from megarl.errors import Refusal
+
+if TYPE_CHECKING:
+    from megarl.config.schema import RunConfig
+
+
+class AlgorithmSettings(Settings):
+    """What every algorithm's settings have: its name in the table of `megarl.algorithms`."""
+
+    #: Whether the algorithm trains on sampled answers; else on the data set's worked solutions.
+    generates: ClassVar[bool] = True
+    #: Sequences that the loss must see together, in one micro-batch.
+    sequences_together: ClassVar[int] = 1
+
+    name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
+
+    def longest_prompt(self, run: RunConfig) -> int:
+        """Tokens of the longest prompt that the engine is given."""
+        return run.data.max_prompt_tokens
+
+    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+        """The algorithm's own rules that `run` breaks; called with all other rules before anything starts."""
+        yield from ()
+
+
+class ExplanationSettings(Settings):
+    """Self-explanations: the policy is shown the reference answer and asked to explain it; in training the hint is
+    hidden. ExPO (arXiv 2507.02834) publishes none of these settings: all of them are our choice."""
+
+    template: str = Field(
+        default="{prompt}\n\nThe correct final answer is {answer}. Reason step by step towards it, and end with "
+        "\\boxed{{answer}}.",
+        description="The hinted question: {prompt} becomes the question, {answer} the reference. Our choice.",
+    )
+    per_prompt: PositiveInt = Field(default=1, description="Explanations per prompt. Our choice.")
+    max_tokens: PositiveInt | None = Field(
+        default=None, description="Longest explanation in tokens; default rollout.max_tokens. Our choice."
+    )
+    max_prompt_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Prompts whose hinted question is longer get no explanation and are counted; default "
+        "data.max_prompt_tokens + 256. Our choice.",
+    )
+    answer_opening: str = Field(
+        default="\\boxed{",
+        min_length=1,
+        description="Text that opens a final answer. The explanation's chain ends before its last occurrence; all of "
+        "it is the chain where there is none. Our choice.",
+    )
+    answer_text: str = Field(
+        default="\\boxed{{answer}}",
+        description="What follows the chain in the training sequence; {answer} becomes the reference. Our choice.",
+    )
+    must_match: bool = Field(
+        default=False, description="Train only on explanations whose own final answer is right. Our choice."
+    )
+    refresh_every: PositiveInt = Field(
+        default=1,
+        description="A prompt's explanation serves again when the prompt returns within that many steps; 1: it is made "
+        "anew each time. Our choice.",
+    )
+    measure_every: NonNegativeInt = Field(
+        default=10,
+        description="Every that many steps measure likelihoods of own, self-explained and expert chains; 0: never.",
+    )
+    measure_prompts: PositiveInt = Field(default=16, description="Prompts per such measurement. Our choice.")
+
+    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+        """Rules that `run` breaks."""
+        for name, text, fields in (
+            ("template", self.template, ("{prompt}", "{answer}")),
+            ("answer_text", self.answer_text, ("{answer}",)),
+        ):
+            for needed in fields:
+                if needed not in text:
+                    yield Refusal(
+                        f"algorithm.explanation.{name}={text!r}",
+                        f"must contain {needed}",
+                        f"put {needed} where it belongs",
+                    )
+        if self.answer_opening not in self.answer_text:
+            yield Refusal(
+                f"algorithm.explanation.answer_text={self.answer_text!r}",
+                f"must contain algorithm.explanation.answer_opening={self.answer_opening!r}, so that chains end alike "
+                "in explanations and in sampled answers",
+                "write both for the same form of final answer",
+            )
+        if run.reward.kind == "judge" and self.must_match:
+            yield Refusal(
+                "algorithm.explanation.must_match=true",
+                "needs a reward that knows the right answer, and reward.kind=judge gives an opinion",
+                "set it to false, or choose another reward.kind",
+            )
+
+    def longest_prompt(self, run: RunConfig) -> int:
+        """Tokens of the longest prompt that the engine is given."""
+        return max(run.data.max_prompt_tokens, self.prompt_limit(run))
+
+    def prompt_limit(self, run: RunConfig) -> int:
+        """`max_prompt_tokens`, or its default."""
+        return self.max_prompt_tokens or run.data.max_prompt_tokens + 256
