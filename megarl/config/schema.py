@@ -18,8 +18,8 @@ from pydantic import (
     field_validator,
 )
 
-from megarl.config.algorithm_choice import algorithm_settings
 from megarl.config.algorithms import AlgorithmSettings
+from megarl.config.algorithms.choice import algorithm_settings
 from megarl.config.base import Settings
 
 
