@@ -99,14 +99,13 @@ def test_overlong_buffer_may_span_all_tokens_and_is_off_by_default():
     ("rewards", "kept"), [([1.0] * 8, False), ([0.0] * 8, False), ([0.7] * 7, False), ([0.0] * 7 + [1.0], True)]
 )
 def test_dynamic_sampling_drops_groups_of_equal_rewards(rewards, kept):
-    assert grpo(dynamic_sampling=True).keep(outcome(rewards)) is kept
-    assert grpo().keep(outcome(rewards)) is True
+    reason = None if kept else "groups_without_variance"
+    assert grpo(dynamic_sampling=True).drop_reason(outcome(rewards)) == reason
+    assert grpo().drop_reason(outcome(rewards)) is None
 
 
 def test_needs():
-    assert grpo().needs == Needs(
-        rollouts=True, old_log_probs=True, reference_log_probs=False, entropy_gradient=False, max_generation_batches=1
-    )
+    assert grpo().needs == Needs(old_log_probs=True)
     assert grpo(kl_coefficient=0.01).needs.reference_log_probs
     assert grpo(entropy_coefficient=-0.01).needs.entropy_gradient
     assert grpo(dynamic_sampling=True, max_generation_batches=4).needs.max_generation_batches == 4

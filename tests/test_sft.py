@@ -56,27 +56,22 @@ def test_a_batch_without_counted_tokens_is_exactly_zero():
     assert torch.autograd.grad(loss, inputs.log_probs_T)[0].tolist() == [0.0, 0.0]
 
 
-def test_needs_no_rollouts():
-    assert Sft(SftSettings(), CONTEXT).needs == Needs(
-        rollouts=False, old_log_probs=False, reference_log_probs=False, entropy_gradient=False
-    )
+def test_needs_nothing_not_even_rollouts():
+    assert Sft(SftSettings(), CONTEXT).needs == Needs()
+    assert not SftSettings.generates
 
 
 def test_defaults_before_the_loss_pass_rewards_through():
     algorithm = Sft(SftSettings(), CONTEXT)
     outcome = GroupOutcome((1.0, 0.5), (3, 4), (True, False))
     assert algorithm.shape_rewards(outcome) == algorithm.advantages(outcome) == (1.0, 0.5)
-    assert algorithm.keep(outcome) is True
+    assert algorithm.drop_reason(outcome) is None
+    assert algorithm.signals(outcome) == {}
+    assert algorithm.spans(outcome) == ((0, 3), (0, 4))
 
 
 def test_the_table_matches_the_settings_table():
     assert {name: chosen.Settings for name, chosen in ALGORITHMS.items()} == ALGORITHM_SETTINGS
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_what_the_configuration_knows_about_rollouts_is_what_the_loop_is_told(name):
-    settings = ALGORITHM_SETTINGS[name].model_validate({"name": name})
-    assert build(settings, CONTEXT).needs.rollouts is settings.generates
 
 
 def test_build_by_name():
@@ -96,7 +91,7 @@ class Reinforce(Algorithm):
 
     def __init__(self, settings, context):
         self.scale = settings.scale
-        self.needs = Needs(True, False, False, False)
+        self.needs = Needs(old_log_probs=True)
 
     def loss(self, inputs):
         return LossTerms(-(self.scale * inputs.log_probs_T * inputs.advantages_T).sum(), {})
@@ -129,7 +124,11 @@ def test_build_by_import_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gropo", r"algorithm.name=gropo: is no known algorithm. Fix: use one of grpo, sft, or package.module:Class."),
+        (
+            "gropo",
+            rf"algorithm.name=gropo: is no known algorithm. Fix: use one of {', '.join(ALGORITHMS)}, or "
+            r"package.module:Class.",
+        ),
         ("no_such_package.here:It", r"could not be imported \(No module named 'no_such_package'\)"),
         (":It", r"is no known algorithm"),
         ("package.module:", r"is no known algorithm"),
