@@ -6,15 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_case import CONSTANTS, assert_shards_add_up, by_sequence, by_token, log_ratios
 
 from megarl.algorithms.base import AlgorithmContext, BatchTotals, LossInputs, required
 from megarl.algorithms.grpo import Grpo
 from megarl.config.algorithms import GrpoSettings
-from megarl.ops.segments import LocalReducer
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
-CONSTANTS = ("entropy_T", "old_log_probs_T", "rollout_log_probs_T", "reference_log_probs_T", "advantages_T")
-PER_TOKEN = ("log_probs_T", *CONSTANTS, "mask_T", "sequence_T")
 EVERY_TERM = {"dual_clip": 3.0, "kl_coefficient": 0.1, "entropy_coefficient": 0.05, "importance_cap": 1.2}
 AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
 LEVELS = ["token", "sequence"]
@@ -51,10 +49,6 @@ def make_batch(lengths=(4, 2, 6), seed=0) -> LossInputs:
     )
 
 
-def log_ratios(inputs: LossInputs) -> torch.Tensor:
-    return inputs.log_probs_T - required(inputs.old_log_probs_T, "old_log_probs_T")
-
-
 def advantages(inputs: LossInputs) -> torch.Tensor:
     return required(inputs.advantages_T, "advantages_T")
 
@@ -62,32 +56,6 @@ def advantages(inputs: LossInputs) -> torch.Tensor:
 def loss_and_gradient(algorithm: Grpo, inputs: LossInputs):
     loss = algorithm.loss(inputs).loss
     return loss.detach(), torch.autograd.grad(loss, inputs.log_probs_T)[0]
-
-
-def take(inputs: LossInputs, tokens: torch.Tensor, **changes) -> LossInputs:
-    """The shard that holds only `tokens` (indices), views of the same leaves."""
-    return replace(inputs, **{name: getattr(inputs, name)[tokens] for name in PER_TOKEN}, **changes)
-
-
-def micro_batch(inputs: LossInputs, members: list[int]) -> LossInputs:
-    """Whole sequences `members` alone, renumbered, with the totals of the whole mini-batch."""
-    tokens = torch.cat([torch.nonzero(inputs.sequence_T == member)[:, 0] for member in members])
-    renumbered = torch.tensor([members.index(int(inputs.sequence_T[t])) for t in tokens])
-    part = take(inputs, tokens, num_sequences=len(members), lengths_S=inputs.lengths_S[members])
-    return replace(part, sequence_T=renumbered)
-
-
-def assert_shards_add_up(algorithm: Grpo, whole: LossInputs, shards: list[LossInputs]) -> None:
-    expected, terms = algorithm.loss(whole), [algorithm.loss(shard) for shard in shards]
-    leaves = (whole.log_probs_T, whole.entropy_T)
-    summed = torch.stack([term.loss for term in terms]).sum()
-    torch.testing.assert_close(summed, expected.loss, rtol=1e-13, atol=1e-14)
-    for found, wanted in zip(
-        torch.autograd.grad(summed, leaves), torch.autograd.grad(expected.loss, leaves), strict=True
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
-    for name, wanted in expected.token_sums.items():
-        assert sum(term.token_sums[name].item() for term in terms) == pytest.approx(wanted.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -101,19 +69,8 @@ def assert_shards_add_up(algorithm: Grpo, whole: LossInputs, shards: list[LossIn
 def test_micro_batches_add_up_to_the_whole(aggregation, level, lengths, owners, seed):
     """However the sequences are spread over ranks and micro-batches."""
     whole = make_batch(lengths, seed)
-    split = [[s for s in range(len(lengths)) if owners[s] == owner] for owner in range(3)]
-    shards = [micro_batch(whole, members) for members in split if members]
+    shards = by_sequence(whole, owners)
     assert_shards_add_up(grpo(aggregation=aggregation, ratio_level=level, **EVERY_TERM), whole, shards)
-
-
-class WholeReducer:
-    """Stands for the collective of ranks that share sequences: adds what the other shards hold of each sum."""
-
-    def __init__(self, others_S: torch.Tensor) -> None:
-        self.others_S = others_S
-
-    def sum_by_sequence(self, values_T, sequence_T, num_sequences):
-        return LocalReducer().sum_by_sequence(values_T, sequence_T, num_sequences) + self.others_S
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -127,15 +84,7 @@ class WholeReducer:
 def test_tokens_of_one_sequence_may_lie_on_several_shards(aggregation, level, lengths, owners, seed):
     """As under context parallelism; a shard may hold no token of a sequence, or none at all."""
     whole = make_batch(lengths, seed)
-    owner_T = torch.tensor(owners[: whole.log_probs_T.shape[0]])
-    log_ratio_T = log_ratios(whole)
-    shards = []
-    for owner in range(3):
-        elsewhere = torch.nonzero(owner_T != owner)[:, 0]
-        others_S = LocalReducer().sum_by_sequence(
-            log_ratio_T[elsewhere], whole.sequence_T[elsewhere], whole.num_sequences
-        )
-        shards.append(take(whole, torch.nonzero(owner_T == owner)[:, 0], reducer=WholeReducer(others_S)))
+    shards = by_token(whole, owners, 3)
     assert_shards_add_up(grpo(aggregation=aggregation, ratio_level=level, **EVERY_TERM), whole, shards)
 
 
