@@ -10,11 +10,13 @@ import importlib
 
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.nft import Nft
 from megarl.algorithms.sft import Sft
+from megarl.algorithms.start import Start
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.errors import Refusal
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": Grpo, "sft": Sft}
+ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": Grpo, "sft": Sft, "nft": Nft, "start": Start}
 
 
 def algorithm_class(name: str) -> type[Algorithm]:

@@ -26,7 +26,8 @@ class NftSettings(AlgorithmSettings):
         description="Weight of a prompt with the success rate r: 1 - r (Dr. GRPO's gradient), sqrt((1 - r) / r) "
         "(GRPO's), or 1.",
     )
-    epsilon: PositiveFloat = Field(
+    # These two bounds keep the gradient finite in float32, which has room up to e^88.
+    epsilon: Annotated[float, Field(ge=1e-6)] = Field(
         default=1.0,
         description="Least value of the implicit negative policy's ratio inside the logarithm; the gradient passes.",
     )
@@ -36,7 +37,7 @@ class NftSettings(AlgorithmSettings):
     rewards: Literal["binary", "continuous"] = Field(
         default="binary",
         description="binary: every reward is 0 or 1, groups with others are dropped and counted; continuous: rewards "
-        "between 0 and 1 share an answer between both parts.",
+        "between 0 and 1 share an answer between both parts. continuous is our choice.",
     )
     rate_clamp: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         default=0.02, description="The success rate is kept between this and 1 minus this (published code)."
@@ -46,13 +47,14 @@ class NftSettings(AlgorithmSettings):
         description="sequence: one ratio per answer, exp of the mean log-ratio of its tokens. The published code has "
         "such a variant; the mean is our choice.",
     )
-    log_ratio_clamp: PositiveFloat = Field(
-        default=10.0, description="Log-ratios are bounded from above by this before exp (published code)."
+    log_ratio_clamp: Annotated[float, Field(gt=0, le=50)] = Field(
+        default=10.0,
+        description="Log-ratios are bounded from above by this, without gradient beyond (published code).",
     )
     aggregation: Literal["constant", "token_mean"] = Field(
         default="constant",
-        description="constant: sum over tokens / (sequences x aggregation_constant); token_mean: sum / tokens of the "
-        "mini-batch.",
+        description="constant: sum over tokens / (sequences x aggregation_constant), where the published code does not "
+        "divide by the sequences; token_mean: sum / tokens of the mini-batch. Our choice.",
     )
     aggregation_constant: PositiveFloat = Field(
         default=1000.0, description="Divisor of aggregation=constant in tokens (published code)."

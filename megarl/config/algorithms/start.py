@@ -57,6 +57,12 @@ class StartSettings(GroupRelativeSettings):
                 "has no one divisor for both parts of an output",
                 "use token_mean or constant, or algorithm.normalizer=trained",
             )
+        if self.second_stage == "full" and self.thinking_steps is None:
+            yield Refusal(
+                "algorithm.second_stage=full",
+                "has no effect without algorithm.thinking_steps, since the whole run is stage 1",
+                "set algorithm.thinking_steps, or remove it",
+            )
         if self.stage_two_alone and (self.responder != "policy" or self.responses != 1):
             yield Refusal(
                 "algorithm.thinking_steps=0",
