@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 
 from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.algorithms.expo import ExpDpo, ExpGrpo
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.nft import Nft
 from megarl.algorithms.sft import Sft
@@ -16,7 +17,14 @@ from megarl.algorithms.start import Start
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.errors import Refusal
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": Grpo, "sft": Sft, "nft": Nft, "start": Start}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "grpo": Grpo,
+    "sft": Sft,
+    "nft": Nft,
+    "exp_grpo": ExpGrpo,
+    "exp_dpo": ExpDpo,
+    "start": Start,
+}
 
 
 def algorithm_class(name: str) -> type[Algorithm]:

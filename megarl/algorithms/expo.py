@@ -1,0 +1,166 @@
+"""ExPO (arXiv 2507.02834): the policy explains the known answer, and learns the explanation with the hint hidden.
+
+The explanation c is drawn from the policy that sees question q and reference answer a*; what is learned is its chain
+and then a*, after q alone: the targets of `LossInputs`. ExP-GRPO adds their log-likelihood to GRPO's objective, ExP-DPO
+prefers them to the policy's own answers. What the paper says and what is our choice: docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, LossInputs, LossTerms, Needs, required
+from megarl.algorithms.grpo import Grpo
+from megarl.config.algorithms import ExpDpoSettings, ExpGrpoSettings
+from megarl.ops.aggregate import token_weights
+from megarl.ops.masking import sum_counted, zero_masked
+from megarl.ops.segments import LocalReducer
+
+_TOKEN_FIELDS = tuple(field.name for field in fields(LossInputs) if field.name.endswith("_T"))
+
+
+class ExpGrpo(Grpo):
+    """ExP-GRPO: GRPO's objective on the sampled answers, plus the log-likelihood of explanations.
+
+    An explanation is no member of its group: it has no advantage, no ratio and no clip, and counts nowhere in GRPO's
+    part. Where all answers of a group are wrong, its explanation is all that is learned. With `explanation_weight` 0
+    none is asked for, and value and gradient are GRPO's bit for bit.
+    """
+
+    Settings = ExpGrpoSettings
+
+    def __init__(self, settings: ExpGrpoSettings, context: AlgorithmContext) -> None:
+        super().__init__(settings, context)
+        self._explanation_weight = settings.explanation_weight
+        self._explanation_aggregation = settings.explanation_aggregation
+        if self._explanation_weight > 0:
+            self.needs = replace(self.needs, explanations=settings.explanation)
+
+    def loss(self, inputs: LossInputs) -> LossTerms:
+        """See `Algorithm.loss`.
+
+        GRPO's loss on the answers, less explanation_weight x log p(c, a* | q), the last over the targets: the mean
+        over their tokens (token_mean), or sums over targets and then the mean (sum). Logs what GRPO logs, over the
+        answers, and mean negative log-likelihoods in nats: `own_nll` per token of the answers, `explanation_nll` per
+        token of the targets.
+        """
+        answers = inputs if inputs.target_S is None else _tokens_where(~_of_targets(inputs), inputs)
+        terms = super().loss(answers)
+        loss, targeted_T = terms.loss, (inputs.mask_T > 0) & _of_targets(inputs)
+        if self._explanation_weight > 0:
+            loss = loss - self._explanation_weight * self._log_likelihood(targeted_T, inputs)
+        return replace(
+            terms,
+            loss=loss,
+            token_sums=terms.token_sums | {"own_nll": sum_counted(answers.mask_T > 0, -answers.log_probs_T)},
+            target_token_sums={"explanation_nll": sum_counted(targeted_T, -inputs.log_probs_T)},
+        )
+
+    def _log_likelihood(self, targeted_T: Tensor, inputs: LossInputs) -> Tensor:
+        """This shard's share of the targets' mean log-likelihood, a scalar."""
+        weights_T = token_weights(
+            "token_mean" if self._explanation_aggregation == "token_mean" else "constant",
+            targeted_T,
+            inputs.sequence_T,
+            inputs.lengths_S,
+            total_tokens=inputs.totals.target_tokens,
+            total_sequences=inputs.totals.target_sequences,
+            constant=1.0,
+        )
+        return (weights_T * zero_masked(targeted_T, inputs.log_probs_T)).sum()
+
+
+class ExpDpo(Algorithm):
+    """ExP-DPO: of two answers to a question, the explanation is chosen and one of the policy's own is rejected.
+
+    The loss is that of DPO, arXiv 2305.18290 Eq. 7.
+    """
+
+    Settings = ExpDpoSettings
+
+    def __init__(self, settings: ExpDpoSettings, context: AlgorithmContext) -> None:
+        self.settings = settings
+        self.context = context
+        self.needs = Needs(
+            reference_log_probs=True,
+            explanations=settings.explanation,
+            pairs=True,
+            rollout_weights="initial" if settings.mode == "offline" else "current",
+        )
+
+    def spans(self, outcome: GroupOutcome) -> tuple[tuple[int, int], ...]:
+        """The rejected answer whole, and nothing of the others: the first, or under `rejected` wrong the first whose
+        reward is reward.low. Where there is none, nothing."""
+        wrong_only = self.settings.rejected == "wrong"
+        eligible = [
+            k for k, reward in enumerate(outcome.rewards) if not wrong_only or reward <= self.context.reward_low
+        ]
+        return tuple((0, length if k in eligible[:1] else 0) for k, length in enumerate(outcome.lengths))
+
+    def loss(self, inputs: LossInputs) -> LossTerms:
+        """See `Algorithm.loss`.
+
+        -log sigmoid(margin), mean over pairs, with margin = beta x (D_chosen - D_rejected) and D the sum of
+        log p - log p_reference over an answer's tokens. Logs per pair `preference_accuracy` (margin above 0) and
+        `preference_margin` in nats, and `explanation_nll`, mean negative log-likelihood per token of the chosen.
+
+        Raises:
+            ValueError: a target without one answer of its group in the micro-batch, or an answer without a target.
+        """
+        counted_T = inputs.mask_T > 0
+        reference_T = required(inputs.reference_log_probs_T, "reference_log_probs_T").detach()
+        log_ratio_T = zero_masked(counted_T, inputs.log_probs_T) - zero_masked(counted_T, reference_T)
+        sums_S = inputs.reducer.sum_by_sequence(log_ratio_T, inputs.sequence_T, inputs.num_sequences)
+        chosen_P, rejected_P = _pairs(inputs)
+        margins_P = self.settings.beta * (sums_S[chosen_P] - sums_S[rejected_P])
+        # Every shard with a part of a pair knows the whole pair's margin; their shares of its loss add up to one.
+        held_S = LocalReducer().sum_by_sequence(counted_T.to(sums_S.dtype), inputs.sequence_T, inputs.num_sequences)
+        whole_P = inputs.lengths_S[chosen_P] + inputs.lengths_S[rejected_P]
+        shares_P = (held_S[chosen_P] + held_S[rejected_P]) / whole_P
+        logged_P = {"preference_accuracy": margins_P > 0, "preference_margin": margins_P.detach()}
+        return LossTerms(
+            loss=-(shares_P / inputs.totals.target_sequences * logsigmoid(margins_P)).sum(),
+            target_sums={name: (shares_P.double() * values_P).sum() for name, values_P in logged_P.items()},
+            target_token_sums={
+                "explanation_nll": sum_counted(counted_T & _of_targets(inputs), -inputs.log_probs_T),
+            },
+        )
+
+
+def _of_targets(inputs: LossInputs) -> Tensor:
+    """[T] bool, the tokens of targets, counted or not."""
+    if inputs.target_S is None:
+        return torch.zeros_like(inputs.mask_T, dtype=torch.bool)
+    return inputs.target_S[inputs.sequence_T]
+
+
+def _tokens_where(kept_T: Tensor, inputs: LossInputs) -> LossInputs:
+    """`inputs` with those tokens alone; the sequences keep their numbers.
+
+    Taken out, and not masked, because other tokens' zeros would change the order in which a sum is rounded.
+    """
+    kept = kept_T.nonzero()[:, 0]
+    values = {name: getattr(inputs, name) for name in _TOKEN_FIELDS}
+    return replace(inputs, **{name: value_T[kept] for name, value_T in values.items() if value_T is not None})
+
+
+def _pairs(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """The sequences of the chosen and of the rejected answer of each pair, [P] int64 each.
+
+    Raises:
+        ValueError: see `ExpDpo.loss`.
+    """
+    target_S, group_S = required(inputs.target_S, "target_S"), required(inputs.group_S, "group_S")
+    present_S = inputs.lengths_S > 0
+    chosen_S, rejected_S = target_S & present_S, ~target_S & present_S
+    paired_SS = (group_S[:, None] == group_S[None, :]) & chosen_S[:, None] & rejected_S[None, :]
+    if not (torch.equal(paired_SS.sum(1), chosen_S.long()) and torch.equal(paired_SS.any(0), rejected_S)):
+        raise ValueError(
+            "every target must share its micro-batch with one answer of its group, and every answer with a target"
+        )
+    chosen_P, rejected_P = paired_SS.nonzero(as_tuple=True)
+    return chosen_P, rejected_P
