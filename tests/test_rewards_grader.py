@@ -12,7 +12,8 @@ import pytest
 from megarl.config.schema import RewardSettings
 from megarl.errors import MegarlError, Refusal
 from megarl.records import Prompt
-from megarl.rewards.grader import GradedAnswer, Grader, GradingItem
+from megarl.rewards.answers import GradedAnswer, GradingItem
+from megarl.rewards.grader import Grader
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -84,6 +85,19 @@ def test_the_strict_rule_needs_no_process() -> None:
     assert graded == [GradedAnswer(1.0), GradedAnswer(0.0), GradedAnswer(0.0)]
 
 
+def test_shared_words_need_no_process_and_the_best_reference_counts() -> None:
+    items = [
+        GradingItem("The cat sat.", "a cat sat down"),  # 2 shared of 2 and 3: 4 / 5
+        GradingItem("The cat sat.", "dogs", alternatives=("a cat sat down", "cat")),  # 4 / 5 and 2 / 3
+        GradingItem("dogs", "a cat"),
+        GradingItem("A CAT!", "the cat"),
+    ]
+    with Grader(settings("f1", low=-1.0, high=1.0)) as grader:
+        assert grader._workers == []
+        rewards = [one.reward for one in grader.grade(items)]
+    assert rewards == pytest.approx([0.6, 0.6, -1.0, 1.0], abs=1e-12)
+
+
 def test_failures_cost_one_answer_each(user_module: str) -> None:
     texts = ["0.25", "hang", "0.5", "exit", "raise", "sleep", "7", "nan", "-0.5", "none", "1", "inf", "0.75"]
     start = time.monotonic()
@@ -124,7 +138,7 @@ def test_waiting_for_a_processor_does_not_count(user_module: str) -> None:
                 hog.kill()
                 hog.wait()
     assert graded.counter is None
-    assert graded.reward > 1.5  # seconds it took
+    assert graded.reward is not None and graded.reward > 1.5  # seconds it took
 
 
 def test_every_answer_may_kill_its_worker(user_module: str) -> None:
@@ -228,5 +242,5 @@ def test_references_written_differently_grade_as_right(name: str, share: float) 
     answers = [row["reward_model"]["ground_truth"][0].strip() for row in table[:120]]
     with Grader(settings("math", time_limit=60.0)) as grader:
         graded = grader.grade([GradingItem(rf"Thus \boxed{{{answer}\,}}", answer) for answer in answers])
-    assert sum(one.reward for one in graded) / len(answers) >= share
+    assert sum(one.reward or 0.0 for one in graded) / len(answers) >= share
     assert all(one.counter is None for one in graded)

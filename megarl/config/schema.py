@@ -6,10 +6,12 @@ Rules that span sections are in `megarl.config.rules`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -129,18 +131,87 @@ class DataSettings(Settings):
     shuffle: bool = Field(default=True, description="Shuffle each epoch by the run's seed.")
 
 
+class JudgeSettings(Settings):
+    """A language model that scores answers from 1 to 10 over the chat-completions protocol. All are our choice."""
+
+    url: str = Field(description="Base URL of the server, http or https, as in http://host:8000/v1.")
+    model: Annotated[str, Field(min_length=1)] = Field(description="Name of the model, as the server knows it.")
+    api_key_env: str | None = Field(
+        default=None, description="Environment variable that holds the key; none: no key is sent."
+    )
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=32, description="Requests in flight per engine replica."
+    )
+    time_limit: PositiveFloat = Field(default=60.0, description="Seconds per request, from sending to the whole reply.")
+    retries: NonNegativeInt = Field(
+        default=3, description="How often an answer is asked about again after a failed request or unreadable verdict."
+    )
+    temperature: NonNegativeFloat | None = Field(
+        default=0.0, description="Sampling temperature of the judge; null: none is sent."
+    )
+    max_tokens: PositiveInt = Field(default=256, description="Longest reply in tokens; cut replies are unreadable.")
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        default="max_tokens", description="Name under which the server wants max_tokens."
+    )
+    template: str | None = Field(
+        default=None,
+        description="The message, with {question}, {response} and {reference} in it; default: one that asks for a "
+        "sentence of reasoning and a last line `Score: N`, which every template must ask for.",
+    )
+    system: str | None = Field(default=None, description="System message; none: none is sent.")
+    extra: dict[str, JsonValue] = Field(
+        default={}, description="Further fields of the request's body, such as vLLM's structured_outputs."
+    )
+    patience: NonNegativeFloat = Field(
+        default=600.0,
+        description="Seconds the run waits, asking again, while nobody can reach the judge; then it stops.",
+    )
+    max_failed_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.2, description="Share of a call's answers without a verdict above which the run stops."
+    )
+    max_cost_per_step: PositiveFloat | None = Field(
+        default=None,
+        description="What all replicas together may spend in a step, in the prices' currency; past it answers stay "
+        "without reward until the next step. None: no bound.",
+    )
+    input_price: NonNegativeFloat = Field(default=0.0, description="Price of a million tokens sent.")
+    output_price: NonNegativeFloat = Field(default=0.0, description="Price of a million tokens received.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_base_url(cls, url: str) -> str:
+        if re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", url) is None:
+            raise ValueError("must be http://host[:port]/path or https://..., without user name, query or blanks")
+        return url
+
+
 class RewardSettings(Settings):
     kind: str = Field(
         default="math",
-        description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; or an "
-        "import path package.module:function.",
+        description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; f1: words "
+        "shared with the reference; judge: scored by a language model (reward.judge); or an import path "
+        "package.module:function.",
     )
+    graded: Literal["whole", "response"] = Field(
+        default="whole", description="What the reward sees: the whole answer, or only what follows its thinking."
+    )
+    judge: JudgeSettings | None = Field(default=None, description="The judge of kind judge.")
     time_limit: PositiveFloat = Field(
-        default=5.0, description="Seconds per answer; past it the answer scores 0 and is counted."
+        default=5.0, description="Seconds per answer in a grading process; past it the answer scores 0 and is counted."
     )
-    workers: PositiveInt = Field(default=2, description="Grading processes per engine replica.")
-    low: float = Field(default=0.0, description="Least reward allowed; what math and boxed give a wrong answer.")
-    high: float = Field(default=1.0, description="Greatest reward allowed; what math and boxed give a right answer.")
+    workers: PositiveInt = Field(
+        default=2, description="Grading processes per engine replica; boxed, f1 and judge need none."
+    )
+    last_characters: PositiveInt | None = Field(
+        default=None, description="The reward sees only the last that many characters; none: all."
+    )
+    low: float = Field(
+        default=0.0, description="Least reward allowed: a wrong answer, no shared word, a judge's score of 1."
+    )
+    high: float = Field(
+        default=1.0,
+        description="Greatest reward allowed: a right answer, the reference's words, a judge's score of 10.",
+    )
     truncated: Literal["score", "zero"] = Field(
         default="score", description="zero: a response cut at rollout.max_tokens scores reward.low."
     )

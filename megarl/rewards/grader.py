@@ -12,15 +12,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import megarl
 from megarl.config.schema import RewardSettings
 from megarl.errors import MegarlError, Refusal
-from megarl.records import Prompt
+from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
 from megarl.rewards.math import boxed, boxed_equals, nothing_to_grade
+from megarl.rewards.text import token_f1
 
 #: Seconds a worker may take to import its reward function.
 START_LIMIT = 300.0
@@ -28,33 +28,8 @@ START_LIMIT = 300.0
 MAX_FAILED_STARTS = 3
 #: Multiple of the time limit after which a worker ends itself, should this process be gone.
 BACKSTOP_FACTOR = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class GradingItem:
-    """One response to grade. `answer` is the reference, `alternatives` further references that count as right."""
-
-    text: str
-    answer: str
-    source: str = ""
-    alternatives: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, prompt: Prompt, text: str) -> GradingItem:
-        """The item for the response `text` to `prompt`, with all references the data set gives."""
-        return cls(text, prompt.answer, prompt.source, tuple(prompt.extra.get("alternatives", ())))
-
-
-@dataclass(frozen=True, slots=True)
-class GradedAnswer:
-    """A reward in [reward.low, reward.high]; `counter` names what went wrong where something did.
-
-    Counters: grader_timeout, grader_died, grader_error (the reward function raised or gave no number),
-    reward_out_of_range (NaN included). Each of them comes with the reward `reward.low`.
-    """
-
-    reward: float
-    counter: str | None = None
+#: Kinds decided by comparing text, in this process.
+TEXT_KINDS = ("boxed", "f1")
 
 
 class _Worker:
@@ -157,8 +132,8 @@ class Grader:
         self._failed_starts = 0
         self._workers: list[_Worker] = []
         self._closed = False
-        if settings.kind == "boxed":
-            return  # string equality needs no process
+        if settings.kind in TEXT_KINDS:
+            return  # comparing text needs no process
         self._workers = [self._start() for _ in range(settings.workers)]
         if settings.kind != "math":
             self._await_first_worker()  # a wrong import path is refused here, not after the first generation
@@ -203,11 +178,21 @@ class Grader:
                 graded[index] = answer
         return [graded[index] for index in range(len(items))]
 
+    def begin_step(self) -> None:
+        """Nothing here is bounded per step."""
+
+    def take_counters(self) -> dict[str, int]:
+        """Empty: everything is counted with the answer it happened to."""
+        return {}
+
     def _decide(self, item: GradingItem) -> GradedAnswer | None:
         """The reward of what is decided without a worker, else None."""
+        if self._settings.kind == "f1":
+            share = max(token_f1(item.text, reference) for reference in item.references)
+            return GradedAnswer(scaled(share, self._settings.low, self._settings.high))
         if self._settings.kind not in ("math", "boxed"):
             return None
-        right = any(boxed_equals(item.text, answer) for answer in (item.answer, *item.alternatives))
+        right = any(boxed_equals(item.text, answer) for answer in item.references)
         if right:
             return GradedAnswer(self._settings.high)
         nothing = boxed(item.text) is None and nothing_to_grade(item.text)
@@ -273,7 +258,7 @@ class Grader:
             self.close()
             raise Refusal(
                 f"reward.kind={self._settings.kind}",
-                f"must be math, boxed or an importable package.module:function ({message['refused']})",
+                f"must be math, boxed, f1, judge or an importable package.module:function ({message['refused']})",
                 "correct the path, or put the module's folder on PYTHONPATH",
             )
         worker.ready = True
@@ -299,4 +284,4 @@ class Grader:
 
 
 def _request(item: GradingItem) -> bytes:
-    return json.dumps([item.text, [item.answer, *item.alternatives], item.source]).encode() + b"\n"
+    return json.dumps([item.text, list(item.references), item.source]).encode() + b"\n"
