@@ -32,10 +32,11 @@ def implicit_negative(log_ratio_T: Tensor, success_rate_T: Tensor, epsilon: floa
         epsilon: the bound, above 0.
     """
     odds_T = success_rate_T / (1.0 - success_rate_T)
-    # expm1: x is exactly 1 at R = 1, and keeps the digits beside it.
-    x_T = 1.0 - odds_T * torch.expm1(log_ratio_T)
-    ratios_T = x_T.detach().clamp(min=epsilon)
-    # The difference is exactly 0 and carries the gradient. As written in the docstring, (max - x) + x would round
-    # the bound away next to a large x.
-    straight_through_T = ratios_T + (x_T - x_T.detach())
-    return ImplicitNegative(straight_through_T.log(), ratios_T, x_T.detach() < epsilon)
+    ratio_T = log_ratio_T.exp()
+    # expm1 keeps the digits of x beside R = 1; its derivative, computed as expm1 + 1, loses them where R is small.
+    x_T = 1.0 - odds_T * torch.expm1(log_ratio_T.detach())
+    ratios_T = x_T.clamp(min=epsilon)
+    # The difference is exactly 0 and carries x's gradient. Written as (max - x) + x, the bound would be rounded away
+    # next to a large x.
+    straight_through_T = ratios_T + odds_T * (ratio_T.detach() - ratio_T)
+    return ImplicitNegative(straight_through_T.log(), ratios_T, x_T < epsilon)
