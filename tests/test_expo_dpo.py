@@ -1,0 +1,179 @@
+"""ExP-DPO's loss is DPO's, with the explanation chosen and one of the policy's own answers rejected."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch, shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_case import micro_batch
+from torch import Tensor
+
+from megarl.algorithms import ALGORITHMS, build
+from megarl.algorithms.base import GroupOutcome, LossInputs, Needs
+from megarl.algorithms.expo import ExpDpo
+from megarl.config.algorithms import ALGORITHM_SETTINGS, ExpDpoSettings
+
+#: (group, whether it is a target, tokens): one rejected and one chosen answer per group.
+PAIRS = [(7, False, 4), (7, True, 3), (2, True, 5), (2, False, 2), (9, False, 1), (9, True, 1)]
+
+
+def exp_dpo(**chosen: Any) -> ExpDpo:
+    return ExpDpo(ExpDpoSettings(**chosen), CONTEXT)
+
+
+def test_the_table_has_it_and_it_asks_for_what_it_needs() -> None:
+    assert ALGORITHMS["exp_dpo"] is ExpDpo and ALGORITHM_SETTINGS["exp_dpo"] is ExpDpoSettings
+    needs = Needs(reference_log_probs=True, explanations=ExpDpoSettings().explanation, pairs=True)
+    assert build(ExpDpoSettings(), CONTEXT).needs == needs
+    assert exp_dpo(mode="offline").needs == replace(needs, rollout_weights="initial")
+
+
+def pair_sums(inputs: LossInputs) -> list[tuple[float, float]]:
+    """(D_chosen, D_rejected) of each group, token by token."""
+    assert inputs.target_S is not None and inputs.group_S is not None and inputs.reference_log_probs_T is not None
+    sums: dict[int, list[float]] = {int(group): [0.0, 0.0] for group in inputs.group_S}
+    for t, sequence in enumerate(inputs.sequence_T.tolist()):
+        if inputs.mask_T[t] > 0:
+            difference = inputs.log_probs_T[t].item() - inputs.reference_log_probs_T[t].item()
+            sums[int(inputs.group_S[sequence])][0 if inputs.target_S[sequence] else 1] += difference
+    return [(chosen, rejected) for chosen, rejected in sums.values()]
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 7.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_dpo_against_its_formula(beta: float, seed: int) -> None:
+    """Value and gradient of Eq. 7 with plain floats; d loss / d log p = -+ beta sigmoid(-margin) / pairs."""
+    inputs = make_batch(PAIRS, seed)
+    terms = exp_dpo(beta=beta).loss(inputs)
+    margins = [beta * (chosen - rejected) for chosen, rejected in pair_sums(inputs)]
+    assert terms.loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 3, rel=1e-13)
+    slope = {group: beta / (1 + math.exp(m)) / 3 for group, m in zip((7, 2, 9), margins, strict=True)}
+    signs = [(group, -1.0 if target else 1.0) for group, target, length in PAIRS for _ in range(length)]
+    expected = [sign * slope[group] for group, sign in signs]
+    assert gradients(terms, inputs)[0].tolist() == pytest.approx(expected, rel=1e-13)
+    assert logged(terms) == pytest.approx(
+        {
+            "preference_accuracy": float(sum(m > 0 for m in margins)),
+            "preference_margin": sum(margins),
+            "explanation_nll": -inputs.log_probs_T[is_target(inputs)].sum().item(),
+        },
+        rel=1e-13,
+    )
+    assert terms.target_sums.keys() == {"preference_accuracy", "preference_margin"}
+
+
+def test_dpo_gradcheck() -> None:
+    inputs = make_batch(PAIRS, 4)
+
+    def loss(log_probs_T: Tensor) -> Tensor:
+        return exp_dpo(beta=0.7).loss(replace(inputs, log_probs_T=log_probs_T)).loss
+
+    assert torch.autograd.gradcheck(loss, (inputs.log_probs_T,))
+
+
+def test_dpo_at_its_start_and_the_limits_of_beta() -> None:
+    """Policy = reference: log 2, whatever beta. Small beta: loss - log 2 -> -beta x margin / 2, the likelihood ratio's
+    gradient. Large beta: loss / beta -> the hinge max(0, D_rejected - D_chosen)."""
+    inputs = make_batch(PAIRS, 5)
+    start = replace(inputs, reference_log_probs_T=inputs.log_probs_T)
+    for beta in (1e-3, 0.1, 50.0):
+        terms = exp_dpo(beta=beta).loss(start)
+        assert terms.loss.item() == pytest.approx(math.log(2), rel=1e-15)
+        expected = (1 - 2 * is_target(inputs).double()) * beta / 6
+        torch.testing.assert_close(gradients(terms, inputs)[0], expected, rtol=1e-14, atol=0.0)
+        assert logged(terms)["preference_accuracy"] == 0.0
+    differences = [chosen - rejected for chosen, rejected in pair_sums(inputs)]
+    assert min(differences) < -0.1 and max(differences) > 0.1
+    small = exp_dpo(beta=1e-6).loss(inputs).loss.item()
+    assert (math.log(2) - small) / 1e-6 == pytest.approx(sum(differences) / 6, rel=1e-4)
+    large = exp_dpo(beta=1e5).loss(inputs)
+    assert large.loss.item() / 1e5 == pytest.approx(sum(max(0.0, -d) for d in differences) / 3, rel=1e-12)
+    assert gradients(large, inputs)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 2, 0, 3, 1, 4]])
+def test_dpo_masked_tokens_and_what_is_not_needed_reach_nothing(order: list[int]) -> None:
+    inputs = micro_batch(make_batch(PAIRS, 6), order)
+    masked = torch.tensor([int(torch.nonzero(inputs.sequence_T == order.index(whole))[1]) for whole in (0, 2)])
+    counts = inputs.lengths_S - torch.bincount(inputs.sequence_T[masked], minlength=6)
+    clean = replace(inputs, mask_T=inputs.mask_T.index_fill(0, masked, 0.0), lengths_S=counts)
+    leaf = clean.log_probs_T.detach().index_fill(0, masked, NAN).requires_grad_()
+    assert clean.reference_log_probs_T is not None
+    dirty = replace(
+        clean,
+        log_probs_T=leaf,
+        reference_log_probs_T=clean.reference_log_probs_T.index_fill(0, masked, NAN),
+        advantages_T=None,
+        old_log_probs_T=None,
+        rollout_log_probs_T=None,
+    )
+    one, other = exp_dpo().loss(clean), exp_dpo().loss(dirty)
+    assert one.loss.item() == other.loss.item()
+    assert logged(one) == logged(other)
+    (gradient,) = torch.autograd.grad(other.loss, leaf)
+    assert gradient[masked].tolist() == [0.0, 0.0]
+    assert torch.equal(gradient, torch.autograd.grad(one.loss, clean.log_probs_T)[0])
+    expected = sum(math.log1p(math.exp(-0.1 * (c - r))) for c, r in pair_sums(clean)) / 3
+    assert one.loss.item() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("members", [[0], [1], [0, 2], [0, 1, 2], [0, 1, 3]])
+def test_dpo_names_a_pair_that_was_torn_apart(members: list[int]) -> None:
+    with pytest.raises(ValueError, match="must share its micro-batch"):
+        exp_dpo().loss(micro_batch(make_batch(PAIRS), members))
+
+
+def test_dpo_names_a_second_answer_and_missing_inputs() -> None:
+    with pytest.raises(ValueError, match="must share its micro-batch"):
+        exp_dpo().loss(make_batch([(1, True, 2), (1, False, 2), (1, False, 3)]))
+    for name in ("reference_log_probs_T", "target_S", "group_S"):
+        with pytest.raises(ValueError, match=f"LossInputs.{name} is None"):
+            exp_dpo().loss(replace(make_batch(PAIRS), **{name: None}))
+
+
+def test_dpo_trains_one_answer_of_a_group() -> None:
+    group = GroupOutcome((1.0, 0.25, 0.0, 0.0), (5, 6, 7, 8), (True, True, True, False))
+    assert exp_dpo().spans(group) == ((0, 5), (0, 0), (0, 0), (0, 0))
+    assert exp_dpo(rejected="wrong").spans(group) == ((0, 0), (0, 0), (0, 7), (0, 0))
+    right = GroupOutcome((1.0, 0.5), (5, 6), (True, True))
+    assert exp_dpo().spans(right) == ((0, 5), (0, 0))
+    assert exp_dpo(rejected="wrong").spans(right) == ((0, 0), (0, 0))
+    low = ExpDpo(ExpDpoSettings(rejected="wrong"), replace(CONTEXT, reward_low=-1.0))
+    assert low.spans(GroupOutcome((0.0, -1.0), (5, 6), (True, True))) == ((0, 0), (0, 6))
+
+
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.integers(0, 2)), min_size=1, max_size=6
+)
+
+
+def paired_layout(groups: list[tuple[int, int, bool, int]]) -> tuple[list[tuple[int, bool, int]], list[list[int]]]:
+    """Sequences of pairs with these (lengths, order, owner), and the sequences of each of three owners."""
+    layout, owned = [], [[], [], []]
+    for group, (chosen, rejected, first, owner) in enumerate(groups):
+        owned[owner] += [len(layout), len(layout) + 1]
+        layout += [(group, True, chosen), (group, False, rejected)][:: 1 if first else -1]
+    return layout, [members for members in owned if members]
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=GROUPS, seed=st.integers(0, 1000))
+def test_exp_dpo_micro_batches_of_whole_pairs_add_up(groups: list[tuple[int, int, bool, int]], seed: int) -> None:
+    layout, owned = paired_layout(groups)
+    whole = make_batch(layout, seed)
+    assert_parts_add_up(exp_dpo(beta=0.8), whole, [micro_batch(whole, members) for members in owned])
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=GROUPS, owners=st.lists(st.integers(0, 2), min_size=60, max_size=60), seed=st.integers(0, 1000))
+def test_exp_dpo_tokens_of_a_pair_may_lie_on_several_shards(
+    groups: list[tuple[int, int, bool, int]], owners: list[int], seed: int
+) -> None:
+    whole = make_batch(paired_layout(groups)[0], seed)
+    assert whole.reference_log_probs_T is not None
+    parts = shards(whole, whole.log_probs_T - whole.reference_log_probs_T, torch.tensor(owners[: len(whole.mask_T)]))
+    assert_parts_add_up(exp_dpo(beta=0.8), whole, parts)
