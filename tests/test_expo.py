@@ -56,7 +56,9 @@ def test_e1_without_weight_it_is_grpo_bit_for_bit(chosen: dict[str, Any], presen
     if present == "no targets":
         inputs = replace(alone, target_S=torch.zeros(alone.num_sequences, dtype=torch.bool))
     else:
-        inputs = whole if present == "targets" else alone
+        # Not even a target that the policy could never write.
+        impossible = whole.log_probs_T.masked_fill(is_target(whole), -float("inf"))
+        inputs = replace(whole, log_probs_T=impossible) if present == "targets" else alone
     algorithm = exp_grpo(explanation_weight=0.0, **chosen)
     found, expected = algorithm.loss(inputs), Grpo(GrpoSettings(**chosen), CONTEXT).loss(alone)
     assert found.loss.item() == expected.loss.item() != 0.0
@@ -182,6 +184,24 @@ def test_a_micro_batch_of_answers_alone_or_of_targets_alone(chosen: dict[str, An
     # A mini-batch whose explanations were all left out.
     none = replace(answers, totals=replace(answers.totals, target_tokens=0.0, target_sequences=0.0))
     assert algorithm.loss(none).loss.item() == parts[0].loss.item()
+
+
+def test_masked_tokens_of_targets_may_hold_anything() -> None:
+    whole = make_batch(LAYOUT)
+    masked = torch.tensor([1, 17])
+    assert is_target(whole)[masked].all()
+    counts = whole.lengths_S - torch.bincount(whole.sequence_T[masked], minlength=whole.num_sequences)
+    totals = replace(whole.totals, target_tokens=8.0)
+    clean = replace(whole, mask_T=whole.mask_T.index_fill(0, masked, 0.0), lengths_S=counts, totals=totals)
+    leaf = whole.log_probs_T.detach().index_fill(0, masked, NAN).requires_grad_()
+    dirty = replace(clean, log_probs_T=leaf)
+    one, other = (exp_grpo(explanation_weight=0.4).loss(inputs) for inputs in (clean, dirty))
+    assert one.loss.item() == other.loss.item()
+    assert logged(one) == logged(other)
+    gradient = gradients(other, dirty)[0]
+    assert torch.equal(gradient, gradients(one, whole)[0])
+    assert gradient[masked].tolist() == [0.0, 0.0]
+    assert gradient[is_target(whole)].sum().item() == pytest.approx(-0.4, rel=1e-14)
 
 
 # Any spread over micro-batches and shards
