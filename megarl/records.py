@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+#: What a sample is: an answer to the prompt's question, or to its hinted question.
+SampleKind = Literal["answer", "explanation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Sample:
 
     `token_ids` (T,) are the response's ids, the end token included where the engine stopped on it;
     `rollout_log_probs` (T,) the engine's log-probs of these ids in nats under the sampling
-    distribution; `seed` the sample's own seed, see `rollout.seeds`.
+    distribution; `seed` the sample's own seed, see `rollout.seeds`. `reward` is None where none could be found.
     """
 
     prompt_index: int
@@ -48,18 +50,21 @@ class Sample:
     finish_reason: FinishReason
     seed: int = 0
     text: str = ""
-    reward: float = 0.0
+    reward: float | None = 0.0
+    kind: SampleKind = "answer"
     reward_counters: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Sequence:
-    """One training sequence: prompt and response tokens with per-token values of the response.
+    """One training sequence: context and trained tokens, with per-token values of the latter.
 
-    `tokens` int32 (P+T,): prompt then response; `prompt_length` = P >= 1. The values are float32 (T,):
-    `advantages`; `rollout_log_probs`, None where no engine made the response; `old_log_probs` and
-    `reference_log_probs`, filled by the policy where the algorithm needs them (on the last pipeline
-    stage only). `group` and `sample` say where the sequence came from.
+    `tokens` int32 (P+T,): the context (the prompt, and what of the response is not trained), then the trained tokens;
+    `prompt_length` = P >= 1. The values are float32 (T,): `advantages`; `rollout_log_probs`, None where no engine
+    made the response; `old_log_probs` and `reference_log_probs`, filled by the policy where the algorithm needs them
+    (on the last pipeline stage only). `signals` are further numbers of a sampled answer, by name. A `target` is a text
+    whose likelihood is to rise: of the values it has the reference log-probs alone. `group` and `sample` say where the
+    sequence came from.
     """
 
     tokens: np.ndarray
@@ -70,6 +75,8 @@ class Sequence:
     reference_log_probs: np.ndarray | None = None
     group: int = 0
     sample: int = 0
+    target: bool = False
+    signals: dict[str, float] = field(default_factory=dict)
 
     @property
     def length(self) -> int:

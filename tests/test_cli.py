@@ -183,9 +183,3 @@ def test_results_for_people_and_programs() -> None:
     ]
     start.show(None, stream, as_json=True)
     assert "null" not in stream.getvalue()
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
-def test_shipped_configurations_load(name: str) -> None:
-    config = load_config(ROOT / "configs" / name)
-    assert config.name == Path(name).stem

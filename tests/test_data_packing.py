@@ -1,6 +1,7 @@
 """Plans for data-parallel ranks and micro-batches: partitions, bounds, and how full they are."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -85,3 +86,32 @@ def test_padded_microbatches_bound_what_is_computed(lengths: list[int], bound: i
     # The next micro-batch's longest would not have fitted into the one before.
     for batch in plan[:-1]:
         assert (len(batch) + 1) * max(lengths[i] for i in batch) > bound
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=24),
+    st.sampled_from([microbatches, padded_microbatches]),
+)
+def test_groups_share_a_microbatch(items: list[tuple[int, int]], cut: Callable[..., list[list[int]]]) -> None:
+    lengths, groups = [length for length, _ in items], [group for _, group in items]
+    rows = max(groups.count(group) for group in groups)
+    bound = rows * max(lengths)
+    plan = cut(lengths, 2 * rows * bound, groups)
+    assert sorted(position for batch in plan for position in batch) == list(range(len(items)))
+    for group in groups:
+        assert len({i for i, batch in enumerate(plan) for position in batch if groups[position] == group}) == 1
+
+
+def test_groups_of_one_change_nothing() -> None:
+    lengths = [5, 1, 4, 2]
+    for cut in (microbatches, padded_microbatches):
+        assert cut(lengths, 8, [0, 1, 2, 3]) == cut(lengths, 8)
+
+
+def test_group_counts_as_a_whole() -> None:
+    assert microbatches([5, 1, 4, 2], 6, [7, 7, 3, 3]) == [[0, 1], [2, 3]]
+    # Two rows of 5 and two rows of 4, each row padded.
+    assert padded_microbatches([5, 1, 4, 2], 10, [7, 7, 3, 3]) == [[0, 1], [2, 3]]
+    assert padded_microbatches([5, 1, 4, 2], 20, [7, 7, 3, 3]) == [[0, 1, 2, 3]]
+    with pytest.raises(Refusal, match="a sequence of 6 tokens"):
+        microbatches([5, 1], 5, [0, 0])

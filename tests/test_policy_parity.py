@@ -117,7 +117,7 @@ def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome
             entropies=entropies,
             losses=[r.loss for r in results],
             norms=[r.grad_norm for r in results],
-            entropy_means=[r.token_means["entropy"] for r in results],
+            entropy_means=[r.means["entropy"] for r in results],
             weights=parity.exported(policy, folder / case.name.replace(" ", "_")),
             micro_batches=recording.calls,
         )

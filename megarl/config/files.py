@@ -25,6 +25,8 @@ def refusals(config: RunConfig) -> Iterator[Refusal]:
         yield from _folder("model.weights", model.weights)
     elif not model.random_init:
         yield from checkpoint_refusals(Path(model.path))
+    if config.evaluation.consumer not in (None, "initial"):
+        yield from _folder("evaluation.consumer", config.evaluation.consumer)
     if model.tokenizer is not None and not Path(model.tokenizer).exists():
         fix = "give a tokenizer directory or a sentencepiece .model file"
         yield Refusal(f"model.tokenizer={model.tokenizer}", "does not exist", fix)

@@ -147,19 +147,23 @@ def _split(value: str, tensor: int, shape: ModelShape) -> Iterator[Refusal]:
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    prompt = config.data.max_prompt_tokens
+    prompt, longest_prompt = config.data.max_prompt_tokens, config.algorithm.longest_prompt(config)
+    what = "data.max_prompt_tokens" if longest_prompt == prompt else "the algorithm's longest prompt"
     for name, response in (("rollout", config.rollout.max_tokens), ("evaluation", config.evaluation.max_tokens)):
-        if response is not None and prompt + response > shape.max_positions:
+        if response is not None and longest_prompt + response > shape.max_positions:
             yield Refusal(
-                f"data.max_prompt_tokens={prompt} + {name}.max_tokens={response}",
+                f"{what}={longest_prompt} + {name}.max_tokens={response}",
                 f"must fit the model's {shape.max_positions} positions",
-                f"make them {prompt + response - shape.max_positions} tokens shorter",
+                f"make them {longest_prompt + response - shape.max_positions} tokens shorter",
             )
-    longest = prompt + config.rollout.max_tokens
+    together = config.algorithm.sequences_together
+    longest = together * (prompt + config.rollout.max_tokens)
     if config.batch.tokens_per_microbatch < longest:
+        what, times = ("the longest sequence", "") if together == 1 else (f"{together} sequences", f"{together} x ")
+        sizes = "data.max_prompt_tokens + rollout.max_tokens"
         yield Refusal(
             f"batch.tokens_per_microbatch={config.batch.tokens_per_microbatch}",
-            f"must hold the longest sequence, data.max_prompt_tokens + rollout.max_tokens = {longest}",
+            f"must hold {what}, {times}{f'({sizes})' if times else sizes} = {longest}",
             f"use {longest} or more",
         )
 
@@ -173,6 +177,12 @@ def _batch(config: RunConfig, world: int) -> Iterator[Refusal]:
             f"use {_divisors(batch.prompts)}",
         )
         return
+    if batch.generation_prompts is not None and batch.generation_prompts < batch.prompts:
+        yield Refusal(
+            f"batch.generation_prompts={batch.generation_prompts}",
+            f"must be at least batch.prompts={batch.prompts}",
+            "raise it, or remove it",
+        )
     data_parallel = world // (parallel.tensor * parallel.pipeline * parallel.context)
     per_prompt = config.rollout.group_size if config.algorithm.generates else 1
     sequences = batch.prompts // batch.updates * per_prompt

@@ -70,6 +70,9 @@ class RolloutSettings(Settings):
     stop_token_ids: tuple[int, ...] = Field(
         default=(), description="Further ids that end a response, beside the end token."
     )
+    thinking_end: str = Field(
+        default="</think>", min_length=1, description="Text that ends the thinking; the response comes after it."
+    )
     seeded: bool | None = Field(
         default=None,
         description="A seed per sample, so that answers do not depend on the replica; default: on the "
@@ -219,6 +222,11 @@ class RewardSettings(Settings):
 
 class BatchSettings(Settings):
     prompts: PositiveInt = Field(default=64, description="Prompts per step (supervised: sequences per step).")
+    generation_prompts: PositiveInt | None = Field(
+        default=None,
+        description="Prompts per generation batch, where the algorithm drops groups and more are sampled; default "
+        "batch.prompts.",
+    )
     updates: PositiveInt = Field(
         default=1, description="Optimizer updates per step, each on an equal share of the prompts."
     )
@@ -260,6 +268,12 @@ class EvaluationSettings(Settings):
     temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Nucleus sampling bound.")
     max_tokens: PositiveInt | None = Field(default=None, description="Longest response; default rollout.max_tokens.")
+    reward: RewardSettings | None = Field(default=None, description="How answers are scored; default: as in training.")
+    consumer: str | None = Field(
+        default=None,
+        description="Cross-Generation (START, arXiv 2603.20799): whose answers to the policy's thinking are scored "
+        "too: a megarl checkpoint of the same model, or initial, the policy that the run started with.",
+    )
 
 
 class CheckpointSettings(Settings):

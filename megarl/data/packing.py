@@ -38,18 +38,23 @@ def balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
     return [sorted(positions) for positions in bins]
 
 
-def microbatches(lengths: Sequence[int], token_bound: int) -> list[list[int]]:
+def microbatches(lengths: Sequence[int], token_bound: int, groups: Sequence[int] | None = None) -> list[list[int]]:
     """Pack sequences into few micro-batches of at most `token_bound` tokens each.
 
     Best fit, longest first: each sequence joins the fullest micro-batch that still has room (at most 11/9 of
-    the least possible number of micro-batches, plus one). Costs O(n log n) comparisons.
+    the least possible number of micro-batches, plus one). Costs O(n log n) comparisons. Sequences of the same
+    number in `groups` share a micro-batch.
 
     Returns lists of positions, each ascending; together every position once. Raises `Refusal` where one sequence
-    alone exceeds the bound.
+    (or group) alone exceeds the bound.
 
     >>> microbatches([5, 1, 4, 2], 6)
     [[0, 1], [2, 3]]
     """
+    if groups is not None:
+        units = _units(groups)
+        sums = [sum(lengths[position] for position in unit) for unit in units]
+        return _flat(units, microbatches(sums, token_bound))
     _check_bound(lengths, token_bound)
     batches: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, micro-batch), ascending
@@ -65,12 +70,21 @@ def microbatches(lengths: Sequence[int], token_bound: int) -> list[list[int]]:
     return [sorted(batch) for batch in batches]
 
 
-def padded_microbatches(lengths: Sequence[int], token_bound: int) -> list[list[int]]:
+def padded_microbatches(
+    lengths: Sequence[int], token_bound: int, groups: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of each micro-batch when every sequence has a row padded to the longest of its micro-batch.
 
     Rows times the longest stays within `token_bound`. Sequences of like length come together; the plan is
-    deterministic. Raises `Refusal` for a sequence longer than the bound.
+    deterministic. Sequences of the same number in `groups` share a micro-batch. Raises `Refusal` for a sequence (or
+    group) that exceeds the bound.
     """
+    if groups is not None:
+        units = _units(groups)
+        # Every unit as if it had as many rows as the largest.
+        rows = max(map(len, units), default=1)
+        longest = [rows * max(lengths[position] for position in unit) for unit in units]
+        return _flat(units, padded_microbatches(longest, token_bound))
     _check_bound(lengths, token_bound)
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -79,6 +93,19 @@ def padded_microbatches(lengths: Sequence[int], token_bound: int) -> list[list[i
             batches.append([])
         batches[-1].append(index)
     return batches
+
+
+def _units(groups: Sequence[int]) -> list[list[int]]:
+    """Positions that share a group, in order of their first."""
+    units: dict[int, list[int]] = {}
+    for position, group in enumerate(groups):
+        units.setdefault(group, []).append(position)
+    return list(units.values())
+
+
+def _flat(units: list[list[int]], batches: list[list[int]]) -> list[list[int]]:
+    """Batches of units as batches of positions."""
+    return [sorted(position for unit in batch for position in units[unit]) for batch in batches]
 
 
 def _check_bound(lengths: Sequence[int], token_bound: int) -> None:

@@ -24,7 +24,8 @@ class MicroBatch:
     sequences in the flat order of `tokens`, padding included as a last sequence where there is any.
     rows int64 (R,): flat indices b·S+s whose next token is a response token; targets int64 (R,): those tokens;
     sequence int64 (R,): index of the row's sequence; lengths float32 (N,): response tokens of each sequence.
-    The per-token values are float32 (R,) or None where not known.
+    The per-token values are float32 (R,) or None where not known; NaN at targets, which have none but the reference's.
+    target bool (N,), group int64 (N,) and signals float32 (N,) each, 0 at targets: those of the sequences.
     """
 
     tokens: torch.Tensor
@@ -40,6 +41,9 @@ class MicroBatch:
     rollout_log_probs: torch.Tensor | None
     old_log_probs: torch.Tensor | None
     reference_log_probs: torch.Tensor | None
+    target: torch.Tensor
+    group: torch.Tensor
+    signals: dict[str, torch.Tensor]
     real_tokens: int
 
     @property
@@ -92,9 +96,15 @@ def lay_out(
         sequence=_tensor(np.repeat(np.arange(len(sequences)), responses), device),
         lengths=torch.tensor(responses, dtype=torch.float32).to(device),
         advantages=_tensor(np.concatenate([s.advantages for s in sequences]).astype(np.float32), device),
-        rollout_log_probs=_values([s.rollout_log_probs for s in sequences], device),
-        old_log_probs=_values([s.old_log_probs for s in sequences], device),
+        rollout_log_probs=_of_answers([s.rollout_log_probs for s in sequences], sequences, device),
+        old_log_probs=_of_answers([s.old_log_probs for s in sequences], sequences, device),
         reference_log_probs=_values([s.reference_log_probs for s in sequences], device),
+        target=torch.tensor([s.target for s in sequences]).to(device),
+        group=torch.tensor([s.group for s in sequences]).to(device),
+        signals={
+            name: torch.tensor([s.signals.get(name, 0.0) for s in sequences], dtype=torch.float32).to(device)
+            for name in dict.fromkeys(name for s in sequences for name in s.signals)
+        },
         real_tokens=sum(lengths),
     )
 
@@ -103,7 +113,18 @@ def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def _values(parts: list[np.ndarray | None], device: torch.device | str) -> torch.Tensor | None:
+def _of_answers(
+    parts: list[np.ndarray | None], sequences: Sequences[Sequence], device: torch.device | str
+) -> torch.Tensor | None:
+    """Values that targets do not have: NaN there, so that a term that forgets to leave them out shows it."""
+    filled = [
+        np.full(s.response_length, np.nan, np.float32) if s.target else part
+        for part, s in zip(parts, sequences, strict=True)
+    ]
+    return _values(filled, device)
+
+
+def _values(parts: Sequences[np.ndarray | None], device: torch.device | str) -> torch.Tensor | None:
     present = [p for p in parts if p is not None]
     if len(present) < len(parts):
         return None

@@ -7,6 +7,7 @@ the numbers returned for a whole mini-batch are the same on every rank.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megarl.algorithms.base import Algorithm, BatchTotals, LocalReducer, LossInputs
+from megarl.algorithms.base import Algorithm, BatchTotals, LocalReducer, LossInputs, LossTerms
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.data.packing import microbatches, padded_microbatches
@@ -41,14 +42,17 @@ from megarl.records import Sequence
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """One optimizer update. `token_means` are sums over counted tokens / their count over all ranks."""
+    """One optimizer update. `means` are what the loss stage sums up / the counts over all ranks; those of which
+    the mini-batch has nothing to count are left out. `loss_seconds` is the longest time that a rank spent in the
+    algorithm's loss function (its backward pass, and work that a GPU has queued, not included)."""
 
     loss: float
     grad_norm: float
     lr: float
     skipped: bool
-    token_means: dict[str, float]
+    means: dict[str, float]
     gap_max: float
+    loss_seconds: float
     real_tokens: int
     computed_tokens: int
 
@@ -111,6 +115,8 @@ class Policy:
         `sequences` are those of this data-parallel rank. None on all but the last pipeline stage.
         """
         self.residence.require_ready("compute log-probs")
+        if not sequences:
+            return [] if self.grid.is_last_stage else None
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
 
         def consume(batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor) -> Any:
@@ -133,9 +139,9 @@ class Policy:
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.model.train()
-        consume = _LossStage(algorithm, totals)
-        work = self._run(sequences, consume, forward_only=False)
-        record = self._gather(consume.loss, consume.sums, consume.gap_max, work)
+        stage = _LossStage(algorithm, totals)
+        work = self._run(sequences, stage, forward_only=False, by_group=algorithm.needs.pairs)
+        record = self._gather(stage, work)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -145,8 +151,7 @@ class Policy:
         else:
             self.skipped_in_a_row = 0
             self._step(grad_norm)
-        means = {name: value / totals.tokens for name, value in record.token_means.items()} if totals.tokens else {}
-        return replace(record, grad_norm=grad_norm, lr=lr, skipped=skipped, token_means=means)
+        return replace(record, grad_norm=grad_norm, lr=lr, skipped=skipped)
 
     def _step(self, grad_norm: float) -> None:
         for optimizer in self.optimizer.chained_optimizers:
@@ -156,12 +161,16 @@ class Policy:
         self.scheduler.step(increment=1)
 
     def _run(
-        self, sequences: Sequences[Sequence], consume: Callable[..., Any], *, forward_only: bool
+        self, sequences: Sequences[Sequence], consume: Callable[..., Any], *, forward_only: bool, by_group: bool = False
     ) -> tuple[int, int]:
-        """Run Megatron's schedule over token-bounded micro-batches; returns (real, computed) tokens."""
+        """Run Megatron's schedule over token-bounded micro-batches; returns (real, computed) tokens.
+
+        With `by_group` the sequences of a group share a micro-batch.
+        """
         settings = self.config.batch
         cut = microbatches if settings.packed else padded_microbatches
-        plan = cut([s.length for s in sequences], settings.tokens_per_microbatch)
+        groups = [s.group for s in sequences] if by_group else None
+        plan = cut([s.length for s in sequences], settings.tokens_per_microbatch, groups)
         multiple = self.grid.tensor if self.megatron_config.sequence_parallel else 1
         batches = [
             lay_out(
@@ -214,9 +223,9 @@ class Policy:
         group: Any = parallel_state.get_tensor_model_parallel_group()
         return vocabulary_shard(self.shape.vocab_size, weight.shape[0], self.grid.tensor_rank, group)
 
-    def _gather(self, loss: float, sums: dict[str, float], gap_max: float, work: tuple[int, int]) -> UpdateResult:
+    def _gather(self, stage: _LossStage, work: tuple[int, int]) -> UpdateResult:
         """Sum one mini-batch's report over all replicas; every rank gets the same numbers."""
-        mine = (loss, sums, gap_max, work) if self.grid.reports else None
+        mine = (stage.loss, stage.shares, stage.gap_max, stage.seconds, work) if self.grid.reports else None
         reports: list[Any] = [None] * self.world.size
         dist.all_gather_object(reports, mine)
         present = [r for r in reports if r is not None]
@@ -226,27 +235,30 @@ class Policy:
             grad_norm=0.0,
             lr=0.0,
             skipped=False,
-            token_means={name: sum(r[1][name] for r in present) for name in names},
+            means={name: sum(r[1][name] for r in present) for name in names},
             gap_max=max(r[2] for r in present),
-            real_tokens=sum(r[3][0] for r in present),
-            computed_tokens=sum(r[3][1] for r in present),
+            loss_seconds=max(r[3] for r in present),
+            real_tokens=sum(r[4][0] for r in present),
+            computed_tokens=sum(r[4][1] for r in present),
         )
 
 
 class _LossStage:
-    """The algorithm's loss on each micro-batch, and the sums it reports, of this rank's share."""
+    """The algorithm's loss on each micro-batch, and this rank's shares of the loss and of the means to log."""
 
     def __init__(self, algorithm: Algorithm, totals: BatchTotals) -> None:
         self.algorithm, self.totals = algorithm, totals
         self.entropy_gradient = algorithm.needs.entropy_gradient
         self.reducer = LocalReducer()
         self.loss = 0.0
-        self.sums: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
         self.gap_max = 0.0
+        self.seconds = 0.0
 
     def __call__(self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor) -> Any:
         old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
         rollout = old if batch.rollout_log_probs is None else batch.rollout_log_probs
+        start = time.perf_counter()
         terms = self.algorithm.loss(
             LossInputs(
                 log_probs_T=log_probs,
@@ -259,20 +271,34 @@ class _LossStage:
                 sequence_T=batch.sequence,
                 num_sequences=batch.num_sequences,
                 lengths_S=batch.lengths,
+                signals_S=batch.signals,
+                target_S=batch.target,
+                group_S=batch.group,
                 totals=self.totals,
                 reducer=self.reducer,
             )
         )
-        gap = old - rollout
-        sums = {name: float(value.detach()) for name, value in terms.token_sums.items()}
-        sums |= {"logprob_gap_mean": float(gap.abs().sum()), "logprob_k3": float((gap.exp() - 1 - gap).sum())}
-        sums["entropy"] = float(entropy.detach().sum())
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.loss += float(terms.loss.detach())
+        self.seconds += time.perf_counter() - start
+        self._log(terms, batch, gap=old - rollout, entropy=entropy.detach())
+        return terms.loss, {}
+
+    def _log(self, terms: LossTerms, batch: MicroBatch, gap: torch.Tensor, entropy: torch.Tensor) -> None:
+        answers = ~batch.target[batch.sequence]
+        gap = torch.where(answers, gap, 0.0)
+        token_sums = dict(terms.token_sums)
+        token_sums |= {"logprob_gap_mean": gap.abs().sum(), "logprob_k3": (gap.exp() - 1 - gap).sum()}
+        token_sums["entropy"] = torch.where(answers, entropy, 0.0).sum()
+        for sums, count in (
+            (token_sums, self.totals.tokens),
+            (terms.target_token_sums, self.totals.target_tokens),
+            (terms.target_sums, self.totals.target_sequences),
+        ):
+            if count:
+                for name, value in sums.items():
+                    self.shares[name] = self.shares.get(name, 0.0) + float(value.detach()) / count
         # Python's max would drop a NaN.
         self.gap_max = float(np.maximum(self.gap_max, float(gap.abs().max())))
-        self.loss += float(terms.loss.detach())
-        return terms.loss, {}
 
 
 def _scheduler(config: RunConfig, optimizer: Any, step_budget: int) -> OptimizerParamScheduler:

@@ -37,10 +37,10 @@ def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int, *, l
             f"must divide the {world_size} processes",
             "choose a divisor of parallel.processes",
         )
-    length = config.data.max_prompt_tokens + max(rollout.max_tokens, config.evaluation.max_tokens or 0)
+    length = config.algorithm.longest_prompt(config) + max(rollout.max_tokens, config.evaluation.max_tokens or 0)
     if length > shape.max_positions:
         raise Refusal(
-            f"data.max_prompt_tokens + the longest response = {length} tokens",
+            f"the longest prompt + the longest response = {length} tokens",
             f"must fit the model's {shape.max_positions} positions",
             "lower data.max_prompt_tokens, rollout.max_tokens or evaluation.max_tokens",
         )

@@ -34,11 +34,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response to generate: `prompt_token_ids` (P,), P ≥ 1; `index` comes back with the completion."""
+    """One response to generate: `prompt_token_ids` (P,), P ≥ 1; `index` comes back with the completion; `max_tokens`
+    is a bound of its own, in place of the sampling's."""
 
     prompt_token_ids: tuple[int, ...]
     index: int
     seed: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class Engine:
                 for position in chunk or ():
                     request = requests[position]
                     prompt = tokens_input(list(request.prompt_token_ids))
-                    self._engine.add_request(str(request.index), prompt, parameters(request.seed))
+                    self._engine.add_request(str(request.index), prompt, parameters(request))
                     unfinished += 1
             if unfinished == 0:
                 if chunk is None:
@@ -157,18 +159,18 @@ class Engine:
                     completions.append(_completion(output))
                     unfinished -= 1
 
-    def _parameter_factory(self, sampling: Sampling) -> Callable[[int | None], SamplingParams]:
-        """A function from a seed to vLLM's sampling parameters."""
+    def _parameter_factory(self, sampling: Sampling) -> Callable[[Request], SamplingParams]:
+        """A function from a request to vLLM's sampling parameters."""
         stops = sorted({*self.eos_token_ids, *sampling.stop_token_ids})
 
-        def parameters(seed: int | None) -> SamplingParams:
+        def parameters(request: Request) -> SamplingParams:
             return SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
+                max_tokens=request.max_tokens or sampling.max_tokens,
                 stop_token_ids=stops,
-                seed=seed if sampling.temperature > 0 else None,
+                seed=request.seed if sampling.temperature > 0 else None,
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,

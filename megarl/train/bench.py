@@ -14,9 +14,10 @@ from megarl.config.schema import RunConfig
 from megarl.parallel.exchange import gather_all
 from megarl.rollout.engine import Sampling
 from megarl.rollout.plain import PlainEngine
-from megarl.train.loop import run_step, sleep_engine, wake_engine
+from megarl.train.loop import run_step
 from megarl.train.rollouts import make_rollouts
 from megarl.train.run import session_of
+from megarl.train.serving import sleep_engine, wake_engine
 from megarl.weights.push import Push
 
 T = TypeVar("T")

@@ -1,22 +1,30 @@
-"""Evaluation: greedy accuracy, or avg@k, on the held-out file, through the same engine and grader."""
+"""Evaluation: greedy accuracy, or avg@k, on the held-out file, through the same engine and rewards.
+
+Cross-Generation (START, arXiv 2603.20799) measures the thinking alone: another policy, the consumer, answers the
+policy's thinking, and its answers are scored.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
-from megarl.train.rollouts import generate, grade
-from megarl.train.session import Session
+from megarl.train.generation import Output, generate, respond, think
+from megarl.train.scoring import grade
+from megarl.train.session import CONSUMER, Session
 
 
 def evaluate(session: Session) -> dict[str, Any]:
     """Answer every held-out prompt `evaluation.samples` times; the numbers are the same on every rank.
 
-    Returns `accuracy` (share of answers with a reward above the middle of the reward's range) and, with the
-    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems` and `samples`.
-    Collective; the engine must be awake with the current weights.
+    Returns `accuracy` (share of scored answers with a reward above the middle of the reward's range) and, with the
+    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples` and `unscored`. With
+    `evaluation.consumer` policy and consumer answer the same thinkings with the same seeds; the consumer's numbers
+    are `cross_accuracy` and so on. Collective; the engine must be awake with the current weights. Raises
+    `TrainingStopped` on all ranks where rewards cannot be found any more.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.engine is not None and session.evaluation_data is not None
@@ -33,22 +41,47 @@ def evaluate(session: Session) -> dict[str, Any]:
         stop_token_ids=rollout.stop_token_ids,
         seed=hash_seed("evaluation", session.config.seed),
     )
-    completions = generate(session.engine, requests, sampling, session.config)
-    mine: list[tuple[int, float, int, bool]] = []
-    if session.grader is not None:
-        graded = grade(session, session.grader, [prompts[c.index // k] for c in completions], completions)
-        mine = [
-            (c.index, g.reward, len(c.token_ids), c.finish_reason == "length")
-            for c, g in zip(completions, graded, strict=True)
-        ]
-    answers = sorted(answer for part in gather_all(mine) for answer in part)
-    middle = (session.config.reward.low + session.config.reward.high) / 2
-    count = len(answers)
+    constants = {"evaluation_problems": len(prompts), "evaluation_samples": k}
+    if settings.consumer is None:
+        completions = generate(session.engine, requests, sampling, session.config)
+        return _numbers(session, [Output(c) for c in completions], "", "evaluation_") | constants
+    # In two parts also for the policy itself, so that both answer under the same conditions.
+    thinkings = think(session, requests, sampling)
+    own = _numbers(session, respond(session, thinkings, requests, sampling, None), "", "evaluation_")
+    cross = _numbers(session, respond(session, thinkings, requests, sampling, CONSUMER), "cross_", "cross_")
+    return own | cross | constants
+
+
+def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) -> dict[str, Any]:
+    """Means over all ranks' outputs: accuracy under `prefix`, the others under `detail`."""
+    config, data = session.config, session.evaluation_data
+    assert data is not None
+    scorer = session.evaluation_scorer or session.scorer
+    mine: list[tuple[int, float | None, int, bool]] = []
+    failure = None
+    if scorer is not None:
+        scorer.begin_step()
+        prompts = [data.prompts[o.completion.index // config.evaluation.samples] for o in outputs]
+        try:
+            graded = grade(session, scorer, prompts, outputs, config.evaluation.reward or config.reward)
+            mine = [
+                (o.completion.index, g.reward, len(o.completion.token_ids), o.completion.finish_reason == "length")
+                for o, g in zip(outputs, graded, strict=True)
+            ]
+        except ScoringStopped as error:
+            failure = str(error)
+    parts = gather_all((mine, failure))
+    failures = [failed for _, failed in parts if failed]
+    if failures:
+        raise TrainingStopped(failures[0])
+    answers = sorted((answer for part, _ in parts for answer in part), key=lambda answer: answer[0])
+    settings = config.evaluation.reward or config.reward
+    middle = (settings.low + settings.high) / 2
+    rewards = [reward for _, reward, _, _ in answers if reward is not None]
     return {
-        "accuracy": sum(reward > middle for _, reward, _, _ in answers) / count,
-        "evaluation_reward_mean": sum(reward for _, reward, _, _ in answers) / count,
-        "evaluation_truncated_share": sum(cut for *_, cut in answers) / count,
-        "evaluation_length_mean": sum(length for _, _, length, _ in answers) / count,
-        "evaluation_problems": len(prompts),
-        "evaluation_samples": k,
+        f"{prefix}accuracy": sum(reward > middle for reward in rewards) / len(rewards) if rewards else None,
+        f"{detail}reward_mean": sum(rewards) / len(rewards) if rewards else None,
+        f"{detail}truncated_share": sum(cut for *_, cut in answers) / len(answers),
+        f"{detail}length_mean": sum(length for _, _, length, _ in answers) / len(answers),
+        f"{detail}unscored": len(answers) - len(rewards),
     }

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.algorithms.base import BatchTotals
 from megarl.errors import TrainingStopped
 from megarl.records import Sequence
-from megarl.train import supervised
+from megarl.train import chains, supervised
 from megarl.train.evaluation import evaluate
+from megarl.train.generation import weight_set
+from megarl.train.groups import Rollouts
 from megarl.train.measure import StepRecord
-from megarl.train.rollouts import Rollouts, make_rollouts
-from megarl.train.route import assign, deliver
+from megarl.train.rollouts import make_rollouts
 from megarl.train.saving import save_checkpoint, save_rollouts
+from megarl.train.selection import trainable
+from megarl.train.serving import awake
 from megarl.train.session import REFERENCE, Session
 
 
@@ -35,13 +37,13 @@ def run_steps(session: Session) -> None:
 def run_step(session: Session, step: int) -> dict[str, Any]:
     """One step; returns the metrics that it recorded."""
     record = StepRecord(session, step)
-    if session.algorithm.needs.rollouts:
-        wake_engine(session)
-        rollouts = make_rollouts(session, step)
-        sleep_engine(session)
+    session.algorithm.begin_step(step)
+    if session.config.algorithm.generates:
+        rollouts = roll_out(session, step)
         save_rollouts(session, step, rollouts)
         batches, totals = trainable(session, rollouts)
         record.rollouts(rollouts)
+        record.add(chains.measure(session, rollouts, step))
     else:
         batches, totals = supervised.batches(session)
     add_log_probs(session, batches)
@@ -55,26 +57,13 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     return record.write()
 
 
-def trainable(session: Session, rollouts: Rollouts) -> tuple[list[list[Sequence]], list[BatchTotals]]:
-    """Advantages of the kept groups, and this rank's sequences of each mini-batch with the whole batch's counts."""
-    config, algorithm = session.config, session.algorithm
-    with session.clock.phase("advantages"):
-        advantages: dict[int, float] = {}
-        for group in rollouts.kept:
-            outcome = rollouts.outcome(group)
-            shaped = type(outcome)(algorithm.shape_rewards(outcome), outcome.lengths, outcome.finished)
-            for k, value in enumerate(algorithm.advantages(shaped)):
-                advantages[group * rollouts.group_size + k] = value
-        assignments = assign(rollouts, config.batch.updates, session.grid.data)
-        batches = deliver(rollouts, assignments, advantages, config, session.world)
-        totals = [
-            BatchTotals(
-                tokens=float(sum(rollouts.scores[r].length for part in assignment for r in part)),
-                sequences=float(sum(len(part) for part in assignment)),
-            )
-            for assignment in assignments
-        ]
-    return batches, totals
+def roll_out(session: Session, step: int) -> Rollouts:
+    """The step's groups; the engine is awake meanwhile. Collective.
+
+    Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back.
+    """
+    with awake(session, weight_set(session.algorithm.needs.rollout_weights)):
+        return make_rollouts(session, step)
 
 
 def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:
@@ -85,44 +74,22 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:
     """
     needs = session.algorithm.needs
     sequences = [sequence for batch in batches for sequence in batch]
+    answers = [sequence for sequence in sequences if not sequence.target]
     if needs.old_log_probs and len(batches) > 1:
         with session.clock.phase("old_log_probs"):
-            for sequence, values in zip(sequences, session.policy.log_probs(sequences) or [], strict=False):
+            for sequence, values in zip(answers, session.policy.log_probs(answers) or [], strict=False):
                 sequence.old_log_probs = values
-    if needs.reference_log_probs and sequences:
+    if needs.reference_log_probs and batches:
         with session.clock.phase("reference_log_probs"):
             found = session.policy.log_probs(sequences, weights=REFERENCE) or []
             for sequence, values in zip(sequences, found, strict=False):
                 sequence.reference_log_probs = values
 
 
-def wake_engine(session: Session) -> None:
-    """Memory goes to the engine, and the policy's current weights with it."""
-    if session.engine is None or session.push is None:
-        return
-    with session.clock.phase("push"):
-        session.policy.residence.offload_optimizer()
-        session.engine.wake_weights()
-        session.push.run()
-        session.policy.residence.offload_weights()
-        session.engine.wake_cache()
-
-
-def sleep_engine(session: Session) -> None:
-    """Memory goes back to the policy."""
-    if session.engine is None:
-        return
-    with session.clock.phase("push"):
-        session.engine.sleep()
-        session.policy.residence.onload()
-
-
 def evaluate_now(session: Session) -> dict[str, Any]:
     """Evaluate the current weights and record the result."""
-    wake_engine(session)
-    with session.clock.phase("evaluate"):
+    with awake(session), session.clock.phase("evaluate"):
         result = evaluate(session)
-    sleep_engine(session)
     session.recorder.metrics({"step": session.progress.step, **result, "seconds": session.clock.take()})
     return result
 

@@ -11,7 +11,7 @@ import torch
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.policy import UpdateResult
-from megarl.train.rollouts import Rollouts
+from megarl.train.groups import Rollouts
 from megarl.train.session import Session
 
 
@@ -22,12 +22,17 @@ class StepRecord:
         self._session, self._step = session, step
         self._rollouts: Rollouts | None = None
         self._results: list[UpdateResult] = []
+        self._measured: dict[str, float] = {}
 
     def rollouts(self, rollouts: Rollouts) -> None:
         """Take the step's groups."""
         self._rollouts = rollouts
         for name, amount in rollouts.counters.items():
             self._session.progress.count(name, amount)
+
+    def add(self, values: dict[str, float]) -> None:
+        """Take further numbers of the step."""
+        self._measured |= values
 
     def update(self, result: UpdateResult) -> None:
         """Take one optimizer update's result."""
@@ -41,8 +46,10 @@ class StepRecord:
         values: dict[str, Any] = {"step": self._step, "algorithm": session.config.algorithm.name}
         values |= _of_updates(self._results)
         values |= _of_rollouts(self._rollouts)
+        values |= self._measured
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
+        values |= _shares(values, self._rollouts)
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
         values["counters"] = dict(self._rollouts.counters) if self._rollouts else {}
@@ -86,7 +93,7 @@ def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    names = results[0].token_means.keys()
+    names = dict.fromkeys(name for r in results for name in r.means)
     computed = sum(r.computed_tokens for r in results)
     real = sum(r.real_tokens for r in results)
     values |= {
@@ -94,9 +101,10 @@ def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
         "grad_norm": mean([r.grad_norm for r in results]),
         "lr": results[-1].lr,
     }
-    values |= {name: mean([r.token_means[name] for r in results]) for name in names}
+    values |= {name: mean([r.means[name] for r in results if name in r.means]) for name in names}
     values |= {
         "logprob_gap_max": max(r.gap_max for r in results),
+        "loss_seconds": sum(r.loss_seconds for r in results),
         "tokens": real,
         "padding_share": 1 - real / computed,
     }
@@ -107,13 +115,27 @@ def _of_rollouts(rollouts: Rollouts | None) -> dict[str, Any]:
     if rollouts is None:
         return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean"))
     scores = list(rollouts.scores.values())
-    rewards = [s.reward for s in scores]
+    rewards = [s.reward for s in scores if s.reward is not None]
     return {
-        "reward_mean": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
+        "reward_mean": statistics.fmean(rewards) if rewards else None,
+        "reward_std": statistics.pstdev(rewards) if rewards else None,
         "response_length_mean": statistics.fmean(s.length for s in scores),
         "truncated_share": statistics.fmean(not s.finished for s in scores),
-        "generated_tokens": sum(s.length for s in scores),
+        "generated_tokens": rollouts.generated_tokens.total() or sum(s.length for s in scores),
         "groups": len(rollouts.prompts),
         "groups_trained": len(rollouts.kept),
     }
+
+
+def _shares(values: dict[str, Any], rollouts: Rollouts | None) -> dict[str, float]:
+    """Parts of the step's time: the loss function's, and that of generating explanations.
+
+    Explanations are generated in one call with the answers; their part of its time is their part of its tokens.
+    """
+    seconds, total = values["seconds"], sum(values["seconds"].values())
+    shares = {"loss_time_share": values["loss_seconds"] / total} if "loss_seconds" in values else {}
+    made = rollouts.generated_tokens if rollouts is not None else {}
+    if made.get("explanation"):
+        share = made["explanation"] / sum(made.values())
+        shares["explanation_time_share"] = share * seconds.get("generate", 0.0) / total
+    return shares

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
-from megarl.records import Prompt, Sample
-from megarl.rollout.engine import Request
+from megarl.records import Sample
+
+#: What names a sample within a step: prompt index, sample index, kind.
+Key = tuple[int, int, str]
 
 
 def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Sample]) -> Path:
@@ -33,10 +35,8 @@ def remove_step(directory: Path, step: int) -> None:
         file.unlink()
 
 
-def read_samples(
-    source: str, step: int, prompts: Sequence[Prompt], requests: Sequence[Request], world: World, group_size: int
-) -> dict[int, Sample]:
-    """This rank's part of the saved samples that answer `requests`, by request index.
+def read_samples(source: str, step: int, keys: Sequence[Key], world: World) -> dict[int, Sample]:
+    """This rank's part of the saved samples that `keys` name, by position in `keys`.
 
     `source` is a file, whose samples serve any step, or a rollouts/ folder, of which `step`'s files are
     read. Ranks share the samples round robin. Raises `Refusal` where there is nothing to read.
@@ -49,19 +49,13 @@ def read_samples(
             f"holds no samples of step {step}",
             "give a rollouts/ folder that has it, or one of its files",
         )
-    saved: dict[tuple[int, int], Sample] = {}
+    saved: dict[Key, Sample] = {}
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), start=1):
             sample = _sample(line, file, number)
-            saved[sample.prompt_index, sample.sample_index] = sample
-    found: dict[int, Sample] = {}
-    for request in requests:
-        if request.index % world.size != world.rank:
-            continue
-        key = (prompts[request.index // group_size].index, request.index % group_size)
-        if key in saved:
-            found[request.index] = saved[key]
-    return found
+            saved[sample.prompt_index, sample.sample_index, sample.kind] = sample
+    mine = range(world.rank, len(keys), world.size)
+    return {position: saved[keys[position]] for position in mine if keys[position] in saved}
 
 
 def _sample(line: str, file: Path, number: int) -> Sample:

@@ -1,93 +1,146 @@
 """From graded groups to training sequences on the ranks that train on them.
 
 Every rank computes the same assignment from the metadata; only tokens and the engine's log-probs
-travel, once, from the rank that holds a sample to the ranks of the data-parallel replica that trains on it.
+travel, once, from the rank that holds them to the ranks of the data-parallel replica that trains on them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass, field
+
 import numpy as np
 
+from megarl.algorithms.base import BatchTotals
 from megarl.config.schema import RunConfig
 from megarl.data.packing import balance
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import send_arrays
 from megarl.parallel.groups import grid_of_rank
 from megarl.records import Sequence
-from megarl.train.rollouts import Rollouts
-
-#: One mini-batch: for each data-parallel rank, the requests it trains on.
-Assignment = list[list[int]]
+from megarl.train.groups import Rollouts
 
 
-def assign(rollouts: Rollouts, updates: int, data_parallel: int) -> list[Assignment]:
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sequence to train on, as all ranks know it: sample, or target, `number` of a group.
+
+    Tokens `start` to `end` of the response are trained; those before are context, those after do not travel.
+    """
+
+    group: int
+    number: int
+    holder: int
+    start: int
+    end: int
+    target: bool = False
+    advantage: float = 0.0
+    signals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> int:
+        """Number of tokens trained."""
+        return self.end - self.start
+
+    @property
+    def sent(self) -> int:
+        """Numbers that travel: the tokens, and of a sample the log-probs of the trained ones."""
+        return self.end if self.target else self.end + self.trained
+
+
+@dataclass(slots=True)
+class MiniBatch:
+    """The items of one optimizer update by data-parallel rank, and the counts of the whole."""
+
+    items: list[list[Item]]
+    totals: BatchTotals
+
+
+def assign(
+    rollouts: Rollouts, items: dict[int, list[Item]], updates: int, data_parallel: int, *, together: bool
+) -> list[MiniBatch]:
     """Split the kept groups into `updates` mini-batches in order, each balanced over data parallelism by length.
 
-    Mini-batches with fewer sequences than data-parallel ranks cannot be trained on and are left out.
+    `items` are those of each kept group; with `together` a group's items stay on one rank. Mini-batches with fewer
+    sequences (or groups, then) than data-parallel ranks cannot be trained on and are left out.
     """
-    assignments: list[Assignment] = []
-    for groups in np.array_split(np.array(rollouts.kept, dtype=np.int64), updates):
-        requests = [int(g) * rollouts.group_size + k for g in groups for k in range(rollouts.group_size)]
-        if len(requests) < data_parallel:
+    batches: list[MiniBatch] = []
+    for part in np.array_split(np.array(rollouts.kept, dtype=np.int64), updates):
+        groups = [int(group) for group in part]
+        units = [items[group] for group in groups if items[group]]
+        if not together:
+            units = [[item] for unit in units for item in unit]
+        if len(units) < data_parallel:
             rollouts.count("updates_without_data")
             continue
-        lengths = [
-            len(rollouts.prompts[r // rollouts.group_size].token_ids) + rollouts.scores[r].length for r in requests
-        ]
-        assignments.append([[requests[i] for i in part] for part in balance(lengths, data_parallel)])
-    return assignments
+        lengths = [sum(_length(rollouts, item) for item in unit) for unit in units]
+        shares = balance(lengths, data_parallel)
+        placed = [[item for position in share for item in units[position]] for share in shares]
+        batches.append(MiniBatch(placed, _totals(rollouts, groups, [item for unit in units for item in unit])))
+    return batches
 
 
-def deliver(
-    rollouts: Rollouts, assignments: list[Assignment], advantages: dict[int, float], config: RunConfig, world: World
-) -> list[list[Sequence]]:
+def deliver(rollouts: Rollouts, batches: Sequences[MiniBatch], config: RunConfig, world: World) -> list[list[Sequence]]:
     """Send tokens to where they train; returns this rank's sequences, one list per mini-batch. Collective."""
-    wanted_by_rank = [_requests_of(rank, assignments, config, world) for rank in range(world.size)]
-    outgoing = [
-        _pack([rollouts.mine[r] for r in wanted if rollouts.scores[r].holder == world.rank])
-        for wanted in wanted_by_rank
-    ]
-    mine = wanted_by_rank[world.rank]
-    by_holder: list[list[int]] = [[] for _ in range(world.size)]
-    for request in mine:
-        by_holder[rollouts.scores[request].holder].append(request)
-    sizes = [2 * sum(rollouts.scores[r].length for r in held) for held in by_holder]
-    received = send_arrays(outgoing, sizes)
+    wanted_by_rank = [_items_of(rank, batches, config, world) for rank in range(world.size)]
+    outgoing = [_pack(rollouts, [item for item in wanted if item.holder == world.rank]) for wanted in wanted_by_rank]
+    by_holder: list[list[Item]] = [[] for _ in range(world.size)]
+    for item in wanted_by_rank[world.rank]:
+        by_holder[item.holder].append(item)
+    received = send_arrays(outgoing, [sum(item.sent for item in held) for held in by_holder])
     made: dict[int, Sequence] = {}
     for held, array in zip(by_holder, received, strict=True):
         start = 0
-        for request in held:
-            length = rollouts.scores[request].length
-            tokens, log_probs = array[start : start + length], array[start + length : start + 2 * length]
-            made[request] = _sequence(rollouts, request, tokens, log_probs.view(np.float32), advantages[request])
-            start += 2 * length
+        for item in held:
+            made[id(item)] = _sequence(rollouts, item, array[start : start + item.sent])
+            start += item.sent
     data_rank = grid_of_rank(world.rank, world.size, config.parallel)[1]
-    return [[made[request] for request in assignment[data_rank]] for assignment in assignments]
+    return [[made[id(item)] for item in batch.items[data_rank]] for batch in batches]
 
 
-def _requests_of(rank: int, assignments: list[Assignment], config: RunConfig, world: World) -> list[int]:
+def _length(rollouts: Rollouts, item: Item) -> int:
+    return len(rollouts.prompts[item.group].token_ids) + item.end
+
+
+def _totals(rollouts: Rollouts, groups: list[int], items: list[Item]) -> BatchTotals:
+    samples = [item for item in items if not item.target]
+    targets = [item for item in items if item.target]
+    return BatchTotals(
+        tokens=float(sum(item.trained for item in samples)),
+        sequences=float(len(samples)),
+        response_tokens=float(sum(score.length for group in groups for score in rollouts.scores_of(group))),
+        target_tokens=float(sum(item.trained for item in targets)),
+        target_sequences=float(len(targets)),
+    )
+
+
+def _items_of(rank: int, batches: Sequences[MiniBatch], config: RunConfig, world: World) -> list[Item]:
     data_rank = grid_of_rank(rank, world.size, config.parallel)[1]
-    return [request for assignment in assignments for request in assignment[data_rank]]
+    return [item for batch in batches for item in batch.items[data_rank]]
 
 
-def _pack(samples: list) -> np.ndarray:
-    """Tokens, then log-probs bit for bit, of each sample in turn, as int32."""
+def _pack(rollouts: Rollouts, items: list[Item]) -> np.ndarray:
+    """Tokens, then log-probs bit for bit, of each item in turn, as int32."""
     parts: list[np.ndarray] = []
-    for sample in samples:
-        parts.append(np.array(sample.token_ids, np.int32))
-        parts.append(np.array(sample.rollout_log_probs, np.float32).view(np.int32))
+    for item in items:
+        if item.target:
+            parts.append(np.array(rollouts.my_targets[item.group, item.number], np.int32))
+            continue
+        sample = rollouts.mine[item.group * rollouts.group_size + item.number]
+        parts.append(np.array(sample.token_ids[: item.end], np.int32))
+        parts.append(np.array(sample.rollout_log_probs[item.start : item.end], np.float32).view(np.int32))
     return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-def _sequence(
-    rollouts: Rollouts, request: int, tokens: np.ndarray, log_probs: np.ndarray, advantage: float
-) -> Sequence:
-    prompt = rollouts.prompts[request // rollouts.group_size]
+def _sequence(rollouts: Rollouts, item: Item, payload: np.ndarray) -> Sequence:
+    prompt = np.array(rollouts.prompts[item.group].token_ids, np.int32)
     return Sequence(
-        tokens=np.concatenate([np.array(prompt.token_ids, np.int32), tokens]),
-        prompt_length=len(prompt.token_ids),
-        advantages=np.full(len(tokens), advantage, np.float32),
-        rollout_log_probs=log_probs.copy(),
-        group=request // rollouts.group_size,
-        sample=request % rollouts.group_size,
+        tokens=np.concatenate([prompt, payload[: item.end]]),
+        prompt_length=len(prompt) + item.start,
+        advantages=np.full(item.trained, np.nan if item.target else item.advantage, np.float32),
+        rollout_log_probs=None if item.target else payload[item.end :].view(np.float32).copy(),
+        group=item.group,
+        sample=item.number,
+        target=item.target,
+        signals=item.signals,
     )

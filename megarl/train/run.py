@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import RunConfig
-from megarl.errors import Refusal
+from megarl.errors import Refusal, TrainingStopped
 from megarl.parallel import bootstrap
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.groups import form_grid
 from megarl.rollout import environment
 from megarl.train import evaluation
-from megarl.train.loop import evaluate_now, run_steps, sleep_engine, wake_engine
+from megarl.train.loop import evaluate_now, roll_out, run_steps
 from megarl.train.measure import peak_memory_bytes
-from megarl.train.rollouts import make_rollouts
 from megarl.train.saving import resume, save_checkpoint, save_rollouts
+from megarl.train.serving import awake
 from megarl.train.session import Session, build, run_directory
 from megarl.weights.export import export_hf
 
@@ -51,8 +51,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         session.recorder.open(session.progress.step if resumed else None)
         session.recorder.status(_start_line(session, resumed))
         first = session.progress.step
-        run_steps(session)
         saves = config.checkpoint
+        try:
+            run_steps(session)
+        except TrainingStopped:
+            # What was trained until then is kept, as far as it is worth keeping.
+            step, saved = session.progress.step, saves.every and session.progress.step % saves.every == 0
+            if step > first and not saved and session.policy.skipped_in_a_row == 0:
+                save_checkpoint(session)
+            raise
         if (
             saves.end
             and not (saves.every and session.progress.step % saves.every == 0)
@@ -88,9 +95,8 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
     if checkpoint_path is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": checkpoint_path})})
     with session_of(config, evaluate_only=True) as session:
-        wake_engine(session)
-        result = evaluation.evaluate(session)
-        sleep_engine(session)
+        with awake(session):
+            result = evaluation.evaluate(session)
         return {"name": config.name, "checkpoint": checkpoint_path, **result}
 
 
@@ -100,11 +106,10 @@ def generate(config: RunConfig) -> dict[str, Any]:
     with session_of(config) as session:
         rewards: list[float] = []
         for step in range(1, config.steps + 1):
-            wake_engine(session)
-            rollouts = make_rollouts(session, step)
-            sleep_engine(session)
+            session.algorithm.begin_step(step)
+            rollouts = roll_out(session, step)
             save_rollouts(session, step, rollouts)
-            rewards += [s.reward for s in rollouts.scores.values()]
+            rewards += [s.reward for s in rollouts.scores.values() if s.reward is not None]
             session.recorder.status(f"step {step}: {len(rollouts.scores)} samples")
         return {
             "name": config.name,

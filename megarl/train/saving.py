@@ -10,7 +10,7 @@ from megarl.errors import Refusal
 from megarl.parallel.exchange import from_first
 from megarl.policy import checkpoint
 from megarl.train import replay
-from megarl.train.rollouts import Rollouts
+from megarl.train.groups import Rollouts
 from megarl.train.session import Progress, Session, run_directory
 
 
@@ -59,6 +59,6 @@ def save_rollouts(session: Session, step: int, rollouts: Rollouts) -> None:
         # An earlier attempt at this step may have had other ranks.
         replay.remove_step(directory, step)
     dist.barrier()
-    if rollouts.mine:
-        samples = [rollouts.mine[i] for i in sorted(rollouts.mine)]
+    samples = [rollouts.mine[i] for i in sorted(rollouts.mine)] + rollouts.explanations
+    if samples:
         replay.save_samples(directory, step, session.world.rank, samples)

@@ -15,13 +15,15 @@ from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import DataSettings, RunConfig
 from megarl.data.dataset import LoadedPrompts, load_prompts
 from megarl.data.sampler import PromptStream
+from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.groups import Grid
 from megarl.policy import checkpoint
 from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
 from megarl.policy.policy import Policy
-from megarl.rewards.grader import Grader
+from megarl.rewards.scorer import Scorer, build_scorer
 from megarl.rollout.engine import Engine
 from megarl.train.clock import Clock
 from megarl.train.recorder import Recorder
@@ -29,11 +31,14 @@ from megarl.weights.push import Push
 
 #: Name of the weight set that holds the policy as it was when the run began.
 REFERENCE = "reference"
+#: Name of the weight set that answers the policy's thinking in evaluations.
+CONSUMER = "consumer"
 
 
 @dataclass
 class Progress:
-    """Where the run is; saved with every checkpoint. `step` counts finished steps."""
+    """Where the run is; saved with every checkpoint. `step` counts finished steps; `explanations` are those that
+    later steps may use again, by prompt index (`megarl.train.explanations`)."""
 
     step: int = 0
     cursor: int = 0
@@ -41,6 +46,7 @@ class Progress:
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
     counters: dict[str, int] = field(default_factory=dict)
+    explanations: dict[str, list] = field(default_factory=dict)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter of the run."""
@@ -50,7 +56,10 @@ class Progress:
 
 @dataclass
 class Session:
-    """One rank's view of a run. `engine`, `push` and `grader` are None where the run never generates."""
+    """One rank's view of a run. `engine`, `push` and the scorers are None where the run never generates.
+
+    `serving` names the weight set that the engine was last filled with; None: the policy's own weights.
+    """
 
     config: RunConfig
     shape: ModelShape
@@ -64,15 +73,19 @@ class Session:
     policy: Policy
     engine: Engine | None
     push: Push | None
-    grader: Grader | None
+    scorer: Scorer | None
+    evaluation_scorer: Scorer | None
+    thinking_end: ThinkingEnd
     recorder: Recorder
     clock: Clock
     progress: Progress
+    serving: str | None = None
 
     def close(self) -> None:
-        """End the grading processes, flush what is recorded, and shut the engine down."""
-        if self.grader is not None:
-            self.grader.close()
+        """End what finds rewards, flush what is recorded, and shut the engine down."""
+        for scorer in (self.scorer, self.evaluation_scorer):
+            if scorer is not None:
+                scorer.close()
         self.recorder.close()
         if self.engine is not None:
             self.engine.close()
@@ -85,11 +98,15 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     check_vocabulary(tokenizer, shape.vocab_size)
     algorithm = algorithms.build(
-        config.algorithm, AlgorithmContext(max_tokens=config.rollout.max_tokens, group_size=config.rollout.group_size)
+        config.algorithm,
+        AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.low),
     )
-    rollouts = algorithm.needs.rollouts
+    rollouts = config.algorithm.generates
     data = load_prompts(config.data, tokenizer, need_solution=not rollouts and not evaluate_only)
     settings = config.evaluation
+    thinking_end = ThinkingEnd(tokenizer, config.rollout.thinking_end)
+    if algorithm.needs.responder is not None or settings.consumer is not None:
+        _require_token(thinking_end, config)
     evaluates = evaluate_only or bool(settings.every) or settings.start or settings.end
     evaluation_data = load_prompts(evaluation_source(config), tokenizer) if evaluates else None
     recorder = Recorder(config, world.is_first, show=world.is_first)
@@ -100,15 +117,20 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
         eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
         engine = Engine(config, shape, eos_token_ids=eos, rank=world.rank, world_size=world.size)
         engine.sleep()
-    grader = Grader(config.reward) if engine is not None and engine.speaks else None
+    scorer, evaluation_scorer = _scorers(config, engine, recorder)
     recorder.status("building the policy")
     # Solutions were not sampled: their likelihood is that of the plain distribution.
     temperature = config.rollout.temperature if rollouts else 1.0
     budget = config.steps * config.batch.updates
     policy = Policy(config, shape, world, grid, step_budget=budget, temperature=temperature)
+    if settings.consumer not in (None, "initial"):
+        checkpoint.load(policy, checkpoint.require(settings.consumer, "evaluation.consumer"), optimizer=False)
+        policy.weight_sets.keep(CONSUMER)
     _load_weights(policy, config)
-    if algorithm.needs.reference_log_probs:
+    if algorithm.needs.initial_weights:
         policy.weight_sets.keep(REFERENCE)
+    if settings.consumer == "initial":
+        policy.weight_sets.keep(CONSUMER)
     return Session(
         config=config,
         shape=shape,
@@ -122,11 +144,33 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
         policy=policy,
         engine=engine,
         push=Push(policy, engine) if engine is not None else None,
-        grader=grader,
+        scorer=scorer,
+        evaluation_scorer=evaluation_scorer,
+        thinking_end=thinking_end,
         recorder=recorder,
         clock=Clock(recorder.phase),
         progress=Progress(),
     )
+
+
+def _scorers(config: RunConfig, engine: Engine | None, recorder: Recorder) -> tuple[Scorer | None, Scorer | None]:
+    """What finds the rewards of rollouts, and of evaluations where these have a reward of their own."""
+    if engine is None or not engine.speaks:
+        return None, None
+    scorer = build_scorer(config.reward, engine.num_replicas, on_wait=recorder.status)
+    own = config.evaluation.reward
+    return scorer, None if own is None else build_scorer(own, engine.num_replicas, on_wait=recorder.status)
+
+
+def _require_token(thinking_end: ThinkingEnd, config: RunConfig) -> None:
+    """Refuse a tokenizer in which the end of the thinking is not one token, where generation must stop there."""
+    if thinking_end.token_id is None:
+        raise Refusal(
+            f"rollout.thinking_end={config.rollout.thinking_end!r}",
+            "must be one token of the tokenizer, as generation stops there",
+            "name the token that ends the thinking, or answer in one part: no algorithm.responder, algorithm.responses "
+            "or evaluation.consumer",
+        )
 
 
 def evaluation_source(config: RunConfig) -> DataSettings:

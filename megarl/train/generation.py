@@ -1,0 +1,140 @@
+"""From prompts to generated tokens: what is asked of the engine, with which seeds, in one part or in two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megarl.config.schema import RunConfig
+from megarl.parallel.cpu_platform import has_cuda
+from megarl.records import SampleKind
+from megarl.rollout.engine import Completion, Engine, Request, Sampling
+from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
+from megarl.train.serving import serve
+from megarl.train.session import REFERENCE, Session
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sample to generate, number `number` of its group: an answer, or an explanation.
+
+    `request.index` is the job's position in the list of jobs that go to the engine together.
+    """
+
+    group: int
+    number: int
+    request: Request
+    kind: SampleKind = "answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What was generated for a request. Of responses to one thinking, `completion` holds the thinking with the first
+    response; `responses` has the completions of them all, without the thinking."""
+
+    completion: Completion
+    responses: tuple[Completion, ...] = ()
+
+
+def answer_seed(session: Session, step: int, prompt_index: int, sample_index: int) -> int | None:
+    """The seed of an answer, or None where samples have none of their own."""
+    if not _seeded(session):
+        return None
+    return sample_seed(session.config.seed, _draw_of(session, step), prompt_index, sample_index)
+
+
+def explanation_seed(session: Session, step: int, prompt_index: int, sample_index: int) -> int | None:
+    """The seed of an explanation, or None where samples have none of their own."""
+    if not _seeded(session):
+        return None
+    return hash_seed("explanation", session.config.seed, _draw_of(session, step), prompt_index, sample_index)
+
+
+def sampling_of(session: Session, step: int, batch: int) -> Sampling:
+    """How generation batch `batch` of a step samples."""
+    settings = session.config.rollout
+    return Sampling(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        stop_token_ids=settings.stop_token_ids,
+        seed=batch_seed(session.config.seed, _draw_of(session, step), batch),
+    )
+
+
+def generate(engine: Engine, requests: Sequence[Request], sampling: Sampling, config: RunConfig) -> list[Completion]:
+    """This replica's completions; fixed or drawn work by `rollout.deterministic`."""
+    deterministic = config.rollout.deterministic
+    fixed = not has_cuda() if deterministic is None else deterministic
+    work = engine.fixed_assignment(len(requests)) if fixed else engine.shared_counter(len(requests))
+    return engine.generate(requests, sampling, work)
+
+
+def think(session: Session, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    """This replica's thinkings, up to and including the end marker where they reach it."""
+    assert session.engine is not None and session.thinking_end.token_id is not None
+    stops = (*sampling.stop_token_ids, session.thinking_end.token_id)
+    return generate(session.engine, requests, replace(sampling, stop_token_ids=stops), session.config)
+
+
+def respond(
+    session: Session,
+    thinkings: Sequence[Completion],
+    requests: Sequence[Request],
+    sampling: Sampling,
+    weights: str | None,
+    responses: int = 1,
+) -> list[Output]:
+    """Let the policy, or the weight set `weights`, write `responses` answers to each of this replica's thinkings.
+
+    `requests` are those of the thinkings, by their index; the budget `sampling.max_tokens` is for both parts
+    together. A thinking without its end marker, or with no token left for an answer, gets none. Collective: the
+    engine may change its weights.
+    """
+    serve(session, weights)
+    assert session.engine is not None
+    marker, tokens = session.thinking_end.token_id, sampling.max_tokens
+    by_index = {request.index: request for request in requests}
+    ended = [z for z in thinkings if z.token_ids[-1:] == (marker,) and len(z.token_ids) < tokens]
+    continued = [
+        Request(
+            prompt_token_ids=(*by_index[z.index].prompt_token_ids, *z.token_ids),
+            index=position * responses + j,
+            seed=_response_seed(by_index[z.index].seed, j),
+            max_tokens=tokens - len(z.token_ids),
+        )
+        for position, z in enumerate(ended)
+        for j in range(responses)
+    ]
+    # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
+    written = session.engine.generate(continued, sampling)
+    answers = {z.index: tuple(written[i * responses : (i + 1) * responses]) for i, z in enumerate(ended)}
+    return [_output(thinking, answers.get(thinking.index, ())) for thinking in thinkings]
+
+
+def _output(thinking: Completion, responses: tuple[Completion, ...]) -> Output:
+    if not responses:
+        return Output(thinking)
+    first = responses[0]
+    tokens, log_probs = thinking.token_ids + first.token_ids, thinking.log_probs + first.log_probs
+    return Output(Completion(thinking.index, tokens, log_probs, first.finish_reason), responses)
+
+
+def _response_seed(seed: int | None, number: int) -> int | None:
+    return None if seed is None else hash_seed("response", seed, number)
+
+
+def _seeded(session: Session) -> bool:
+    seeded = session.config.rollout.seeded
+    return not has_cuda() if seeded is None else seeded
+
+
+def _draw_of(session: Session, step: int) -> int:
+    """What stands for the step in seeds: what the initial weights write to a prompt is the same in every step."""
+    return 0 if session.algorithm.needs.rollout_weights == "initial" else step
+
+
+def weight_set(weights: str) -> str | None:
+    """The weight set that an algorithm's word means: None for the policy as it is."""
+    return REFERENCE if weights == "initial" else None

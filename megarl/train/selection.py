@@ -1,0 +1,50 @@
+"""What of the kept groups is trained: the algorithm's advantages, signals and spans, and the targets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megarl.algorithms.base import Algorithm, BatchTotals
+from megarl.records import Sequence
+from megarl.train.groups import Rollouts
+from megarl.train.route import Item, assign, deliver
+from megarl.train.session import Session
+
+
+def trainable(session: Session, rollouts: Rollouts) -> tuple[list[list[Sequence]], list[BatchTotals]]:
+    """This rank's sequences of each mini-batch, and the whole mini-batch's counts. Collective."""
+    config, pairs = session.config, session.algorithm.needs.pairs
+    with session.clock.phase("advantages"):
+        items = {group: items_of(session.algorithm, rollouts, group) for group in rollouts.kept}
+        batches = assign(rollouts, items, config.batch.updates, session.grid.data, together=pairs)
+        sequences = deliver(rollouts, batches, config, session.world)
+    return sequences, [batch.totals for batch in batches]
+
+
+def items_of(algorithm: Algorithm, rollouts: Rollouts, group: int) -> list[Item]:
+    """The group's samples with a trained span, then its targets."""
+    outcome = rollouts.outcome(group)
+    shaped = dataclasses.replace(outcome, rewards=algorithm.shape_rewards(outcome))
+    advantages, signals, spans = algorithm.advantages(shaped), algorithm.signals(shaped), algorithm.spans(shaped)
+    samples = [
+        Item(
+            group=group,
+            number=k,
+            holder=score.holder,
+            start=spans[k][0],
+            end=spans[k][1],
+            advantage=advantages[k],
+            signals={name: values[k] for name, values in signals.items()},
+        )
+        for k, score in enumerate(rollouts.scores_of(group))
+        if spans[k][0] < spans[k][1]
+    ]
+    rollouts.count("samples_not_trained", len(spans) - len(samples))
+    targets = [
+        Item(group=group, number=target.number, holder=target.holder, start=0, end=target.length, target=True)
+        for target in rollouts.targets.get(group, ())
+    ]
+    if algorithm.needs.pairs and not (samples and targets):
+        rollouts.count("groups_without_pair")
+        return []
+    return samples + targets

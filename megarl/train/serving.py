@@ -1,0 +1,54 @@
+"""Whose memory and whose weights: the engine wakes filled, changes its weights, and sleeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megarl.errors import TrainingStopped
+from megarl.train.session import Session
+
+
+@contextmanager
+def awake(session: Session, weights: str | None = None) -> Iterator[None]:
+    """The engine is awake inside, filled as by `wake_engine`.
+
+    It also sleeps again where all ranks leave by `TrainingStopped` together; any other error ends the run as it is.
+    """
+    wake_engine(session, weights)
+    try:
+        yield
+    except TrainingStopped:
+        sleep_engine(session)
+        raise
+    sleep_engine(session)
+
+
+def wake_engine(session: Session, weights: str | None = None) -> None:
+    """Memory goes to the engine, and with it the policy's current weights, or those of the set `weights`."""
+    if session.engine is None or session.push is None:
+        return
+    with session.clock.phase("push"):
+        session.policy.residence.offload_optimizer()
+        session.engine.wake_weights()
+        with session.policy.using(weights):
+            session.push.run()
+        session.policy.residence.offload_weights()
+        session.engine.wake_cache()
+    session.serving = weights
+
+
+def sleep_engine(session: Session) -> None:
+    """Memory goes back to the policy."""
+    if session.engine is None:
+        return
+    with session.clock.phase("push"):
+        session.engine.sleep()
+        session.policy.residence.onload()
+
+
+def serve(session: Session, weights: str | None) -> None:
+    """Let the engine, which is awake, generate with the set `weights`; None: with the policy's own."""
+    if session.engine is not None and session.serving != weights:
+        sleep_engine(session)
+        wake_engine(session, weights)

@@ -1,0 +1,90 @@
+"""Every file in configs/ is a run that breaks no rule, with its model's published sizes and the files it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from megarl.config import rules
+from megarl.config.files import DATA_SUFFIXES
+from megarl.config.load import load_config
+from megarl.config.schema import RunConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+#: Models that the recipes name: type, hidden, layers, heads, key-value heads, MLP, vocabulary, positions.
+PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int, int]] = {
+    "Qwen2.5-Math-7B": ("qwen2", 3584, 28, 28, 4, 18944, 152064, 4096),
+    "Qwen2.5-32B": ("qwen2", 5120, 64, 40, 8, 27648, 152064, 131072),
+    "Qwen2.5-3B-Instruct": ("qwen2", 2048, 36, 16, 2, 11008, 151936, 32768),
+    "Qwen3-8B": ("qwen3", 4096, 36, 32, 8, 12288, 151936, 40960),
+    "Qwen3-32B": ("qwen3", 5120, 64, 64, 8, 25600, 151936, 40960),
+}
+#: The tiny models of the runs that fit a laptop, as launch/quickstart.sh and the files' comments make them.
+TINY = ("qwen2", 128, 4, 4, 2, 384, 320, 2048)
+LAPTOP_MODELS = {"data/bench/model": ("qwen2", 256, 4, 8, 2, 768, 512, 2048)}
+#: GPUs that the large recipes are written for.
+PROCESSES = {
+    "nft_qwen2.5_math_7b": 64,
+    "nft_qwen2.5_32b": 128,
+    "exp_grpo_qwen2.5_3b_instruct": 8,
+    "start_qwen3_8b": 16,
+    "start_qwen3_32b": 64,
+}
+
+
+def write_model(path: Path, sizes: tuple[str, int, int, int, int, int, int, int]) -> None:
+    kind, hidden, layers, heads, kv_heads, ffn, vocabulary, positions = sizes
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": ffn,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+    }
+    if kind == "qwen3":
+        config["head_dim"] = 128
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": np.ones(1, np.float32)}, path / "model.safetensors")
+
+
+def write_files(config: RunConfig) -> None:
+    """What the configuration names, in the working directory."""
+    path = Path(config.model.path)
+    write_model(path, PUBLISHED.get(path.name) or LAPTOP_MODELS.get(str(path), TINY))
+    for folder in (config.model.weights, config.evaluation.consumer):
+        if folder not in (None, "initial"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in (config.data.path, config.evaluation.path, config.model.tokenizer):
+        if name is not None and name.endswith((*DATA_SUFFIXES, ".model")):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text("{}")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_shipped_configuration_breaks_no_rule(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.name == name
+    # Paths are relative to the working directory; some lead to its neighbours.
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    write_files(config)
+    assert [str(refusal) for refusal in rules.broken_rules(config, processes=PROCESSES.get(name))] == []
+
+
+def test_the_rules_are_really_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(CONFIGS / "nft_qwen2.5_math_7b.yaml", ["parallel.tensor=3", "rollout.max_tokens=4000"])
+    monkeypatch.chdir(tmp_path)
+    write_files(config)
+    broken = [refusal.value for refusal in rules.broken_rules(config, processes=66)]
+    assert "parallel.tensor=3" in broken
+    assert "data.max_prompt_tokens=512 + rollout.max_tokens=4000" in broken
