@@ -77,10 +77,11 @@ class Nft(Algorithm):
     def loss(self, inputs: LossInputs) -> LossTerms:
         """See `Algorithm.loss`. NFT Eq. 10 with the settings' weights.
 
-        Logs per-token means of `ratio_mean` (R, or its sequence's), `kl_old_k3` (k3 estimate of KL(old || current)),
-        `entropy`, and over the tokens of prompts with a weight, others counting 0: `wrong_share` (1 - r),
-        `implicit_negative_mean` ((1 - r) max(x, epsilon); divided by wrong_share it is the mean over wrong answers)
-        and `straight_through_share` (tokens of wrong answers where the bound epsilon acts).
+        Logs per-token means of `ratio_mean` (the ratio in the loss), `kl_old_k3` (k3 estimate of KL(old || current),
+        from the token ratios), `entropy`, and, where prompts without a weight count 0: `wrong_share` (1 - reward),
+        `implicit_negative_mean` (1 - reward times the bounded ratio of the implicit negative policy; divided by
+        wrong_share it is the mean over wrong answers) and `straight_through_share` (tokens of wrong answers where the
+        bound epsilon acts).
         """
         settings = self.settings
         counted_T = inputs.mask_T > 0
