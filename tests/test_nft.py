@@ -120,6 +120,10 @@ def test_n3_on_policy_every_token_has_the_loss_0_and_a_gradient(prompt_weight, d
         lengths_S=whole.lengths_S.to(dtype),
     )
     whole = replace(whole, old_log_probs_T=whole.log_probs_T)
+    wrong = (rewards_of_tokens(MIXED, whole) == 0).sum()
+    sums = algorithm.loss(whole).token_sums
+    assert sums["straight_through_share"].item() == 0.0
+    assert sums["implicit_negative_mean"].item() == sums["wrong_share"].item() == float(wrong)
     for token in range(len(whole.mask_T)):
         loss = algorithm.loss(take(whole, torch.tensor([token]))).loss
         assert loss.item() == 0.0
