@@ -150,14 +150,15 @@ def test_needs_of_stage_1():
 
 
 @pytest.mark.parametrize("second", ["response", "full"])
-def test_the_stages_change_after_the_given_step(second):
-    algorithm = start(thinking_steps=3, second_stage=second, responder="initial", responses=2)
+@pytest.mark.parametrize("last", [1, 3])
+def test_the_stages_change_after_the_given_step(second, last):
+    algorithm = start(thinking_steps=last, second_stage=second, responder="initial", responses=2)
     built_for = algorithm.needs
     first_spans, second_spans = start().spans(GROUP), start(thinking_steps=0, second_stage=second).spans(GROUP)
     for step in range(1, 7):
         algorithm.begin_step(step)
-        assert algorithm.spans(GROUP) == (first_spans if step <= 3 else second_spans)
-        assert algorithm.needs == (built_for if step <= 3 else Needs(old_log_probs=True, thinking=True))
+        assert algorithm.spans(GROUP) == (first_spans if step <= last else second_spans)
+        assert algorithm.needs == (built_for if step <= last else Needs(old_log_probs=True, thinking=True))
     assert built_for.responder == Responder("initial", 2)
 
 
