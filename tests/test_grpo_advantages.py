@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Needs
@@ -33,6 +33,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+@settings(deadline=None)
 @given(rewards=st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.7, 1.0, 3.0]), min_size=2, max_size=16))
 def test_against_numpy(options, rewards):
     found = grpo(**options).advantages(outcome(rewards))

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nft_case import nft
 
@@ -73,6 +73,7 @@ def test_equal_rewards_weigh_exactly_nothing(kind, rate_clamp, reward, size):
     assert algorithm.signals(outcome(*[reward] * size))["prompt_weight"] == (0.0,) * size
 
 
+@settings(deadline=None)
 @given(
     rewards=st.lists(st.floats(0, 1), min_size=1, max_size=8),
     kind=st.sampled_from(["one_minus_rate", "sqrt_odds", "one"]),

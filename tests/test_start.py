@@ -122,6 +122,7 @@ def test_spans_of_each_stage():
     assert start(**FULL).spans(GROUP) == ((0, 5), (0, 4), (0, 7), (0, 6))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(2, 50), st.floats(0, 1), st.booleans()), min_size=1, max_size=8))
 def test_thinking_and_response_make_the_whole_output(drawn):
     lengths = tuple(length for length, _, _ in drawn)
@@ -338,6 +339,7 @@ def test_refused_runs(run_file: Path, overrides: str, message: str) -> None:
         "algorithm.responder=initial algorithm.responses=4 algorithm.thinking_steps=2",
         "algorithm.thinking_steps=0 algorithm.second_stage=full",
         "algorithm.normalizer=response algorithm.aggregation=constant",
+        "algorithm.aggregation=sequence_mean",
     ],
 )
 def test_allowed_runs(run_file: Path, overrides: str) -> None:
