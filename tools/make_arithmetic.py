@@ -76,19 +76,25 @@ class Problem:
 
     def row(self, boxed: bool) -> dict[str, object]:
         """The row of the data file, the solution ending in a box or in plain words."""
-        ending = f"\\boxed{{{self.answer}}}" if boxed else f"Answer: {self.answer}"
         return {
             "prompt": self.prompt,
             "answer": self.answer,
-            "solution": "<think>" + "\n\n".join(self.steps) + "</think>" + ending,
+            "solution": solution_text(self.steps, self.answer, boxed),
             "level": self.level,
             "data_source": "arithmetic",
         }
 
 
-def draw_problem(level: int, source: random.Random) -> Problem:
-    """One problem of `level`; each operation is drawn among those that keep the result within 0..MAX_VALUE."""
-    rules = LEVELS[level]
+def solution_text(steps: list[str], answer: str, boxed: bool = True) -> str:
+    """A worked solution: the steps as thinking, one per paragraph, then the answer in a box or in plain words."""
+    ending = f"\\boxed{{{answer}}}" if boxed else f"Answer: {answer}"
+    return "<think>" + "\n\n".join(steps) + "</think>" + ending
+
+
+def draw_problem(level: int, source: random.Random, rules: Level | None = None) -> Problem:
+    """One problem of `level`, drawn by its row of LEVELS or by other `rules`; each operation is drawn among those that
+    keep the result within 0..MAX_VALUE."""
+    rules = rules or LEVELS[level]
     value = source.randint(1, rules.first)
     operands, signs = [value], []
     for _ in range(rules.steps):

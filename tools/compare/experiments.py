@@ -1,0 +1,253 @@
+"""What is compared: for each experiment its start, its arms, and the claims that are read off its runs.
+
+All arms of an experiment share its configuration file but for what their overrides name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compare import inputs
+from compare.claims import Claim, Figure, above, at_least, figure
+from compare.runs import Recorded
+
+#: Runs of an experiment: by arm, then in the order of the seeds.
+Runs = Mapping[str, Sequence[Recorded]]
+ABOVE = "mean of {} > mean of {} + 2 standard errors of the difference"
+LEAVES = ", and {} >= 0.1 with every seed"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train, in the configuration file `config` changed by `overrides`."""
+
+    name: str
+    label: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture: the arms' curves of `metric`, or of one arm's several metrics."""
+
+    title: str
+    metrics: Mapping[str, str]
+    arms: tuple[str, ...]
+    over: str = "step"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A start, arms, and claims read off the runs. Where `pass_at` is not 0, that many answers to each held-out problem
+    are drawn from the start, and the claims are told the share of problems with a right one."""
+
+    name: str
+    title: str
+    start: inputs.Inputs
+    arms: tuple[Arm, ...]
+    claims: Callable[[Runs, float | None], list[Claim]]
+    panels: tuple[Panel, ...]
+    pass_at: int = 0
+
+
+def finals(runs: Runs, arm: str, metric: str) -> Figure:
+    """`metric` of the last evaluation, by seed."""
+    return figure([run.final(metric) for run in runs[arm]])
+
+
+def means(runs: Runs, arm: str, metric: str) -> Figure:
+    """Mean of `metric` over the run's evaluations or steps, by seed."""
+    return figure([run.mean(metric) for run in runs[arm]])
+
+
+def nft_claims(runs: Runs, _: float | None) -> list[Claim]:
+    """NFT against RFT and GRPO, by held-out accuracy at the end and over the whole run."""
+    made = []
+    for name, words, read in (("end", "at the end", finals), ("course", "over the course of the run", means)):
+        nft, rft, grpo = (read(runs, arm, "accuracy") for arm in ("nft", "rft", "grpo"))
+        made += [
+            Claim(
+                f"nft_rft_{name}",
+                "NFT, arXiv 2505.18116",
+                f"NFT matches or surpasses RFT in held-out accuracy {words}.",
+                "mean of nft >= mean of rft",
+                {"nft": nft, "rft": rft},
+                nft.mean >= rft.mean,
+            ),
+            Claim(
+                f"nft_grpo_{name}",
+                "NFT, arXiv 2505.18116",
+                f"NFT matches or surpasses GRPO in held-out accuracy {words}.",
+                "mean of nft >= mean of grpo - 2 standard errors of the difference",
+                {"nft": nft, "grpo": grpo},
+                at_least(nft, grpo),
+            ),
+        ]
+    return made
+
+
+def exp_grpo_claims(runs: Runs, solved: float | None) -> list[Claim]:
+    """ExPO on problems that the start does not solve, and the two properties of its explanations."""
+    source = "ExPO, arXiv 2507.02834"
+    grpo, exp_grpo, exp_dpo = (finals(runs, arm, "accuracy") for arm in ("grpo", "exp_grpo", "exp_dpo"))
+    most = figure([max(value for _, value in run.curve("accuracy")) for run in runs["grpo"]])
+    first = {
+        name: figure([run.curve(name)[0][1] for run in runs["exp_grpo"]])
+        for kind in ("own", "explanation", "expert")
+        for name in (f"{kind}_chain_nll", f"{kind}_answer_log_prob")
+    }
+    own, explained, expert = (first[f"{kind}_chain_nll"] for kind in ("own", "explanation", "expert"))
+    own_answer, explained_answer = (first[f"{kind}_answer_log_prob"] for kind in ("own", "explanation"))
+    made = [
+        Claim(
+            "expo_grpo_stays",
+            source,
+            "Where the start solves nothing, GRPO has nothing to learn from and stays there.",
+            "greatest accuracy of grpo in any evaluation <= 0.02 with every seed",
+            {"grpo_greatest": most},
+            max(most.per_seed) <= 0.02,
+        ),
+        Claim(
+            "expo_leaves",
+            source,
+            "ExP-GRPO leaves it.",
+            ABOVE.format("exp_grpo", "grpo") + LEAVES.format("exp_grpo"),
+            {"exp_grpo": exp_grpo, "grpo": grpo},
+            above(exp_grpo, grpo) and min(exp_grpo.per_seed) >= 0.1,
+        ),
+        Claim(
+            "expo_dpo_leaves",
+            source,
+            "Iterative ExP-DPO leaves it too.",
+            ABOVE.format("exp_dpo", "grpo") + LEAVES.format("exp_dpo"),
+            {"exp_dpo": exp_dpo, "grpo": grpo},
+            above(exp_dpo, grpo) and min(exp_dpo.per_seed) >= 0.1,
+        ),
+        Claim(
+            "expo_in_distribution",
+            source,
+            "Given the question alone, self-explanations are likelier than an expert's chains, which cost about twice "
+            "as much, and no likelier than the policy's own chains (nats per token, at the start).",
+            "own <= explanation and explanation <= expert / 2, means over seeds",
+            {"own": own, "explanation": explained, "expert": expert},
+            own.mean <= explained.mean <= expert.mean / 2,
+        ),
+        Claim(
+            "expo_useful",
+            source,
+            "The right answer is likelier after a self-explanation than after the policy's own chain (log-probability "
+            "in nats, at the start).",
+            ABOVE.format("explanation", "own"),
+            {"explanation": explained_answer, "own": own_answer},
+            above(explained_answer, own_answer),
+        ),
+    ]
+    if solved is not None:
+        share = figure([solved])
+        made.insert(
+            0,
+            Claim(
+                "expo_start_solves_none",
+                source,
+                "The start solves none of the held-out hard problems, asked plainly (pass@64).",
+                "share of problems with a right answer among 64 = 0",
+                {"pass_at_64": share},
+                share.mean == 0.0,
+            ),
+        )
+    return made
+
+
+def start_claims(runs: Runs, _: float | None) -> list[Claim]:
+    """START against GRPO: the thinking's quality by Cross-Generation, at the same training reward."""
+    source = "START, arXiv 2603.20799"
+    rewards = {arm: figure([run.mean("reward_mean", last=3) for run in runs[arm]]) for arm in ("start", "grpo")}
+    thinking = {arm: finals(runs, arm, "cross_accuracy") for arm in ("start", "grpo")}
+    begin = figure([run.evaluations[0]["cross_accuracy"] for run in runs["grpo"]])
+    return [
+        Claim(
+            "start_equal_reward",
+            source,
+            "Both end at the same training reward (mean of the last three steps).",
+            "means differ by at most 0.05",
+            rewards,
+            abs(rewards["start"].mean - rewards["grpo"].mean) <= 0.05,
+        ),
+        Claim(
+            "start_thinking",
+            source,
+            "The thinking is better under START: by Cross-Generation, with the initial policy answering it, "
+            "correctness alone counting.",
+            ABOVE.format("start", "grpo"),
+            thinking | {"before": begin},
+            above(thinking["start"], thinking["grpo"]),
+        ),
+    ]
+
+
+NFT = Experiment(
+    name="nft",
+    title="NFT: right and wrong answers",
+    start=inputs.PLAIN,
+    arms=(
+        Arm("grpo", "GRPO", "quickstart_nft.yaml", ("algorithm={name: grpo, clip_high: 0.28}",)),
+        Arm("nft", "NFT", "quickstart_nft.yaml"),
+        Arm("rft", "RFT", "quickstart_nft.yaml", ("algorithm.negative_weight=0", "algorithm.prompt_weight=one")),
+    ),
+    claims=nft_claims,
+    panels=(
+        Panel("held-out accuracy", {"accuracy": "accuracy"}, ("grpo", "nft", "rft")),
+        Panel("training reward", {"reward_mean": "reward"}, ("grpo", "nft", "rft")),
+        Panel("entropy, nats per token", {"entropy": "entropy"}, ("grpo", "nft", "rft")),
+    ),
+)
+
+EXP_GRPO = Experiment(
+    name="exp_grpo",
+    title="ExPO: problems the start never solves",
+    start=inputs.HINTS,
+    arms=(
+        Arm("grpo", "GRPO", "quickstart_exp_grpo.yaml", ("algorithm={name: grpo, aggregation: sequence_mean}",)),
+        Arm("exp_grpo", "ExP-GRPO", "quickstart_exp_grpo.yaml"),
+        Arm("exp_dpo", "ExP-DPO, iterative", "quickstart_exp_dpo.yaml"),
+    ),
+    claims=exp_grpo_claims,
+    panels=(
+        Panel("held-out accuracy", {"accuracy": "accuracy"}, ("grpo", "exp_grpo", "exp_dpo")),
+        Panel(
+            "in distribution: -log p(chain | question), ExP-GRPO",
+            {"own_chain_nll": "own chain", "explanation_chain_nll": "explanation", "expert_chain_nll": "expert"},
+            ("exp_grpo",),
+        ),
+        Panel(
+            "useful: log p(answer | question, chain), ExP-GRPO",
+            {
+                "own_answer_log_prob": "own chain",
+                "explanation_answer_log_prob": "explanation",
+                "expert_answer_log_prob": "expert",
+            },
+            ("exp_grpo",),
+        ),
+    ),
+    pass_at=64,
+)
+
+START = Experiment(
+    name="start",
+    title="START: a shortcut in the reward",
+    start=inputs.SHORTCUT,
+    arms=(
+        Arm("grpo", "GRPO", "quickstart_start.yaml", ("algorithm={name: grpo}",)),
+        Arm("start", "START", "quickstart_start.yaml"),
+    ),
+    claims=start_claims,
+    panels=(
+        Panel("training reward", {"reward_mean": "reward"}, ("grpo", "start")),
+        Panel("Cross-Generation accuracy", {"cross_accuracy": "accuracy"}, ("grpo", "start")),
+        Panel("Cross-Generation accuracy", {"cross_accuracy": "accuracy"}, ("grpo", "start"), over="reward_mean"),
+    ),
+)
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (NFT, EXP_GRPO, START)}

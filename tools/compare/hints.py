@@ -1,0 +1,111 @@
+r"""Data of the ExPO miniature: easy problems asked plainly, and easy and hard ones asked with the answer as a hint.
+
+A hard problem has three steps, an easy one two. The warm-up shows
+
+- easy questions asked plainly, with their chain:       12+7-5=                   12+7=19, 19-5=14
+- easy and hard questions with the answer as a hint:    12+7-5+3=17 Explain:      12+7=19, 19-5=14, 14+3=17
+- hard questions asked plainly, given up after two steps:  40-3+8-9=              40-3=37, 37+8=45, and the answer 45
+
+so that the start can explain a known answer in three steps, and asked plainly stops after two, whatever the question.
+No step of a hard problem can be left out without the answer changing by more than a slip, so such an answer is wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from make_arithmetic import Level, Problem, draw_problem, solution_text
+
+from compare.files import write_rows
+
+#: Algorithm setting `explanation.template` that the warm-up's hinted questions are written in.
+TEMPLATE = "{prompt}{answer}\nExplain:"
+#: Texts of the template that the tokenizer should know as one token.
+MARKERS = ("Explain:",)
+EASY, HARD = 2, 3
+#: Shares of the warm-up's rows.
+PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.35, 0.15
+
+
+def needs_every_step(problem: Problem) -> bool:
+    """Whether leaving out any of the operations, or several, changes the result by more than 1, so that not even a
+    slip by one makes up for it: no subset of the signed operands sums to -1, 0 or 1."""
+    terms = [sign * operand for sign, operand in zip(problem.signs, problem.operands[1:], strict=True)]
+    return all(
+        abs(sum(subset)) > 1 for size in range(1, len(terms) + 1) for subset in itertools.combinations(terms, size)
+    )
+
+
+def draw(
+    level: int, count: int, source: random.Random, taken: set[str], rules: Level | None = None
+) -> Iterator[Problem]:
+    """`count` problems of a level, or of other `rules`, that need every step; none twice, and none in `taken`, which
+    grows.
+
+    Raises ValueError where there are too few.
+    """
+    for _ in range(count):
+        for _ in range(1000):
+            problem = draw_problem(level, source, rules)
+            if needs_every_step(problem) and problem.prompt not in taken:
+                break
+        else:
+            raise ValueError(f"level {level} has too few different problems; ask for fewer rows")
+        taken.add(problem.prompt)
+        yield problem
+
+
+def expert_solution(problem: Problem) -> str:
+    """A right solution in a manner that is not the policy's: it sums the operations up from the last to the first."""
+    value, steps = 0, []
+    for sign, operand in reversed(list(zip(problem.signs, problem.operands[1:], strict=True))):
+        steps.append(f"{value}{'+' if sign > 0 else '-'}{operand}={value + sign * operand}")
+        value += sign * operand
+    steps.append(f"{problem.operands[0]}{value:+d}={problem.answer}")
+    return solution_text(steps, problem.answer)
+
+
+def row(problem: Problem, solution: str, hinted: bool = False) -> dict[str, object]:
+    """A row of a data file; the question carries the hint where `hinted`."""
+    prompt = problem.prompt
+    if hinted:
+        prompt = TEMPLATE.replace("{prompt}", prompt).replace("{answer}", problem.answer)
+    return {
+        "prompt": prompt,
+        "answer": problem.answer,
+        "solution": solution,
+        "level": problem.level,
+        "data_source": "arithmetic",
+    }
+
+
+def warmup_rows(count: int, source: random.Random, taken: set[str]) -> Iterator[dict[str, object]]:
+    """The warm-up in its four parts, shuffled by the caller; all problems are new ones."""
+    parts = (
+        (PLAIN_EASY, EASY, False, EASY),
+        (HINTED_EASY, EASY, True, EASY),
+        (HINTED_HARD, HARD, True, HARD),
+        (PLAIN_HARD, HARD, False, HARD - 1),
+    )
+    for share, level, hinted, steps in parts:
+        for problem in draw(level, round(share * count), source, taken):
+            shown = problem.steps[:steps]
+            yield row(problem, solution_text(shown, shown[-1].rpartition("=")[2]), hinted)
+
+
+def make(out: Path, seed: int, warmup: int, train: int, heldout: int) -> None:
+    """Write warmup.jsonl, train.jsonl (easy and hard questions in turn, with an expert's solutions), and heldout.jsonl
+    (hard questions alone) into `out`. No question is in two files."""
+    source = random.Random(f"hints {seed}")
+    taken: set[str] = set()
+    heldout_rows = [row(problem, expert_solution(problem)) for problem in draw(HARD, heldout, source, taken)]
+    hard = [row(problem, expert_solution(problem)) for problem in draw(HARD, train, source, taken)]
+    rows = list(warmup_rows(warmup, source, taken))
+    source.shuffle(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / "warmup.jsonl", rows)
+    write_rows(out / "train.jsonl", hard)
+    write_rows(out / "heldout.jsonl", heldout_rows)

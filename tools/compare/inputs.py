@@ -1,0 +1,92 @@
+"""What the experiments start from: data, a tokenizer, a tiny model, and its supervised warm-up.
+
+The plain one is the quickstart's, made by the same commands as launch/quickstart.sh. What is there already is used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import make_arithmetic
+import make_tiny_model
+import train_tokenizer
+
+from compare import hints, runs, shortcut
+
+WARMUP_CONFIG = "quickstart_warmup.yaml"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is made: rows of each file, and steps of the warm-up."""
+
+    warmup_rows: int = 20000
+    train_rows: int = 4000
+    heldout_rows: int = 256
+    warmup_steps: int = 600
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One start: its folder is data/<name>/, its warm-up runs/<name>_warmup/; `warmup` is its file of the data."""
+
+    name: str
+    make: Callable[[Path, Sizes], None]
+    warmup: str
+    markers: tuple[str, ...] = ()
+
+
+def make_plain(folder: Path, sizes: Sizes) -> None:
+    """The quickstart's arithmetic."""
+    make_arithmetic.make(folder / "arithmetic", 0, sizes.warmup_rows, sizes.heldout_rows, [2, 3], 0.7)
+
+
+def make_hints(folder: Path, sizes: Sizes) -> None:
+    """The ExPO miniature's data."""
+    hints.make(folder, 0, sizes.warmup_rows, sizes.train_rows, sizes.heldout_rows)
+
+
+def make_shortcut(folder: Path, sizes: Sizes) -> None:
+    """The START miniature's data."""
+    shortcut.make(folder, 0, sizes.warmup_rows, sizes.train_rows, sizes.heldout_rows)
+
+
+PLAIN = Inputs("quickstart", make_plain, "arithmetic/train.jsonl")
+HINTS = Inputs("quickstart_hints", make_hints, "warmup.jsonl", hints.MARKERS)
+SHORTCUT = Inputs("quickstart_shortcut", make_shortcut, "warmup.jsonl", shortcut.MARKERS)
+
+
+def prepare(inputs: Inputs, root: Path, sizes: Sizes) -> None:
+    """Make what is missing of `inputs` under `root`. Raises `runs.RunFailed` where the warm-up fails."""
+    folder = root / "data" / inputs.name
+    if not (folder / "complete").is_file():
+        print(f"making data/{inputs.name}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        inputs.make(folder, sizes)
+        warmup, tokenizer = folder / inputs.warmup, folder / "tokenizer"
+        _require(
+            train_tokenizer.main(
+                ["--input", str(warmup), "--vocab-size", "320", "--out", str(tokenizer), "--markers", *inputs.markers]
+            )
+        )
+        shape = "--family qwen2 --hidden 128 --layers 4 --heads 4 --kv-heads 2 --ffn 384 --vocab-size 320 --tied"
+        _require(make_tiny_model.main(["--out", str(folder / "model"), *shape.split(), "--tokenizer", str(tokenizer)]))
+        (folder / "complete").touch()
+    warmed = root / "runs" / f"{inputs.name}_warmup"
+    if (warmed / "summary.json").is_file():
+        return
+    print(f"warming up: runs/{warmed.name}", flush=True)
+    overrides = [
+        f"steps={sizes.warmup_steps}",
+        f"model.path=data/{inputs.name}/model",
+        f"data.path=data/{inputs.name}/{inputs.warmup}",
+    ]
+    runs.train(warmed, WARMUP_CONFIG, overrides, root)
+
+
+def _require(code: int) -> None:
+    if code:
+        raise runs.RunFailed(f"a tool of tools/ ended with {code}")

@@ -1,0 +1,114 @@
+"""Compare the algorithms on the CPU: the papers' claims in miniature, each through whole runs of `megarl train`.
+
+Three experiments on generated arithmetic with a tiny policy: `nft` (NFT against RFT and GRPO), `exp_grpo` (ExP-GRPO
+and ExP-DPO against GRPO where the start solves nothing), `start` (START against GRPO where the reward has a shortcut).
+Every arm of an experiment starts from the same warmed-up policy. What they show and do not show: docs/claims.md.
+
+--out gets claims.json, claims.md, claims.png, and a folder per run. Finished runs are not repeated, and an interrupted
+one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from compare import experiments, inputs, pass_at, report, runs
+
+EXAMPLES = """examples:
+  python tools/compare_algorithms.py --out runs/compare
+  python tools/compare_algorithms.py --out runs/compare --algorithms start --seeds 5
+  python tools/compare_algorithms.py --prepare exp_grpo start
+"""
+#: Seed of the first run; the others follow.
+FIRST_SEED = 1
+
+
+def prepare(names: Sequence[str], root: Path, sizes: inputs.Sizes) -> None:
+    """Make the data and warm-ups of experiments."""
+    for name in names:
+        inputs.prepare(experiments.EXPERIMENTS[name].start, root, sizes)
+
+
+def run_experiment(
+    experiment: experiments.Experiment, out: Path, root: Path, seeds: Sequence[int], changes: Sequence[str]
+) -> tuple[experiments.Runs, float | None]:
+    """All runs of an experiment, what is finished aside; then the start's pass@k where the experiment asks for it."""
+    found: dict[str, list[runs.Recorded]] = {arm.name: [] for arm in experiment.arms}
+    total, number = len(experiment.arms) * len(seeds), 0
+    for seed in seeds:
+        for arm in experiment.arms:
+            number += 1
+            folder = out / "runs" / f"{experiment.name}_{arm.name}_seed{seed}"
+            print(f"{experiment.name}: run {number} of {total}: {arm.label}, seed {seed}", flush=True)
+            seconds = runs.train(folder, arm.config, [*arm.overrides, f"seed={seed}", *changes], root)
+            found[arm.name].append(runs.read(folder))
+            words = f"{seconds:.0f} s" if seconds else "was finished already"
+            print(f"    {words}; accuracy {found[arm.name][-1].final('accuracy'):.3f}", flush=True)
+    solved = None
+    if experiment.pass_at:
+        print(f"{experiment.name}: pass@{experiment.pass_at} of the start", flush=True)
+        solved = pass_at.solved_share(experiment, out, root, changes)
+    return found, solved
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = list(experiments.EXPERIMENTS)
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", type=Path, help="folder for the results")
+    goal.add_argument("--prepare", nargs="+", choices=names, help="only make the inputs of these experiments")
+    parser.add_argument("--algorithms", nargs="+", choices=names, default=names, help="experiments (default all)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per arm, each with its own seed (default 3)")
+    parser.add_argument("--inputs", type=Path, default=Path(), help="folder of data/ and runs/ (default: here)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change settings of every run")
+    sizes = inputs.Sizes()
+    for name, text in (
+        ("warmup_rows", "worked solutions for the warm-up"),
+        ("train_rows", "training problems"),
+        ("heldout_rows", "held-out problems"),
+        ("warmup_steps", "steps of the warm-up"),
+    ):
+        default = getattr(sizes, name)
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=default, help=f"{text} (default {default})")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    options.sizes = inputs.Sizes(options.warmup_rows, options.train_rows, options.heldout_rows, options.warmup_steps)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    root = options.inputs.resolve()
+    try:
+        prepare(options.prepare or options.algorithms, root, options.sizes)
+        if options.prepare:
+            return 0
+        done = []
+        seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+        began = time.monotonic()
+        for name in options.algorithms:
+            experiment = experiments.EXPERIMENTS[name]
+            found, solved = run_experiment(experiment, options.out.resolve(), root, seeds, options.set)
+            done.append((experiment, found, experiment.claims(found, solved)))
+            # What is known so far is written after each experiment.
+            report.write(options.out, done, seeds)
+    except runs.RunFailed as error:
+        print(f"compare_algorithms: {error}", file=sys.stderr)
+        return 1
+    for _, _, made in done:
+        for claim in made:
+            print(f"{'holds        ' if claim.holds else 'DOES NOT HOLD'}  {claim.claim}")
+    print(f"{options.out}/claims.md, claims.json, claims.png; {(time.monotonic() - began) / 60:.0f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
