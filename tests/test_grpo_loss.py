@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megarl.algorithms.base import AlgorithmContext, BatchTotals, LossInputs
 from megarl.algorithms.grpo import Grpo
-from megarl.config.algorithms import GrpoSettings
+from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
 PER_TOKEN = (
@@ -64,7 +64,7 @@ def gradients(algorithm: Grpo, inputs: LossInputs):
     return terms, found[0], torch.zeros_like(inputs.entropy_T) if found[1] is None else found[1]
 
 
-def reference_kl(s: GrpoSettings, d: float) -> tuple[float, float]:
+def reference_kl(s: GroupRelativeSettings, d: float) -> tuple[float, float]:
     """Estimate and its derivative in the policy's log-prob, at d = log policy - log reference."""
     if s.kl_kind == "k1":
         value, slope = d, 1.0
@@ -80,7 +80,7 @@ def reference_kl(s: GrpoSettings, d: float) -> tuple[float, float]:
     return value, slope
 
 
-def reference_objective(s: GrpoSettings, ratio: float, advantage: float) -> tuple[float, float, bool, bool]:
+def reference_objective(s: GroupRelativeSettings, ratio: float, advantage: float) -> tuple[float, float, bool, bool]:
     """Objective, its derivative in the ratio, clipped, dual-clipped."""
     if advantage > 0 and ratio > 1 + s.clip_high:
         return (1 + s.clip_high) * advantage, 0.0, True, False
@@ -91,7 +91,7 @@ def reference_objective(s: GrpoSettings, ratio: float, advantage: float) -> tupl
     return ratio * advantage, advantage, False, False
 
 
-def reference_loss(s: GrpoSettings, b: LossInputs):
+def reference_loss(s: GroupRelativeSettings, b: LossInputs):
     """The mini-batch's loss, its gradients in log-probs and entropies, and the logged sums."""
     lp, entropy, old, rollout, ref, adv = (getattr(b, name).tolist() for name in PER_TOKEN)
     tokens = [t for t, m in enumerate(b.mask_T.tolist()) if m == 1.0]
