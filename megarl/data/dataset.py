@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import DataSettings
-from megarl.data.tokenizer import Tokenizer, prompt_ids
+from megarl.data.tokenizer import Message, Tokenizer, prompt_ids
 from megarl.errors import Refusal
 from megarl.records import Prompt
 
@@ -124,14 +124,24 @@ class _RowReader:
 
     def _tokenized(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         """The question as text, and the ids of the whole prompt."""
-        settings = self._settings
-        text = "\n\n".join(message["content"] for message in messages)
-        if settings.template is not None:
-            # Not str.format: questions and templates are full of braces.
-            return text, prompt_ids(self._tokenizer, settings.template.replace("{prompt}", text))
-        if settings.system is not None:
-            messages = [{"role": "system", "content": settings.system}, *messages]
-        return text, self._tokenizer.apply_chat(messages)
+        return _question(messages), question_ids(self._settings, self._tokenizer, messages)
+
+
+def question_ids(settings: DataSettings, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of the whole prompt that asks the question `messages`.
+
+    `settings.template` with the messages' text where there is one; else the chat, after `settings.system`.
+    """
+    if settings.template is not None:
+        # Not str.format: questions and templates are full of braces.
+        return prompt_ids(tokenizer, settings.template.replace("{prompt}", _question(messages)))
+    if settings.system is not None:
+        messages = [{"role": "system", "content": settings.system}, *messages]
+    return tokenizer.apply_chat(messages)
+
+
+def _question(messages: Sequence[Message]) -> str:
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def _read(settings: DataSettings) -> Any:
