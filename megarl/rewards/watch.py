@@ -17,7 +17,7 @@ from megarl.rewards.verdict import TEMPLATE, message_of
 
 #: Seconds before the second try; doubled for each further one. Our choices, as the two below.
 FIRST_DELAY = 0.5
-LONGEST_DELAY = 30.0
+LONGEST_DELAY = 10.0
 #: Least seconds that a question whether the judge is there may take, however little patience is left.
 LEAST_CHECK = 1.0
 #: A pause that the judge asks for is worth a word from here on, in seconds.
