@@ -95,6 +95,12 @@ class ExplanationSettings(Settings):
                 "in explanations and in sampled answers",
                 "write both for the same form of final answer",
             )
+        if self.max_tokens is not None and self.max_tokens > run.rollout.max_tokens:
+            yield Refusal(
+                f"algorithm.explanation.max_tokens={self.max_tokens}",
+                f"must not exceed rollout.max_tokens={run.rollout.max_tokens}, beyond which no response is trained",
+                "lower it, or raise rollout.max_tokens",
+            )
         if run.reward.kind == "judge" and self.must_match:
             yield Refusal(
                 "algorithm.explanation.must_match=true",
