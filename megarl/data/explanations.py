@@ -41,8 +41,9 @@ def cut_chain(tokenizer: Tokenizer, token_ids: Sequence[int], opening: str) -> i
     place = text.rfind(opening)
     if place < 0:
         return len(token_ids) - (list(token_ids[-1:]) == [tokenizer.eos_token_id])
-    chain, length = text[:place], tokens_until(tokenizer, token_ids, text[: place + 1]) - 1
-    # Where the opening's first character is of several byte tokens, those before its last are no text yet.
+    chain, length = text[:place], tokens_until(tokenizer, token_ids, text[: place + 1])
+    # One step back, or a few where the opening's first character is of several byte tokens: those before its last are
+    # no text yet.
     while not chain.startswith(tokenizer.decode(token_ids[:length])):
         length -= 1
     return length
