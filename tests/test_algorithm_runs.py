@@ -1,0 +1,428 @@
+"""The algorithms in the loop: real rollouts, real training sequences, real evaluations, on a warmed-up tiny policy.
+
+Most proofs look at a session from inside: a scenario builds one in a world of processes, and returns what it saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import arithmetic_run
+import parity
+import pytest
+
+PRELOAD = "megarl.train.run"
+
+HINT = "{prompt} is {answer}:"
+EXPLANATION = {"template": HINT, "answer_text": "\\boxed{{answer}}", "max_prompt_tokens": 48, "measure_every": 1}
+THINKING = {"reward": {"kind": "boxed", "graded": "response"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs, and a policy that writes `<think>...</think>` and an answer, mostly wrong ones."""
+    made = tmp_path_factory.mktemp("algorithms")
+    arithmetic_run.write_inputs(made)
+    path = arithmetic_run.write_run(
+        made,
+        name="warm",
+        steps=120,
+        algorithm={"name": "sft"},
+        rollout={"max_tokens": 48},
+        reward={"kind": "boxed"},
+        batch={"prompts": 32, "tokens_per_microbatch": 4096},
+        optimizer={"lr": 4e-3, "warmup_steps": 5},
+    )
+    arithmetic_run.finish(arithmetic_run.start(made, "train", str(path)))
+    return made
+
+
+def run_table(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The table of a run from the warmed-up policy, with absolute paths."""
+    table: dict[str, Any] = {
+        "name": "run",
+        "runs_dir": str(folder / "runs"),
+        "steps": 2,
+        "seed": 5,
+        "precision": "fp32",
+        "model": {"path": str(folder / "model"), "weights": str(folder / "runs" / "warm" / "checkpoints")},
+        "algorithm": {"name": "grpo"},
+        "data": {
+            "path": str(folder / "data" / "train.jsonl"),
+            "answer_column": "answer",
+            "solution_column": "solution",
+            "max_prompt_tokens": 32,
+        },
+        "rollout": {"group_size": 4, "max_tokens": 48, "kv_cache_gib": 0.02},
+        "reward": {"kind": "boxed"},
+        "batch": {"prompts": 6, "tokens_per_microbatch": 512},
+        "optimizer": {"lr": 1e-3},
+        "evaluation": {"path": str(folder / "data" / "heldout.jsonl")},
+        "logging": {"tensorboard": False},
+    }
+    for key, value in changes.items():
+        table[key] = table.get(key, {}) | value if isinstance(value, dict) and key != "algorithm" else value
+    return table
+
+
+#: Sessions of this process: an engine that is collected takes the world's process groups with it.
+_SESSIONS: list[Any] = []
+
+
+def session(world: Any, table: dict[str, Any]) -> Any:
+    """A session of this rank, in the place of the last one's grid."""
+    from megarl.config.schema import RunConfig
+    from megarl.parallel.groups import dissolve_grid, form_grid
+    from megarl.train.session import build
+
+    if _SESSIONS:
+        dissolve_grid()
+    config = RunConfig.model_validate(table)
+    _SESSIONS.append(build(config, world, form_grid(config.parallel, config.seed)))
+    return _SESSIONS[-1]
+
+
+def several(world: Any, calls: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Scenario: other scenarios of this file, one after the other: name -> (function's name, its arguments)."""
+    return {name: globals()[function](world, *arguments) for name, (function, *arguments) in calls.items()}
+
+
+def in_world(processes: int, calls: dict[str, tuple[Any, ...]]) -> dict[str, list[Any]]:
+    """Results of `several`, by name and rank."""
+    ranks = parity.run_world("test_algorithm_runs", "several", processes, calls)
+    return {name: [rank[name] for rank in ranks] for name in calls}
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Scenario: the training sequences of each step, with what the step counted and measured; the policy is updated."""
+    from megarl.train import chains
+    from megarl.train.loop import add_log_probs, roll_out
+    from megarl.train.selection import trainable
+
+    made = session(world, table)
+    found: dict[str, Any] = {"steps": [], "asked": []}
+    generate = made.engine.generate
+
+    def watched(requests: Any, *arguments: Any) -> Any:
+        found["asked"].append([request.prompt_token_ids for request in requests])
+        return generate(requests, *arguments)
+
+    made.engine.generate = watched
+    for step in range(1, steps + 1):
+        made.algorithm.begin_step(step)
+        rollouts = roll_out(made, step)
+        batches, totals = trainable(made, rollouts)
+        add_log_probs(made, batches)
+        results = [made.policy.update(b, made.algorithm, t) for b, t in zip(batches, totals, strict=True)]
+        found["steps"].append(
+            {
+                "sequences": [s for batch in batches for s in batch],
+                "prompts": [p.token_ids for p in rollouts.prompts],
+                "totals": totals,
+                "counters": rollouts.counters,
+                "generated": dict(rollouts.generated_tokens),
+                "mine": rollouts.mine,
+                "scores": rollouts.scores,
+                "explanations": rollouts.explanations,
+                "means": [r.means for r in results],
+                "measured": chains.measure(made, rollouts, step),
+            }
+        )
+    found["thinking_end"] = made.thinking_end.token_id
+    found["hint_ids"] = made.tokenizer.encode(" is ")
+    found["answers"] = {p.text: p.answer for p in made.data.prompts}
+    everything = (s for seen in found["steps"] for s in seen["sequences"])
+    found["decode"] = {s.tokens.tobytes(): made.tokenizer.decode(s.tokens.tolist()) for s in everything}
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_two(folder: Path) -> dict[str, list[Any]]:
+    """What was seen on two data-parallel ranks, each with an engine of its own."""
+    algorithm = {"name": "exp_grpo", "explanation_weight": 0.5, "explanation": EXPLANATION | {"per_prompt": 2}}
+    explained = run_table(folder, algorithm=algorithm, parallel={"processes": 2})
+    explanation = EXPLANATION | {"refresh_every": 2, "measure_every": 0}
+    algorithm = {"name": "exp_grpo", "explanation": explanation}
+    kept = run_table(folder, algorithm=algorithm, data={"max_rows": 6}, parallel={"processes": 2})
+    return in_world(2, {"explained": ("trained", explained, 2), "kept": ("trained", kept, 3)})
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[Any]]:
+    """What was seen in one process."""
+    fast = {"optimizer": {"lr": 3e-3}}
+    calls: dict[str, tuple[Any, ...]] = {}
+    for mode in ("offline", "iterative"):
+        algorithm = {"name": "exp_dpo", "mode": mode, "explanation": EXPLANATION | {"measure_every": 0}}
+        table = run_table(folder, algorithm=algorithm, data={"max_rows": 6}, rollout={"group_size": 1}, **fast)
+        calls[mode] = ("trained", table, 2)
+    for responses in (1, 3):
+        algorithm = {"name": "start", "responder": "initial", "responses": responses}
+        calls[f"{responses} responses"] = ("responded", run_table(folder, algorithm=algorithm, **THINKING, **fast))
+    calls["staged"] = ("trained", run_table(folder, algorithm={"name": "start", "thinking_steps": 1}, **THINKING), 2)
+    consumer = str(folder / "runs" / "warm" / "checkpoints")
+    evaluation = {"end": True, "consumer": consumer, "samples": 4, "temperature": 1.0}
+    calls["crossed"] = ("crossed", run_table(folder, **THINKING, evaluation=evaluation, **fast))
+    return in_world(1, calls)
+
+
+def test_hint_is_in_no_training_sequence(on_two: dict[str, list[Any]]) -> None:
+    explained = on_two["explained"]
+    targets = 0
+    for step in range(2):
+        for rank in explained:
+            seen = rank["steps"][step]
+            hint = rank["hint_ids"]
+            for s in seen["sequences"]:
+                context = s.tokens[: s.prompt_length].tolist()
+                assert tuple(context) == seen["prompts"][s.group]
+                everything = s.tokens.tolist()
+                assert not contains(everything, hint)
+                targets += s.target
+    assert targets >= 12
+    # What was asked for did hold the hint: 6 prompts x 2 explanations beside 6 x 4 answers, in one call.
+    for asked in explained[0]["asked"]:
+        hinted = [prompt for prompt in asked if contains(list(prompt), explained[0]["hint_ids"])]
+        assert (len(hinted), len(asked)) == (12, 36)
+
+
+def contains(tokens: list[int], part: list[int]) -> bool:
+    return any(tokens[i : i + len(part)] == part for i in range(len(tokens)))
+
+
+def test_explanations_are_targets_beside_the_groups(on_two: dict[str, list[Any]]) -> None:
+    explained = on_two["explained"]
+    for step in range(2):
+        parts = [rank["steps"][step] for rank in explained]
+        sequences = [s for part in parts for s in part["sequences"]]
+        answers, targets = [s for s in sequences if not s.target], [s for s in sequences if s.target]
+        (totals,) = parts[0]["totals"]
+        assert totals == parts[1]["totals"][0]
+        assert (totals.sequences, totals.target_sequences) == (len(answers), len(targets)) == (24, len(targets))
+        assert totals.tokens == sum(s.response_length for s in answers) == totals.response_tokens
+        assert totals.target_tokens == sum(s.response_length for s in targets)
+        assert parts[0]["counters"]["explanations"] == len(targets)
+        # All that the engines made is counted, and who made it does not matter.
+        made = sum(len(s.token_ids) for part in parts for s in part["explanations"])
+        assert parts[0]["generated"]["explanation"] == parts[1]["generated"]["explanation"] == made
+        means = parts[0]["means"][0]
+        assert means["explanation_nll"] > 0 and means["own_nll"] > 0
+        measured = parts[0]["measured"]
+        assert measured == parts[1]["measured"]
+        kinds = ("own", "explanation", "expert")
+        assert set(measured) == {f"{k}_{m}" for k in kinds for m in ("chain_nll", "answer_log_prob")}
+        assert all(measured[f"{k}_chain_nll"] > 0 > measured[f"{k}_answer_log_prob"] for k in kinds)
+
+
+def test_explanation_ends_in_the_reference(on_two: dict[str, list[Any]]) -> None:
+    rank = on_two["explained"][0]
+    for seen in rank["steps"]:
+        for s in seen["sequences"]:
+            if s.target:
+                text = rank["decode"][s.tokens.tobytes()]
+                assert text.endswith(f"\\boxed{{{rank['answers'][text.partition('=')[0] + '=']}}}")
+
+
+def test_kept_explanations_serve_again(on_two: dict[str, list[Any]]) -> None:
+    ranks = on_two["kept"]
+    steps = [[rank["steps"][i] for rank in ranks] for i in range(3)]
+    texts = [{tuple(s.tokens.tolist()) for part in step for s in part["sequences"] if s.target} for step in steps]
+    # Prompts that got none in the first step ask again in the second.
+    assert len(texts[0]) >= 3 and texts[0] <= texts[1]
+    assert steps[1][0]["counters"]["explanations_reused"] == len(texts[0])
+    hinted = [sum(contains(list(p), ranks[0]["hint_ids"]) for p in asked) for asked in ranks[0]["asked"]]
+    assert hinted == [6, 6 - len(texts[0]), len(texts[0])]
+    assert not texts[0] & texts[2] or texts[2] != texts[1]
+
+
+def test_offline_pairs_are_those_of_the_first_policy(alone: dict[str, list[Any]]) -> None:
+    found = {}
+    for mode in ("offline", "iterative"):
+        steps = alone[mode][0]["steps"]
+        found[mode] = [{(tuple(s.tokens.tolist()), s.target) for s in seen["sequences"]} for seen in steps]
+        for seen in steps:
+            groups = [s.group for s in seen["sequences"] if s.target]
+            assert sorted(groups) == sorted(s.group for s in seen["sequences"] if not s.target) and groups
+    assert found["offline"][0] == found["offline"][1]
+    assert found["iterative"][0] != found["iterative"][1]
+
+
+# --- thinking --------------------------------------------------------------------------------------------------------
+
+
+def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, Any]]:
+    """Scenario: samples of the second step; of each the thinking's length and its tokens' log-probs: the engine's, the
+    policy's, and those of the policy that the run started with."""
+    import numpy as np
+
+    from megarl.records import Sequence
+    from megarl.train.loop import roll_out
+    from megarl.train.selection import trainable
+    from megarl.train.session import REFERENCE
+
+    made = session(world, table)
+    for step in (1, 2):
+        made.algorithm.begin_step(step)
+        rollouts = roll_out(made, step)
+        if step == 1:
+            batches, totals = trainable(made, rollouts)
+            for batch, total in zip(batches, totals, strict=True):
+                made.policy.update(batch, made.algorithm, total)
+    found = []
+    numbers = [n for n in rollouts.mine if rollouts.scores[n].thinking_length is not None]
+    sequences = []
+    for number in numbers:
+        prompt = rollouts.prompts[number // rollouts.group_size].token_ids
+        tokens = rollouts.mine[number].token_ids
+        sequences.append(
+            Sequence(np.array([*prompt, *tokens], np.int32), len(prompt), np.zeros(len(tokens), np.float32))
+        )
+    own, initial = made.policy.log_probs(sequences), made.policy.log_probs(sequences, weights=REFERENCE)
+    for i, number in enumerate(numbers):
+        engine = np.array(rollouts.mine[number].rollout_log_probs)
+        found.append(
+            (rollouts.scores[number].thinking_length, engine, own[i], initial[i], rollouts.scores[number].reward)
+        )
+    return found
+
+
+@pytest.mark.parametrize("responses", [1, 3])
+def test_frozen_responder_answers_the_policys_thinking(alone: dict[str, list[Any]], responses: int) -> None:
+    import numpy as np
+
+    (samples,) = alone[f"{responses} responses"]
+    assert len(samples) >= 8
+    for thinking, engine, own, initial, reward in samples:
+        np.testing.assert_allclose(engine[:thinking], own[:thinking], atol=1e-4)
+        np.testing.assert_allclose(engine[thinking:], initial[thinking:], atol=1e-4)
+        assert reward * responses == pytest.approx(round(reward * responses))
+    # The update told the two apart.
+    assert max(np.abs(engine[:z] - initial[:z]).max() for z, engine, _, initial, _ in samples) > 1e-2
+    assert max(np.abs(engine[z:] - own[z:]).max() for z, engine, own, _, _ in samples) > 1e-2
+
+
+def test_first_stage_trains_no_token_of_a_response(alone: dict[str, list[Any]]) -> None:
+    (rank,) = alone["staged"]
+    first, second = rank["steps"]
+    assert len(first["sequences"]) >= 8 and len(second["sequences"]) >= 8
+    for s in first["sequences"]:
+        assert s.tokens[-1] == rank["thinking_end"]
+        assert s.prompt_length == len(first["prompts"][s.group])
+    for s in second["sequences"]:
+        assert s.tokens[s.prompt_length - 1] == rank["thinking_end"]
+        assert rank["thinking_end"] not in s.tokens[s.prompt_length :]
+    trained_tokens = sum(s.response_length for s in first["sequences"])
+    assert first["totals"][0].tokens == trained_tokens < first["totals"][0].response_tokens
+
+
+def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
+    """Scenario: the evaluation before and after an update."""
+    from megarl.train.evaluation import evaluate
+    from megarl.train.loop import roll_out
+    from megarl.train.selection import trainable
+    from megarl.train.serving import awake
+
+    made = session(world, table)
+    with awake(made):
+        before = evaluate(made)
+    made.algorithm.begin_step(1)
+    batches, totals = trainable(made, roll_out(made, 1))
+    for batch, total in zip(batches, totals, strict=True):
+        made.policy.update(batch, made.algorithm, total)
+    with awake(made):
+        after = evaluate(made)
+    return [before, after]
+
+
+def test_cross_generation_with_the_policy_itself_is_self_generation(alone: dict[str, list[Any]]) -> None:
+    (found,) = alone["crossed"]
+    own = {"accuracy", "reward_mean", "truncated_share", "length_mean", "unscored"}
+    pairs = [("accuracy" if n == "accuracy" else f"evaluation_{n}", f"cross_{n}") for n in own]
+    before, after = found
+    assert [before[a] for a, _ in pairs] == [before[b] for _, b in pairs]
+    assert before["evaluation_length_mean"] > 5
+    # Another policy answers otherwise.
+    assert [after[a] for a, _ in pairs] != [after[b] for _, b in pairs]
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def train_all(tables: list[dict[str, Any]]) -> None:
+    """Train each table with two processes, forked from one that has imported everything."""
+    from megarl.config.schema import RunConfig
+    from megarl.parallel.launch import launch
+    from megarl.train.run import train
+
+    for table in tables:
+        launch(train, (RunConfig.model_validate(table),), 2)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of metrics.jsonl of many runs, without what time and memory happened to be."""
+    shared = {"kl_coefficient": 0.001, "aggregation": "sequence_mean"}
+    tables = [
+        run_table(folder, name="plain", algorithm={"name": "grpo"} | shared),
+        run_table(folder, name="weightless", algorithm={"name": "exp_grpo", "explanation_weight": 0.0} | shared),
+    ]
+    for name, algorithm in (
+        ("kept", {"name": "exp_grpo", "explanation": EXPLANATION | {"refresh_every": 3}}),
+        ("staged", {"name": "start", "thinking_steps": 2, "responder": "initial"}),
+    ):
+        # A reward that tells most answers apart, so that every step has a gradient.
+        reward = {"kind": "arithmetic_run:digit_share", "graded": "response", "time_limit": 60.0}
+        changes = {"algorithm": algorithm, "data": {"max_rows": 8}, "reward": reward}
+        tables += [
+            run_table(folder, name=f"{name}_whole", steps=3, **changes),
+            run_table(folder, name=f"{name}_parts", steps=2, **changes),
+            run_table(folder, name=f"{name}_parts", steps=3, resume="must", **changes),
+        ]
+    changes = {"algorithm": {"name": "exp_grpo", "explanation": EXPLANATION}, "steps": 1}
+    replay = str(folder / "runs" / "saved" / "rollouts")
+    tables += [
+        run_table(folder, name="saved", rollout={"save": True}, **changes),
+        run_table(folder, name="again", rollout={"replay": replay}, **changes),
+    ]
+    command = (
+        f"import json, sys, test_algorithm_runs as t; t.train_all(json.load(open({str(folder / 'tables.json')!r})))"
+    )
+    (folder / "tables.json").write_text(json.dumps([table | {"parallel": {"processes": 2}} for table in tables]))
+    paths = os.pathsep.join([str(parity.TESTS.parent), str(parity.TESTS)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    noise = {"seconds", "peak_memory_bytes", "loss_seconds", "loss_time_share", "explanation_time_share", "algorithm"}
+    found = {}
+    for name in {table["name"] for table in tables}:
+        text = (folder / "runs" / name / "metrics.jsonl").read_text()
+        found[name] = [{k: v for k, v in json.loads(line).items() if k not in noise} for line in text.splitlines()]
+    return found
+
+
+def test_without_weight_on_explanations_a_run_is_grpos(runs: dict[str, list[dict[str, Any]]]) -> None:
+    plain, weightless = runs["plain"], runs["weightless"]
+    assert len(plain) == 2 and plain[0]["grad_norm"] > 0
+    assert plain == [{k: v for k, v in line.items() if k != "own_nll"} for line in weightless]
+
+
+@pytest.mark.parametrize("name", ["kept", "staged"])
+def test_continued_run_is_the_uninterrupted_one(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert len(runs[f"{name}_whole"]) == 3 and runs[f"{name}_whole"][2]["grad_norm"] > 0
+    assert runs[f"{name}_parts"] == runs[f"{name}_whole"]
+
+
+def test_saved_explanations_are_replayed(runs: dict[str, list[dict[str, Any]]]) -> None:
+    (saved,), (again,) = runs["saved"], runs["again"]
+    names = ("explanation_nll", "own_nll", "loss", "grad_norm", "reward_mean", "explanation_chain_nll")
+    assert [again[n] for n in names] == pytest.approx([saved[n] for n in names], rel=1e-5) and saved[
+        "explanation_nll"
+    ] > 0
