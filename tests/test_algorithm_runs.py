@@ -400,7 +400,7 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
-    noise = {"seconds", "peak_memory_bytes", "loss_seconds", "loss_time_share", "explanation_time_share", "algorithm"}
+    noise = {"seconds", "peak_memory_bytes", "time_shares", "algorithm"}
     found = {}
     for name in {table["name"] for table in tables}:
         text = (folder / "runs" / name / "metrics.jsonl").read_text()

@@ -60,7 +60,7 @@ def call(
 def steps_of(folder: Path, name: str) -> list[dict[str, Any]]:
     """The training steps of a run's metrics.jsonl, without what depends on the machine."""
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    machine = ("seconds", "peak_memory_bytes")
+    machine = ("seconds", "peak_memory_bytes", "time_shares")
     return [{k: v for k, v in line.items() if k not in machine} for line in lines if "loss" in line]
 
 
@@ -80,6 +80,7 @@ def test_metrics_have_the_names_that_people_script_on(base: Path) -> None:
         assert names <= line.keys()
         assert {"push", "generate", "score", "update"} <= line["seconds"].keys()
         assert line["peak_memory_bytes"] > 10_000_000
+        assert 0 < line["time_shares"]["loss"] < 0.5
         assert 0 < line["logprob_gap_max"] < 1e-4
         assert 0 < line["reward_mean"] < 1 and line["grad_norm"] > 0
     assert [line["step"] for line in lines] == [1, 2, 2]

@@ -49,7 +49,7 @@ class StepRecord:
         values |= self._measured
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
-        values |= _shares(values, self._rollouts)
+        values["time_shares"] = _time_shares(values["seconds"], self._results, self._rollouts)
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
         values["counters"] = dict(self._rollouts.counters) if self._rollouts else {}
@@ -104,7 +104,6 @@ def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
     values |= {name: mean([r.means[name] for r in results if name in r.means]) for name in names}
     values |= {
         "logprob_gap_max": max(r.gap_max for r in results),
-        "loss_seconds": sum(r.loss_seconds for r in results),
         "tokens": real,
         "padding_share": 1 - real / computed,
     }
@@ -127,15 +126,14 @@ def _of_rollouts(rollouts: Rollouts | None) -> dict[str, Any]:
     }
 
 
-def _shares(values: dict[str, Any], rollouts: Rollouts | None) -> dict[str, float]:
-    """Parts of the step's time: the loss function's, and that of generating explanations.
+def _time_shares(seconds: dict[str, float], results: list[UpdateResult], rollouts: Rollouts | None) -> dict[str, float]:
+    """Parts of the step's time: that of the algorithm's loss function, and that of generating explanations.
 
     Explanations are generated in one call with the answers; their part of its time is their part of its tokens.
     """
-    seconds, total = values["seconds"], sum(values["seconds"].values())
-    shares = {"loss_time_share": values["loss_seconds"] / total} if "loss_seconds" in values else {}
+    total = sum(seconds.values())
+    shares = {"loss": sum(r.loss_seconds for r in results) / total}
     made = rollouts.generated_tokens if rollouts is not None else {}
     if made.get("explanation"):
-        share = made["explanation"] / sum(made.values())
-        shares["explanation_time_share"] = share * seconds.get("generate", 0.0) / total
-    return shares
+        shares["explanations"] = seconds.get("generate", 0.0) * made["explanation"] / sum(made.values()) / total
+    return {name: round(share, 6) for name, share in shares.items()}
