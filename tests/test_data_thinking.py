@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers as tokenizers_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_tokenizer import hugging_face_folder, sentencepiece_model
 from tokenizer_case import KINDS, byte_ids, byte_level, choose, load_all
+from tokenizers import models, pre_tokenizers
 
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, load_tokenizer
@@ -60,6 +62,22 @@ def test_an_unknown_marker_has_no_token(tmp_path: Path) -> None:
     assert ThinkingEnd(tokenizer).token_id is None
     assert ThinkingEnd(tokenizer).split(tokenizer.encode("1 + 2")) == "thinking_missing"
     assert ThinkingEnd(tokenizer, "<think>").token_id == 7
+
+
+@pytest.mark.parametrize(("silent", "marker"), [(True, MARKER), (False, " END")])
+def test_the_token_of_all_unknown_texts_is_no_markers(tmp_path: Path, silent: bool, marker: str) -> None:
+    """Neither where it counts as a control token, nor where it stands for the marker in every place."""
+    inner = tokenizers_library.Tokenizer(
+        models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "4": 3, ".": 4, ">": 5}, "<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    inner.add_special_tokens(["</s>", *["<unk>"] * silent])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode(marker) == tokenizer.encode("a" + marker + "a")[-1:] == [0]
+    assert tokenizer.decode([0]) == ("" if silent else "<unk>")
+    assert ThinkingEnd(tokenizer, marker).token_id is None
 
 
 def test_a_control_token_that_decodes_to_nothing(tmp_path: Path) -> None:

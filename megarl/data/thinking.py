@@ -66,7 +66,7 @@ def _own_token(tokenizer: Tokenizer, marker: str) -> int | None:
     # Not of the marker alone: a tokenizer may put a blank before every text, or know no token for this one. Two of an
     # unknown text in a row are one token for the whole, or several; two markers are twice the marker's token.
     once, twice = tokenizer.encode(marker), tokenizer.encode(marker + marker)
-    if not once or twice != [*once, once[-1]] or tokenizer.decode(once[:-1]).strip():
+    if not once or twice != [*once, once[-1]]:
         return None
     token_id = once[-1]
     # Where the token counts as a control token it decodes to nothing.
