@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 import re
 import time
+from email.utils import formatdate
 from typing import Any
 
 import pytest
-from judge_server import Act, Drop, Hang, JudgeServer, Say, Script, Status, free_port, serving
+from failing_judge import Act, Drop, Hang, JudgeServer, Say, Script, Status, free_port, serving
 
 from megarl.config.schema import RewardSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.rewards.answers import GradedAnswer, GradingItem
+from megarl.rewards.chat import retry_after
 from megarl.rewards.judge import Judge
 from megarl.rewards.scorer import Scorer, build_scorer
 from megarl.rewards.verdict import REMINDER
@@ -215,6 +217,27 @@ def test_retry_after_holds_everybody_back(status: int) -> None:
     assert [one.reward for one in graded] == [1.0] * 3
     assert server.texts()[0] == "answer 0000"
     assert server.seen[1].time - server.seen[0].time >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("2", 2.0),
+        ("0.5", 0.5),
+        ("-3", 0.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),  # passed
+        ("soon", None),
+        ("nan", None),
+        ("", None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str, seconds: float | None) -> None:
+    assert retry_after({"retry-after": value}) == seconds
+
+
+def test_retry_after_is_counted_from_now() -> None:
+    soon = retry_after({"retry-after": formatdate(time.time() + 100, usegmt=True)})
+    assert soon is not None and 90 < soon <= 100
 
 
 def test_a_pause_longer_than_patience_stops_at_once() -> None:

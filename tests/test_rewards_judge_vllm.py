@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import free_port
+from failing_judge import free_port
 
 from megarl.config.schema import RewardSettings
 from megarl.errors import Refusal

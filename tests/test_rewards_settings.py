@@ -43,6 +43,17 @@ JUDGE = "reward.kind=judge reward.judge.url=http://host:8000/v1 reward.judge.mod
             "Fix: remove it (replies are read whole).",
         ),
         (
+            "evaluation.reward.kind=judge",
+            "evaluation.reward.kind=judge: needs a judge to ask. "
+            "Fix: set evaluation.reward.judge.url and evaluation.reward.judge.model.",
+        ),
+        (
+            JUDGE.replace("reward", "evaluation.reward") + "evaluation.reward.judge.extra.n=2 evaluation.reward.low=1",
+            "evaluation.reward.low=1: must be below evaluation.reward.high=1. Fix: widen the range.\n"
+            "evaluation.reward.judge.extra.n: is a field of the request that megarl fills itself. "
+            "Fix: remove it (one verdict is asked for at a time).",
+        ),
+        (
             JUDGE + "reward.judge.max_cost_per_step=2.5",
             "reward.judge.max_cost_per_step=2.5: needs prices to count by. "
             "Fix: set reward.judge.input_price and reward.judge.output_price.",
@@ -52,7 +63,8 @@ JUDGE = "reward.kind=judge reward.judge.url=http://host:8000/v1 reward.judge.mod
 def test_refused(run_file: Path, overrides: str, message: str) -> None:
     # A template is quoted: braces alone are a YAML table.
     overrides = overrides.replace("={question}", "='{question}'")
-    assert [str(each) for each in broken_rules(load_config(run_file, overrides.split()))] == [message]
+    refusals = broken_rules(load_config(run_file, overrides.split()))
+    assert [str(each) for each in refusals] == message.split("\n")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_a_clear_score_is_read(reply: str, score: float) -> None:
         "Score: 7 to 8",
         "Score: 7 or eight",
         "Score: 7, 8",
+        "Score: 7\nScore: 7-8",
         "Score: 7 (maybe 8)",
         "Score: 1-10",
         "Score: between 7 and 8",

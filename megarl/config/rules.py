@@ -14,18 +14,18 @@ from itertools import chain
 
 from megarl.config import files, vendor_fields
 from megarl.config.model_shape import ModelShape, read_model_shape
-from megarl.config.schema import JudgeSettings, RunConfig
+from megarl.config.schema import JudgeSettings, RewardSettings, RunConfig
 from megarl.errors import Refusal
 
 #: vLLM pads the vocabulary to a multiple of this and splits the result evenly.
 VLLM_VOCABULARY_MULTIPLE = 64
 #: Fields of a chat-completions request that the judge's client fills, and what to do instead of giving them.
 JUDGE_FIELDS = {
-    "model": "set reward.judge.model",
-    "messages": "set reward.judge.template and reward.judge.system",
-    "temperature": "set reward.judge.temperature",
-    "max_tokens": "set reward.judge.max_tokens",
-    "max_completion_tokens": "set reward.judge.max_tokens and reward.judge.max_tokens_name",
+    "model": "set the judge's model",
+    "messages": "set the judge's template and system",
+    "temperature": "set the judge's temperature",
+    "max_tokens": "set the judge's max_tokens",
+    "max_completion_tokens": "set the judge's max_tokens and max_tokens_name",
     "stream": "replies are read whole",
     "n": "one verdict is asked for at a time",
 }
@@ -195,36 +195,42 @@ def _batch(config: RunConfig, world: int) -> Iterator[Refusal]:
 
 
 def _reward(config: RunConfig) -> Iterator[Refusal]:
-    reward = config.reward
+    yield from _reward_section("reward", config.reward)
+    if config.evaluation.reward is not None:
+        yield from _reward_section("evaluation.reward", config.evaluation.reward)
+
+
+def _reward_section(name: str, reward: RewardSettings) -> Iterator[Refusal]:
+    """The rules of one section of reward settings; `name` is the section's key."""
     if reward.low >= reward.high:
-        yield Refusal(f"reward.low={reward.low:g}", f"must be below reward.high={reward.high:g}", "widen the range")
+        yield Refusal(f"{name}.low={reward.low:g}", f"must be below {name}.high={reward.high:g}", "widen the range")
     if reward.kind not in ("math", "boxed", "f1", "judge") and not re.fullmatch(r"[\w.]+:\w+", reward.kind):
         rule = "must be math, boxed, f1, judge or an import path package.module:function"
-        yield Refusal(f"reward.kind={reward.kind}", rule, "correct reward.kind")
+        yield Refusal(f"{name}.kind={reward.kind}", rule, f"correct {name}.kind")
     if reward.kind == "judge" and reward.judge is None:
-        yield Refusal("reward.kind=judge", "needs a judge to ask", "set reward.judge.url and reward.judge.model")
+        yield Refusal(f"{name}.kind=judge", "needs a judge to ask", f"set {name}.judge.url and {name}.judge.model")
     if reward.judge is not None:
         if reward.kind != "judge":
-            rule = f"is never asked, since reward.kind={reward.kind}"
-            yield Refusal("reward.judge", rule, "set reward.kind=judge, or remove reward.judge")
-        yield from _judge(reward.judge)
+            rule = f"is never asked, since {name}.kind={reward.kind}"
+            yield Refusal(f"{name}.judge", rule, f"set {name}.kind=judge, or remove {name}.judge")
+        yield from _judge(f"{name}.judge", reward.judge)
 
 
-def _judge(judge: JudgeSettings) -> Iterator[Refusal]:
+def _judge(name: str, judge: JudgeSettings) -> Iterator[Refusal]:
     if judge.template is not None and "{response}" not in judge.template:
         yield Refusal(
-            f"reward.judge.template={judge.template!r}",
+            f"{name}.template={judge.template!r}",
             "must contain {response}",
             "put {response} where the answer belongs, and {question} and {reference} where they help",
         )
-    for name in judge.extra.keys() & JUDGE_FIELDS.keys():
+    for field in judge.extra.keys() & JUDGE_FIELDS.keys():
         rule = "is a field of the request that megarl fills itself"
-        yield Refusal(f"reward.judge.extra.{name}", rule, f"remove it ({JUDGE_FIELDS[name]})")
+        yield Refusal(f"{name}.extra.{field}", rule, f"remove it ({JUDGE_FIELDS[field]})")
     if judge.max_cost_per_step is not None and judge.input_price == judge.output_price == 0:
         yield Refusal(
-            f"reward.judge.max_cost_per_step={judge.max_cost_per_step:g}",
+            f"{name}.max_cost_per_step={judge.max_cost_per_step:g}",
             "needs prices to count by",
-            "set reward.judge.input_price and reward.judge.output_price",
+            f"set {name}.input_price and {name}.output_price",
         )
 
 

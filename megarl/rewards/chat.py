@@ -169,12 +169,12 @@ class ChatClient:
         status, code = error.status_code, getattr(error, "code", None)
         seen = f"HTTP {status}: {self._quoted(_server_message(error))}"
         if status in (502, 503, 504):
-            return AskFailed("away", seen, retry_after=_retry_after(error.response.headers))
+            return AskFailed("away", seen, retry_after=retry_after(error.response.headers))
         fix = self._fix(status, code)
         if fix:
             return AskFailed("refused", seen, fix=fix)
         if status in (408, 409, 425, 429) or status >= 500:
-            return AskFailed("busy", seen, retry_after=_retry_after(error.response.headers))
+            return AskFailed("busy", seen, retry_after=retry_after(error.response.headers))
         return AskFailed("rejected", seen)
 
     def _fix(self, status: int, code: str | None) -> str:
@@ -236,7 +236,7 @@ def _server_message(error: Any) -> str:
     return str(body or error.response.reason_phrase)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the header Retry-After asks to wait; None without it, or where it is no time. Never negative."""
     value = headers.get("retry-after", "")
     try:
