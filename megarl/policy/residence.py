@@ -46,12 +46,16 @@ class Residence:
                 buffer.offload_to_cpu(move_params=True, move_grads=False)
             torch.cuda.empty_cache()
 
-    def onload(self) -> None:
-        """Bring everything back."""
+    def onload_weights(self) -> None:
+        """Bring the weights back, for a push."""
         if has_cuda() and self._weights_away:
             for buffer in self._buffers():
                 buffer.reload_from_cpu(move_params=True, move_grads=False)
         self._weights_away = False
+
+    def onload(self) -> None:
+        """Bring everything back."""
+        self.onload_weights()
         if has_cuda() and self._optimizer_away:
             self._chunk.restore_grad_buffers()
             self._optimizer.restore_from_cpu()

@@ -26,16 +26,11 @@ def awake(session: Session, weights: str | None = None) -> Iterator[None]:
 
 def wake_engine(session: Session, weights: str | None = None) -> None:
     """Memory goes to the engine, and with it the policy's current weights, or those of the set `weights`."""
-    if session.engine is None or session.push is None:
+    if session.engine is None:
         return
     with session.clock.phase("push"):
         session.policy.residence.offload_optimizer()
-        session.engine.wake_weights()
-        with session.policy.using(weights):
-            session.push.run()
-        session.policy.residence.offload_weights()
-        session.engine.wake_cache()
-    session.serving = weights
+        _fill(session, weights)
 
 
 def sleep_engine(session: Session) -> None:
@@ -49,6 +44,21 @@ def sleep_engine(session: Session) -> None:
 
 def serve(session: Session, weights: str | None) -> None:
     """Let the engine, which is awake, generate with the set `weights`; None: with the policy's own."""
-    if session.engine is not None and session.serving != weights:
-        sleep_engine(session)
-        wake_engine(session, weights)
+    if session.engine is None or session.serving == weights:
+        return
+    with session.clock.phase("push"):
+        session.engine.sleep()
+        if weights is None:
+            session.policy.residence.onload_weights()
+        _fill(session, weights)
+
+
+def _fill(session: Session, weights: str | None) -> None:
+    """Wake the engine, which sleeps, with these weights in it."""
+    assert session.engine is not None and session.push is not None
+    session.engine.wake_weights()
+    with session.policy.using(weights):
+        session.push.run()
+    session.policy.residence.offload_weights()
+    session.engine.wake_cache()
+    session.serving = weights
