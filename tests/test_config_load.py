@@ -209,3 +209,9 @@ def test_yaml_dialect() -> None:
 )
 def test_yaml_dialect_round_trip(value: object) -> None:
     assert yaml.load(yaml.dump(value, Dumper=Dumper, allow_unicode=True), Loader) == value
+
+
+def test_unknown_key_of_an_optional_record_is_explained(run_file: Path) -> None:
+    judge = '{"kind": "judge", "judge": {"url": "http://host/v1", "model": "m", "patince": 3}}'
+    with pytest.raises(Refusal, match=r"reward\.judge\.patince.*use reward\.judge\.patience"):
+        load_config(run_file, [f"reward={judge}"])

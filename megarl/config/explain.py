@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -53,7 +53,8 @@ def _description(record: type[BaseModel], path: list[str]) -> str:
     field: FieldInfo | None = None
     current: Any = record
     for part in path:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+        current = _record(current)
+        if current is None:
             break
         field = current.model_fields.get(part)
         if field is None:
@@ -91,5 +92,14 @@ def _keys(record: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """All dotted keys of a record and of the records inside it, in the schema's order."""
     for name, field in record.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        inner = _record(field.annotation)
+        if inner is not None:
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _record(annotation: Any) -> type[BaseModel] | None:
+    """The record that a field of this annotation holds, an optional one included; None for other values."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

@@ -77,7 +77,11 @@ def first_host(nodelist: str) -> str:
     return (match.group(1) + (match.group(2) or "")) if match else "127.0.0.1"
 
 
-def join(timeout_minutes: float = 30.0) -> World:
+#: Minutes that a rank waits for the others in a collective before it gives up.
+TIMEOUT_MINUTES = 30.0
+
+
+def join(timeout_minutes: float = TIMEOUT_MINUTES) -> World:
     """Join the world this process was started in and return its place in it.
 
     Initialises the default process group: gloo on the CPU; NCCL, with gloo for CPU tensors, on GPUs.

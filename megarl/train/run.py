@@ -31,7 +31,7 @@ environment.preload()
 @contextmanager
 def session_of(config: RunConfig, *, evaluate_only: bool = False) -> Iterator[Session]:
     """Join the world, build this rank's session, and take both down in the end."""
-    world = bootstrap.join()
+    world = bootstrap.join(timeout_minutes=bootstrap.TIMEOUT_MINUTES + _patience_minutes(config))
     grid = form_grid(config.parallel, config.seed)
     session = build(config, world, grid, evaluate_only=evaluate_only)
     try:
@@ -39,6 +39,12 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False) -> Iterator[Se
     finally:
         session.close()
         bootstrap.leave()
+
+
+def _patience_minutes(config: RunConfig) -> float:
+    """How long a rank may wait for a judge while the others wait for the rank."""
+    judges = [reward.judge for reward in (config.reward, config.evaluation.reward) if reward is not None]
+    return max((judge.patience for judge in judges if judge is not None), default=0.0) / 60
 
 
 def train(config: RunConfig) -> dict[str, Any]:
