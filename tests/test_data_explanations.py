@@ -44,6 +44,11 @@ class Characters:
         return self.encode("".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]")
 
 
+def ends_of(tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a response where nothing but the tokenizer says so."""
+    return {tokenizer.eos_token_id}
+
+
 def prompt_of(data: DataSettings, tokenizer: Tokenizer, question: str, answer: str) -> Prompt:
     """The prompt that a row with this question and answer becomes."""
     return Prompt(0, tuple(question_ids(data, tokenizer, [{"role": "user", "content": question}])), question, answer)
@@ -107,7 +112,7 @@ def test_the_chain_ends_before_the_last_opening(
 ) -> None:
     tokenizer = choose(tokenizers, kind)
     token_ids = byte_ids(tokenizer, kind, text) if raw else tokenizer.encode(text)
-    length = cut_chain(tokenizer, token_ids + [tokenizer.eos_token_id] * ended, BOXED)
+    length = cut_chain(tokenizer, token_ids + [tokenizer.eos_token_id] * ended, BOXED, ends_of(tokenizer))
     if text == chain:
         assert length == len(token_ids)
         return
@@ -123,7 +128,7 @@ def test_a_token_that_reaches_into_the_opening_goes_with_it(tokenizers: dict[str
     tokenizer = choose(tokenizers, "llama")
     token_ids = tokenizer.encode("We get $\\boxed{42}$.")
     dollar = next(place for place, token_id in enumerate(token_ids) if "$\\" in tokenizer.decode([token_id]))
-    assert cut_chain(tokenizer, token_ids, BOXED) == dollar
+    assert cut_chain(tokenizer, token_ids, BOXED, ends_of(tokenizer)) == dollar
     assert tokenizer.decode(token_ids[:dollar]) == "We get"
 
 
@@ -132,7 +137,7 @@ def test_no_byte_of_the_openings_first_character_is_left(tokenizers: dict[str, T
     tokenizer = choose(tokenizers, kind)
     chain, rest = byte_ids(tokenizer, kind, "é 日"), byte_ids(tokenizer, kind, "答案 is 7")
     assert tokenizer.decode(chain + rest) == "é 日答案 is 7"
-    assert cut_chain(tokenizer, chain + rest, "答案") == len(chain)
+    assert cut_chain(tokenizer, chain + rest, "答案", ends_of(tokenizer)) == len(chain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +157,7 @@ def test_any_tokens_are_cut_where_a_search_through_all_prefixes_cuts(
     seen = [tokenizer.decode(token_ids[:count]) for count in range(len(token_ids) + 1)]
     begins = next(count for count, prefix in enumerate(seen) if prefix.startswith(text[: place + 1])) - 1
     expected = max(count for count in range(begins + 1) if text[:place].startswith(seen[count]))
-    assert cut_chain(tokenizer, token_ids, BOXED) == expected
+    assert cut_chain(tokenizer, token_ids, BOXED, ends_of(tokenizer)) == expected
 
 
 # What is learned
@@ -166,7 +171,7 @@ def test_the_sampled_chain_then_the_reference_answer(tokenizers: dict[str, Token
     chain = byte_ids(tokenizer, kind, text) if raw else tokenizer.encode(text)
     assert raw == (tokenizer.encode(text) != chain)
     sampled = [*chain, *tokenizer.encode("\\boxed{5}, as said."), tokenizer.eos_token_id]
-    found = training_tokens(tokenizer, ExplanationSettings(), sampled, "3")
+    found = training_tokens(tokenizer, ExplanationSettings(), sampled, "3", ends_of(tokenizer))
     assert not isinstance(found, str)
     tokens, length = found
     assert list(tokens[:length]) == sampled[:length] and length <= len(chain)
@@ -174,14 +179,32 @@ def test_the_sampled_chain_then_the_reference_answer(tokenizers: dict[str, Token
     assert list(tokens[length:]) == response_ids(tokenizer, "\\boxed{3}")
     assert tokens[-1] == tokenizer.eos_token_id
     # Without a final answer all of it is chain, the end token apart.
-    found = training_tokens(tokenizer, ExplanationSettings(), [*chain, tokenizer.eos_token_id], "3")
+    found = training_tokens(tokenizer, ExplanationSettings(), [*chain, tokenizer.eos_token_id], "3", ends_of(tokenizer))
     assert found == ((*chain, *response_ids(tokenizer, "\\boxed{3}")), len(chain))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_id_that_ends_a_response_is_left_out(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    """Engines also stop on other ids than the tokenizer's own, and these may have a text."""
+    tokenizer, settings = choose(tokenizers, kind), ExplanationSettings()
+    chain, stop = tokenizer.encode("so 1 + 2 = 3"), tokenizer.encode("x!")[-1]
+    ends = {tokenizer.eos_token_id, stop}
+    for last in ends:
+        found = training_tokens(tokenizer, settings, [*chain, last], "3", ends)
+        assert found == training_tokens(tokenizer, settings, chain, "3", ends)
+        assert not isinstance(found, str)
+        assert list(found[0][: found[1]]) == chain and found[0][-1] == tokenizer.eos_token_id
+        assert training_tokens(tokenizer, settings, [last], "3", ends) == "explanations_empty"
+    # Only where it ended the response.
+    assert cut_chain(tokenizer, [stop, *chain], BOXED, ends) == len(chain) + 1
 
 
 def test_the_answers_form_is_a_setting() -> None:
     tokenizer = Characters()
     own = ExplanationSettings(answer_opening="####", answer_text="#### {answer}.")
-    found = training_tokens(tokenizer, own, response_ids(tokenizer, "\\boxed{1} so\n#### 5"), "{answer}")
+    found = training_tokens(
+        tokenizer, own, response_ids(tokenizer, "\\boxed{1} so\n#### 5"), "{answer}", ends_of(tokenizer)
+    )
     assert found == (tuple(response_ids(tokenizer, "\\boxed{1} so\n#### {answer}.")), 13)
 
 
@@ -193,7 +216,7 @@ def test_without_a_chain_there_is_nothing_to_learn(
 ) -> None:
     tokenizer = choose(tokenizers, kind)
     sampled = tokenizer.encode(text) + [tokenizer.eos_token_id] * ended
-    assert training_tokens(tokenizer, ExplanationSettings(), sampled, "3") == "explanations_empty"
+    assert training_tokens(tokenizer, ExplanationSettings(), sampled, "3", ends_of(tokenizer)) == "explanations_empty"
 
 
 WORDS = st.text(alphabet="ab 12+=?é日{}\\\n", min_size=1, max_size=12)
@@ -217,7 +240,7 @@ def test_e3_no_token_of_the_hint_is_in_a_training_sequence(
     prompt = prompt_of(settings_of_data, tokenizer, question, answer)
     hinted = hinted_prompt_ids(settings_of_data, own, tokenizer, prompt)
     sampled = response_ids(tokenizer, chain)
-    found = training_tokens(tokenizer, own, sampled, answer)
+    found = training_tokens(tokenizer, own, sampled, answer, ends_of(tokenizer))
     assume(not isinstance(found, str))
     assert not isinstance(found, str)
     tokens, length = found

@@ -7,7 +7,7 @@ policy that sees the question alone to write the explanation's chain and then th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megarl.config.algorithms import ExplanationSettings
 from megarl.config.schema import DataSettings
@@ -31,16 +31,17 @@ def hinted_prompt_ids(
     return question_ids(data, tokenizer, [{"role": "user", "content": hinted}])
 
 
-def cut_chain(tokenizer: Tokenizer, token_ids: Sequence[int], opening: str) -> int:
+def cut_chain(tokenizer: Tokenizer, token_ids: Sequence[int], opening: str, ends: Collection[int]) -> int:
     r"""How many of a response's tokens, from the first on, are the chain that leads to its final answer.
 
     The chain ends before the token in which the last `opening` (such as \boxed{) of the decoded text begins, and so
-    may lack characters that this token begins with. Without an opening all is chain but the end token.
+    may lack characters that this token begins with. Without an opening all is chain but the last token,
+    where it is one of `ends`, the ids that end a response.
     """
     text = tokenizer.decode(token_ids)
     place = text.rfind(opening)
     if place < 0:
-        return len(token_ids) - (list(token_ids[-1:]) == [tokenizer.eos_token_id])
+        return len(token_ids) - any(token_id in ends for token_id in token_ids[-1:])
     chain, length = text[:place], tokens_until(tokenizer, token_ids, text[: place + 1])
     # One step back, or a few where the opening's first character is of several byte tokens: those before its last are
     # no text yet.
@@ -50,15 +51,15 @@ def cut_chain(tokenizer: Tokenizer, token_ids: Sequence[int], opening: str) -> i
 
 
 def training_tokens(
-    tokenizer: Tokenizer, settings: ExplanationSettings, token_ids: Sequence[int], answer: str
+    tokenizer: Tokenizer, settings: ExplanationSettings, token_ids: Sequence[int], answer: str, ends: Collection[int]
 ) -> tuple[tuple[int, ...], int] | str:
     """What is learned after the question, made of an explanation's `token_ids` and the reference `answer`.
 
-    The chain's tokens as they were sampled, those of `settings.answer_text`, and the end token; with it the length of
-    the chain in tokens. Instead of both the name of a counter where there is nothing to learn from:
-    explanations_empty, no text in the chain.
+    The chain's tokens as they were sampled, those of `settings.answer_text`, and the tokenizer's end token; with it the
+    length of the chain in tokens. `ends` are all ids that end a response, of which the chain keeps none. Instead of
+    both the name of a counter where there is nothing to learn from: explanations_empty, no text in the chain.
     """
-    length = cut_chain(tokenizer, token_ids, settings.answer_opening)
+    length = cut_chain(tokenizer, token_ids, settings.answer_opening, ends)
     chain = tuple(token_ids[:length])
     if not tokenizer.decode(chain).strip():
         return "explanations_empty"
