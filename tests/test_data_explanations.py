@@ -49,6 +49,14 @@ def ends_of(tokenizer: Tokenizer) -> set[int]:
     return {tokenizer.eos_token_id}
 
 
+def answer_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of an answer behind a chain that ends in a line end, and the end token."""
+    before = tokenizer.encode("so\n")
+    ids = tokenizer.encode("so\n" + text)
+    assert ids[: len(before)] == before
+    return [*ids[len(before) :], tokenizer.eos_token_id]
+
+
 def prompt_of(data: DataSettings, tokenizer: Tokenizer, question: str, answer: str) -> Prompt:
     """The prompt that a row with this question and answer becomes."""
     return Prompt(0, tuple(question_ids(data, tokenizer, [{"role": "user", "content": question}])), question, answer)
@@ -176,11 +184,11 @@ def test_the_sampled_chain_then_the_reference_answer(tokenizers: dict[str, Token
     tokens, length = found
     assert list(tokens[:length]) == sampled[:length] and length <= len(chain)
     assert tokenizer.decode(chain).startswith(tokenizer.decode(tokens[:length]))
-    assert list(tokens[length:]) == response_ids(tokenizer, "\\boxed{3}")
+    assert list(tokens[length:]) == answer_ids(tokenizer, "\\boxed{3}")
     assert tokens[-1] == tokenizer.eos_token_id
     # Without a final answer all of it is chain, the end token apart.
     found = training_tokens(tokenizer, ExplanationSettings(), [*chain, tokenizer.eos_token_id], "3", ends_of(tokenizer))
-    assert found == ((*chain, *response_ids(tokenizer, "\\boxed{3}")), len(chain))
+    assert found == ((*chain, *answer_ids(tokenizer, "\\boxed{3}")), len(chain))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,6 +205,73 @@ def test_every_id_that_ends_a_response_is_left_out(tokenizers: dict[str, Tokeniz
         assert training_tokens(tokenizer, settings, [last], "3", ends) == "explanations_empty"
     # Only where it ended the response.
     assert cut_chain(tokenizer, [stop, *chain], BOXED, ends) == len(chain) + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chain", ["so 1 + 2 = 3", "so 3.", "so 3. ", "it is\n\n", "3", "é", "$", " so"])
+@pytest.mark.parametrize(
+    ("opening", "answer_text"),
+    [
+        (BOXED, "\\boxed{{answer}}"),
+        (BOXED, " \\boxed{{answer}}."),
+        (BOXED, "\n\nSo \\boxed{{answer}}"),
+        ("####", "#### {answer}"),
+        ("####", "\n#### {answer}"),
+        ("答案", "答案 {answer}"),
+        ("ü", "ü{answer}"),
+    ],
+)
+@pytest.mark.parametrize("answer", ["3", "é 日", "-\\frac{1}{2}"])
+def test_the_answer_goes_on_where_the_chain_ends(
+    tokenizers: dict[str, Tokenizer], kind: str, chain: str, opening: str, answer_text: str, answer: str
+) -> None:
+    """Nothing between the two, in tokenizers too that put a blank before every text."""
+    tokenizer = choose(tokenizers, kind)
+    own = ExplanationSettings(answer_opening=opening, answer_text=answer_text)
+    sampled = [*tokenizer.encode(chain), tokenizer.eos_token_id]
+    found = training_tokens(tokenizer, own, sampled, answer, ends_of(tokenizer))
+    assert not isinstance(found, str)
+    tokens, length = found
+    assert list(tokens[:length]) == tokenizer.encode(chain) and tokens[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokens) == tokenizer.decode(tokens[:length]) + answer_text.replace("{answer}", answer)
+
+
+def test_the_answers_tokens_are_those_of_running_text(tokenizers: dict[str, Tokenizer]) -> None:
+    """By hand, of a tokenizer that puts a blank before every text: \\ is 29905, with the blank 320."""
+    tokenizer = choose(tokenizers, "llama")
+    assert tokenizer.encode("\\boxed{3}")[0] == 320
+    found = training_tokens(tokenizer, ExplanationSettings(), tokenizer.encode("so"), "3", ends_of(tokenizer))
+    assert found == ((577, 29905, 1884, 287, 29912, 29941, 29913, 2), 1)
+
+
+class Dropping(Characters):
+    """Keeps no line ends, and puts a blank before every text."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(f" {text}".replace("\n", ""))
+
+    def decode(self, ids: Any) -> str:
+        return super().decode(ids).removeprefix(" ")
+
+
+class Joining(Characters):
+    """One id for a whole text, which no anchor stays apart from."""
+
+    def encode(self, text: str) -> list[int]:
+        return [10 + sum(ord(char) << 8 * place for place, char in enumerate(text))]
+
+    def decode(self, ids: Any) -> str:
+        texts = [(token_id - 10).to_bytes(99, "little").decode("latin-1") for token_id in ids if token_id >= 10]
+        return "".join(text.rstrip("\0") for text in texts)
+
+
+def test_an_anchor_that_is_lost_or_joined_is_not_used() -> None:
+    own, dropping, joining = ExplanationSettings(), Dropping(), Joining()
+    found = training_tokens(dropping, own, dropping.encode("so"), "3", {2})
+    assert not isinstance(found, str) and dropping.decode(found[0]) == "so\\boxed{3}"
+    # The last resort: the ids of the text alone.
+    found = training_tokens(joining, own, joining.encode("so"), "3", {2})
+    assert found == ((*joining.encode("so"), *joining.encode("\\boxed{3}"), 2), 1)
 
 
 def test_the_answers_form_is_a_setting() -> None:
@@ -254,4 +329,4 @@ def test_e3_no_token_of_the_hint_is_in_a_training_sequence(
         settings_of_data, tokenizer, [{"role": "user", "content": question}]
     )
     assert list(tokens[:length]) == sampled[:length]
-    assert list(tokens[length:]) == response_ids(tokenizer, f"\\boxed{{{answer}}}")
+    assert list(tokens[length:]) == answer_ids(tokenizer, f"\\boxed{{{answer}}}")

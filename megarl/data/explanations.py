@@ -13,8 +13,11 @@ from megarl.config.algorithms import ExplanationSettings
 from megarl.config.schema import DataSettings
 from megarl.data.dataset import question_ids
 from megarl.data.prefixes import tokens_until
-from megarl.data.tokenizer import Tokenizer, response_ids
+from megarl.data.tokenizer import Tokenizer
 from megarl.records import Prompt
+
+#: Texts behind which an answer is tokenised, the first that stays apart from it.
+_ANCHORS = ("\n", ".", "a", "1")
 
 
 def hinted_prompt_ids(
@@ -55,13 +58,28 @@ def training_tokens(
 ) -> tuple[tuple[int, ...], int] | str:
     """What is learned after the question, made of an explanation's `token_ids` and the reference `answer`.
 
-    The chain's tokens as they were sampled, those of `settings.answer_text`, and the tokenizer's end token; with it the
-    length of the chain in tokens. `ends` are all ids that end a response, of which the chain keeps none. Instead of
-    both the name of a counter where there is nothing to learn from: explanations_empty, no text in the chain.
+    The chain's tokens as they were sampled, those of `settings.answer_text`, as which they decode behind the chain, and
+    the tokenizer's end token; with it the length of the chain in tokens. `ends` are all ids that end a response, none
+    of which ends the chain. Instead of both the name of a counter where there is nothing to learn from:
+    explanations_empty, no text in the chain.
     """
     length = cut_chain(tokenizer, token_ids, settings.answer_opening, ends)
     chain = tuple(token_ids[:length])
     if not tokenizer.decode(chain).strip():
         return "explanations_empty"
-    ending = response_ids(tokenizer, settings.answer_text.replace("{answer}", answer))
-    return (*chain, *ending), length
+    ending = _continuation(tokenizer, settings.answer_text.replace("{answer}", answer))
+    return (*chain, *ending, tokenizer.eos_token_id), length
+
+
+def _continuation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of `text` where it goes on from another text.
+
+    A tokenizer may put a blank before every text, which would stand between the two. So `text` is tokenised behind an
+    anchor, whose ids are then taken away. Where no anchor stays apart from it, the ids are those of `text` alone.
+    """
+    for anchor in _ANCHORS:
+        before, together = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
+        apart = together[: len(before)] == before
+        if apart and (tokenizer.decode(before), tokenizer.decode(together)) == (anchor, anchor + text):
+            return together[len(before) :]
+    return tokenizer.encode(text)
