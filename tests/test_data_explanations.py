@@ -245,10 +245,11 @@ def test_the_answers_tokens_are_those_of_running_text(tokenizers: dict[str, Toke
 
 
 class Dropping(Characters):
-    """Keeps no line ends, and puts a blank before every text."""
+    """Keeps no line ends, and puts a blank before every text of which something is left."""
 
     def encode(self, text: str) -> list[int]:
-        return super().encode(f" {text}".replace("\n", ""))
+        kept = text.replace("\n", "")
+        return super().encode(f" {kept}") if kept else []
 
     def decode(self, ids: Any) -> str:
         return super().decode(ids).removeprefix(" ")
