@@ -41,6 +41,7 @@ class Sample:
     `token_ids` (T,) are the response's ids, the end token included where the engine stopped on it;
     `rollout_log_probs` (T,) the engine's log-probs of these ids in nats under the sampling
     distribution; `seed` the sample's own seed, see `rollout.seeds`. `reward` is None where none could be found.
+    `thinking_length`: tokens up to the end of the thinking, None where it was not asked for or there is none.
     """
 
     prompt_index: int
@@ -52,6 +53,7 @@ class Sample:
     text: str = ""
     reward: float | None = 0.0
     kind: SampleKind = "answer"
+    thinking_length: int | None = None
     reward_counters: dict[str, int] = field(default_factory=dict)
 
 

@@ -40,7 +40,7 @@ def test_run_outlives_its_judge(tmp_path: Path) -> None:
     port = free_port()
     reward = {
         "kind": "judge",
-        "judge": {"url": f"http://127.0.0.1:{port}/v1", "model": "judge", "patience": 2.0, "time_limit": 5.0},
+        "judge": {"url": f"http://127.0.0.1:{port}/v1", "model": "judge", "patience": 2.0, "time_limit": 60.0},
     }
     arithmetic_run.write_run(tmp_path, steps=200, reward=reward)
     server = judge(port)
@@ -70,5 +70,6 @@ def test_run_outlives_its_judge(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics] == list(range(1, steps + 1))
     for line in metrics:
         # Each process begins with a question of its own, to see that the judge is there.
-        assert line["counters"]["judge_requests"] == 24 + (line["step"] in (1, steps))
+        asked = line["counters"]["judge_requests"] - line["counters"].get("judge_retries", 0)
+        assert asked == 24 + (line["step"] in (1, steps))
         assert 0 < line["reward_mean"] < 1 and line["reward_std"] > 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
+from megarl.config.load import load_config
 from megarl.errors import Refusal
 
 _CHECKPOINT = "checkpoint="
@@ -20,8 +21,8 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
         fix = "give a megarl checkpoint, or a run's checkpoints/ folder"
         raise Refusal(f"checkpoint={checkpoint}", "is not a directory", fix)
     settings_given = [text for text in given if not text.startswith(_CHECKPOINT)]
-    if checkpoint is not None:
-        # Known before the rules are checked: model.path then needs no weights of its own.
+    if checkpoint is not None and load_config(config, settings_given).evaluation.consumer != "initial":
+        # Known before the rules are checked: model.path then needs no weights, which else are the consumer's.
         settings_given.append(f"model.weights={json.dumps(checkpoint)}")
     settings = prepare(config, settings_given)
     with reserved_stdout(as_json) as stream:

@@ -59,6 +59,7 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config), _texts(config)
     )
+    yield from _consumer(config)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
     yield from files.refusals(config)
@@ -184,8 +185,9 @@ def _batch(config: RunConfig, world: int) -> Iterator[Refusal]:
             "raise it, or remove it",
         )
     data_parallel = world // (parallel.tensor * parallel.pipeline * parallel.context)
-    per_prompt = config.rollout.group_size if config.algorithm.generates else 1
-    sequences = batch.prompts // batch.updates * per_prompt
+    # Sequences that the loss sees together go to one rank together.
+    alone = config.algorithm.generates and config.algorithm.sequences_together == 1
+    sequences = batch.prompts // batch.updates * (config.rollout.group_size if alone else 1)
     if sequences < data_parallel:
         yield Refusal(
             f"batch.prompts={batch.prompts}",
@@ -261,6 +263,17 @@ def _sampling(config: RunConfig) -> Iterator[Refusal]:
             f"evaluation.samples={evaluation.samples}",
             "needs evaluation.temperature > 0, since greedy answers are all the same",
             "set evaluation.temperature, or samples to 1",
+        )
+
+
+def _consumer(config: RunConfig) -> Iterator[Refusal]:
+    reward = config.evaluation.reward or config.reward
+    if config.evaluation.consumer is not None and reward.graded != "response":
+        name = "reward" if config.evaluation.reward is None else "evaluation.reward"
+        yield Refusal(
+            f"{name}.graded={reward.graded}",
+            "must be response with evaluation.consumer: only the response is the consumer's",
+            f"set {name}.graded=response",
         )
 
 

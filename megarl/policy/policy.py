@@ -278,8 +278,8 @@ class _LossStage:
                 reducer=self.reducer,
             )
         )
-        self.loss += float(terms.loss.detach())
         self.seconds += time.perf_counter() - start
+        self.loss += float(terms.loss.detach())
         self._log(terms, batch, gap=old - rollout, entropy=entropy.detach())
         return terms.loss, {}
 

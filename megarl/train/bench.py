@@ -108,7 +108,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
             prompts = [p.token_ids for p in rollouts.prompts for _ in range(rollouts.group_size)]
             share = prompts[engine.replica :: engine.num_replicas]
             plain_seconds, made = _together(lambda share=share: plain.generate(share, sampling))
-            tokens = sum(score.length for score in rollouts.scores.values())
+            tokens = rollouts.generated_tokens.total()
             turns.append(
                 {"loop": tokens / loop_seconds, "plain": sum(gather_all(made if engine.speaks else 0)) / plain_seconds}
             )

@@ -58,7 +58,7 @@ def _held(session: Session, settings: ExplanationSettings, rollouts: Rollouts, g
         sample = rollouts.mine.get(group * rollouts.group_size)
         if sample is not None and sample.finish_reason == "stop":
             answer = rollouts.prompts[group].answer
-            found = training_tokens(session.tokenizer, settings, sample.token_ids, answer)
+            found = training_tokens(session.tokenizer, settings, sample.token_ids, answer, session.stop_ids)
             chains += [] if isinstance(found, str) else [("own", group, *found)]
         target = next(iter(rollouts.targets.get(group, ())), None)
         if target is not None and target.holder == session.world.rank:
@@ -70,7 +70,7 @@ def _expert(session: Session, settings: ExplanationSettings, group: int, prompt:
     if prompt.solution is None:
         return []
     tokens = tuple(response_ids(session.tokenizer, prompt.solution))
-    found = training_tokens(session.tokenizer, settings, tokens, prompt.answer)
+    found = training_tokens(session.tokenizer, settings, tokens, prompt.answer, session.stop_ids)
     return [] if isinstance(found, str) else [("expert", group, *found)]
 
 

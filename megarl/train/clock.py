@@ -8,21 +8,28 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Adds up seconds by phase name; `on_phase` is told each phase as it begins (the progress display)."""
+    """Adds up seconds by phase name; `on_phase` is told each phase as it begins (the progress display).
+
+    A phase inside another is not counted for the outer one, so that all seconds add up to those that passed.
+    """
 
     def __init__(self, on_phase: Callable[[str], None] = lambda _: None) -> None:
         self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
+        self._inside = [0.0]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside under `name`."""
         self._on_phase(name)
+        self._inside.append(0.0)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            passed = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + passed - self._inside.pop()
+            self._inside[-1] += passed
 
     def take(self) -> dict[str, float]:
         """The seconds counted since the last call, by phase."""

@@ -6,6 +6,7 @@ policy's thinking, and its answers are scored.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from megarl.errors import ScoringStopped, TrainingStopped
@@ -14,16 +15,16 @@ from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
 from megarl.train.generation import Output, generate, respond, think
 from megarl.train.scoring import grade
-from megarl.train.session import CONSUMER, Session
+from megarl.train.session import CONSUMER, REFERENCE, Session
 
 
 def evaluate(session: Session) -> dict[str, Any]:
     """Answer every held-out prompt `evaluation.samples` times; the numbers are the same on every rank.
 
     Returns `accuracy` (share of scored answers with a reward above the middle of the reward's range) and, with the
-    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples` and `unscored`. With
-    `evaluation.consumer` policy and consumer answer the same thinkings with the same seeds; the consumer's numbers
-    are `cross_accuracy` and so on. Collective; the engine must be awake with the current weights. Raises
+    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples`, `unscored` and
+    `counters`. With `evaluation.consumer` policy and consumer answer the same thinkings with the same seeds; the
+    consumer's numbers are `cross_accuracy` and so on. Collective; the engine must be awake with the current weights. Raises
     `TrainingStopped` on all ranks where rewards cannot be found any more.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
@@ -45,10 +46,11 @@ def evaluate(session: Session) -> dict[str, Any]:
     if settings.consumer is None:
         completions = generate(session.engine, requests, sampling, session.config)
         return _numbers(session, [Output(c) for c in completions], "", "evaluation_") | constants
+    consumer = REFERENCE if settings.consumer == "initial" else CONSUMER
     # In two parts also for the policy itself, so that both answer under the same conditions.
     thinkings = think(session, requests, sampling)
     own = _numbers(session, respond(session, thinkings, requests, sampling, None), "", "evaluation_")
-    cross = _numbers(session, respond(session, thinkings, requests, sampling, CONSUMER), "cross_", "cross_")
+    cross = _numbers(session, respond(session, thinkings, requests, sampling, consumer), "cross_", "cross_")
     return own | cross | constants
 
 
@@ -59,6 +61,7 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
     scorer = session.evaluation_scorer or session.scorer
     mine: list[tuple[int, float | None, int, bool]] = []
     failure = None
+    counters: Counter[str] = Counter()
     if scorer is not None:
         scorer.begin_step()
         prompts = [data.prompts[o.completion.index // config.evaluation.samples] for o in outputs]
@@ -68,13 +71,16 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
                 (o.completion.index, g.reward, len(o.completion.token_ids), o.completion.finish_reason == "length")
                 for o, g in zip(outputs, graded, strict=True)
             ]
+            for one in graded:
+                counters.update(one.counters)
         except ScoringStopped as error:
             failure = str(error)
-    parts = gather_all((mine, failure))
-    failures = [failed for _, failed in parts if failed]
+        counters.update(scorer.take_counters())
+    parts = gather_all((mine, counters, failure))
+    failures = [failed for *_, failed in parts if failed]
     if failures:
         raise TrainingStopped(failures[0])
-    answers = sorted((answer for part, _ in parts for answer in part), key=lambda answer: answer[0])
+    answers = sorted((answer for part, *_ in parts for answer in part), key=lambda answer: answer[0])
     settings = config.evaluation.reward or config.reward
     middle = (settings.low + settings.high) / 2
     rewards = [reward for _, reward, _, _ in answers if reward is not None]
@@ -84,4 +90,5 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
         f"{detail}truncated_share": sum(cut for *_, cut in answers) / len(answers),
         f"{detail}length_mean": sum(length for _, _, length, _ in answers) / len(answers),
         f"{detail}unscored": len(answers) - len(rewards),
+        f"{detail}counters": dict(sum((counted for _, counted, _ in parts), Counter())),
     }

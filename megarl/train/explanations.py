@@ -78,11 +78,19 @@ def tell_everyone(
         _take_kept(session, settings, rollouts, step, first)
 
 
+def graded(session: Session) -> bool:
+    """Whether explanations are graded as answers are: for `must_match`, and for the log where a reward says right or
+    wrong and costs nothing."""
+    settings = session.algorithm.needs.explanations
+    return settings is not None and (settings.must_match or session.config.reward.kind in ("math", "boxed"))
+
+
 def _target_tokens(
     session: Session, settings: ExplanationSettings, prompt: Prompt, sample: Sample, counters: Counter[str]
 ) -> tuple[tuple[int, ...], int] | None:
     """The tokens to learn and the length of their chain, or None for an explanation that is left out, and counted."""
     reward = session.config.reward
+    # Without a reward where no explanation is graded, see `graded`.
     matches = sample.reward is not None and sample.reward > (reward.low + reward.high) / 2
     counters["explanations_matching"] += matches
     if sample.finish_reason == "length":
@@ -91,7 +99,7 @@ def _target_tokens(
     if settings.must_match and not matches:
         counters["explanations_not_matching"] += 1
         return None
-    found = training_tokens(session.tokenizer, settings, sample.token_ids, prompt.answer)
+    found = training_tokens(session.tokenizer, settings, sample.token_ids, prompt.answer, session.stop_ids)
     if isinstance(found, str):
         counters[found] += 1
         return None
@@ -103,27 +111,28 @@ def _target_tokens(
 
 
 def _kept(session: Session, settings: ExplanationSettings, step: int, prompt: Prompt) -> list | None:
-    """What an earlier step made of the prompt's explanations: [step, [[number, chain_length, tokens], ...]]."""
+    """What an earlier step made of the prompt's explanations: [step, {number: [chain_length, tokens]}]."""
     entry = session.progress.explanations.get(str(prompt.index))
     return entry if entry is not None and entry[0] < step < entry[0] + settings.refresh_every else None
 
 
 def _keep(session: Session, step: int, prompt: Prompt, target: Target, tokens: tuple[int, ...]) -> None:
-    entry = session.progress.explanations.setdefault(str(prompt.index), [step, []])
+    entry = session.progress.explanations.setdefault(str(prompt.index), [step, {}])
     if entry[0] != step:
-        entry[:] = [step, []]
-    entry[1].append([target.number, target.chain_length, list(tokens)])
+        entry[:] = [step, {}]
+    # Of a prompt that was drawn twice in the step, the first group's. Keys as JSON has them.
+    entry[1].setdefault(str(target.number), [target.chain_length, list(tokens)])
 
 
 def _take_kept(session: Session, settings: ExplanationSettings, rollouts: Rollouts, step: int, first: int) -> None:
     """Targets of the groups from `first` on whose explanations still serve; rank 0 holds them. Forget what is old."""
     for group in range(first, len(rollouts.prompts)):
         entry = _kept(session, settings, step, rollouts.prompts[group])
-        for number, chain_length, tokens in entry[1] if entry is not None else ():
-            rollouts.targets.setdefault(group, []).append(Target(number, 0, len(tokens), chain_length))
+        for number, (chain_length, tokens) in entry[1].items() if entry is not None else ():
+            rollouts.targets.setdefault(group, []).append(Target(int(number), 0, len(tokens), chain_length))
             rollouts.count("explanations_reused")
             if session.world.is_first:
-                rollouts.my_targets[group, number] = tuple(tokens)
+                rollouts.my_targets[group, int(number)] = tuple(tokens)
     kept = session.progress.explanations
     for name in [name for name, entry in kept.items() if entry[0] + settings.refresh_every <= step + 1]:
         del kept[name]

@@ -108,7 +108,8 @@ def respond(
         for j in range(responses)
     ]
     # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
-    written = session.engine.generate(continued, sampling)
+    # With a seed of their own, for engines that draw unseeded requests from one generator.
+    written = session.engine.generate(continued, replace(sampling, seed=hash_seed("response", sampling.seed)))
     answers = {z.index: tuple(written[i * responses : (i + 1) * responses]) for i, z in enumerate(ended)}
     return [_output(thinking, answers.get(thinking.index, ())) for thinking in thinkings]
 
@@ -127,6 +128,8 @@ def _response_seed(seed: int | None, number: int) -> int | None:
 
 def _seeded(session: Session) -> bool:
     seeded = session.config.rollout.seeded
+    if session.algorithm.needs.rollout_weights == "initial":
+        return True
     return not has_cuda() if seeded is None else seeded
 
 

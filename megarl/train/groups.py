@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megarl.algorithms.base import GroupOutcome
@@ -52,6 +53,8 @@ class Rollouts:
     my_targets: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     generated_tokens: Counter[str] = field(default_factory=Counter)
     """Tokens made by all engines, by kind of sample."""
+    _earlier: list[int] = field(default_factory=list)
+    _drawn: Counter[int] = field(default_factory=Counter)
 
     def outcome(self, group: int) -> GroupOutcome:
         """A group's metadata, in sample order. Every sample must have a reward."""
@@ -72,8 +75,13 @@ class Rollouts:
         if amount:
             self.counters[name] = self.counters.get(name, 0) + amount
 
+    def draw(self, prompts: Iterable[Prompt]) -> None:
+        """Add groups for `prompts`."""
+        for prompt in prompts:
+            self._earlier.append(self._drawn[prompt.index])
+            self._drawn[prompt.index] += 1
+            self.prompts.append(prompt)
+
     def sample_index(self, group: int, number: int, per_prompt: int) -> int:
         """The index of a prompt's sample: those of a prompt that was drawn again go on where its last group ended."""
-        index = self.prompts[group].index
-        earlier = sum(prompt.index == index for prompt in self.prompts[:group])
-        return earlier * per_prompt + number
+        return self._earlier[group] * per_prompt + number

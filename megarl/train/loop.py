@@ -26,6 +26,8 @@ def run_steps(session: Session) -> None:
     config, progress = session.config, session.progress
     if config.evaluation.start and progress.step == 0:
         progress.accuracy_before = evaluate_now(session)["accuracy"]
+    elif progress.evaluation_due and progress.step < config.steps:
+        evaluate_now(session)
     while progress.step < config.steps:
         run_step(session, progress.step + 1)
         if _due(config.evaluation.every, progress.step) and progress.step < config.steps:
@@ -88,8 +90,10 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:
 
 def evaluate_now(session: Session) -> dict[str, Any]:
     """Evaluate the current weights and record the result."""
+    session.progress.evaluation_due = True
     with awake(session), session.clock.phase("evaluate"):
         result = evaluate(session)
+    session.progress.evaluation_due = False
     session.recorder.metrics({"step": session.progress.step, **result, "seconds": session.clock.take()})
     return result
 

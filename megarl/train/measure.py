@@ -122,7 +122,7 @@ def _of_rollouts(rollouts: Rollouts | None) -> dict[str, Any]:
         "truncated_share": statistics.fmean(not s.finished for s in scores),
         "generated_tokens": rollouts.generated_tokens.total() or sum(s.length for s in scores),
         "groups": len(rollouts.prompts),
-        "groups_trained": len(rollouts.kept),
+        "groups_trained": len(rollouts.kept) - rollouts.counters.get("groups_without_pair", 0),
     }
 
 

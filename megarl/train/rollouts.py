@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Sample
+from megarl.rewards.scorer import Scorer
 from megarl.rollout.engine import Request
 from megarl.train import explanations, replay
 from megarl.train.generation import (
@@ -26,7 +27,7 @@ from megarl.train.generation import (
     weight_set,
 )
 from megarl.train.groups import Rollouts, Score
-from megarl.train.scoring import Graded, grade
+from megarl.train.scoring import grade
 from megarl.train.serving import serve
 from megarl.train.session import Session
 
@@ -37,14 +38,14 @@ def make_rollouts(session: Session, step: int) -> Rollouts:
     Collective. The engine must be awake unless the rollouts are replayed. Raises `TrainingStopped` on all ranks where
     the rewards cannot be found any more.
     """
-    wanted = session.config.batch.prompts
-    size = session.config.batch.generation_prompts or wanted
+    wanted, batches = session.config.batch.prompts, session.algorithm.needs.max_generation_batches
+    size = (session.config.batch.generation_prompts or wanted) if batches > 1 else wanted
     rollouts = Rollouts(session.config.rollout.group_size)
     if session.scorer is not None:
         session.scorer.begin_step()
-    for batch in range(session.algorithm.needs.max_generation_batches):
+    for batch in range(batches):
         first = len(rollouts.prompts)
-        rollouts.prompts += [session.data.prompts[i] for i in session.stream.take(size)]
+        rollouts.draw(session.data.prompts[i] for i in session.stream.take(size))
         _sample_batch(session, rollouts, step, batch, first)
         for group in range(first, len(rollouts.prompts)):
             reason = _drop_reason(session, rollouts, group)
@@ -53,7 +54,9 @@ def make_rollouts(session: Session, step: int) -> Rollouts:
             else:
                 rollouts.count("groups_dropped")
                 rollouts.count(reason)
-        if len(rollouts.kept) >= wanted:
+        unscored = [_unscored(rollouts, group) for group in range(first, len(rollouts.prompts))]
+        # Where nothing gets a reward any more, such as after the judge's cost cap, more answers would not either.
+        if len(rollouts.kept) >= wanted or all(unscored):
             break
     rollouts.count("groups_surplus", max(0, len(rollouts.kept) - wanted))
     del rollouts.kept[wanted:]
@@ -61,9 +64,13 @@ def make_rollouts(session: Session, step: int) -> Rollouts:
 
 
 def _drop_reason(session: Session, rollouts: Rollouts, group: int) -> str | None:
-    if any(score.reward is None for score in rollouts.scores_of(group)):
+    if _unscored(rollouts, group):
         return "groups_unscored"
     return session.algorithm.drop_reason(rollouts.outcome(group))
+
+
+def _unscored(rollouts: Rollouts, group: int) -> bool:
+    return any(score.reward is None for score in rollouts.scores_of(group))
 
 
 def _sample_batch(session: Session, rollouts: Rollouts, step: int, batch: int, first: int) -> None:
@@ -72,27 +79,22 @@ def _sample_batch(session: Session, rollouts: Rollouts, step: int, batch: int, f
     jobs += explanations.jobs(session, rollouts, step, first, len(jobs))
     failure = None
     samples: dict[int, Sample] = {}
-    thinking: dict[int, int | None] = {}
     tokens: Counter[str] = Counter()
     if session.config.rollout.replay is not None:
-        samples, thinking = _replayed(session, rollouts, step, jobs)
+        samples = _replayed(session, rollouts, step, jobs)
     else:
         with session.clock.phase("generate"):
             outputs = _outputs(session, step, batch, jobs)
         if session.scorer is not None:
-            prompts = [rollouts.prompts[jobs[o.completion.index].group] for o in outputs]
             with session.clock.phase("score"):
                 try:
-                    graded = grade(session, session.scorer, prompts, outputs, session.config.reward)
+                    samples = _samples(session, session.scorer, rollouts, jobs, outputs)
                 except ScoringStopped as error:
-                    failure, graded, outputs = str(error), [], []
-            for output, one in zip(outputs, graded, strict=True):
-                position = output.completion.index
-                samples[position] = _sample(rollouts, jobs[position], output, one, session)
-                thinking[position] = one.thinking_length
-                tokens += _tokens(jobs[position], output)
+                    failure = str(error)
+            for output in outputs:
+                tokens += _tokens(jobs[output.completion.index], output)
     with session.clock.phase("score"):
-        _tell_everyone(session, rollouts, jobs, samples, thinking, tokens, failure)
+        _tell_everyone(session, rollouts, jobs, samples, tokens, failure)
         explanations.tell_everyone(session, rollouts, step, first, jobs, samples)
 
 
@@ -127,20 +129,32 @@ def _tokens(job: Job, output: Output) -> Counter[str]:
     return Counter({job.kind: made})
 
 
-def _sample(rollouts: Rollouts, job: Job, output: Output, graded: Graded, session: Session) -> Sample:
-    completion = output.completion
-    return Sample(
-        prompt_index=rollouts.prompts[job.group].index,
-        sample_index=_sample_index(session, rollouts, job),
-        token_ids=completion.token_ids,
-        rollout_log_probs=completion.log_probs,
-        finish_reason=completion.finish_reason,
-        seed=job.request.seed or 0,
-        text=graded.text,
-        reward=graded.reward,
-        kind=job.kind,
-        reward_counters=graded.counters,
-    )
+def _samples(
+    session: Session, scorer: Scorer, rollouts: Rollouts, jobs: Sequence[Job], outputs: Sequence[Output]
+) -> dict[int, Sample]:
+    """The outputs as samples, graded, by position in `jobs`."""
+    asked = [o for o in outputs if jobs[o.completion.index].kind == "answer" or explanations.graded(session)]
+    prompts = [rollouts.prompts[jobs[o.completion.index].group] for o in asked]
+    graded = grade(session, scorer, prompts, asked, session.config.reward)
+    by_position = {o.completion.index: one for o, one in zip(asked, graded, strict=True)}
+    samples = {}
+    for output in outputs:
+        completion = output.completion
+        job, one = jobs[completion.index], by_position.get(completion.index)
+        samples[completion.index] = Sample(
+            prompt_index=rollouts.prompts[job.group].index,
+            sample_index=_sample_index(session, rollouts, job),
+            token_ids=completion.token_ids,
+            rollout_log_probs=completion.log_probs,
+            finish_reason=completion.finish_reason,
+            seed=job.request.seed or 0,
+            text=session.tokenizer.decode(completion.token_ids) if one is None else one.text,
+            reward=None if one is None else one.reward,
+            kind=job.kind,
+            thinking_length=None if one is None else one.thinking_length,
+            reward_counters={} if one is None else one.counters,
+        )
+    return samples
 
 
 def _sample_index(session: Session, rollouts: Rollouts, job: Job) -> int:
@@ -151,21 +165,24 @@ def _sample_index(session: Session, rollouts: Rollouts, job: Job) -> int:
     return rollouts.sample_index(job.group, job.number, per_prompt)
 
 
-def _replayed(
-    session: Session, rollouts: Rollouts, step: int, jobs: Sequence[Job]
-) -> tuple[dict[int, Sample], dict[int, int | None]]:
-    """This rank's part of the saved samples that stand for `jobs`, and where their thinking ends."""
+def _replayed(session: Session, rollouts: Rollouts, step: int, jobs: Sequence[Job]) -> dict[int, Sample]:
+    """This rank's part of the saved samples that stand for `jobs`."""
     source = session.config.rollout.replay
     assert source is not None
     keys = [(rollouts.prompts[j.group].index, _sample_index(session, rollouts, j), j.kind) for j in jobs]
     with session.clock.phase("replay"):
         samples = replay.read_samples(source, step, keys, session.world)
-    thinking: dict[int, int | None] = dict.fromkeys(samples)
-    if session.algorithm.needs.thinking:
-        for position, sample in samples.items():
-            split = session.thinking_end.split(sample.token_ids)
-            thinking[position] = split if isinstance(split, int) else None
-    return samples, thinking
+    if not session.algorithm.needs.thinking:
+        return samples
+    return {position: _with_thinking(session, sample) for position, sample in samples.items()}
+
+
+def _with_thinking(session: Session, sample: Sample) -> Sample:
+    """A saved sample with the length of its thinking, which a run that did not need it did not save."""
+    if sample.thinking_length is not None:
+        return sample
+    split = session.thinking_end.split(sample.token_ids)
+    return dataclasses.replace(sample, thinking_length=split if isinstance(split, int) else None)
 
 
 def _tell_everyone(
@@ -173,48 +190,45 @@ def _tell_everyone(
     rollouts: Rollouts,
     jobs: Sequence[Job],
     samples: dict[int, Sample],
-    thinking: dict[int, int | None],
     tokens: Counter[str],
     failure: str | None,
 ) -> None:
     """Exchange metadata, and the texts of the samples that are to be shown; keep this rank's samples."""
     size, rank = rollouts.group_size, session.world.rank
-    answers = {jobs[i].group * size + jobs[i].number: i for i in samples if jobs[i].kind == "answer"}
-    rollouts.mine |= {number: samples[i] for number, i in answers.items()}
-    rollouts.explanations += [samples[i] for i in samples if jobs[i].kind == "explanation"]
+    answers = {jobs[i].group * size + jobs[i].number: s for i, s in samples.items() if s.kind == "answer"}
+    rollouts.mine |= answers
+    rollouts.explanations += [sample for sample in samples.values() if sample.kind == "explanation"]
     scores = {
-        number: Score(s.reward, len(s.token_ids), s.finish_reason == "stop", rank, thinking[i])
-        for number, i in answers.items()
-        for s in [samples[i]]
+        number: Score(s.reward, len(s.token_ids), s.finish_reason == "stop", rank, s.thinking_length)
+        for number, s in answers.items()
     }
-    shown = session.config.logging.samples
     texts = {
-        number: dataclasses.replace(samples[i], rollout_log_probs=(), token_ids=())
-        for number, i in answers.items()
-        if number < shown
+        number: dataclasses.replace(sample, rollout_log_probs=(), token_ids=())
+        for number, sample in answers.items()
+        if number < session.config.logging.samples
     }
     counters: Counter[str] = Counter(session.scorer.take_counters() if session.scorer is not None else {})
-    for sample in samples.values():
+    for sample in answers.values():
         counters.update(sample.reward_counters)
     to_show: dict[int, Sample] = {}
     failures: list[str] = []
-    for other_scores, other_texts, other_counters, other_tokens, other_failure in gather_all(
-        (scores, texts, dict(counters), tokens, failure)
+    found = 0
+    for other_scores, other_texts, other_counters, other_tokens, other_count, other_failure in gather_all(
+        (scores, texts, dict(counters), tokens, len(samples), failure)
     ):
         rollouts.scores |= other_scores
         to_show |= other_texts
         rollouts.generated_tokens += other_tokens
+        found += other_count
         for name, amount in other_counters.items():
             rollouts.count(name, amount)
         failures += [other_failure] if other_failure else []
     if failures:
         raise TrainingStopped(failures[0])
-    expected = {job.group * size + job.number for job in jobs if job.kind == "answer"}
-    missing = expected - rollouts.scores.keys()
-    if missing:
+    if found < len(jobs):
         raise Refusal(
-            f"{len(missing)} of {len(expected)} samples of this step",
+            f"{len(jobs) - found} of {len(jobs)} samples of this step",
             "must be there before a step can train on them",
-            "replay a step that was saved whole",
+            "replay a step that was saved whole, by a run with the same prompts, group size and explanations",
         )
     rollouts.shown += [to_show[i] for i in sorted(to_show)]

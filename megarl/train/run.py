@@ -16,6 +16,7 @@ from megarl.errors import Refusal, TrainingStopped
 from megarl.parallel import bootstrap
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.groups import form_grid
+from megarl.policy import checkpoint
 from megarl.rollout import environment
 from megarl.train import evaluation
 from megarl.train.loop import evaluate_now, roll_out, run_steps
@@ -62,15 +63,12 @@ def train(config: RunConfig) -> dict[str, Any]:
             run_steps(session)
         except TrainingStopped:
             # What was trained until then is kept, as far as it is worth keeping.
-            step, saved = session.progress.step, saves.every and session.progress.step % saves.every == 0
-            if step > first and not saved and session.policy.skipped_in_a_row == 0:
+            # The evaluation that could not be finished is made when the run continues.
+            unsaved = session.progress.step > first and session.saved_step != session.progress.step
+            if unsaved and session.policy.skipped_in_a_row == 0:
                 save_checkpoint(session)
             raise
-        if (
-            saves.end
-            and not (saves.every and session.progress.step % saves.every == 0)
-            and session.progress.step > first
-        ):
+        if saves.end and session.progress.step > first and session.saved_step != session.progress.step:
             save_checkpoint(session)
         # What was learned is safe before anything else can fail.
         accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
@@ -98,9 +96,13 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str, Any]:
     """Run the evaluation alone, on `checkpoint_path` or the weights that the configuration names."""
-    if checkpoint_path is not None:
+    # The initial policy as the consumer is that of the configuration: it is loaded first, and kept.
+    later = checkpoint_path is not None and config.evaluation.consumer == "initial"
+    if checkpoint_path is not None and not later:
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": checkpoint_path})})
     with session_of(config, evaluate_only=True) as session:
+        if checkpoint_path is not None and later:
+            checkpoint.load(session.policy, checkpoint.require(checkpoint_path, "checkpoint"), optimizer=False)
         with awake(session):
             result = evaluation.evaluate(session)
         return {"name": config.name, "checkpoint": checkpoint_path, **result}

@@ -26,6 +26,7 @@ def save_checkpoint(session: Session) -> None:
             optimizer=settings.optimizer,
             keep=settings.keep,
         )
+    session.saved_step = session.progress.step
 
 
 def resume(session: Session) -> bool:
@@ -47,6 +48,7 @@ def resume(session: Session) -> bool:
     session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
     session.policy.skipped_in_a_row = session.progress.skipped_in_a_row
     session.stream.restore(session.progress.cursor)
+    session.saved_step = session.progress.step
     return True
 
 

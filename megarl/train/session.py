@@ -47,6 +47,8 @@ class Progress:
     skipped_in_a_row: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     explanations: dict[str, list] = field(default_factory=dict)
+    evaluation_due: bool = False
+    """An evaluation was begun and not finished."""
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter of the run."""
@@ -76,10 +78,14 @@ class Session:
     scorer: Scorer | None
     evaluation_scorer: Scorer | None
     thinking_end: ThinkingEnd
+    stop_ids: frozenset[int]
+    """Token ids that end a response."""
     recorder: Recorder
     clock: Clock
     progress: Progress
     serving: str | None = None
+    saved_step: int | None = None
+    """The step of the newest checkpoint that this session saved or continues from."""
 
     def close(self) -> None:
         """End what finds rewards, flush what is recorded, and shut the engine down."""
@@ -112,9 +118,9 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
     recorder = Recorder(config, world.is_first, show=world.is_first)
     generates = evaluates or (rollouts and config.rollout.replay is None)
     engine = None
+    eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
     if generates:
         recorder.status("building the inference engine")
-        eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
         engine = Engine(config, shape, eos_token_ids=eos, rank=world.rank, world_size=world.size)
         engine.sleep()
     scorer, evaluation_scorer = _scorers(config, engine, recorder)
@@ -127,10 +133,8 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
         checkpoint.load(policy, checkpoint.require(settings.consumer, "evaluation.consumer"), optimizer=False)
         policy.weight_sets.keep(CONSUMER)
     _load_weights(policy, config)
-    if algorithm.needs.initial_weights:
+    if settings.consumer == "initial" or (algorithm.needs.initial_weights and not evaluate_only):
         policy.weight_sets.keep(REFERENCE)
-    if settings.consumer == "initial":
-        policy.weight_sets.keep(CONSUMER)
     return Session(
         config=config,
         shape=shape,
@@ -147,6 +151,7 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
         scorer=scorer,
         evaluation_scorer=evaluation_scorer,
         thinking_end=thinking_end,
+        stop_ids=frozenset((*eos, *config.rollout.stop_token_ids)),
         recorder=recorder,
         clock=Clock(recorder.phase),
         progress=Progress(),

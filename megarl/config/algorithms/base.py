@@ -71,7 +71,8 @@ class ExplanationSettings(Settings):
     )
     measure_every: NonNegativeInt = Field(
         default=10,
-        description="Every that many steps measure likelihoods of own, self-explained and expert chains; 0: never.",
+        description="Every that many steps measure likelihoods of own, self-explained and expert chains; 0: never. "
+        "Our choice.",
     )
     measure_prompts: PositiveInt = Field(default=16, description="Prompts per such measurement. Our choice.")
 

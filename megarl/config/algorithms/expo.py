@@ -82,3 +82,9 @@ class ExpDpoSettings(AlgorithmSettings):
                 "must be 1: a pair has one chosen answer",
                 "remove it",
             )
+        if self.mode == "offline" and run.rollout.seeded is False:
+            yield Refusal(
+                "rollout.seeded=false",
+                "contradicts algorithm.mode=offline, in which a prompt always gets the same answers",
+                "remove it",
+            )

@@ -63,14 +63,9 @@ class StartSettings(GroupRelativeSettings):
                 "has no effect without algorithm.thinking_steps, since the whole run is stage 1",
                 "set algorithm.thinking_steps, or remove it",
             )
-        if self.stage_two_alone and (self.responder != "policy" or self.responses != 1):
+        if self.thinking_steps == 0 and (self.responder != "policy" or self.responses != 1):
             yield Refusal(
                 "algorithm.thinking_steps=0",
                 "leaves no stage 1 for algorithm.responder and algorithm.responses to work in",
                 "remove these two, or let stage 1 last longer",
             )
-
-    @property
-    def stage_two_alone(self) -> bool:
-        """Whether there is no stage 1."""
-        return self.thinking_steps == 0
