@@ -24,8 +24,8 @@ def evaluate(session: Session) -> dict[str, Any]:
     Returns `accuracy` (share of scored answers with a reward above the middle of the reward's range) and, with the
     prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples`, `unscored` and
     `counters`. With `evaluation.consumer` policy and consumer answer the same thinkings with the same seeds; the
-    consumer's numbers are `cross_accuracy` and so on. Collective; the engine must be awake with the current weights. Raises
-    `TrainingStopped` on all ranks where rewards cannot be found any more.
+    consumer's numbers are `cross_accuracy` and so on. Collective; the engine must be awake with the current weights.
+    Raises `TrainingStopped` on all ranks where rewards cannot be found any more.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.engine is not None and session.evaluation_data is not None
