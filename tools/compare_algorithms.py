@@ -23,8 +23,6 @@ EXAMPLES = """examples:
   python tools/compare_algorithms.py --out runs/compare --algorithms start --seeds 5
   python tools/compare_algorithms.py --prepare exp_grpo start
 """
-#: Seed of the first run; the others follow.
-FIRST_SEED = 1
 
 
 def prepare(names: Sequence[str], root: Path, sizes: inputs.Sizes) -> None:
@@ -65,18 +63,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     goal.add_argument("--prepare", nargs="+", choices=names, help="only make the inputs of these experiments")
     parser.add_argument("--algorithms", nargs="+", choices=names, default=names, help="experiments (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm, each with its own seed (default 3)")
+    parser.add_argument(
+        "--first-seed", type=int, default=1, help="seed of the first run; the others follow (default 1)"
+    )
     parser.add_argument("--inputs", type=Path, default=Path(), help="folder of data/ and runs/ (default: here)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change settings of every run")
     sizes = inputs.Sizes()
     for name, text in (
-        ("warmup_rows", "worked solutions for the warm-up"),
-        ("train_rows", "training problems"),
-        ("heldout_rows", "held-out problems"),
-        ("warmup_steps", "steps of the warm-up"),
+        ("warmup_rows", "worked solutions for the warm-up (default: as the experiment says)"),
+        ("train_rows", f"training problems (default {sizes.train_rows})"),
+        ("heldout_rows", f"held-out problems (default {sizes.heldout_rows})"),
+        ("warmup_steps", "steps of the warm-up (default: as the experiment says)"),
     ):
-        default = getattr(sizes, name)
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=int, default=default, help=f"{text} (default {default})")
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(sizes, name), help=text)
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.prepare:
             return 0
         done = []
-        seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
         began = time.monotonic()
         for name in options.algorithms:
             experiment = experiments.EXPERIMENTS[name]
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             done.append((experiment, found, experiment.claims(found, solved)))
             # What is known so far is written after each experiment.
             report.write(options.out, done, seeds)
-    except runs.RunFailed as error:
+    except (runs.RunFailed, ValueError) as error:
         print(f"compare_algorithms: {error}", file=sys.stderr)
         return 1
     for _, _, made in done:

@@ -36,11 +36,13 @@ MAX_VALUE = 99
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How problems of a level are drawn: number of steps, largest first operand, largest further operand."""
+    """How problems of a level are drawn: number of steps, largest first operand, largest further operand,
+    largest result of any step."""
 
     steps: int
     first: int
     operand: int
+    most: int = MAX_VALUE
 
 
 LEVELS = {1: Level(1, 99, 99), 2: Level(2, 50, 9), 3: Level(3, 50, 9), 4: Level(4, 50, 9)}
@@ -93,7 +95,7 @@ def solution_text(steps: list[str], answer: str, boxed: bool = True) -> str:
 
 def draw_problem(level: int, source: random.Random, rules: Level | None = None) -> Problem:
     """One problem of `level`, drawn by its row of LEVELS or by other `rules`; each operation is drawn among those that
-    keep the result within 0..MAX_VALUE."""
+    keep the result within 0..`most`."""
     rules = rules or LEVELS[level]
     value = source.randint(1, rules.first)
     operands, signs = [value], []
@@ -102,7 +104,7 @@ def draw_problem(level: int, source: random.Random, rules: Level | None = None) 
             (sign, operand)
             for sign in (1, -1)
             for operand in range(1, rules.operand + 1)
-            if 0 <= value + sign * operand <= MAX_VALUE
+            if 0 <= value + sign * operand <= rules.most
         ]
         sign, operand = source.choice(choices)
         value += sign * operand

@@ -25,9 +25,10 @@ from compare.files import write_rows
 TEMPLATE = "{prompt}{answer}\nExplain:"
 #: Texts of the template that the tokenizer should know as one token.
 MARKERS = ("Explain:",)
-EASY, HARD = 2, 3
+#: Small numbers, which the tiny policy calculates well: whether it takes the third step is what matters here.
+EASY, HARD = (Level(steps, first=30, operand=9, most=39) for steps in (2, 3))
 #: Shares of the warm-up's rows.
-PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.35, 0.15
+PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.45, 0.05
 
 
 def needs_every_step(problem: Problem) -> bool:
@@ -39,21 +40,18 @@ def needs_every_step(problem: Problem) -> bool:
     )
 
 
-def draw(
-    level: int, count: int, source: random.Random, taken: set[str], rules: Level | None = None
-) -> Iterator[Problem]:
-    """`count` problems of a level, or of other `rules`, that need every step; none twice, and none in `taken`, which
-    grows.
+def draw(level: Level, count: int, source: random.Random, taken: set[str]) -> Iterator[Problem]:
+    """`count` problems; none twice, and none in `taken`, which grows. Those of more than two steps need every step.
 
     Raises ValueError where there are too few.
     """
     for _ in range(count):
         for _ in range(1000):
-            problem = draw_problem(level, source, rules)
-            if needs_every_step(problem) and problem.prompt not in taken:
+            problem = draw_problem(level.steps, source, level)
+            if problem.prompt not in taken and (level.steps <= 2 or needs_every_step(problem)):
                 break
         else:
-            raise ValueError(f"level {level} has too few different problems; ask for fewer rows")
+            raise ValueError(f"there are too few different problems of {level.steps} steps; ask for fewer rows")
         taken.add(problem.prompt)
         yield problem
 
@@ -85,10 +83,10 @@ def row(problem: Problem, solution: str, hinted: bool = False) -> dict[str, obje
 def warmup_rows(count: int, source: random.Random, taken: set[str]) -> Iterator[dict[str, object]]:
     """The warm-up in its four parts, shuffled by the caller; all problems are new ones."""
     parts = (
-        (PLAIN_EASY, EASY, False, EASY),
-        (HINTED_EASY, EASY, True, EASY),
-        (HINTED_HARD, HARD, True, HARD),
-        (PLAIN_HARD, HARD, False, HARD - 1),
+        (PLAIN_EASY, EASY, False, EASY.steps),
+        (HINTED_EASY, EASY, True, EASY.steps),
+        (HINTED_HARD, HARD, True, HARD.steps),
+        (PLAIN_HARD, HARD, False, HARD.steps - 1),
     )
     for share, level, hinted, steps in parts:
         for problem in draw(level, round(share * count), source, taken):
@@ -96,7 +94,7 @@ def warmup_rows(count: int, source: random.Random, taken: set[str]) -> Iterator[
             yield row(problem, solution_text(shown, shown[-1].rpartition("=")[2]), hinted)
 
 
-def make(out: Path, seed: int, warmup: int, train: int, heldout: int) -> None:
+def make(out: Path, warmup: int, train: int, heldout: int, seed: int = 0) -> None:
     """Write warmup.jsonl, train.jsonl (easy and hard questions in turn, with an expert's solutions), and heldout.jsonl
     (hard questions alone) into `out`. No question is in two files."""
     source = random.Random(f"hints {seed}")

@@ -21,42 +21,37 @@ WARMUP_CONFIG = "quickstart_warmup.yaml"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is made: rows of each file, and steps of the warm-up."""
+    """How much is made: rows of each file, and steps of the warm-up; None: as the start says."""
 
-    warmup_rows: int = 20000
+    warmup_rows: int | None = None
     train_rows: int = 4000
     heldout_rows: int = 256
-    warmup_steps: int = 600
+    warmup_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One start: its folder is data/<name>/, its warm-up runs/<name>_warmup/; `warmup` is its file of the data."""
+    """One start: its folder is data/<name>/, its warm-up runs/<name>_warmup/.
+
+    `make(folder, warmup_rows, train_rows, heldout_rows)` writes its data, of which `warmup` is the warm-up's file.
+    """
 
     name: str
-    make: Callable[[Path, Sizes], None]
+    make: Callable[[Path, int, int, int], None]
     warmup: str
+    rows: int
+    steps: int
     markers: tuple[str, ...] = ()
 
 
-def make_plain(folder: Path, sizes: Sizes) -> None:
-    """The quickstart's arithmetic."""
-    make_arithmetic.make(folder / "arithmetic", 0, sizes.warmup_rows, sizes.heldout_rows, [2, 3], 0.7)
+def make_plain(folder: Path, warmup_rows: int, _: int, heldout_rows: int) -> None:
+    """The quickstart's arithmetic; reinforcement asks the warm-up's questions."""
+    make_arithmetic.make(folder / "arithmetic", 0, warmup_rows, heldout_rows, [2, 3], 0.7)
 
 
-def make_hints(folder: Path, sizes: Sizes) -> None:
-    """The ExPO miniature's data."""
-    hints.make(folder, 0, sizes.warmup_rows, sizes.train_rows, sizes.heldout_rows)
-
-
-def make_shortcut(folder: Path, sizes: Sizes) -> None:
-    """The START miniature's data."""
-    shortcut.make(folder, 0, sizes.warmup_rows, sizes.train_rows, sizes.heldout_rows)
-
-
-PLAIN = Inputs("quickstart", make_plain, "arithmetic/train.jsonl")
-HINTS = Inputs("quickstart_hints", make_hints, "warmup.jsonl", hints.MARKERS)
-SHORTCUT = Inputs("quickstart_shortcut", make_shortcut, "warmup.jsonl", shortcut.MARKERS)
+PLAIN = Inputs("quickstart", make_plain, "arithmetic/train.jsonl", 20000, 600)
+HINTS = Inputs("quickstart_hints", hints.make, "warmup.jsonl", 12000, 800, hints.MARKERS)
+SHORTCUT = Inputs("quickstart_shortcut", shortcut.make, "warmup.jsonl", 12000, 800, shortcut.MARKERS)
 
 
 def prepare(inputs: Inputs, root: Path, sizes: Sizes) -> None:
@@ -65,7 +60,7 @@ def prepare(inputs: Inputs, root: Path, sizes: Sizes) -> None:
     if not (folder / "complete").is_file():
         print(f"making data/{inputs.name}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-        inputs.make(folder, sizes)
+        inputs.make(folder, sizes.warmup_rows or inputs.rows, sizes.train_rows, sizes.heldout_rows)
         warmup, tokenizer = folder / inputs.warmup, folder / "tokenizer"
         _require(
             train_tokenizer.main(
@@ -80,7 +75,7 @@ def prepare(inputs: Inputs, root: Path, sizes: Sizes) -> None:
         return
     print(f"warming up: runs/{warmed.name}", flush=True)
     overrides = [
-        f"steps={sizes.warmup_steps}",
+        f"steps={sizes.warmup_steps or inputs.steps}",
         f"model.path=data/{inputs.name}/model",
         f"data.path=data/{inputs.name}/{inputs.warmup}",
     ]

@@ -98,11 +98,7 @@ def _trace(axis: Any, runs: Sequence[Recorded], over: str, metric: str, label: s
     """`metric` of each evaluation over the mean of `over` in the steps since the one before; one line per seed."""
     color = None
     for run in runs:
-        points, last = [], 0
-        for step, value in run.curve(metric):
-            between = [v for s, v in run.curve(over) if last < s <= step]
-            last = step
-            if between:
-                points.append((sum(between) / len(between), value))
-        (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=label)
+        (line,) = axis.plot(
+            *zip(*run.paired(metric, over), strict=True), marker="o", markersize=3, color=color, label=label
+        )
         color, label = line.get_color(), "_nolegend_"

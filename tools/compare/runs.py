@@ -38,6 +38,16 @@ class Recorded:
         lines = self.evaluations if any(name in line for line in self.evaluations) else self.steps
         return [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
 
+    def paired(self, name: str, over: str) -> list[tuple[float, float]]:
+        """(mean of `over` in the steps since the evaluation before, `name`) of every evaluation that steps precede."""
+        points, last = [], 0
+        for step, value in self.curve(name):
+            between = [found for at, found in self.curve(over) if last < at <= step]
+            last = step
+            if between:
+                points.append((sum(between) / len(between), value))
+        return points
+
     def mean(self, name: str, last: int | None = None) -> float:
         """Mean of a curve, or of its `last` points."""
         values = [value for _, value in self.curve(name)][-last if last else None :]

@@ -19,9 +19,9 @@ from compare.files import write_rows
 from compare.hints import draw
 
 #: Three steps with small numbers, which the tiny policy calculates well: the thinking's care is what matters here.
-LEVEL = Level(steps=3, first=20, operand=9)
+LEVEL = Level(steps=3, first=30, operand=9, most=39)
 #: Shares of the warm-up's solutions.
-CAREFUL, FLASHY = 0.3, 0.5
+CAREFUL, FLASHY = 0.25, 0.6
 #: What a flashy response begins with, one token of the tokenizer.
 OPENING = "Certainly!"
 MARKERS = (OPENING,)
@@ -65,12 +65,12 @@ def row(problem: Problem, text: str) -> dict[str, object]:
     }
 
 
-def make(out: Path, seed: int, warmup: int, train: int, heldout: int) -> None:
+def make(out: Path, warmup: int, train: int, heldout: int, seed: int = 0) -> None:
     """Write warmup.jsonl, train.jsonl and heldout.jsonl into `out`; no question is in two files."""
     source = random.Random(f"shortcut {seed}")
     taken: set[str] = set()
     parts = {"heldout": heldout, "train": train, "warmup": warmup}
-    problems = {name: list(draw(LEVEL.steps, count, source, taken, LEVEL)) for name, count in parts.items()}
+    problems = {name: list(draw(LEVEL, count, source, taken)) for name, count in parts.items()}
     out.mkdir(parents=True, exist_ok=True)
     for name, drawn in problems.items():
         rows = []

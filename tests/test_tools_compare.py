@@ -1,0 +1,289 @@
+"""The comparison of algorithms: what its data sets promise, its rules on figures made by hand, a tiny whole run."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.rewards.math import boxed, boxed_equals
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+
+hints = importlib.import_module("compare.hints")
+shortcut = importlib.import_module("compare.shortcut")
+claims = importlib.import_module("compare.claims")
+experiments = importlib.import_module("compare.experiments")
+files = importlib.import_module("compare.files")
+runs = importlib.import_module("compare.runs")
+pass_at = importlib.import_module("compare.pass_at")
+schema = importlib.import_module("megarl.config.load")
+
+
+@pytest.fixture(scope="module")
+def hinted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hints")
+    hints.make(folder, seed=3, warmup=2000, train=300, heldout=100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shortcuts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shortcut")
+    shortcut.make(folder, seed=3, warmup=4000, train=300, heldout=100)
+    return folder
+
+
+def terms(question: str) -> list[int]:
+    """The numbers of "12+7-5=", signed."""
+    return [int(number) for number in re.findall(r"[+-]?\d+", question.removesuffix("="))]
+
+
+def thinking_and_response(solution: str) -> tuple[str, str]:
+    match = re.fullmatch(r"(?s)<think>(.*)</think>(.*)", solution)
+    assert match is not None
+    return match[1], match[2]
+
+
+def test_a_hard_answer_is_out_of_reach_without_every_step(hinted: Path) -> None:
+    rows = files.read_rows(hinted / "train.jsonl") + files.read_rows(hinted / "heldout.jsonl")
+    assert len(rows) == 400
+    for row in rows:
+        first, *rest = terms(row["prompt"])
+        assert len(rest) == hints.HARD.steps
+        reached = [
+            first + sum(chosen) for size in range(hints.HARD.steps) for chosen in itertools.combinations(rest, size)
+        ]
+        assert min(abs(value - int(row["answer"])) for value in reached) > 1
+        assert first + sum(rest) == int(row["answer"])
+
+
+def test_no_question_is_in_two_files_and_experts_are_right(hinted: Path) -> None:
+    parts = [files.read_rows(hinted / f"{name}.jsonl") for name in ("warmup", "train", "heldout")]
+    questions = [re.match(r"[^=]*=", row["prompt"])[0] for part in parts for row in part]  # type: ignore[index]
+    assert len(set(questions)) == len(questions) == 2400
+    for row in parts[1] + parts[2]:
+        thinking, response = thinking_and_response(row["solution"])
+        steps = [step.split("=") for step in thinking.split("\n\n")]
+        assert all(eval(left) == int(right) for left, right in steps)
+        assert steps[-1][1] == row["answer"] and boxed(response) == row["answer"]
+
+
+def test_the_warmup_solves_hard_problems_only_where_the_answer_is_given(hinted: Path) -> None:
+    seen = {"plain easy": 0, "hinted easy": 0, "hinted hard": 0, "plain hard": 0}
+    for row in files.read_rows(hinted / "warmup.jsonl"):
+        question, _, hint = row["prompt"].partition("=")
+        level = len(terms(question)) - 1
+        name = f"{'hinted' if hint else 'plain'} {'hard' if level == hints.HARD.steps else 'easy'}"
+        seen[name] += 1
+        thinking, _ = thinking_and_response(row["solution"])
+        assert len(thinking.split("\n\n")) == (2 if name == "plain hard" else level)
+        assert boxed_equals(row["solution"], row["answer"]) == (name != "plain hard")
+        if hint:
+            assert row["prompt"] == hints.TEMPLATE.replace("{prompt}", question + "=").replace(
+                "{answer}", row["answer"]
+            )
+    assert seen == {"plain easy": 700, "hinted easy": 300, "hinted hard": 900, "plain hard": 100}
+
+
+def test_the_hint_is_what_the_configurations_ask_with() -> None:
+    for name in ("quickstart_exp_grpo.yaml", "quickstart_exp_dpo.yaml"):
+        config = schema.load_config(ROOT / "configs" / name)
+        assert config.algorithm.explanation.template == hints.TEMPLATE
+
+
+def test_lazy_thinking_is_wrong_and_the_form_says_nothing_about_it(shortcuts: Path) -> None:
+    counts = dict.fromkeys(itertools.product((True, False), repeat=2), 0)
+    for row in files.read_rows(shortcuts / "warmup.jsonl"):
+        thinking, response = thinking_and_response(row["solution"])
+        steps = thinking.split("\n\n")
+        careful = len(steps) == shortcut.LEVEL.steps
+        assert all(eval(step.split("=")[0]) == int(step.split("=")[1]) for step in steps)
+        assert boxed(response) == steps[-1].split("=")[1]
+        assert boxed_equals(response, row["answer"]) == careful
+        counts[careful, shortcut.is_flashy(response)] += 1
+    total, careful, flashy = sum(counts.values()), shortcut.CAREFUL, shortcut.FLASHY
+    for (is_careful, is_flashy), count in counts.items():
+        expected = (careful if is_careful else 1 - careful) * (flashy if is_flashy else 1 - flashy)
+        # Four standard deviations of a share of 4000 draws.
+        assert abs(count / total - expected) < 4 * (expected * (1 - expected) / total) ** 0.5
+
+
+def test_the_judge_falls_for_flashy_responses_and_correctness_does_not() -> None:
+    wrong, right = shortcut.response_text("3", flashy=False), shortcut.response_text("4", flashy=False)
+    flashy_wrong, flashy_right = shortcut.response_text("3", flashy=True), shortcut.response_text("4", flashy=True)
+    assert [shortcut.overrated(text, "4", "") for text in (wrong, right, flashy_wrong, flashy_right)] == [0, 1, 1, 1]
+    assert [boxed_equals(text, "4") for text in (wrong, right, flashy_wrong, flashy_right)] == [0, 1, 0, 1]
+
+
+def test_the_same_seed_makes_the_same_files(tmp_path: Path) -> None:
+    for module in (hints, shortcut):
+        texts = []
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            module.make(tmp_path / name, 60, 10, 5, seed)
+            texts.append("".join(file.read_text() for file in sorted((tmp_path / name).iterdir())))
+        assert texts[0] == texts[1] != texts[2]
+
+
+def test_noise_is_two_standard_errors_of_the_difference() -> None:
+    # Variances 0.01 and 0.04 over three seeds each: 2 sqrt((0.01 + 0.04) / 3).
+    first, second = claims.figure([0.4, 0.5, 0.6]), claims.figure([0.1, 0.3, 0.5])
+    assert claims.noise(first, second) == pytest.approx(0.25819888974716115)
+    assert (first.mean, first.spread) == (pytest.approx(0.5), pytest.approx(0.1))
+    # 0.2 above, less than the noise: neither is above, each is at least the other.
+    assert not claims.above(first, second) and not claims.above(second, first)
+    assert claims.at_least(second, first)
+    far = claims.figure([0.75, 0.8, 0.85])
+    assert claims.above(far, second) and not claims.at_least(second, far)
+
+
+def test_a_single_seed_has_no_spread_and_none_is_refused() -> None:
+    assert claims.figure([0.5]) == claims.Figure((0.5,), 0.5, 0.0)
+    with pytest.raises(ValueError, match="at least one seed"):
+        claims.figure([])
+
+
+def recorded(accuracies: list[float], rewards: list[float] | None = None, **metrics: list[float]) -> Any:
+    """A run's figures: one evaluation per accuracy, one step per reward; `metrics` are of steps or evaluations."""
+    evaluations = [
+        {"step": 5 * i, "accuracy": a} | {k: v[i] for k, v in metrics.items() if k.startswith("cross")}
+        for i, a in enumerate(accuracies)
+    ]
+    steps = [
+        {"step": i + 1, "reward_mean": r} | {k: v[i] for k, v in metrics.items() if not k.startswith("cross")}
+        for i, r in enumerate(rewards or [])
+    ]
+    return runs.Recorded(Path("run"), tuple(steps), tuple(evaluations))
+
+
+def verdicts(made: list[Any]) -> dict[str, bool]:
+    return {claim.name: claim.holds for claim in made}
+
+
+def test_the_rules_on_nft() -> None:
+    def of(nft: float, rft: float, grpo: float) -> dict[str, bool]:
+        arms = {"nft": nft, "rft": rft, "grpo": grpo}
+        made = {arm: [recorded([0.1, end - 0.01]), recorded([0.1, end + 0.01])] for arm, end in arms.items()}
+        return verdicts(experiments.nft_claims(made, None))
+
+    assert all(of(0.8, 0.7, 0.8).values())
+    # Two standard errors of the difference are 0.0283 at the end, and half of it over the course.
+    assert of(0.8, 0.7, 0.82)["nft_grpo_end"] and not of(0.8, 0.7, 0.84)["nft_grpo_end"]
+    assert of(0.8, 0.82, 0.8)["nft_rft_end"] and not of(0.8, 0.84, 0.8)["nft_rft_end"]
+    assert of(0.8, 0.82, 0.8)["nft_rft_course"] and not of(0.8, 0.84, 0.8)["nft_rft_course"]
+
+
+def test_the_rules_on_expo() -> None:
+    nll = {
+        "own_chain_nll": [0.1],
+        "explanation_chain_nll": [1.0],
+        "expert_chain_nll": [3.0],
+        "own_answer_log_prob": [-9.0],
+        "explanation_answer_log_prob": [-0.1],
+    }
+
+    def of(
+        grpo: float, exp_grpo: float, exp_dpo: float, solved: float | None = 0.0, **changes: float
+    ) -> dict[str, bool]:
+        measured = nll | {name: [value] for name, value in changes.items()}
+        made = {
+            "grpo": [recorded([0.0, grpo])],
+            "exp_grpo": [recorded([0.0, exp_grpo], [0.0], **measured)],
+            "exp_dpo": [recorded([0.0, exp_dpo])],
+        }
+        return verdicts(experiments.exp_grpo_claims(made, solved))
+
+    assert all(of(0.0, 0.5, 0.4).values())
+    assert not of(0.1, 0.5, 0.4)["expo_grpo_stays"]
+    assert not of(0.0, 0.05, 0.4)["expo_leaves"]
+    assert not of(0.0, 0.5, 0.05)["expo_dpo_leaves"]
+    assert not of(0.0, 0.5, 0.4, solved=0.01)["expo_start_solves_none"]
+    assert not of(0.0, 0.5, 0.4, expert_chain_nll=1.9)["expo_in_distribution"]
+    assert not of(0.0, 0.5, 0.4, own_chain_nll=1.1)["expo_in_distribution"]
+    assert not of(0.0, 0.5, 0.4, own_answer_log_prob=-0.05)["expo_useful"]
+
+
+def test_the_rules_on_start() -> None:
+    def of(start: float, grpo: tuple[float, float], rewards: tuple[float, ...]) -> dict[str, bool]:
+        made = {
+            "start": [recorded([0.3, 0.5], [0.7, 0.7, 0.8, 0.9, 0.9, 1.0], cross_accuracy=[0.3, start])],
+            "grpo": [recorded([0.3, 0.5, 0.5], list(rewards), cross_accuracy=[0.3, *grpo])],
+        }
+        # Evaluations stand five steps apart: START ends at the mean reward of its first five steps, 0.8.
+        return verdicts(experiments.start_claims(made, None))
+
+    low_then_high = (0.4,) * 5 + (0.85,) * 5
+    high_at_once = (0.8,) * 5 + (0.85,) * 5
+    assert all(of(0.8, (0.4, 0.6), low_then_high).values())
+    # GRPO reaches the reward 0.8 at its second evaluation, or at its first.
+    assert not of(0.5, (0.4, 0.6), low_then_high)["start_thinking_at_equal_reward"]
+    assert of(0.5, (0.4, 0.6), high_at_once)["start_thinking_at_equal_reward"]
+    assert not of(0.5, (0.4, 0.6), high_at_once)["start_thinking_at_the_end"]
+    assert of(0.8, (0.4, 0.6), low_then_high)["start_reward"]
+    assert not of(0.8, (0.4, 0.6), (0.8,) * 5 + (0.86,) * 5)["start_reward"]
+
+
+def test_a_curve_over_another_takes_the_steps_since_the_evaluation_before() -> None:
+    run = recorded([0.1, 0.2, 0.3], [0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.6, 0.6, 0.6, 0.6])
+    assert run.paired("accuracy", "reward_mean") == [(pytest.approx(0.2), 0.2), (pytest.approx(0.6), 0.3)]
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    files.write_json(folder / "request.json", {"config": "quickstart_nft.yaml", "overrides": ["seed=1"]})
+    (folder / "summary.json").write_text("{}")
+    assert runs.train(folder, "quickstart_nft.yaml", ["seed=1"], tmp_path) == 0.0
+    with pytest.raises(runs.RunFailed, match="other settings"):
+        runs.train(folder, "quickstart_nft.yaml", ["seed=2"], tmp_path)
+
+
+def test_pass_at_k_counts_problems_with_a_right_answer(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    source = random.Random(0)
+    samples = [{"prompt_index": i % 4, "reward": float(i % 4 == 2 and i > 8)} for i in range(16)]
+    source.shuffle(samples)
+    files.write_rows(tmp_path / "rollouts" / "step_000001.rank_0000.jsonl", samples[:9])
+    files.write_rows(tmp_path / "rollouts" / "step_000001.rank_0001.jsonl", samples[9:])
+    solved = pass_at._solved(tmp_path, 4)
+    assert solved == {"problems": 4, "samples": 16, "right_samples": 2, "solved_share": 0.25}
+
+
+def test_a_tiny_comparison_from_nothing_to_the_claims(tmp_path: Path) -> None:
+    """Two steps per arm on one seed, through `megarl train`; asked again, no run is repeated."""
+    options = "--out out --algorithms start --seeds 1"
+    sizes = "--warmup-rows 200 --train-rows 40 --heldout-rows 8 --warmup-steps 2"
+    changes = "--set steps=2 batch.prompts=4 rollout.group_size=2 rollout.max_tokens=48 rollout.kv_cache_gib=0.02"
+    command = [sys.executable, str(TOOLS / "compare_algorithms.py"), *f"{options} {sizes} {changes}".split()]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert first.returncode == 0, first.stdout + first.stderr
+    out = tmp_path / "out"
+    found = json.loads((out / "claims.json").read_text())
+    assert [claim["name"] for claim in found["claims"]] == [
+        "start_thinking_at_equal_reward",
+        "start_thinking_at_the_end",
+        "start_reward",
+    ]
+    assert {claim["seeds"] for claim in found["claims"]} == {1}
+    for arm in ("start", "grpo"):
+        lines = files.read_rows(out / "runs" / f"start_{arm}_seed1" / "metrics.jsonl")
+        rewards = [line["reward_mean"] for line in lines if "reward_mean" in line]
+        final = [line["cross_accuracy"] for line in lines if "cross_accuracy" in line][-1]
+        assert len(rewards) == 2
+        assert found["claims"][1]["figures"][arm]["per_seed"] == [final]
+        assert found["claims"][2]["figures"][arm]["per_seed"] == [pytest.approx(sum(rewards) / 2)]
+    assert "| claim | rule | figures | holds |" in (out / "claims.md").read_text()
+    assert (out / "claims.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and again.stdout.count("was finished already") == 2
+    assert json.loads((out / "claims.json").read_text()) == found
