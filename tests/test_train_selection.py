@@ -19,7 +19,7 @@ from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
 from megarl.records import Prompt, Sample, Sequence
 from megarl.train.groups import Rollouts, Score, Target
-from megarl.train.rollouts import _drop_reason  # pyright: ignore[reportPrivateUsage]
+from megarl.train.rollouts import _drop_reason
 from megarl.train.route import Item, MiniBatch, assign, deliver
 from megarl.train.selection import items_of
 
@@ -187,7 +187,7 @@ def test_pairs_are_counted_by_groups_and_stay_together() -> None:
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[World]:
     """A world of this process."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield World(0, 1, 0, 1, (0,), torch.device("cpu"))
     dist.destroy_process_group()
 
