@@ -1,11 +1,11 @@
-"""Token F1 and the cut after the thinking, against values worked out by hand."""
+"""Token F1 against values worked out by hand."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megarl.rewards.answers import scaled
-from megarl.rewards.text import after_thinking, token_f1
+from megarl.rewards.text import token_f1
 
 
 @pytest.mark.parametrize(
@@ -42,26 +42,6 @@ def test_token_f1_is_symmetric_bounded_and_one_for_itself(text: str, other: str)
     assert token_f1(text, other) == token_f1(other, text)
     assert 0.0 <= token_f1(text, other) <= 1.0
     assert token_f1(text, text) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "rest"),
-    [
-        ("so 4</think>It is 4.", "It is 4."),
-        ("</think>\n\n4", "\n\n4"),
-        ("so 4</think>", ""),
-        ("so 4", None),
-        ("", None),
-        ("a</think>b</think>c", None),
-        ("<think>a</think>b", "b"),
-    ],
-)
-def test_after_thinking(text: str, rest: str | None) -> None:
-    assert after_thinking(text, "</think>") == rest
-
-
-def test_overlapping_markers_stand_more_than_once() -> None:
-    assert after_thinking("x===y", "==") is None
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Rewards and cuts that need nothing but the text. Torch-free."""
+"""Rewards that need nothing but the text. Torch-free."""
 
 from __future__ import annotations
 
@@ -35,17 +35,3 @@ def _words(text: str) -> list[str]:
 
 def _is_punctuation(char: str) -> bool:
     return char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
-
-
-def after_thinking(text: str, marker: str) -> str | None:
-    """What follows the end of the thinking in `text`; None where `marker` is missing or stands more than once.
-
-    `marker` is not empty. Blanks are kept.
-
-    >>> after_thinking("so it is 4</think>4", "</think>")
-    '4'
-    """
-    start = text.find(marker)
-    if start < 0 or text.find(marker, start + 1) >= 0:
-        return None
-    return text[start + len(marker) :]
