@@ -13,6 +13,12 @@ from megarl.config.rules import broken_rules, check
 from megarl.errors import Refusal
 
 JUDGE = {"kind": "judge", "judge": {"url": "http://localhost:8000/v1", "model": "m"}}
+#: Two prompts per update, of 8 answers each.
+FOUR_RANKS = {
+    "batch": {"prompts": 12, "updates": 6, "tokens_per_microbatch": 512},
+    "parallel": {"processes": 4},
+    "rollout": {"group_size": 8, "max_tokens": 64},
+}
 
 #: (algorithm, further settings of the run, message)
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -67,6 +73,25 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "the algorithm's longest prompt=193 + rollout.max_tokens=64: must fit the model's 256 positions. "
         "Fix: make them 1 tokens shorter.",
     ),
+    (
+        {"name": "exp_dpo", "mode": "offline"},
+        {"rollout": {"max_tokens": 64, "seeded": False}},
+        "rollout.seeded=false: contradicts algorithm.mode=offline, in which a prompt always gets the same answers. "
+        "Fix: remove it.",
+    ),
+    (
+        {"name": "exp_dpo"},
+        {"batch": {"prompts": 12, "tokens_per_microbatch": 255}},
+        "batch.tokens_per_microbatch=255: must hold 2 sequences, "
+        "2 x (data.max_prompt_tokens + rollout.max_tokens) = 256. Fix: use 256 or more.",
+    ),
+    # A pair stays on one rank, however many answers there are to choose from.
+    (
+        {"name": "exp_dpo"},
+        FOUR_RANKS,
+        "batch.prompts=12: gives an update 2 sequence(s), fewer than the 4 data-parallel ranks. "
+        "Fix: use more prompts, fewer updates or fewer processes.",
+    ),
 ]
 
 #: A hinted question's default bound, 256 tokens beyond a plain one's, is more than the test's model has.
@@ -92,6 +117,10 @@ def test_refused(run_file: Path, algorithm: dict[str, Any], changes: dict[str, A
     [
         ({"name": "exp_grpo"}, {}),
         ({"name": "exp_dpo", "mode": "offline", "rejected": "wrong"}, {}),
+        ({"name": "exp_dpo"}, {"rollout": {"max_tokens": 64, "seeded": False}}),
+        ({"name": "exp_dpo"}, {"batch": {"prompts": 12, "tokens_per_microbatch": 256}}),
+        ({"name": "exp_dpo"}, FOUR_RANKS | {"parallel": {"processes": 2}}),
+        ({"name": "exp_grpo"}, FOUR_RANKS),
         ({"name": "exp_dpo"}, {"rollout": {"group_size": 1, "max_tokens": 64}}),
         ({"name": "exp_grpo", "explanation_weight": 0.0, "dynamic_sampling": True}, {}),
         # Without explanations their prompts need no room.

@@ -93,6 +93,10 @@ REFUSED: list[tuple[str, str]] = [
         "Fix: use 1, 2, 3, 4, 6 or 12.",
     ),
     (
+        "batch.generation_prompts=11",
+        "batch.generation_prompts=11: must be at least batch.prompts=12. Fix: raise it, or remove it.",
+    ),
+    (
         "batch.updates=12 rollout.group_size=2 parallel.processes=4",
         "batch.prompts=12: gives an update 2 sequence(s), fewer than the 4 data-parallel ranks. "
         "Fix: use more prompts, fewer updates or fewer processes.",
@@ -157,6 +161,16 @@ REFUSED: list[tuple[str, str]] = [
         "Fix: set evaluation.temperature, or samples to 1.",
     ),
     (
+        "evaluation.consumer=initial",
+        "reward.graded=whole: must be response with evaluation.consumer: only the response is the consumer's. "
+        "Fix: set reward.graded=response.",
+    ),
+    (
+        "evaluation.consumer=initial reward.graded=response evaluation.reward.kind=f1",
+        "evaluation.reward.graded=whole: must be response with evaluation.consumer: only the response is the "
+        "consumer's. Fix: set evaluation.reward.graded=response.",
+    ),
+    (
         "data.template=Question",
         "data.template='Question': must contain {prompt}. Fix: put {prompt} where the question belongs.",
     ),
@@ -185,6 +199,11 @@ REFUSED: list[tuple[str, str]] = [
     (
         "model.weights=nowhere",
         "model.weights=nowhere: is not a directory. Fix: give a megarl checkpoint, or a run's checkpoints/ folder.",
+    ),
+    (
+        "evaluation.consumer=nowhere reward.graded=response",
+        "evaluation.consumer=nowhere: is not a directory. "
+        "Fix: give a megarl checkpoint, or a run's checkpoints/ folder.",
     ),
     (
         "model.weights=model model.random_init=true",
@@ -226,6 +245,7 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "parallel.virtual_pipeline=1 parallel.expert_tensor=1",
         "data.max_prompt_tokens=192",
         "batch.tokens_per_microbatch=128",
+        "batch.generation_prompts=12",
         "batch.updates=12 rollout.group_size=4 parallel.processes=4",
         "algorithm=sft data.solution_column=solution rollout.group_size=1",
         "algorithm.aggregation=constant algorithm.aggregation_constant=64 algorithm.overlong_buffer=63",
@@ -234,6 +254,8 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "optimizer.lr=1e-3 optimizer.min_lr=1e-3",
         "resume=auto",
         "evaluation.samples=4 evaluation.temperature=0.6",
+        "evaluation.consumer=initial reward.graded=response",
+        "evaluation.consumer=model evaluation.reward.kind=f1 evaluation.reward.graded=response",
         "data.path=org/name data.answer_pattern=####(.+)",
         "model.weights=model",
         "megatron.recompute_granularity=full vllm.enforce_eager=true",
