@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megarl.config.schema import DataSettings
+from megarl.config.sections import DataSettings
 from megarl.data.dataset import LoadedPrompts, load_prompts
 from megarl.errors import Refusal
 

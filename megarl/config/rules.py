@@ -14,7 +14,8 @@ from itertools import chain
 
 from megarl.config import files, vendor_fields
 from megarl.config.model_shape import ModelShape, read_model_shape
-from megarl.config.schema import JudgeSettings, RewardSettings, RunConfig
+from megarl.config.schema import RunConfig
+from megarl.config.sections import JudgeSettings, RewardSettings
 from megarl.errors import Refusal
 
 #: vLLM pads the vocabulary to a multiple of this and splits the result evenly.

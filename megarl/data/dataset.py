@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.config.schema import DataSettings
+from megarl.config.sections import DataSettings
 from megarl.data.tokenizer import Message, Tokenizer, prompt_ids
 from megarl.errors import Refusal
 from megarl.records import Prompt

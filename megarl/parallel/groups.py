@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron.core import parallel_state, tensor_parallel
 
-from megarl.config.schema import ParallelSettings
+from megarl.config.sections import ParallelSettings
 
 
 @dataclass(frozen=True, slots=True)

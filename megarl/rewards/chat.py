@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from megarl.config.schema import JudgeSettings
+from megarl.config.sections import JudgeSettings
 from megarl.rewards.spending import Spending
 
 #: Bytes of text per token where the server does not count: English has about four. Our choice, on the dear side.

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 import megarl
-from megarl.config.schema import RewardSettings
+from megarl.config.sections import RewardSettings
 from megarl.errors import MegarlError, Refusal
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
 from megarl.rewards.math import boxed, boxed_equals, nothing_to_grade

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from megarl.config.schema import JudgeSettings, RewardSettings
+from megarl.config.sections import JudgeSettings, RewardSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
 from megarl.rewards.chat import AskFailed, ChatClient, most_it_costs

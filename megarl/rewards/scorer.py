@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from megarl.config.schema import RewardSettings
+from megarl.config.sections import RewardSettings
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.grader import Grader
 from megarl.rewards.judge import Judge

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megarl.config.schema import RewardSettings
+from megarl.config.sections import RewardSettings
 from megarl.records import FinishReason, Prompt
 from megarl.rewards.grader import GradingItem
 from megarl.rewards.scorer import Scorer

@@ -12,7 +12,8 @@ import torch
 from megarl import algorithms
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.config.model_shape import ModelShape, read_model_shape
-from megarl.config.schema import DataSettings, RunConfig
+from megarl.config.schema import RunConfig
+from megarl.config.sections import DataSettings
 from megarl.data.dataset import LoadedPrompts, load_prompts
 from megarl.data.sampler import PromptStream
 from megarl.data.thinking import ThinkingEnd

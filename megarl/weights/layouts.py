@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megarl.config.model_shape import ModelShape
-from megarl.config.schema import ParallelSettings, RunConfig
+from megarl.config.schema import RunConfig
+from megarl.config.sections import ParallelSettings
 from megarl.parallel.groups import grid_of_rank
 from megarl.reshard.boxes import LocalTensor
 from megarl.reshard.weight_map import megatron_tensors, vllm_tensors

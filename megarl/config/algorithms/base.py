@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megarl.config.base import Settings
+from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
-
-if TYPE_CHECKING:
-    from megarl.config.schema import RunConfig
 
 
 class AlgorithmSettings(Settings):
@@ -24,11 +22,11 @@ class AlgorithmSettings(Settings):
 
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
 
-    def longest_prompt(self, run: RunConfig) -> int:
+    def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
         return run.data.max_prompt_tokens
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         """The algorithm's own rules that `run` breaks; called with all other rules before anything starts."""
         yield from ()
 
@@ -76,7 +74,7 @@ class ExplanationSettings(Settings):
     )
     measure_prompts: PositiveInt = Field(default=16, description="Prompts per such measurement. Our choice.")
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         """Rules that `run` breaks."""
         for name, text, fields in (
             ("template", self.template, ("{prompt}", "{answer}")),
@@ -109,10 +107,10 @@ class ExplanationSettings(Settings):
                 "set it to false, or choose another reward.kind",
             )
 
-    def longest_prompt(self, run: RunConfig) -> int:
+    def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
         return max(run.data.max_prompt_tokens, self.prompt_limit(run))
 
-    def prompt_limit(self, run: RunConfig) -> int:
+    def prompt_limit(self, run: RunSettings) -> int:
         """`max_prompt_tokens`, or its default."""
         return self.max_prompt_tokens or run.data.max_prompt_tokens + 256

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
 from megarl.config.algorithms.base import AlgorithmSettings, ExplanationSettings
 from megarl.config.algorithms.grpo import GroupRelativeSettings
+from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
-
-if TYPE_CHECKING:
-    from megarl.config.schema import RunConfig
 
 
 class ExpGrpoSettings(GroupRelativeSettings):
@@ -38,10 +36,10 @@ class ExpGrpoSettings(GroupRelativeSettings):
     )
     explanation: ExplanationSettings = ExplanationSettings()
 
-    def longest_prompt(self, run: RunConfig) -> int:
+    def longest_prompt(self, run: RunSettings) -> int:
         return self.explanation.longest_prompt(run) if self.explanation_weight > 0 else super().longest_prompt(run)
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from super().refusals(run)
         yield from self.explanation.refusals(run)
         if self.dynamic_sampling and self.explanation_weight > 0:
@@ -71,10 +69,10 @@ class ExpDpoSettings(AlgorithmSettings):
     )
     explanation: ExplanationSettings = ExplanationSettings()
 
-    def longest_prompt(self, run: RunConfig) -> int:
+    def longest_prompt(self, run: RunSettings) -> int:
         return self.explanation.longest_prompt(run)
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from self.explanation.refusals(run)
         if self.explanation.per_prompt > 1:
             yield Refusal(

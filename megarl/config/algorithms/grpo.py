@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from megarl.config.algorithms.base import AlgorithmSettings
+from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
-
-if TYPE_CHECKING:
-    from megarl.config.schema import RunConfig
 
 
 class GroupRelativeSettings(AlgorithmSettings):
@@ -78,7 +76,7 @@ class GroupRelativeSettings(AlgorithmSettings):
         description="Bound on generation batches per step under dynamic_sampling; then the step trains on what it has.",
     )
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         if self.aggregation_constant is not None and self.aggregation != "constant":
             yield Refusal(
                 f"algorithm.aggregation_constant={self.aggregation_constant:g}",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from megarl.config.algorithms.base import AlgorithmSettings
+from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
-
-if TYPE_CHECKING:
-    from megarl.config.schema import RunConfig
 
 
 class NftSettings(AlgorithmSettings):
@@ -68,7 +66,7 @@ class NftSettings(AlgorithmSettings):
         description="Bound on generation batches per step under dynamic_sampling; then the step trains on what it has.",
     )
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         low, high = run.reward.low, run.reward.high
         if (low, high) != (0.0, 1.0):
             yield Refusal(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from megarl.config.algorithms.base import AlgorithmSettings
+from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
-
-if TYPE_CHECKING:
-    from megarl.config.schema import RunConfig
 
 
 class SftSettings(AlgorithmSettings):
@@ -19,7 +17,7 @@ class SftSettings(AlgorithmSettings):
 
     name: Literal["sft"] = "sft"
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         if run.data.solution_column is None:
             yield Refusal(
                 "data.solution_column=null",

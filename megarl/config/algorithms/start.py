@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megarl.config.algorithms.grpo import GroupRelativeSettings
+from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
-
-if TYPE_CHECKING:
-    from megarl.config.schema import RunConfig
 
 
 class StartSettings(GroupRelativeSettings):
@@ -43,7 +41,7 @@ class StartSettings(GroupRelativeSettings):
         "the gradients of both parts add up to the whole. Our choice.",
     )
 
-    def refusals(self, run: RunConfig) -> Iterator[Refusal]:
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from super().refusals(run)
         if run.reward.graded != "response":
             yield Refusal(

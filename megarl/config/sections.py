@@ -1,0 +1,332 @@
+"""The sections of a run's YAML file: one typed, closed record each.
+
+Each field has its default here and nowhere else, and a sentence that says what it does. Torch-free.
+Rules that span sections are in `megarl.config.rules`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+
+from megarl.config.base import Settings
+
+
+class ModelSettings(Settings):
+    path: str = Field(description="Hugging Face checkpoint directory: config.json, weights, tokenizer files.")
+    tokenizer: str | None = Field(
+        default=None, description="Tokenizer directory or sentencepiece .model file; default model.path."
+    )
+    weights: str | None = Field(
+        default=None,
+        description="A megarl checkpoint (its directory, or a run's checkpoints/ folder) whose weights replace "
+        "those of model.path.",
+    )
+    random_init: bool = Field(
+        default=False, description="Draw the weights from seed instead of reading them (benchmarks)."
+    )
+
+
+class ParallelSettings(Settings):
+    processes: PositiveInt | None = Field(
+        default=None,
+        description="World size; default: what the launcher started, or 1. Data parallelism follows from it.",
+    )
+    tensor: PositiveInt = Field(default=1, description="Tensor-model-parallel size.")
+    pipeline: PositiveInt = Field(default=1, description="Pipeline-model-parallel size.")
+    virtual_pipeline: PositiveInt | None = Field(
+        default=None, description="Model chunks per pipeline stage (interleaved schedule)."
+    )
+    context: PositiveInt = Field(default=1, description="Context-parallel size.")
+    expert: PositiveInt = Field(default=1, description="Expert-parallel size.")
+    expert_tensor: PositiveInt | None = Field(
+        default=None, description="Tensor-parallel size of the experts; default parallel.tensor."
+    )
+    sequence: bool = Field(default=False, description="Megatron's sequence parallelism; needs parallel.tensor > 1.")
+
+
+class RolloutSettings(Settings):
+    tensor: PositiveInt = Field(default=1, description="Tensor-parallel size of each engine replica.")
+    group_size: PositiveInt = Field(default=8, description="Samples per prompt (G).")
+    temperature: PositiveFloat = Field(
+        default=1.0, description="Sampling temperature; the policy's log-probs use the same."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Nucleus sampling bound.")
+    top_k: int = Field(default=-1, description="Sample from the k most likely tokens; -1 from all.")
+    max_tokens: PositiveInt = Field(default=1024, description="Longest response in tokens.")
+    stop_token_ids: tuple[int, ...] = Field(
+        default=(), description="Further ids that end a response, beside the end token."
+    )
+    thinking_end: str = Field(
+        default="</think>", min_length=1, description="Text that ends the thinking; the response comes after it."
+    )
+    seeded: bool | None = Field(
+        default=None,
+        description="A seed per sample, so that answers do not depend on the replica; default: on the "
+        "CPU yes (it cost 0 to 4 % at 64 and 4 to 13 % at 512 sequences), on a GPU no (not measured).",
+    )
+    deterministic: bool | None = Field(
+        default=None,
+        description="Assign work to replicas in advance instead of drawing it from the shared counter; default: on the "
+        "CPU yes, on a GPU no.",
+    )
+    chunk: PositiveInt = Field(default=32, description="Requests a replica draws at a time.")
+    max_concurrent: PositiveInt = Field(
+        default=256, description="Requests in one engine at a time (vLLM's max_num_seqs)."
+    )
+    kv_cache_gib: PositiveFloat | None = Field(
+        default=None,
+        description="KV cache per process in GiB; default: 0.25 on the CPU, by gpu_memory_fraction on a GPU.",
+    )
+    gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.6, description="Share of GPU memory for the engine while it is awake."
+    )
+    save: bool = Field(
+        default=False, description="Write each step's rollouts to the run directory, for rollout.replay."
+    )
+    replay: str | None = Field(
+        default=None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."
+    )
+
+
+class DataSettings(Settings):
+    path: str = Field(description="Hub name, or a .parquet, .jsonl or .json file.")
+    subset: str | None = Field(default=None, description="Configuration of a hub data set that has several.")
+    split: str = Field(default="train", description="Split of a hub data set.")
+    prompt_column: str = Field(
+        default="prompt", description="Column of the question: a string or a list of messages; dots go into records."
+    )
+    answer_column: str = Field(
+        default="reward_model.ground_truth", description="Column of the reference answer; dots go into records."
+    )
+    solution_column: str | None = Field(default=None, description="Column of a worked solution (supervised training).")
+    source_column: str | None = Field(
+        default="data_source", description="Column that names the row's source, where there is one."
+    )
+    answer_pattern: str | None = Field(
+        default=None,
+        description="Regular expression with one group that picks the reference out of the answer column "
+        "(GSM8K: '####\\s*(.+)').",
+    )
+    template: str | None = Field(
+        default=None,
+        description="Text with {prompt} in it, put around the question; default: the tokenizer's chat template "
+        "where it has one, else the question.",
+    )
+    system: str | None = Field(default=None, description="System message for the chat template.")
+    max_prompt_tokens: PositiveInt = Field(
+        default=1024, description="Rows with longer prompts are skipped and counted."
+    )
+    max_rows: PositiveInt | None = Field(default=None, description="Use only the first rows of the file.")
+    shuffle: bool = Field(default=True, description="Shuffle each epoch by the run's seed.")
+
+
+class JudgeSettings(Settings):
+    """A language model that scores answers from 1 to 10 over the chat-completions protocol. All are our choice."""
+
+    url: str = Field(description="Base URL of the server, http or https, as in http://host:8000/v1.")
+    model: Annotated[str, Field(min_length=1)] = Field(description="Name of the model, as the server knows it.")
+    api_key_env: str | None = Field(
+        default=None, description="Environment variable that holds the key; none: no key is sent."
+    )
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=32, description="Requests in flight per engine replica."
+    )
+    time_limit: PositiveFloat = Field(default=60.0, description="Seconds per request, from sending to the whole reply.")
+    retries: NonNegativeInt = Field(
+        default=3, description="How often an answer is asked about again after a failed request or unreadable verdict."
+    )
+    temperature: NonNegativeFloat | None = Field(
+        default=0.0, description="Sampling temperature of the judge; null: none is sent."
+    )
+    max_tokens: PositiveInt = Field(default=256, description="Longest reply in tokens; cut replies are unreadable.")
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        default="max_tokens", description="Name under which the server wants max_tokens."
+    )
+    template: str | None = Field(
+        default=None,
+        description="The message, with {question}, {response} and {reference} in it; default: one that asks for a "
+        "sentence of reasoning and a last line `Score: N`, which every template must ask for.",
+    )
+    system: str | None = Field(default=None, description="System message; none: none is sent.")
+    extra: dict[str, JsonValue] = Field(
+        default={}, description="Further fields of the request's body, such as vLLM's structured_outputs."
+    )
+    patience: NonNegativeFloat = Field(
+        default=600.0,
+        description="Seconds the run waits, asking again, while nobody can reach the judge; then it stops.",
+    )
+    max_failed_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.2, description="Share of a call's answers without a verdict above which the run stops."
+    )
+    max_cost_per_step: PositiveFloat | None = Field(
+        default=None,
+        description="What all replicas together may spend in a step, in the prices' currency; past it answers stay "
+        "without reward until the next step. None: no bound.",
+    )
+    input_price: NonNegativeFloat = Field(default=0.0, description="Price of a million tokens sent.")
+    output_price: NonNegativeFloat = Field(default=0.0, description="Price of a million tokens received.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_base_url(cls, url: str) -> str:
+        if re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", url) is None:
+            raise ValueError("must be http://host[:port]/path or https://..., without user name, query or blanks")
+        return url
+
+
+class RewardSettings(Settings):
+    kind: str = Field(
+        default="math",
+        description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; f1: words "
+        "shared with the reference; judge: scored by a language model (reward.judge); or an import path "
+        "package.module:function.",
+    )
+    graded: Literal["whole", "response"] = Field(
+        default="whole", description="What the reward sees: the whole answer, or only what follows its thinking."
+    )
+    judge: JudgeSettings | None = Field(default=None, description="The judge of kind judge.")
+    time_limit: PositiveFloat = Field(
+        default=5.0, description="Seconds per answer in a grading process; past it the answer scores 0 and is counted."
+    )
+    workers: PositiveInt = Field(
+        default=2, description="Grading processes per engine replica; boxed, f1 and judge need none."
+    )
+    last_characters: PositiveInt | None = Field(
+        default=None, description="The reward sees only the last that many characters; none: all."
+    )
+    low: float = Field(
+        default=0.0, description="Least reward allowed: a wrong answer, no shared word, a judge's score of 1."
+    )
+    high: float = Field(
+        default=1.0,
+        description="Greatest reward allowed: a right answer, the reference's words, a judge's score of 10.",
+    )
+    truncated: Literal["score", "zero"] = Field(
+        default="score", description="zero: a response cut at rollout.max_tokens scores reward.low."
+    )
+
+
+class BatchSettings(Settings):
+    prompts: PositiveInt = Field(default=64, description="Prompts per step (supervised: sequences per step).")
+    generation_prompts: PositiveInt | None = Field(
+        default=None,
+        description="Prompts per generation batch, where the algorithm drops groups and more are sampled; default "
+        "batch.prompts.",
+    )
+    updates: PositiveInt = Field(
+        default=1, description="Optimizer updates per step, each on an equal share of the prompts."
+    )
+    tokens_per_microbatch: PositiveInt = Field(default=8192, description="Bound on tokens in one micro-batch.")
+    packed: bool = Field(default=True, description="Pack sequences end to end; off: one padded sequence row each.")
+    logprob_chunk: PositiveInt = Field(default=1024, description="Tokens per chunk when logits become log-probs.")
+
+
+class OptimizerSettings(Settings):
+    lr: NonNegativeFloat = Field(default=1e-6, description="Peak learning rate.")
+    min_lr: NonNegativeFloat = Field(default=0.0, description="Learning rate at the end of the decay.")
+    warmup_steps: NonNegativeInt = Field(default=0, description="Updates of linear warm-up from 0.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Decay after warm-up, over all updates of the run."
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="Adam's betas."
+    )
+    epsilon: PositiveFloat = Field(default=1e-8, description="Adam's epsilon.")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Decoupled weight decay.")
+    clip_grad: NonNegativeFloat = Field(default=1.0, description="Bound on the global gradient norm; 0 turns it off.")
+    max_skipped: PositiveInt = Field(
+        default=5, description="Updates in a row skipped for a NaN or infinite loss or gradient before the run stops."
+    )
+
+
+class EvaluationSettings(Settings):
+    path: str | None = Field(
+        default=None, description="Data file of the evaluation; default data.path. Columns as in data."
+    )
+    split: str = Field(default="test", description="Split of a hub data set.")
+    every: NonNegativeInt = Field(
+        default=0, description="Evaluate every that many steps; 0: only where start and end ask."
+    )
+    start: bool = Field(default=False, description="Evaluate before the first step.")
+    end: bool = Field(default=False, description="Evaluate after the last step.")
+    rows: PositiveInt | None = Field(default=None, description="Use only the first rows.")
+    samples: PositiveInt = Field(default=1, description="k of avg@k.")
+    temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Nucleus sampling bound.")
+    max_tokens: PositiveInt | None = Field(default=None, description="Longest response; default rollout.max_tokens.")
+    reward: RewardSettings | None = Field(default=None, description="How answers are scored; default: as in training.")
+    consumer: str | None = Field(
+        default=None,
+        description="Cross-Generation (START, arXiv 2603.20799): whose answers to the policy's thinking are scored "
+        "too: a megarl checkpoint of the same model, or initial, the policy that the run started with.",
+    )
+
+
+class CheckpointSettings(Settings):
+    every: NonNegativeInt = Field(default=0, description="Save every that many steps; 0: never.")
+    end: bool = Field(default=True, description="Save after the last step.")
+    keep: PositiveInt = Field(
+        default=2, description="Checkpoints kept; older ones are removed after a newer is complete."
+    )
+    optimizer: bool = Field(
+        default=True, description="Save the optimizer's state too; without it a run cannot be resumed."
+    )
+    export_hf: bool = Field(
+        default=False, description="At the end also write the weights as a Hugging Face checkpoint (hf/)."
+    )
+
+
+class LoggingSettings(Settings):
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events.")
+    wandb: str | None = Field(default=None, description="Project name in Weights & Biases; none: not used.")
+    samples: NonNegativeInt = Field(default=16, description="Samples per step written to samples.jsonl.")
+    plot_every: PositiveInt = Field(default=10, description="Redraw curves.png every that many steps.")
+
+
+class WeightsSettings(Settings):
+    bucket_mib: PositiveFloat = Field(
+        default=256.0, description="Most a rank sends, and receives, in one round of a weight push, in MiB."
+    )
+
+
+class RunSettings(Settings):
+    """All of a run but its algorithm, whose own rules may ask for the rest."""
+
+    name: str = Field(description="Name of the run: it lives in runs/<name>/.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_dir: str = Field(default="runs", description="Folder of all runs.")
+    seed: NonNegativeInt = Field(default=1234, description="Seed of everything drawn.")
+    steps: NonNegativeInt = Field(description="Steps of the run.")
+    resume: Literal["never", "auto", "must"] = Field(
+        default="never",
+        description="auto: continue from the latest checkpoint where there is one; must: refuse without one.",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="Type of weights and activations; the optimizer keeps fp32."
+    )
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    data: DataSettings
+    reward: RewardSettings = RewardSettings()
+    batch: BatchSettings = BatchSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+    weights: WeightsSettings = WeightsSettings()
+    megatron: dict[str, Any] = Field(
+        default={},
+        description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",
+    )
+    vllm: dict[str, Any] = Field(default={}, description="Further fields of vLLM's EngineArgs.")
