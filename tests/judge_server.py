@@ -1,10 +1,16 @@
-"""A judge over HTTP that scores answers 1 to 10 by their length: `python judge_server.py PORT`."""
+"""A judge over HTTP that scores answers 1 to 10 by their length, and may end itself after so many answers:
+`python judge_server.py PORT [LIMIT]`."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+LIMIT = int(sys.argv[2]) if len(sys.argv) > 2 else None
+ANSWERED = itertools.count()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -16,6 +22,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"object": "list", "data": [{"id": "judge", "object": "model"}]})
 
     def do_POST(self) -> None:
+        if next(ANSWERED) == LIMIT:
+            os._exit(0)
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         score = 1 + len(asked["messages"][-1]["content"]) % 10
         message = {"role": "assistant", "content": f"Score: {score}"}

@@ -19,8 +19,8 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def judge(port: int) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("judge_server.py")), str(port)])
+def judge(port: int, *limit: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("judge_server.py")), str(port), *limit])
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -73,3 +73,29 @@ def test_run_outlives_its_judge(tmp_path: Path) -> None:
         asked = line["counters"]["judge_requests"] - line["counters"].get("judge_retries", 0)
         assert asked == 24 + (line["step"] in (1, steps))
         assert 0 < line["reward_mean"] < 1 and line["reward_std"] > 0
+
+
+def test_evaluation_that_the_judge_left_is_made_on_resuming(tmp_path: Path) -> None:
+    arithmetic_run.write_inputs(tmp_path)
+    port = free_port()
+    settings = {"url": f"http://127.0.0.1:{port}/v1", "model": "judge", "patience": 1.0, "concurrency": 1}
+    changes = {"steps": 3, "reward": {"kind": "judge", "judge": settings}, "checkpoint": {"every": 3}}
+    evaluation = {"path": "data/heldout.jsonl", "every": 1}
+    arithmetic_run.write_run(tmp_path, **changes, evaluation=evaluation)
+    # The first question, two steps of 24 answers, the first evaluation of 8, and half of the second.
+    server = judge(port, str(1 + 24 + 8 + 24 + 4))
+    run = arithmetic_run.start(tmp_path, "train", "run.yaml")
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 2 and "Traceback" not in output, output
+    server.wait(timeout=10)
+    assert [("accuracy" in line, line["step"]) for line in lines(tmp_path)] == [(False, 1), (True, 1), (False, 2)]
+    assert (tmp_path / "runs/run/checkpoints/latest").read_text().strip().endswith("2")
+
+    server = judge(port)
+    try:
+        arithmetic_run.finish(arithmetic_run.start(tmp_path, "train", "run.yaml", "resume=must"))
+    finally:
+        server.kill()
+        server.wait()
+    found = [("accuracy" in line, line["step"]) for line in lines(tmp_path)]
+    assert found == [(False, 1), (True, 1), (False, 2), (True, 2), (False, 3)]

@@ -1,0 +1,29 @@
+"""Seconds per phase."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megarl.train.clock import Clock
+
+
+def test_phases_inside_phases_are_counted_once() -> None:
+    begun: list[str] = []
+    clock = Clock(begun.append)
+    start = time.perf_counter()
+    with clock.phase("generate"):
+        time.sleep(0.05)
+        with clock.phase("push"):
+            time.sleep(0.1)
+        with pytest.raises(ValueError), clock.phase("push"):
+            raise ValueError
+    with clock.phase("generate"):
+        time.sleep(0.05)
+    passed = time.perf_counter() - start
+    seconds = clock.take()
+    assert begun == ["generate", "push", "push", "generate"]
+    assert seconds["push"] >= 0.1 and seconds["generate"] >= 0.1
+    assert sum(seconds.values()) == pytest.approx(passed, abs=0.01)
+    assert clock.take() == {}
