@@ -152,7 +152,9 @@ def on_two(folder: Path) -> dict[str, list[Any]]:
     explanation = EXPLANATION | {"refresh_every": 2, "measure_every": 0}
     algorithm = {"name": "exp_grpo", "explanation": explanation}
     kept = run_table(folder, algorithm=algorithm, data={"max_rows": 6}, parallel={"processes": 2})
-    return in_world(2, {"explained": ("trained", explained, 2), "kept": ("trained", kept, 3)})
+    twice = run_table(folder, algorithm=algorithm, data={"max_rows": 4}, parallel={"processes": 2})
+    calls = {"explained": ("trained", explained, 2), "kept": ("trained", kept, 3), "twice": ("trained", twice, 2)}
+    return in_world(2, calls)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +243,18 @@ def test_kept_explanations_serve_again(on_two: dict[str, list[Any]]) -> None:
     hinted = [sum(contains(list(p), ranks[0]["hint_ids"]) for p in asked) for asked in ranks[0]["asked"]]
     assert hinted == [6, 6 - len(texts[0]), len(texts[0])]
     assert not texts[0] & texts[2] or texts[2] != texts[1]
+
+
+def test_prompt_drawn_twice_keeps_one_explanation(on_two: dict[str, list[Any]]) -> None:
+    ranks = on_two["twice"]
+    first, second = ([rank["steps"][i] for rank in ranks] for i in (0, 1))
+    assert len(set(first[0]["prompts"])) == 4 < len(first[0]["prompts"]) == 6
+    answers = [tuple(s.tokens.tolist()) for part in first for s in part["sequences"] if not s.target]
+    assert len(answers) == 24 and len(set(answers)) > 16
+    targets = [s for part in second for s in part["sequences"] if s.target]
+    # One target for each group, also where both groups of a prompt take the same one.
+    assert len({s.group for s in targets}) == len(targets) >= 3
+    assert second[0]["counters"]["explanations_reused"] >= 2
 
 
 def test_offline_pairs_are_those_of_the_first_policy(alone: dict[str, list[Any]]) -> None:
