@@ -370,19 +370,30 @@ def test_cross_generation_with_the_policy_itself_is_self_generation(alone: dict[
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def train_all(tables: list[dict[str, Any]]) -> None:
-    """Train each table with two processes, forked from one that has imported everything."""
-    from megarl.config.schema import RunConfig
-    from megarl.parallel.launch import launch
-    from megarl.train.run import train
+def run_all(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """Train each table, or evaluate its `checkpoint`, with two processes, forked from one that has imported everything.
 
+    Returns what they gave, or the refusal, by name."""
+    from megarl.config.schema import RunConfig
+    from megarl.errors import Refusal
+    from megarl.parallel.launch import launch
+    from megarl.train.run import evaluate, train
+
+    given: dict[str, Any] = {}
     for table in tables:
-        launch(train, (RunConfig.model_validate(table),), 2)
+        checkpoint = table.pop("evaluate", None)
+        config = RunConfig.model_validate(table)
+        work = (train, (config,)) if checkpoint is None else (evaluate, (config, checkpoint))
+        try:
+            given[table["name"]] = launch(*work, 2)
+        except Refusal as refusal:
+            given[table["name"]] = str(refusal)
+    return given
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of metrics.jsonl of many runs, without what time and memory happened to be."""
+def runs(folder: Path) -> dict[str, Any]:
+    """The lines of metrics.jsonl of many runs, without what time and memory happened to be; results of evaluations."""
     shared = {"kl_coefficient": 0.001, "aggregation": "sequence_mean"}
     tables = [
         run_table(folder, name="plain", algorithm={"name": "grpo"} | shared),
@@ -405,38 +416,58 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     tables += [
         run_table(folder, name="saved", rollout={"save": True}, **changes),
         run_table(folder, name="again", rollout={"replay": replay}, **changes),
+        run_table(folder, name="answers", steps=1, rollout={"save": True}),
+        run_table(folder, name="refused", rollout={"replay": replay.replace("saved", "answers")}, **changes),
     ]
+    for consumer in ("initial", str(folder / "runs" / "warm" / "checkpoints")):
+        evaluation = {"consumer": consumer, "samples": 2, "temperature": 1.0}
+        table = run_table(folder, name=f"crossed-{consumer == 'initial'}", **THINKING, evaluation=evaluation)
+        tables.append(table | {"evaluate": str(folder / "runs" / "staged_whole")})
     command = (
-        f"import json, sys, test_algorithm_runs as t; t.train_all(json.load(open({str(folder / 'tables.json')!r})))"
+        "import json, sys, test_algorithm_runs as t; files = sys.argv[1:]; "
+        "json.dump(t.run_all(json.load(open(files[0]))), open(files[1], 'w'))"
     )
+    files = [str(folder / name) for name in ("tables.json", "given.json")]
     (folder / "tables.json").write_text(json.dumps([table | {"parallel": {"processes": 2}} for table in tables]))
     paths = os.pathsep.join([str(parity.TESTS.parent), str(parity.TESTS)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", command, *files], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     noise = {"seconds", "peak_memory_bytes", "time_shares", "algorithm"}
-    found = {}
-    for name in {table["name"] for table in tables}:
+    found: dict[str, Any] = {"given": json.loads((folder / "given.json").read_text())}
+    for name in {table["name"] for table in tables if "evaluate" not in table} - {"refused"}:
         text = (folder / "runs" / name / "metrics.jsonl").read_text()
         found[name] = [{k: v for k, v in json.loads(line).items() if k not in noise} for line in text.splitlines()]
     return found
 
 
-def test_without_weight_on_explanations_a_run_is_grpos(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_without_weight_on_explanations_a_run_is_grpos(runs: dict[str, Any]) -> None:
     plain, weightless = runs["plain"], runs["weightless"]
     assert len(plain) == 2 and plain[0]["grad_norm"] > 0
     assert plain == [{k: v for k, v in line.items() if k != "own_nll"} for line in weightless]
 
 
 @pytest.mark.parametrize("name", ["kept", "staged"])
-def test_continued_run_is_the_uninterrupted_one(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+def test_continued_run_is_the_uninterrupted_one(runs: dict[str, Any], name: str) -> None:
     assert len(runs[f"{name}_whole"]) == 3 and runs[f"{name}_whole"][2]["grad_norm"] > 0
     assert runs[f"{name}_parts"] == runs[f"{name}_whole"]
 
 
-def test_saved_explanations_are_replayed(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_saved_explanations_are_replayed(runs: dict[str, Any]) -> None:
     (saved,), (again,) = runs["saved"], runs["again"]
     names = ("explanation_nll", "own_nll", "loss", "grad_norm", "reward_mean", "explanation_chain_nll")
     assert [again[n] for n in names] == pytest.approx([saved[n] for n in names], rel=1e-5) and saved[
         "explanation_nll"
     ] > 0
+
+
+def test_replay_of_answers_alone_is_refused_where_explanations_are_needed(runs: dict[str, Any]) -> None:
+    assert runs["given"]["refused"].startswith("6 of 30 samples of this step: must be there")
+
+
+def test_initial_consumer_of_an_evaluated_checkpoint_is_the_configured_policy(runs: dict[str, Any]) -> None:
+    initial, named = ({k: v for k, v in runs["given"][f"crossed-{b}"].items() if k != "name"} for b in (True, False))
+    assert initial == named and initial["evaluation_samples"] == 2
+    assert initial["cross_length_mean"] != initial["evaluation_length_mean"]
