@@ -25,6 +25,7 @@ shortcut = importlib.import_module("compare.shortcut")
 claims = importlib.import_module("compare.claims")
 experiments = importlib.import_module("compare.experiments")
 files = importlib.import_module("compare.files")
+inputs = importlib.import_module("compare.inputs")
 runs = importlib.import_module("compare.runs")
 pass_at = importlib.import_module("compare.pass_at")
 schema = importlib.import_module("megarl.config.load")
@@ -55,17 +56,14 @@ def thinking_and_response(solution: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def test_a_hard_answer_is_out_of_reach_without_every_step(hinted: Path) -> None:
+def test_a_hard_answer_lists_every_result(hinted: Path) -> None:
     rows = files.read_rows(hinted / "train.jsonl") + files.read_rows(hinted / "heldout.jsonl")
     assert len(rows) == 400
     for row in rows:
         first, *rest = terms(row["prompt"])
         assert len(rest) == hints.HARD.steps
-        reached = [
-            first + sum(chosen) for size in range(hints.HARD.steps) for chosen in itertools.combinations(rest, size)
-        ]
-        assert min(abs(value - int(row["answer"])) for value in reached) > 1
-        assert first + sum(rest) == int(row["answer"])
+        _, *results = itertools.accumulate(rest, initial=first)
+        assert row["answer"] == ",".join(map(str, results))
 
 
 def test_no_question_is_in_two_files_and_experts_are_right(hinted: Path) -> None:
@@ -76,7 +74,9 @@ def test_no_question_is_in_two_files_and_experts_are_right(hinted: Path) -> None
         thinking, response = thinking_and_response(row["solution"])
         steps = [step.split("=") for step in thinking.split("\n\n")]
         assert all(eval(left) == int(right) for left, right in steps)
-        assert steps[-1][1] == row["answer"] and boxed(response) == row["answer"]
+        # Every step starts from the first number, which no step of the policy's after its first does.
+        assert steps[-1][0] + "=" == row["prompt"] and all(row["prompt"].startswith(left) for left, _ in steps)
+        assert boxed(response) == row["answer"] == ",".join(right for _, right in steps)
 
 
 def test_the_warmup_solves_hard_problems_only_where_the_answer_is_given(hinted: Path) -> None:
@@ -100,6 +100,16 @@ def test_the_hint_is_what_the_configurations_ask_with() -> None:
     for name in ("quickstart_exp_grpo.yaml", "quickstart_exp_dpo.yaml"):
         config = schema.load_config(ROOT / "configs" / name)
         assert config.algorithm.explanation.template == hints.TEMPLATE
+
+
+def test_careful_thinking_needs_every_step(shortcuts: Path) -> None:
+    rows = files.read_rows(shortcuts / "train.jsonl") + files.read_rows(shortcuts / "heldout.jsonl")
+    assert len(rows) == 400
+    for row in rows:
+        first, *rest = terms(row["prompt"])
+        reached = [first + sum(chosen) for size in range(len(rest)) for chosen in itertools.combinations(rest, size)]
+        assert len(rest) == shortcut.LEVEL.steps and first + sum(rest) == int(row["answer"])
+        assert min(abs(value - int(row["answer"])) for value in reached) > 1
 
 
 def test_lazy_thinking_is_wrong_and_the_form_says_nothing_about_it(shortcuts: Path) -> None:
@@ -241,11 +251,33 @@ def test_a_curve_over_another_takes_the_steps_since_the_evaluation_before() -> N
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    files.write_json(folder / "request.json", {"config": "quickstart_nft.yaml", "overrides": ["seed=1"]})
+    start = {"train_rows": 40}
+    request = {"config": "quickstart_nft.yaml", "overrides": ["seed=1"], "start": start}
+    files.write_json(folder / "request.json", request)
     (folder / "summary.json").write_text("{}")
-    assert runs.train(folder, "quickstart_nft.yaml", ["seed=1"], tmp_path) == 0.0
-    with pytest.raises(runs.RunFailed, match="other settings"):
-        runs.train(folder, "quickstart_nft.yaml", ["seed=2"], tmp_path)
+    assert runs.train(folder, "quickstart_nft.yaml", ["seed=1"], tmp_path, start) == 0.0
+    for overrides, other in ((["seed=2"], start), (["seed=1"], {"train_rows": 41})):
+        with pytest.raises(runs.RunFailed, match="other settings or from another start"):
+            runs.train(folder, "quickstart_nft.yaml", overrides, tmp_path, other)
+
+
+def test_a_start_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    small, other = inputs.Sizes(200, 40, 8, 2), inputs.Sizes(200, 40, 9, 2)
+    warmed = tmp_path / "runs" / "quickstart_shortcut_warmup"
+    warmed.mkdir(parents=True)
+    (warmed / "summary.json").write_text("{}")
+    inputs.prepare(inputs.SHORTCUT, tmp_path, small)
+    made = (tmp_path / "data" / "quickstart_shortcut" / "train.jsonl").stat().st_mtime_ns
+    inputs.prepare(inputs.SHORTCUT, tmp_path, small)
+    assert (tmp_path / "data" / "quickstart_shortcut" / "train.jsonl").stat().st_mtime_ns == made
+    with pytest.raises(runs.RunFailed, match=r"heldout_rows 8, not 9\); remove it and runs/quickstart_shortcut_warmup"):
+        inputs.prepare(inputs.SHORTCUT, tmp_path, other)
+    assert len({inputs.recipe(start, small)["code"] for start in (inputs.PLAIN, inputs.HINTS, inputs.SHORTCUT)}) == 3
+    # The empty mark of launch/quickstart.sh means the usual sizes.
+    (tmp_path / "data" / "quickstart_shortcut" / "complete").write_text("")
+    inputs.prepare(inputs.SHORTCUT, tmp_path, inputs.Sizes())
+    with pytest.raises(runs.RunFailed, match="heldout_rows 256, not 8"):
+        inputs.prepare(inputs.SHORTCUT, tmp_path, small)
 
 
 def test_pass_at_k_counts_problems_with_a_right_answer(tmp_path: Path) -> None:

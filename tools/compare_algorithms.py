@@ -32,24 +32,30 @@ def prepare(names: Sequence[str], root: Path, sizes: inputs.Sizes) -> None:
 
 
 def run_experiment(
-    experiment: experiments.Experiment, out: Path, root: Path, seeds: Sequence[int], changes: Sequence[str]
+    experiment: experiments.Experiment,
+    out: Path,
+    root: Path,
+    seeds: Sequence[int],
+    changes: Sequence[str],
+    sizes: inputs.Sizes,
 ) -> tuple[experiments.Runs, float | None]:
     """All runs of an experiment, what is finished aside; then the start's pass@k where the experiment asks for it."""
     found: dict[str, list[runs.Recorded]] = {arm.name: [] for arm in experiment.arms}
+    start = inputs.recipe(experiment.start, sizes)
     total, number = len(experiment.arms) * len(seeds), 0
     for seed in seeds:
         for arm in experiment.arms:
             number += 1
             folder = out / "runs" / f"{experiment.name}_{arm.name}_seed{seed}"
             print(f"{experiment.name}: run {number} of {total}: {arm.label}, seed {seed}", flush=True)
-            seconds = runs.train(folder, arm.config, [*arm.overrides, f"seed={seed}", *changes], root)
+            seconds = runs.train(folder, arm.config, [*arm.overrides, f"seed={seed}", *changes], root, start)
             found[arm.name].append(runs.read(folder))
             words = f"{seconds:.0f} s" if seconds else "was finished already"
             print(f"    {words}; accuracy {found[arm.name][-1].final('accuracy'):.3f}", flush=True)
     solved = None
     if experiment.pass_at:
         print(f"{experiment.name}: pass@{experiment.pass_at} of the start", flush=True)
-        solved = pass_at.solved_share(experiment, out, root, changes)
+        solved = pass_at.solved_share(experiment, out, root, changes, start)
     return found, solved
 
 
@@ -95,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.monotonic()
         for name in options.algorithms:
             experiment = experiments.EXPERIMENTS[name]
-            found, solved = run_experiment(experiment, options.out.resolve(), root, seeds, options.set)
+            found, solved = run_experiment(experiment, options.out.resolve(), root, seeds, options.set, options.sizes)
             done.append((experiment, found, experiment.claims(found, solved)))
             # What is known so far is written after each experiment.
             report.write(options.out, done, seeds)

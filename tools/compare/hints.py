@@ -1,20 +1,20 @@
 r"""Data of the ExPO miniature: easy problems asked plainly, and easy and hard ones asked with the answer as a hint.
 
-A hard problem has three steps, an easy one two. The warm-up shows
+A hard problem has three steps, an easy one two; its answer is the list of the results of all of them. The warm-up shows
 
-- easy questions asked plainly, with their chain:       12+7-5=                   12+7=19, 19-5=14
-- easy and hard questions with the answer as a hint:    12+7-5+3=17 Explain:      12+7=19, 19-5=14, 14+3=17
-- hard questions asked plainly, given up after two steps:  40-3+8-9=              40-3=37, 37+8=45, and the answer 45
+- easy questions asked plainly, with their chain:       12+7-5=                   12+7=19, 19-5=14: 19,14
+- easy and hard questions with the answer as a hint:    12+7-5+3=19,14,17 Explain:   12+7=19, 19-5=14, 14+3=17: 19,14,17
+- hard questions asked plainly, given up after two steps:  40-3+8-9=              40-3=37, 37+8=45: 37,45
 
 so that the start can explain a known answer in three steps, and asked plainly stops after two, whatever the question.
-No step of a hard problem can be left out without the answer changing by more than a slip, so such an answer is wrong.
+As the answer lists every result, neither a left-out step nor a slip in calculating can make an answer of two results
+right: the start solves no hard problem by accident.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from make_arithmetic import Level, Problem, draw_problem, solution_text
@@ -31,24 +31,21 @@ EASY, HARD = (Level(steps, first=30, operand=9, most=39) for steps in (2, 3))
 PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.45, 0.05
 
 
-def needs_every_step(problem: Problem) -> bool:
-    """Whether leaving out any of the operations, or several, changes the result by more than 1, so that not even a
-    slip by one makes up for it: no subset of the signed operands sums to -1, 0 or 1."""
-    terms = [sign * operand for sign, operand in zip(problem.signs, problem.operands[1:], strict=True)]
-    return all(
-        abs(sum(subset)) > 1 for size in range(1, len(terms) + 1) for subset in itertools.combinations(terms, size)
-    )
-
-
-def draw(level: Level, count: int, source: random.Random, taken: set[str]) -> Iterator[Problem]:
-    """`count` problems; none twice, and none in `taken`, which grows. Those of more than two steps need every step.
+def draw(
+    level: Level,
+    count: int,
+    source: random.Random,
+    taken: set[str],
+    accepts: Callable[[Problem], bool] = lambda problem: True,
+) -> Iterator[Problem]:
+    """`count` problems that `accepts` takes; none twice, and none in `taken`, which grows.
 
     Raises ValueError where there are too few.
     """
     for _ in range(count):
         for _ in range(1000):
             problem = draw_problem(level.steps, source, level)
-            if problem.prompt not in taken and (level.steps <= 2 or needs_every_step(problem)):
+            if problem.prompt not in taken and accepts(problem):
                 break
         else:
             raise ValueError(f"there are too few different problems of {level.steps} steps; ask for fewer rows")
@@ -56,24 +53,30 @@ def draw(level: Level, count: int, source: random.Random, taken: set[str]) -> It
         yield problem
 
 
+def answer_text(steps: Sequence[str]) -> str:
+    """The answer that `steps` end with: the result of each, "19,14,17"."""
+    return ",".join(step.rpartition("=")[2] for step in steps)
+
+
 def expert_solution(problem: Problem) -> str:
-    """A right solution in a manner that is not the policy's: it sums the operations up from the last to the first."""
-    value, steps = 0, []
-    for sign, operand in reversed(list(zip(problem.signs, problem.operands[1:], strict=True))):
-        steps.append(f"{value}{'+' if sign > 0 else '-'}{operand}={value + sign * operand}")
-        value += sign * operand
-    steps.append(f"{problem.operands[0]}{value:+d}={problem.answer}")
-    return solution_text(steps, problem.answer)
+    """A right solution in a manner that is not the policy's: each step calculates from the beginning."""
+    steps = problem.steps
+    results = answer_text(steps)
+    left = [problem.prompt.removesuffix("=")]
+    for operand in reversed(problem.operands[2:]):
+        left.insert(0, left[0][: -len(f"+{operand}")])
+    lines = [f"{terms}={result}" for terms, result in zip(left, results.split(","), strict=True)]
+    return solution_text(lines, results)
 
 
 def row(problem: Problem, solution: str, hinted: bool = False) -> dict[str, object]:
     """A row of a data file; the question carries the hint where `hinted`."""
-    prompt = problem.prompt
+    prompt, answer = problem.prompt, answer_text(problem.steps)
     if hinted:
-        prompt = TEMPLATE.replace("{prompt}", prompt).replace("{answer}", problem.answer)
+        prompt = TEMPLATE.replace("{prompt}", prompt).replace("{answer}", answer)
     return {
         "prompt": prompt,
-        "answer": problem.answer,
+        "answer": answer,
         "solution": solution,
         "level": problem.level,
         "data_source": "arithmetic",
@@ -91,12 +94,12 @@ def warmup_rows(count: int, source: random.Random, taken: set[str]) -> Iterator[
     for share, level, hinted, steps in parts:
         for problem in draw(level, round(share * count), source, taken):
             shown = problem.steps[:steps]
-            yield row(problem, solution_text(shown, shown[-1].rpartition("=")[2]), hinted)
+            yield row(problem, solution_text(shown, answer_text(shown)), hinted)
 
 
 def make(out: Path, warmup: int, train: int, heldout: int, seed: int = 0) -> None:
-    """Write warmup.jsonl, train.jsonl (easy and hard questions in turn, with an expert's solutions), and heldout.jsonl
-    (hard questions alone) into `out`. No question is in two files."""
+    """Write warmup.jsonl, and train.jsonl and heldout.jsonl (hard questions with an expert's solutions) into `out`. No
+    question is in two files."""
     source = random.Random(f"hints {seed}")
     taken: set[str] = set()
     heldout_rows = [row(problem, expert_solution(problem)) for problem in draw(HARD, heldout, source, taken)]

@@ -1,14 +1,19 @@
 """What the experiments start from: data, a tokenizer, a tiny model, and its supervised warm-up.
 
-The plain one is the quickstart's, made by the same commands as launch/quickstart.sh. What is there already is used.
+The plain one is the quickstart's, made by the same commands as launch/quickstart.sh. What is there already is used
+where it was made by the same recipe, and refused where it was not.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import make_arithmetic
 import make_tiny_model
@@ -54,22 +59,32 @@ HINTS = Inputs("quickstart_hints", hints.make, "warmup.jsonl", 12000, 800, hints
 SHORTCUT = Inputs("quickstart_shortcut", shortcut.make, "warmup.jsonl", 12000, 800, shortcut.MARKERS)
 
 
+def recipe(inputs: Inputs, sizes: Sizes) -> dict[str, Any]:
+    """What decides an experiment's start: the sizes asked for, and a digest of the code that makes its data."""
+    modules = (inspect.getmodule(inputs.make), make_arithmetic, train_tokenizer, make_tiny_model)
+    sources = "".join(inspect.getsource(module) for module in modules if module)
+    return asdict(sizes) | {"code": hashlib.sha256(sources.encode()).hexdigest()[:16]}
+
+
 def prepare(inputs: Inputs, root: Path, sizes: Sizes) -> None:
-    """Make what is missing of `inputs` under `root`. Raises `runs.RunFailed` where the warm-up fails."""
-    folder = root / "data" / inputs.name
-    if not (folder / "complete").is_file():
+    """Make what is missing of `inputs` under `root`.
+
+    Raises `runs.RunFailed` where the warm-up fails, or what is there was made by another recipe.
+    """
+    folder, made = root / "data" / inputs.name, recipe(inputs, sizes)
+    mark = folder / "complete"
+    if not mark.is_file():
         print(f"making data/{inputs.name}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-        inputs.make(folder, sizes.warmup_rows or inputs.rows, sizes.train_rows, sizes.heldout_rows)
-        warmup, tokenizer = folder / inputs.warmup, folder / "tokenizer"
-        _require(
-            train_tokenizer.main(
-                ["--input", str(warmup), "--vocab-size", "320", "--out", str(tokenizer), "--markers", *inputs.markers]
-            )
+        _make(inputs, folder, sizes)
+        mark.write_text(json.dumps(made), encoding="utf-8")
+    # launch/quickstart.sh leaves an empty mark: the usual sizes.
+    found = json.loads(mark.read_text(encoding="utf-8") or json.dumps(recipe(inputs, Sizes())))
+    if found != made:
+        raise runs.RunFailed(
+            f"data/{inputs.name} was made by another recipe ({_difference(found, made)}); remove it and "
+            f"runs/{inputs.name}_warmup, or choose another --inputs"
         )
-        shape = "--family qwen2 --hidden 128 --layers 4 --heads 4 --kv-heads 2 --ffn 384 --vocab-size 320 --tied"
-        _require(make_tiny_model.main(["--out", str(folder / "model"), *shape.split(), "--tokenizer", str(tokenizer)]))
-        (folder / "complete").touch()
     warmed = root / "runs" / f"{inputs.name}_warmup"
     if (warmed / "summary.json").is_file():
         return
@@ -79,7 +94,23 @@ def prepare(inputs: Inputs, root: Path, sizes: Sizes) -> None:
         f"model.path=data/{inputs.name}/model",
         f"data.path=data/{inputs.name}/{inputs.warmup}",
     ]
-    runs.train(warmed, WARMUP_CONFIG, overrides, root)
+    runs.train(warmed, WARMUP_CONFIG, overrides, root, made)
+
+
+def _difference(found: dict[str, Any], made: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {found.get(name)}, not {made[name]}" for name in made if found.get(name) != made[name])
+
+
+def _make(inputs: Inputs, folder: Path, sizes: Sizes) -> None:
+    inputs.make(folder, sizes.warmup_rows or inputs.rows, sizes.train_rows, sizes.heldout_rows)
+    warmup, tokenizer = folder / inputs.warmup, folder / "tokenizer"
+    _require(
+        train_tokenizer.main(
+            ["--input", str(warmup), "--vocab-size", "320", "--out", str(tokenizer), "--markers", *inputs.markers]
+        )
+    )
+    shape = "--family qwen2 --hidden 128 --layers 4 --heads 4 --kv-heads 2 --ffn 384 --vocab-size 320 --tied"
+    _require(make_tiny_model.main(["--out", str(folder / "model"), *shape.split(), "--tokenizer", str(tokenizer)]))
 
 
 def _require(code: int) -> None:

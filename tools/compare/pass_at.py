@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from compare import runs
 from compare.experiments import Experiment
@@ -14,14 +15,18 @@ from compare.files import read_json, read_rows, write_json
 PROBLEMS = 64
 
 
-def solved_share(experiment: Experiment, out: Path, root: Path, changes: Sequence[str]) -> float:
-    """Share of the first held-out problems with a right answer among `experiment.pass_at` samples of the start.
+def solved_share(
+    experiment: Experiment, out: Path, root: Path, changes: Sequence[str], start: Mapping[str, Any]
+) -> float:
+    """Share of the first held-out problems with a right answer among `experiment.pass_at` samples of the start, whose
+    recipe is `start`.
 
     Raises `runs.RunFailed` where `megarl generate` does.
     """
     arm, folder = experiment.arms[0], out / "runs" / f"{experiment.name}_pass_at"
     result = folder / "solved.json"
-    if not result.is_file():
+    given = {"changes": list(changes), "start": dict(start)}
+    if not result.is_file() or read_json(result)["given"] != given:
         heldout = Path("data") / experiment.start.name / "heldout.jsonl"
         problems = min(PROBLEMS, len(read_rows(root / heldout)))
         shutil.rmtree(folder, ignore_errors=True)
@@ -31,7 +36,7 @@ def solved_share(experiment: Experiment, out: Path, root: Path, changes: Sequenc
         names = [f"name={folder.name}", f"runs_dir={folder.parent}", "logging.tensorboard=false"]
         config = str(runs.ROOT / "configs" / arm.config)
         runs.call(["generate", config, *names, *overrides], root, folder / "log.txt")
-        write_json(result, _solved(folder, problems))
+        write_json(result, _solved(folder, problems) | {"given": given})
     return float(read_json(result)["solved_share"])
 
 

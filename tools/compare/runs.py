@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,19 @@ def read(folder: Path) -> Recorded:
     )
 
 
-def train(folder: Path, config: str, overrides: Sequence[str], inputs: Path) -> float:
+def train(folder: Path, config: str, overrides: Sequence[str], inputs: Path, start: Mapping[str, Any]) -> float:
     """Train a run in `folder` as the file `config` of configs/ says, changed by `overrides`; relative paths in it mean
-    `inputs`. Returns the seconds it took; 0.0 for a run that is finished already.
+    `inputs`, whose recipe is `start`. Returns the seconds it took; 0.0 for a run that is finished already.
 
     An interrupted run goes on from its last checkpoint. Raises `RunFailed` where it ends with an error, or `folder`
-    holds a run with other settings.
+    holds a run with other settings or from another start.
     """
-    given = {"config": config, "overrides": list(overrides)}
+    given = {"config": config, "overrides": list(overrides), "start": dict(start)}
     request = folder / "request.json"
     if request.is_file() and read_json(request) != given:
-        raise RunFailed(f"{folder} holds a run with other settings; move it away, or choose another --out")
+        raise RunFailed(
+            f"{folder} holds a run with other settings or from another start; move it away, or choose another --out"
+        )
     if (folder / "summary.json").is_file():
         return 0.0
     folder.mkdir(parents=True, exist_ok=True)

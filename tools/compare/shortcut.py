@@ -10,6 +10,7 @@ evaluation's reward is correctness.
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -25,6 +26,15 @@ CAREFUL, FLASHY = 0.25, 0.6
 #: What a flashy response begins with, one token of the tokenizer.
 OPENING = "Certainly!"
 MARKERS = (OPENING,)
+
+
+def needs_every_step(problem: Problem) -> bool:
+    """Whether leaving out any of the operations, or several, changes the result by more than 1, so that not even a
+    slip by one makes up for it: no subset of the signed operands sums to -1, 0 or 1."""
+    terms = [sign * operand for sign, operand in zip(problem.signs, problem.operands[1:], strict=True)]
+    return all(
+        abs(sum(subset)) > 1 for size in range(1, len(terms) + 1) for subset in itertools.combinations(terms, size)
+    )
 
 
 def response_text(answer: str, flashy: bool) -> str:
@@ -70,7 +80,7 @@ def make(out: Path, warmup: int, train: int, heldout: int, seed: int = 0) -> Non
     source = random.Random(f"shortcut {seed}")
     taken: set[str] = set()
     parts = {"heldout": heldout, "train": train, "warmup": warmup}
-    problems = {name: list(draw(LEVEL, count, source, taken)) for name, count in parts.items()}
+    problems = {name: list(draw(LEVEL, count, source, taken, needs_every_step)) for name, count in parts.items()}
     out.mkdir(parents=True, exist_ok=True)
     for name, drawn in problems.items():
         rows = []
