@@ -3,8 +3,10 @@
 import torch
 from hypothesis import strategies as st
 
+from megarl.config.grid import Grid
 from megarl.config.model_shape import ModelShape
-from megarl.reshard.weight_map import hf_tensors, padded_vocab_size
+from megarl.config.sections import ParallelSettings
+from megarl.reshard.weight_map import hf_tensors, megatron_tensors, padded_vocab_size
 
 
 def make_shape(family="qwen2", **changes):
@@ -28,6 +30,12 @@ def make_shape(family="qwen2", **changes):
         "max_positions": 64,
     }
     return ModelShape(**(fields | changes))
+
+
+def rank_tensors(shape, tensor=1, pipeline=1, tensor_rank=0, pipeline_rank=0):
+    """Megatron's tensors on one rank of a layout with tensor and pipeline parallelism."""
+    grid = Grid(tensor=tensor, pipeline=pipeline, tensor_rank=tensor_rank, pipeline_rank=pipeline_rank)
+    return megatron_tensors(shape, ParallelSettings(tensor=tensor, pipeline=pipeline), grid)
 
 
 @st.composite

@@ -80,7 +80,7 @@ def near(values: np.ndarray, sequence: Sequence, purpose: int) -> np.ndarray:
 
 def routed(world: Any, config: Any, algorithm: Any) -> tuple[list[Sequence], Any]:
     """This rank's sequences of one mini-batch, and the counts of the whole."""
-    from megarl.parallel.groups import grid_of_rank
+    from megarl.config.grid import grid_of_rank
     from megarl.train.route import assign, deliver
     from megarl.train.selection import items_of
 
@@ -93,7 +93,7 @@ def routed(world: Any, config: Any, algorithm: Any) -> tuple[list[Sequence], Any
     }
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     batches = assign(rollouts, items, 1, world.size // (tensor * pipeline), together=algorithm.needs.pairs)
-    assert grid_of_rank(world.rank, world.size, config.parallel)[1] < len(batches[0].items)
+    assert grid_of_rank(world.rank, world.size, config.parallel).data_rank < len(batches[0].items)
     return deliver(rollouts, batches, config, world)[0], batches[0].totals
 
 

@@ -23,8 +23,22 @@ UPDATES = 3
 #: Layouts by number of processes.
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
-    2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}],
-    4: [{"tensor": 2, "pipeline": 2}, {"tensor": 2}, {"tensor": 2, "pipeline": 2, "sequence": True}],
+    2: [
+        {"tensor": 2},
+        {"tensor": 2, "sequence": True},
+        {"pipeline": 2},
+        {},
+        {"context": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"pipeline": 2, "stage_layers": (1, 3)},
+    ],
+    4: [
+        {"tensor": 2, "pipeline": 2},
+        {"tensor": 2},
+        {"tensor": 2, "pipeline": 2, "sequence": True},
+        {"context": 2, "tensor": 2, "sequence": True},
+        {"context": 2},
+    ],
 }
 #: Models that every layout trains; the others' log-probs are compared, and their updates in one process and under TP 2.
 TRAINED = ("qwen2-tied", "qwen3-tied", "llama-llama3")

@@ -11,6 +11,7 @@ from reshard_reference import (
     make_shape,
     megatron_reference,
     random_checkpoint,
+    rank_tensors,
     shapes,
     slice_reader,
     vllm_reference,
@@ -20,7 +21,7 @@ from megarl.reshard.boxes import LocalTensor, Region, numel, padding_boxes
 from megarl.reshard.copying import box_view, copy_box, read_local
 from megarl.reshard.plan import PlanError, make_plan
 from megarl.reshard.table import layer_of
-from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors, megatron_tensors, vllm_tensors
+from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors, vllm_tensors
 
 
 def megatron_coordinates(rank, tensor, pipeline, world):
@@ -33,7 +34,7 @@ def megatron_ranks(shape, tensor, pipeline, world):
     for rank in range(world):
         tensor_rank, pipeline_rank = megatron_coordinates(rank, tensor, pipeline, world)
         layouts.append(
-            megatron_tensors(
+            rank_tensors(
                 shape, tensor=tensor, pipeline=pipeline, tensor_rank=tensor_rank, pipeline_rank=pipeline_rank
             )
         )

@@ -11,6 +11,7 @@ from reshard_reference import (
     make_shape,
     megatron_reference,
     random_checkpoint,
+    rank_tensors,
     shapes,
     slice_reader,
     vllm_reference,
@@ -24,7 +25,6 @@ from megarl.reshard.weight_map import (
     check_hf_shapes,
     checkpoint_tensors,
     hf_tensors,
-    megatron_tensors,
     padded_vocab_size,
     vllm_tensors,
 )
@@ -80,7 +80,7 @@ def test_shards_are_read_from_a_file_by_slices(tmp_path):
             read += data.numel()
             return data
 
-        layout = megatron_tensors(shape, tensor=2, pipeline=3, tensor_rank=1, pipeline_rank=1)
+        layout = rank_tensors(shape, tensor=2, pipeline=3, tensor_rank=1, pipeline_rank=1)
         shards = {name: read_local(tensor, reader) for name, tensor in layout.items()}
     expected = megatron_reference(shape, whole, 2, 3, 1, 1)
     assert shards.keys() == expected.keys()
@@ -93,7 +93,7 @@ def test_shards_are_read_from_a_file_by_slices(tmp_path):
 def test_megatron_shards_equal_chunks_of_the_fused_tensors(shape, tensor, pipeline, data):
     checkpoint = random_checkpoint(shape)
     rank, stage = data.draw(st.integers(0, tensor - 1)), data.draw(st.integers(0, pipeline - 1))
-    layout = megatron_tensors(shape, tensor=tensor, pipeline=pipeline, tensor_rank=rank, pipeline_rank=stage)
+    layout = rank_tensors(shape, tensor=tensor, pipeline=pipeline, tensor_rank=rank, pipeline_rank=stage)
     expected = megatron_reference(shape, checkpoint, tensor, pipeline, rank, stage)
     assert layout.keys() == expected.keys()
     for name, value in expected.items():
@@ -138,18 +138,18 @@ def test_padded_vocabulary_does_not_depend_on_a_power_of_two():
 
 
 REFUSED = {
-    "heads": (lambda: megatron_tensors(make_shape(), tensor=3, pipeline=1, tensor_rank=0, pipeline_rank=0),
+    "heads": (lambda: rank_tensors(make_shape(), tensor=3, pipeline=1, tensor_rank=0, pipeline_rank=0),
               r"parallel\.tensor=3: must divide the model's 4 heads .*Fix: use one of \[1, 2, 4\]\."),
     "ffn": (lambda: vllm_tensors(make_shape(ffn_size=6), tensor=4, tensor_rank=0),
             r"rollout\.tensor=4: .*ffn size 6.*Fix: use one of \[1, 2\]\."),
     "kv heads": (lambda: vllm_tensors(make_shape(num_heads=6, num_kv_heads=3, ffn_size=12), tensor=2, tensor_rank=0),
                  r"its 3 key-value heads.*Fix: use one of \[1, 3, 6\]\."),
     "rows of a group": (
-        lambda: megatron_tensors(
+        lambda: rank_tensors(
             make_shape(num_heads=8, num_kv_heads=2, head_dim=1), tensor=8, pipeline=1, tensor_rank=0, pipeline_rank=0),
         r"parallel\.tensor=8: .*Fix: use one of \[1, 2, 4\]\."),
-    "layers": (lambda: megatron_tensors(make_shape(num_layers=6), tensor=1, pipeline=4, tensor_rank=0, pipeline_rank=0),
-               r"parallel\.pipeline=4: must divide the model's 6 layers\. Fix: use one of \[1, 2, 3, 6\]\."),
+    "layers": (lambda: rank_tensors(make_shape(num_layers=6), tensor=1, pipeline=4, tensor_rank=0, pipeline_rank=0),
+               r"parallel\.pipeline=4: must divide the model's 6 layers\. Fix: use 1, 2, 3 or 6, or write"),
     "vocabulary": (lambda: vllm_tensors(
         make_shape(num_heads=3, num_kv_heads=3, ffn_size=9), tensor=3, tensor_rank=0),
         r"rollout\.tensor=3: must divide vLLM's padded vocabulary of 128"),

@@ -7,12 +7,12 @@ import traceback
 import pytest
 import torch
 import torch.nn.functional as F
-from reshard_reference import make_shape, slice_reader
+from reshard_reference import make_shape, rank_tensors, slice_reader
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
 from megarl.reshard.copying import read_local
-from megarl.reshard.weight_map import hf_tensors, megatron_tensors
+from megarl.reshard.weight_map import hf_tensors
 
 #: (model, tensor, pipeline) on two processes; one key-value head for two ranks is Megatron's other way to cut.
 CASES = {
@@ -47,14 +47,15 @@ def build(shape, tensor, pipeline):
     )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor, pipeline)
-    return build_model(transformer_config(config, shape), shape)
+    (chunk,) = build_model(transformer_config(config, shape), shape)
+    return chunk
 
 
 def faults_of(case, rank):
     """What differs between Megatron's model and the layout, as text."""
     shape, tensor, pipeline = CASES[case]
     model = build(shape, tensor, pipeline)
-    layout = megatron_tensors(
+    layout = rank_tensors(
         shape, tensor=tensor, pipeline=pipeline, tensor_rank=rank % tensor, pipeline_rank=rank // tensor
     )
     real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from itertools import chain
 
 from megarl.config import files, vendor_fields
+from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import JudgeSettings, RewardSettings
@@ -51,7 +52,6 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
             f"differs from the {world} processes that the launcher started",
             "leave parallel.processes out under a launcher, or start that many",
         )
-    yield from _not_trained_yet(config)
     yield from _grid(config, world)
     shape = shape or read_model_shape(config.model.path)
     yield from chain(
@@ -64,15 +64,6 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
     yield from files.refusals(config)
-
-
-def _not_trained_yet(config: RunConfig) -> Iterator[Refusal]:
-    parallel = config.parallel
-    sizes = {"virtual_pipeline": parallel.virtual_pipeline, "context": parallel.context, "expert": parallel.expert}
-    for name, size in (sizes | {"expert_tensor": parallel.expert_tensor}).items():
-        if size not in (None, 1):
-            rule = "this version trains dense models with tensor, sequence, pipeline and data parallelism only"
-            yield Refusal(f"parallel.{name}={size}", rule, f"remove parallel.{name}")
 
 
 def _grid(config: RunConfig, world: int) -> Iterator[Refusal]:
@@ -99,12 +90,10 @@ def _grid(config: RunConfig, world: int) -> Iterator[Refusal]:
 def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     parallel = config.parallel
     yield from _split(f"parallel.tensor={parallel.tensor}", parallel.tensor, shape)
-    if shape.num_layers % parallel.pipeline:
-        yield Refusal(
-            f"parallel.pipeline={parallel.pipeline}",
-            f"must divide the model's {shape.num_layers} layers",
-            f"use {_divisors(shape.num_layers)}",
-        )
+    try:
+        layers_of_chunks(shape.num_layers, parallel)
+    except Refusal as refusal:
+        yield refusal
     if shape.attention_out_bias:
         yield Refusal(
             "attention_bias=true in the model's config.json",

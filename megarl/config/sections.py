@@ -47,6 +47,13 @@ class ParallelSettings(Settings):
     virtual_pipeline: PositiveInt | None = Field(
         default=None, description="Model chunks per pipeline stage (interleaved schedule)."
     )
+    stage_layers: tuple[PositiveInt, ...] | None = Field(
+        default=None,
+        description="Layers of every model chunk in the order of the forward pass: pipeline x virtual_pipeline numbers. "
+        "Default: equal shares.",
+    )
+    account_for_embedding: bool = Field(default=False, description="Equal shares count the embedding as a layer.")
+    account_for_loss: bool = Field(default=False, description="Equal shares count the output layer as a layer.")
     context: PositiveInt = Field(default=1, description="Context-parallel size.")
     expert: PositiveInt = Field(default=1, description="Expert-parallel size.")
     expert_tensor: PositiveInt | None = Field(

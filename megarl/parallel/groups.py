@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megarl.config.grid import Grid, grid_of_rank
 from megarl.config.sections import ParallelSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """This rank's coordinates and the sizes of the grid, in Megatron's rank order (tp-cp-ep-dp-pp)."""
-
-    tensor: int
-    pipeline: int
-    data: int
-    tensor_rank: int
-    pipeline_rank: int
-    data_rank: int
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline - 1
-
-    @property
-    def reports(self) -> bool:
-        """Whether this rank contributes its replica's loss and metrics: one rank per data-parallel replica."""
-        return self.is_last_stage and self.tensor_rank == 0
+from megarl.errors import MegarlError
 
 
 def form_grid(parallel: ParallelSettings, seed: int) -> Grid:
-    """Initialise Megatron's groups over the default process group and seed its random states."""
+    """Initialise Megatron's groups over the default process group and seed its random states.
+
+    Raises `MegarlError` where Megatron places this rank elsewhere than `grid_of_rank`, on which plans rest.
+    """
     if not parallel_state.is_initialized():
+        virtual = parallel.virtual_pipeline or 1
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    grid, found = grid_of_rank(dist.get_rank(), dist.get_world_size(), parallel), _grid_of_megatron()
+    if grid != found:
+        raise MegarlError(f"Megatron places this rank at {found}, expected {grid}")
+    return grid
+
+
+def _grid_of_megatron() -> Grid:
+    state: Any = parallel_state
     return Grid(
-        tensor=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
-        data=parallel_state.get_data_parallel_world_size(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        data_rank=parallel_state.get_data_parallel_rank(),
+        tensor=state.get_tensor_model_parallel_world_size(),
+        pipeline=state.get_pipeline_model_parallel_world_size(),
+        context=state.get_context_parallel_world_size(),
+        data=state.get_data_parallel_world_size(),
+        expert=state.get_expert_model_parallel_world_size(),
+        expert_tensor=state.get_expert_tensor_parallel_world_size(),
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        context_rank=state.get_context_parallel_rank(),
+        data_rank=state.get_data_parallel_rank(),
+        expert_rank=state.get_expert_model_parallel_rank(),
+        expert_tensor_rank=state.get_expert_tensor_parallel_rank(),
     )
 
 
 def dissolve_grid() -> None:
     """Take Megatron's groups down, so that another layout can be formed in the same processes (tests)."""
     parallel_state.destroy_model_parallel()
-
-
-def grid_of_rank(rank: int, world: int, parallel: ParallelSettings) -> tuple[int, int, int]:
-    """(tensor_rank, data_rank, pipeline_rank) of any rank, without communication; tensor varies fastest."""
-    data = world // (parallel.tensor * parallel.pipeline * parallel.context)
-    tensor_rank = rank % parallel.tensor
-    data_rank = (rank // (parallel.tensor * parallel.context)) % data
-    pipeline_rank = rank // (parallel.tensor * parallel.context * data)
-    return tensor_rank, data_rank, pipeline_rank

@@ -7,24 +7,50 @@ reach the output layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 import torch
 
+from megarl.parallel.context import held_positions
 from megarl.records import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the tokens of a micro-batch are cut over the ranks of a replica: `context` ranks share its sequences, of whose
+    tokens `sequence_parallel` ranks hold a part each between layers."""
+
+    context: int = 1
+    context_rank: int = 0
+    sequence_parallel: int = 1
+
+    def padded(self, length: int) -> int:
+        """Tokens that a sequence takes in a packed row: context parallelism cuts each into 2 x context equal pieces."""
+        return length if self.context == 1 else -(-length // (2 * self.context)) * 2 * self.context
+
+    @property
+    def width_multiple(self) -> int:
+        """What the length of a row must be a multiple of."""
+        pieces = 1 if self.context == 1 else 2 * self.context
+        return lcm(pieces, self.context * self.sequence_parallel)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One forward pass.
 
-    tokens, positions int64 (B, S), B = 1 when packed; boundaries int32 (N+1,): cumulative lengths of the
-    sequences in the flat order of `tokens`, padding included as a last sequence where there is any.
-    rows int64 (R,): flat indices b·S+s whose next token is a response token; targets int64 (R,): those tokens;
-    sequence int64 (R,): index of the row's sequence; lengths float32 (N,): response tokens of each sequence.
-    The per-token values are float32 (R,) or None where not known; NaN at targets, which have none but the reference's.
+    tokens, positions int64 (B, S), B = 1 when packed, S the row's tokens on this context-parallel rank; boundaries int32
+    (N+1,): cumulative lengths of the whole sequences in the flat order of the rows before they are cut, padding
+    included, at the end as a last sequence where there is any; held int64 (B·S,): flat places there of `tokens`.
+    rows int64 (R,): flat indices b·S+s whose next token is a response token; targets int64 (R,): those tokens. parts: for
+    every context-parallel rank, the places of its rows' tokens among all T response tokens of the micro-batch; T = R
+    with one rank.
+    sequence int64 (T,): index of the token's sequence; lengths float32 (N,): response tokens of each sequence.
+    The per-token values are float32 (T,) or None where not known; NaN at targets, which have none but the reference's.
     target bool (N,), group int64 (N,) and signals float32 (N,) each, 0 at targets: those of the sequences.
     """
 
@@ -33,8 +59,10 @@ class MicroBatch:
     boundaries: torch.Tensor
     longest: int
     packed: bool
+    held: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     sequence: torch.Tensor
     lengths: torch.Tensor
     advantages: torch.Tensor
@@ -52,50 +80,61 @@ class MicroBatch:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens the forward pass computes, padding included."""
+        """Tokens that this rank's forward pass computes, padding included."""
         return self.tokens.numel()
 
 
+#: One rank computes all tokens.
+_WHOLE = Cut()
+
+
 def lay_out(
-    sequences: Sequences[Sequence], *, packed: bool, length_multiple: int = 1, device: torch.device | str = "cpu"
+    sequences: Sequences[Sequence], *, packed: bool, cut: Cut = _WHOLE, device: torch.device | str = "cpu"
 ) -> MicroBatch:
-    """Lay sequences out as one micro-batch; the (padded) length is a multiple of `length_multiple`."""
+    """Lay sequences out as one micro-batch, of which this rank gets the part that `cut` says.
+
+    Without sequences it is padding alone.
+    """
+    multiple = cut.width_multiple
     lengths = [s.length for s in sequences]
-    offsets: list[int]
     if packed:
-        total = sum(lengths)
-        width = -(-total // length_multiple) * length_multiple
-        tokens, positions = np.zeros((1, width), np.int64), np.zeros((1, width), np.int64)
-        offsets = [0, *np.cumsum(lengths)[:-1].tolist()]
-        boundaries = [0, *np.cumsum(lengths).tolist()]
-        if width > total:
-            boundaries.append(width)
-            positions[0, total:] = np.arange(width - total)
-        longest = max([*lengths, width - total])
+        places = [cut.padded(length) for length in lengths]
+        width = -(-max(sum(places), 1) // multiple) * multiple
+        if width > sum(places):
+            places.append(width - sum(places))
     else:
-        width = -(-max(lengths) // length_multiple) * length_multiple
-        tokens = np.zeros((len(sequences), width), np.int64)
-        positions = np.tile(np.arange(width), (len(sequences), 1))
-        offsets = [i * width for i in range(len(sequences))]
-        boundaries = [i * width for i in range(len(sequences) + 1)]
-        longest = width
-    flat_tokens, flat_positions = tokens.reshape(-1), positions.reshape(-1)
-    for offset, item in zip(offsets, sequences, strict=True):
-        flat_tokens[offset : offset + item.length] = item.tokens
-        flat_positions[offset : offset + item.length] = np.arange(item.length)
-    rows = [np.arange(o + s.prompt_length - 1, o + s.length - 1) for o, s in zip(offsets, sequences, strict=True)]
+        width = -(-max(lengths, default=1) // multiple) * multiple
+        places = [width] * max(len(lengths), 1)
+    ends = np.cumsum(places)
+    starts = ends - places
+    tokens, positions = np.zeros(ends[-1], np.int64), np.concatenate([np.arange(place) for place in places])
+    for start, item in zip(starts, sequences, strict=False):
+        tokens[start : start + item.length] = item.tokens
+    held = held_positions(places, cut.context, cut.context_rank)
+    shape = (1 if packed else len(places), -1)
     responses = [s.response_length for s in sequences]
+    predicting = _joined(
+        np.arange(start + s.prompt_length - 1, start + s.length - 1)
+        for start, s in zip(starts, sequences, strict=False)
+    )
+    targets = _joined(s.tokens[s.prompt_length :].astype(np.int64) for s in sequences)
+    parts = [
+        _local(predicting, held_positions(places, cut.context, rank), len(tokens)) for rank in range(cut.context)
+    ]
+    mine, rows = parts[cut.context_rank]
     return MicroBatch(
-        tokens=_tensor(tokens, device),
-        positions=_tensor(positions, device),
-        boundaries=torch.tensor(boundaries, dtype=torch.int32).to(device),
-        longest=longest,
+        tokens=_tensor(tokens[held].reshape(shape), device),
+        positions=_tensor(positions[held].reshape(shape), device),
+        boundaries=torch.tensor([0, *ends], dtype=torch.int32).to(device),
+        longest=max(places),
         packed=packed,
-        rows=_tensor(np.concatenate(rows), device),
-        targets=_tensor(np.concatenate([s.tokens[s.prompt_length :].astype(np.int64) for s in sequences]), device),
+        held=_tensor(held, device),
+        rows=_tensor(rows, device),
+        targets=_tensor(targets[mine], device),
+        parts=tuple(_tensor(part, device) for part, _ in parts),
         sequence=_tensor(np.repeat(np.arange(len(sequences)), responses), device),
         lengths=torch.tensor(responses, dtype=torch.float32).to(device),
-        advantages=_tensor(np.concatenate([s.advantages for s in sequences]).astype(np.float32), device),
+        advantages=_tensor(_joined(s.advantages for s in sequences).astype(np.float32), device),
         rollout_log_probs=_of_answers([s.rollout_log_probs for s in sequences], sequences, device),
         old_log_probs=_of_answers([s.old_log_probs for s in sequences], sequences, device),
         reference_log_probs=_values([s.reference_log_probs for s in sequences], device),
@@ -107,6 +146,20 @@ def lay_out(
         },
         real_tokens=sum(lengths),
     )
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    found = list(parts)
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def _local(wanted: np.ndarray, held: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the flat positions `wanted` are among `held`, and where in `held` those are."""
+    place = np.full(total, -1)
+    place[held] = np.arange(len(held))
+    found = place[wanted]
+    mine = np.flatnonzero(found >= 0)
+    return mine, found[mine]
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
@@ -128,4 +181,4 @@ def _values(parts: Sequences[np.ndarray | None], device: torch.device | str) -> 
     present = [p for p in parts if p is not None]
     if len(present) < len(parts):
         return None
-    return _tensor(np.concatenate(present).astype(np.float32), device)
+    return _tensor(_joined(present).astype(np.float32), device)

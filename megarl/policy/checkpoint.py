@@ -74,7 +74,8 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     state: Any = dist_checkpointing.load(
         _state(policy, optimizer=optimizer, loading=True), str(directory), strict=StrictHandling.RAISE_UNEXPECTED
     )
-    _load_model(policy.model, state["model"])
+    for key, model in _models(policy).items():
+        _load_model(model, state[key])
     if optimizer:
         adam_state.load(policy.optimizer, state["optimizer"])
         policy.scheduler.load_state_dict(state["scheduler"])
@@ -138,13 +139,21 @@ def read_progress(directory: Path) -> dict[str, Any]:
 def _state(policy: Policy, *, optimizer: bool, loading: bool) -> dict[str, Any]:
     # Megatron adds this layout's process groups to the record that it is given.
     metadata = dict(_METADATA)
-    model = policy.model.sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": {k: v for k, v in model.items() if not k.endswith("_extra_state")}}
+    state: dict[str, Any] = {}
+    for key, model in _models(policy).items():
+        found = model.sharded_state_dict(metadata=metadata)
+        state[key] = {k: v for k, v in found.items() if not k.endswith("_extra_state")}
     if optimizer:
         adam_state.allocate(policy.optimizer)
-        state["optimizer"] = policy.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+        state["optimizer"] = policy.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
         state["scheduler"] = policy.scheduler.state_dict()
     return state
+
+
+def _models(policy: Policy) -> dict[str, Any]:
+    """This rank's model chunks by Megatron's keys: model, or model0, model1, ..."""
+    chunks: list[Any] = policy.chunks
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
 def _replace_text(file: Path, text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,7 +20,7 @@ from megarl.policy.batch import MicroBatch
 class ForwardArguments:
     """Turns a micro-batch into the arguments of the Megatron model's forward pass."""
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, model: GPTModel) -> None:
+    def __init__(self, config: TransformerConfig, shape: ModelShape, chunks: Sequence[GPTModel]) -> None:
         self.config = config
         self.inverse_frequencies, self.scaling = rotary_frequencies(shape)
         if has_cuda():
@@ -29,7 +31,8 @@ class ForwardArguments:
                     "use a model without yarn on GPUs",
                 )
             # Megatron knows fewer rope scalings than Hugging Face; the frequencies are ours in every case.
-            model.rotary_pos_emb.inv_freq = self.inverse_frequencies.cuda()
+            for chunk in chunks:
+                chunk.rotary_pos_emb.inv_freq = self.inverse_frequencies.cuda()
 
     def of(self, batch: MicroBatch) -> dict[str, Any]:
         """Keyword arguments for `GPTModel.forward`."""
@@ -44,7 +47,8 @@ class ForwardArguments:
         if not has_cuda():
             from megarl.policy.cpu_attention import cpu_packing
 
-            return cpu_packing(batch, self.inverse_frequencies, self.scaling, self.config.params_dtype)
+            group: Any = parallel_state.get_context_parallel_group()
+            return cpu_packing(batch, self.inverse_frequencies, self.scaling, self.config.params_dtype, group)
         if not batch.packed:
             return None
         return PackedSeqParams(

@@ -14,22 +14,10 @@ from safetensors import safe_open
 
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
-from megarl.parallel.groups import Grid
 from megarl.policy.policy import Policy
-from megarl.reshard.boxes import Box, LocalTensor
+from megarl.reshard.boxes import Box
 from megarl.reshard.copying import Reader, box_view, read_local
 from megarl.reshard.weight_map import check_hf_shapes, hf_tensors, megatron_tensors
-
-
-def shard_tensors(shape: ModelShape, grid: Grid) -> dict[str, LocalTensor]:
-    """This rank's Megatron tensors, described by boxes of the checkpoint."""
-    return megatron_tensors(
-        shape,
-        tensor=grid.tensor,
-        pipeline=grid.pipeline,
-        tensor_rank=grid.tensor_rank,
-        pipeline_rank=grid.pipeline_rank,
-    )
 
 
 def load_hf_weights(policy: Policy, path: str | Path) -> None:
@@ -59,7 +47,7 @@ def draw_random_weights(policy: Policy, seed: int) -> None:
 
 
 def _fill(policy: Policy, reader: Reader) -> None:
-    tensors = shard_tensors(policy.shape, policy.grid)
+    tensors = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             parameter.copy_(read_local(tensors[name], reader, parameter.dtype))

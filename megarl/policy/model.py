@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
+from megarl.config.sections import ParallelSettings
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.reshard.weight_map import padded_vocab_size
 
@@ -59,7 +62,9 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
+        **_pipeline_layout(parallel, shape),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": config.precision == "bf16",
@@ -79,6 +84,23 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         "apply_rope_fusion": has_cuda(),
     }
     return TransformerConfig(**(fields | fields_of(TransformerConfig, config.megatron)))
+
+
+def _pipeline_layout(parallel: ParallelSettings, shape: ModelShape) -> dict[str, Any]:
+    """Megatron's fields for which layers each model chunk has; none where there is but one chunk."""
+    counts = layers_of_chunks(shape.num_layers, parallel)
+    if len(counts) == 1:
+        return {}
+    layout: list[list[str]] = [["decoder"] * count for count in counts]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    fields: dict[str, Any] = {"pipeline_model_parallel_layout": layout}
+    if len(counts) > parallel.pipeline:
+        fields["virtual_pipeline_model_parallel_size"] = parallel.virtual_pipeline
+        # Sent one direction at a time: of two stages, each is before and behind the other, and in one batch the messages
+        # of both directions would be taken for each other.
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return fields
 
 
 def fields_of(vendor_class: type, table: dict[str, Any]) -> dict[str, Any]:
@@ -125,8 +147,8 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig) -> Any:
-    """The decoder's spec; the CPU's carries its own final norm, which Megatron would else pick by itself."""
+def block_spec(config: TransformerConfig, chunk: int | None) -> Any:
+    """The spec of a chunk's decoder; the CPU's carries its own final norm, which Megatron would else pick by itself."""
     layer = layer_spec(config)
     if has_cuda():
         return layer
@@ -135,23 +157,30 @@ def block_spec(config: TransformerConfig) -> Any:
     from megarl.policy.cpu_layers import CpuRMSNorm
 
     norm: Any = CpuRMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
 
 
-def build_model(config: TransformerConfig, shape: ModelShape) -> GPTModel:
-    """This rank's stage of the model, uninitialised, with the output layer deferred (see `_defer_head`)."""
+def build_model(config: TransformerConfig, shape: ModelShape) -> list[GPTModel]:
+    """This rank's model chunks, uninitialised, with the output layer deferred (see `_defer_head`)."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(config, shape, chunk) for chunk in (range(virtual) if virtual else [None])]
+
+
+def _build_chunk(config: TransformerConfig, shape: ModelShape, chunk: int | None) -> GPTModel:
+    """One chunk; `chunk` is its number under the interleaved schedule, None without it."""
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config),
+        transformer_layer_spec=block_spec(config, chunk),
         vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=chunk is None, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=chunk is None, vp_stage=chunk),
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         # On the CPU the attention rotates queries and keys itself, with tables made once per micro-batch.
         position_embedding_type="rope" if has_cuda() else "none",
         rotary_base=int(shape.rope_theta),
+        vp_stage=chunk,
     )
     _mark_shards(model)
     if model.post_process:
@@ -191,8 +220,8 @@ def _defer_head(
 
 
 def wrap_data_parallel(
-    config: RunConfig, megatron_config: TransformerConfig, model: GPTModel
-) -> DistributedDataParallel:
+    config: RunConfig, megatron_config: TransformerConfig, chunks: Sequence[GPTModel]
+) -> list[DistributedDataParallel]:
     """Gradient buffers and reductions over the data-parallel group, sharded for the distributed optimizer."""
     fields: dict[str, Any] = {
         "use_distributed_optimizer": True,
@@ -200,9 +229,13 @@ def wrap_data_parallel(
         "overlap_grad_reduce": False,
     }
     ddp = DistributedDataParallelConfig(**(fields | fields_of(DistributedDataParallelConfig, config.megatron)))
-    wrapped: Any = DistributedDataParallel(config=megatron_config, ddp_config=ddp, module=model)
-    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
-        _count_padding(buffer)
+    wrapped: list[Any] = [
+        DistributedDataParallel(config=megatron_config, ddp_config=ddp, module=chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    for one in wrapped:
+        for buffer in (*one.buffers, *one.expert_parallel_buffers):
+            _count_padding(buffer)
     return wrapped
 
 

@@ -24,20 +24,23 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megarl.algorithms.base import Algorithm, BatchTotals, LocalReducer, LossInputs, LossTerms
+from megarl.config.grid import Grid
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.data.packing import microbatches, padded_microbatches
 from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.cpu_platform import has_cuda
-from megarl.parallel.groups import Grid
+from megarl.parallel.exchange import gather_all
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
-from megarl.policy.batch import MicroBatch, lay_out
+from megarl.parallel.context import whole_sequences
+from megarl.policy.batch import Cut, MicroBatch, lay_out
 from megarl.policy.forward import ForwardArguments
 from megarl.policy.model import build_model, optimizer_config, transformer_config, wrap_data_parallel
 from megarl.policy.residence import Residence
 from megarl.policy.weight_sets import WeightSets
 from megarl.records import Sequence
+from megarl.reshard.weight_map import chunk_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +85,21 @@ class Policy:
                 "set precision=bf16 or batch.packed=false",
             )
         self.megatron_config = transformer_config(config, shape)
-        self.model = build_model(self.megatron_config, shape)
-        self.chunk = wrap_data_parallel(config, self.megatron_config, self.model)
-        self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), [self.chunk])
+        self.chunks = build_model(self.megatron_config, shape)
+        self.wrapped: Any = wrap_data_parallel(config, self.megatron_config, self.chunks)
+        self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(config, self.optimizer, step_budget)
-        self.weight_sets = WeightSets(self.model)
-        self.residence = Residence(self.chunk, self.optimizer)
-        self.forward_arguments = ForwardArguments(self.megatron_config, shape, self.model)
+        self.weight_sets = WeightSets(p for chunk in self.chunks for p in chunk.parameters())
+        self.residence = Residence(self.wrapped, self.optimizer)
+        self.forward_arguments = ForwardArguments(self.megatron_config, shape, self.chunks)
         self.skipped_in_a_row = 0
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's shard, in Megatron's names."""
-        return self.model.named_parameters()
+        """This rank's shard, in the names of `megatron_tensors`: Megatron's, with a prefix for each of several chunks."""
+        for number, chunk in enumerate(self.chunks):
+            prefix = chunk_prefix(number, len(self.chunks))
+            yield from ((prefix + name, parameter) for name, parameter in chunk.named_parameters())
 
     def weights_changed(self) -> None:
         """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
@@ -115,8 +120,6 @@ class Policy:
         `sequences` are those of this data-parallel rank. None on all but the last pipeline stage.
         """
         self.residence.require_ready("compute log-probs")
-        if not sequences:
-            return [] if self.grid.is_last_stage else None
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
 
         def consume(batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor) -> Any:
@@ -126,7 +129,8 @@ class Policy:
             return log_probs.new_zeros(()), {}
 
         with torch.no_grad(), self.using(weights):
-            self.model.eval()
+            for chunk in self.chunks:
+                chunk.eval()
             self._run(sequences, consume, forward_only=True)
         return found if self.grid.is_last_stage else None
 
@@ -136,9 +140,10 @@ class Policy:
         A NaN or infinite loss or gradient norm skips the update; `skipped_in_a_row` counts them.
         """
         self.residence.require_ready("update the policy")
-        self.chunk.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.zero_grad_buffer()
+            wrapped.train()
         self.optimizer.zero_grad()
-        self.model.train()
         stage = _LossStage(algorithm, totals)
         work = self._run(sequences, stage, forward_only=False, by_group=algorithm.needs.pairs)
         record = self._gather(stage, work)
@@ -167,26 +172,23 @@ class Policy:
 
         With `by_group` the sequences of a group share a micro-batch.
         """
-        settings = self.config.batch
-        cut = microbatches if settings.packed else padded_microbatches
-        groups = [s.group for s in sequences] if by_group else None
-        plan = cut([s.length for s in sequences], settings.tokens_per_microbatch, groups)
-        multiple = self.grid.tensor if self.megatron_config.sequence_parallel else 1
+        cut = self._cut()
+        plan = self._plan(sequences, by_group, cut)
+        if not plan:
+            return 0, 0
         batches = [
-            lay_out(
-                [sequences[i] for i in part], packed=settings.packed, length_multiple=multiple, device=self.world.device
-            )
+            lay_out([sequences[i] for i in part], packed=self.config.batch.packed, cut=cut, device=self.world.device)
             for part in plan
         ]
-        queue = iter(zip(batches, plan, strict=True))
 
-        def forward_step(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        def forward_step(queue: Iterator[tuple[MicroBatch, list[int]]], model: Any) -> tuple[torch.Tensor, Any]:
             batch, members = next(queue)
             output = model(**self.forward_arguments.of(batch))
 
             def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
                 log_probs, entropy = self._token_log_probs(hidden, batch, consume)
-                value, report = consume(batch, members, log_probs, entropy)
+                # An empty micro-batch has nothing to say, but its backward pass takes part in the others' collectives.
+                value, report = consume(batch, members, log_probs, entropy) if members else (log_probs.sum(), {})
                 return value, torch.ones((), dtype=torch.int), report
 
             return output, loss
@@ -194,22 +196,44 @@ class Policy:
         schedule: Any = get_forward_backward_func()
         schedule(
             forward_step_func=forward_step,
-            data_iterator=None,
-            model=[self.chunk],
+            # Under the interleaved schedule every chunk goes through the micro-batches at its own time.
+            data_iterator=[iter(zip(batches, plan, strict=True)) for _ in self.chunks],
+            model=self.wrapped,
             num_microbatches=len(batches),
-            seq_length=max(b.tokens.shape[1] for b in batches),
+            seq_length=max(b.tokens.shape[1] for b in batches) * self.grid.context,
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return sum(b.real_tokens for b in batches), sum(b.computed_tokens for b in batches)
+        return sum(b.real_tokens for b in batches), sum(b.computed_tokens for b in batches) * self.grid.context
+
+    def _plan(self, sequences: Sequences[Sequence], by_group: bool, cut: Cut) -> list[list[int]]:
+        """Positions of the sequences of each micro-batch; an empty micro-batch is there to keep others company.
+
+        Ranks that work on a micro-batch together, as with expert parallelism all of a pipeline stage do, need equally
+        many; the interleaved schedule needs a multiple of the pipeline's stages.
+        """
+        settings = self.config.batch
+        pack = microbatches if settings.packed else padded_microbatches
+        groups = [s.group for s in sequences] if by_group else None
+        plan = pack([cut.padded(s.length) for s in sequences], settings.tokens_per_microbatch, groups)
+        count = len(plan)
+        if self.grid.expert > 1:
+            count = max(gather_all(count))
+        if len(self.chunks) > 1:
+            count = -(-count // self.grid.pipeline) * self.grid.pipeline
+        return plan + [[] for _ in range(count - len(plan))]
+
+    def _cut(self) -> Cut:
+        sequence_parallel = self.grid.tensor if self.megatron_config.sequence_parallel else 1
+        return Cut(self.grid.context, self.grid.context_rank, sequence_parallel)
 
     def _token_log_probs(
         self, hidden: torch.Tensor, batch: MicroBatch, consume: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
-        tied = self.shape.tied_embeddings
-        weight: Any = self.model.shared_embedding_or_output_weight() if tied else self.model.output_layer.weight
-        return token_log_probs(
+        tied, head = self.shape.tied_embeddings, self.chunks[-1]
+        weight: Any = head.shared_embedding_or_output_weight() if tied else head.output_layer.weight
+        log_probs, entropy = token_log_probs(
             rows,
             weight,
             batch.targets,
@@ -218,6 +242,10 @@ class Policy:
             chunk=self.config.batch.logprob_chunk,
             entropy_gradient=getattr(consume, "entropy_gradient", False),
         )
+        if self.grid.context == 1:
+            return log_probs, entropy
+        group: Any = parallel_state.get_context_parallel_group()
+        return whole_sequences(log_probs, batch.parts, group), whole_sequences(entropy, batch.parts, group)
 
     def _vocabulary_shard(self, weight: torch.Tensor) -> VocabularyShard:
         group: Any = parallel_state.get_tensor_model_parallel_group()
@@ -229,13 +257,14 @@ class Policy:
         reports: list[Any] = [None] * self.world.size
         dist.all_gather_object(reports, mine)
         present = [r for r in reports if r is not None]
-        names = present[0][1].keys()
+        # A replica whose micro-batches are all empty has no names.
+        names = dict.fromkeys(name for r in present for name in r[1])
         return UpdateResult(
             loss=sum(r[0] for r in present),
             grad_norm=0.0,
             lr=0.0,
             skipped=False,
-            means={name: sum(r[1][name] for r in present) for name in names},
+            means={name: sum(r[1].get(name, 0.0) for r in present) for name in names},
             gap_max=max(r[2] for r in present),
             loss_seconds=max(r[3] for r in present),
             real_tokens=sum(r[4][0] for r in present),

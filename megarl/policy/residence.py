@@ -5,6 +5,7 @@ On the CPU there is one memory, and nothing moves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from megarl.parallel.cpu_platform import has_cuda
 class Residence:
     """Moves a policy's optimizer state, gradients and weights out of and back into device memory."""
 
-    def __init__(self, chunk: Any, optimizer: Any) -> None:
-        self._chunk, self._optimizer = chunk, optimizer
+    def __init__(self, chunks: Sequence[Any], optimizer: Any) -> None:
+        self._chunks, self._optimizer = chunks, optimizer
         self._optimizer_away = False
         self._weights_away = False
 
@@ -36,7 +37,8 @@ class Residence:
         self._optimizer_away = True
         if has_cuda():
             self._optimizer.offload_to_cpu()
-            self._chunk.offload_grad_buffers(synchronize=True, empty_cache=True)
+            for chunk in self._chunks:
+                chunk.offload_grad_buffers(synchronize=True, empty_cache=True)
 
     def offload_weights(self) -> None:
         """Move the weights away as well."""
@@ -57,9 +59,10 @@ class Residence:
         """Bring everything back."""
         self.onload_weights()
         if has_cuda() and self._optimizer_away:
-            self._chunk.restore_grad_buffers()
+            for chunk in self._chunks:
+                chunk.restore_grad_buffers()
             self._optimizer.restore_from_cpu()
         self._optimizer_away = False
 
     def _buffers(self) -> list[Any]:
-        return [*self._chunk.buffers, *self._chunk.expert_parallel_buffers]
+        return [buffer for chunk in self._chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]

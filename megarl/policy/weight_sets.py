@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,8 +13,8 @@ from megarl.errors import MegarlError
 class WeightSets:
     """Copies of this rank's shard by name, kept in host memory."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters = list(model.parameters())
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._parameters = list(parameters)
         self._sets: dict[str, list[torch.Tensor]] = {}
 
     def keep(self, name: str) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import lcm, prod
 
+from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
+from megarl.config.sections import ParallelSettings
 from megarl.errors import Refusal
 from megarl.reshard.boxes import LocalTensor, Region, extents, whole
 from megarl.reshard.table import Row, axis_sizes, rows_of
@@ -87,44 +89,34 @@ def padded_vocab_size(vocab_size: int, tensor: int = 1, multiple: int = 128) -> 
     return -(-vocab_size // step) * step
 
 
-def stage_layers(shape: ModelShape, pipeline: int, pipeline_rank: int) -> range:
-    """The layers of a pipeline stage: equal shares in order.
-
-    Raises `Refusal` where the layers do not divide.
-    """
-    if shape.num_layers % pipeline:
-        fits = [size for size in range(1, shape.num_layers + 1) if shape.num_layers % size == 0]
-        raise Refusal(
-            f"parallel.pipeline={pipeline}", f"must divide the model's {shape.num_layers} layers", f"use one of {fits}"
-        )
-    per_stage = shape.num_layers // pipeline
-    return range(pipeline_rank * per_stage, (pipeline_rank + 1) * per_stage)
+def chunk_prefix(chunk: int, chunks: int) -> str:
+    """What the names of a rank's parameters begin with where it holds several model chunks: Megatron names the
+    parameters of each chunk alike."""
+    return f"chunk{chunk}." if chunks > 1 else ""
 
 
 def megatron_tensors(
-    shape: ModelShape,
-    *,
-    tensor: int,
-    pipeline: int,
-    tensor_rank: int,
-    pipeline_rank: int,
-    vocab_multiple: int = 128,
+    shape: ModelShape, parallel: ParallelSettings, grid: Grid, vocab_multiple: int = 128
 ) -> dict[str, LocalTensor]:
-    """The parameters of Megatron's GPT model on one rank, by the names of `named_parameters`.
+    """The parameters of Megatron's GPT model on the rank at `grid`, by the names of `named_parameters`.
 
-    Layers count from 0 on every pipeline stage. `vocab_multiple`: see `padded_vocab_size`.
-    Raises `Refusal` where heads, key-value heads, ffn or layers do not divide.
+    Layers count from 0 in every model chunk; where a rank has several, names begin with `chunk_prefix`.
+    `vocab_multiple`: see `padded_vocab_size`. Raises `Refusal` where heads, key-value heads, ffn or layers do not
+    divide.
     """
+    tensor = grid.tensor
     _check_division(shape, tensor, "parallel.tensor", fused_rows=True)
-    layers = stage_layers(shape, pipeline, pipeline_rank)
-    cut = _Cut(tensor, tensor_rank, padded_vocab_size(shape.vocab_size, tensor, vocab_multiple), _megatron_qkv)
-    stages = {"first": pipeline_rank == 0, "layer": True, "last": pipeline_rank == pipeline - 1}
-    rows = [row for row in rows_of(shape, pipelined=pipeline > 1) if stages[row.stage]]
-    tensors = [
-        _local_tensor(row, row.megatron.format(layer=layer - layers.start), layer, shape, cut)
-        for row, layer in _forward_order(rows, layers)
-    ]
-    return {tensor.name: tensor for tensor in tensors}
+    cut = _Cut(tensor, grid.tensor_rank, padded_vocab_size(shape.vocab_size, tensor, vocab_multiple), _megatron_qkv)
+    chunks = chunks_of_stage(shape.num_layers, parallel, grid.pipeline_rank)
+    tensors: dict[str, LocalTensor] = {}
+    for number, chunk in enumerate(chunks):
+        prefix = chunk_prefix(number, len(chunks))
+        stages = {"first": chunk.first, "layer": True, "last": chunk.last}
+        rows = [row for row in rows_of(shape, pipelined=grid.pipeline > 1) if stages[row.stage]]
+        for row, layer in _forward_order(rows, chunk.layers):
+            name = prefix + row.megatron.format(layer=layer - chunk.layers.start)
+            tensors[name] = _local_tensor(row, name, layer, shape, cut)
+    return tensors
 
 
 def vllm_tensors(shape: ModelShape, *, tensor: int, tensor_rank: int) -> dict[str, LocalTensor]:

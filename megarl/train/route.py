@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megarl.algorithms.base import BatchTotals
+from megarl.config.grid import grid_of_rank
 from megarl.config.schema import RunConfig
 from megarl.data.packing import balance
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import send_arrays
-from megarl.parallel.groups import grid_of_rank
 from megarl.records import Sequence
 from megarl.train.groups import Rollouts
 
@@ -94,7 +94,7 @@ def deliver(rollouts: Rollouts, batches: Sequences[MiniBatch], config: RunConfig
         for item in held:
             made[id(item)] = _sequence(rollouts, item, array[start : start + item.sent])
             start += item.sent
-    data_rank = grid_of_rank(world.rank, world.size, config.parallel)[1]
+    data_rank = grid_of_rank(world.rank, world.size, config.parallel).data_rank
     return [[made[id(item)] for item in batch.items[data_rank]] for batch in batches]
 
 
@@ -115,7 +115,7 @@ def _totals(rollouts: Rollouts, groups: list[int], items: list[Item]) -> BatchTo
 
 
 def _items_of(rank: int, batches: Sequences[MiniBatch], config: RunConfig, world: World) -> list[Item]:
-    data_rank = grid_of_rank(rank, world.size, config.parallel)[1]
+    data_rank = grid_of_rank(rank, world.size, config.parallel).data_rank
     return [item for batch in batches for item in batch.items[data_rank]]
 
 
