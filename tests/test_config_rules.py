@@ -16,8 +16,6 @@ from megarl.config.model_shape import model_shape_from_hf
 from megarl.config.rules import broken_rules, check
 from megarl.errors import Refusal
 
-DENSE = "this version trains dense models with tensor, sequence, pipeline and data parallelism only"
-
 #: (overrides, the message). The model has 6 layers, 12 heads, 4 key-value heads, MLP 96, vocabulary 300, 256 positions.
 REFUSED: list[tuple[str, str]] = [
     (
@@ -25,10 +23,6 @@ REFUSED: list[tuple[str, str]] = [
         "logging.wandb=project: needs the package wandb, which is not installed. "
         "Fix: install it (pip install wandb), or leave logging.wandb out.",
     ),
-    ("parallel.context=2", f"parallel.context=2: {DENSE}. Fix: remove parallel.context."),
-    ("parallel.expert=2", f"parallel.expert=2: {DENSE}. Fix: remove parallel.expert."),
-    ("parallel.expert_tensor=2", f"parallel.expert_tensor=2: {DENSE}. Fix: remove parallel.expert_tensor."),
-    ("parallel.virtual_pipeline=2", f"parallel.virtual_pipeline=2: {DENSE}. Fix: remove parallel.virtual_pipeline."),
     (
         "parallel.sequence=true",
         "parallel.sequence=true: needs parallel.tensor > 1. Fix: set parallel.tensor to 2 or more, or leave it off.",
@@ -58,7 +52,8 @@ REFUSED: list[tuple[str, str]] = [
     ),
     (
         "parallel.processes=4 parallel.pipeline=4",
-        "parallel.pipeline=4: must divide the model's 6 layers. Fix: use 1, 2, 3 or 6.",
+        "parallel.pipeline=4: must divide the model's 6 layers. "
+        "Fix: use 1, 2, 3 or 6, or write the layers of each stage as parallel.stage_layers.",
     ),
     (
         "parallel.processes=8 rollout.tensor=8",
@@ -258,7 +253,7 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "evaluation.consumer=model evaluation.reward.kind=f1 evaluation.reward.graded=response",
         "data.path=org/name data.answer_pattern=####(.+)",
         "model.weights=model",
-        "megatron.recompute_granularity=full vllm.enforce_eager=true",
+        "megatron.moe_permute_fusion=false vllm.enforce_eager=true",
     ],
 )
 def test_allowed(run_file: Path, overrides: str) -> None:

@@ -36,11 +36,11 @@ def test_an_empty_table_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("table", "name", "value"),
     [
-        ("megatron", "recompute_granularity", "full"),
-        ("megatron", "recompute_granularity", None),
-        ("megatron", "recompute_num_layers", 2),
-        ("megatron", "moe_layer_freq", [1, 0]),
-        ("megatron", "moe_layer_freq", 2),
+        ("megatron", "fp8", "hybrid"),
+        ("megatron", "fp8", None),
+        ("megatron", "moe_router_num_groups", 2),
+        ("megatron", "no_rope_freq", [1, 0]),
+        ("megatron", "no_rope_freq", 2),
         ("megatron", "attention_backend", "flash"),
         ("megatron", "loss_scale", 1),
         ("megatron", "bucket_size", 1000),
@@ -59,10 +59,10 @@ def test_passed_through(table: str, name: str, value: object) -> None:
     [
         (
             "megatron",
-            "recompute_granularty",
+            "symmetric_ar_typ",
             "full",
-            "megatron.recompute_granularty: is not a field of TransformerConfig, ModelParallelConfig, OptimizerConfig "
-            "or DistributedDataParallelConfig. Fix: use megatron.recompute_granularity.",
+            "megatron.symmetric_ar_typ: is not a field of TransformerConfig, ModelParallelConfig, OptimizerConfig "
+            "or DistributedDataParallelConfig. Fix: use megatron.symmetric_ar_type.",
         ),
         (
             "megatron",
@@ -78,10 +78,10 @@ def test_passed_through(table: str, name: str, value: object) -> None:
         ),
         (
             "megatron",
-            "recompute_num_layers",
+            "moe_router_num_groups",
             "two",
-            "megatron.recompute_num_layers='two': must be of type Optional[int]. "
-            "Fix: correct or remove megatron.recompute_num_layers.",
+            "megatron.moe_router_num_groups='two': must be of type Optional[int]. "
+            "Fix: correct or remove megatron.moe_router_num_groups.",
         ),
         (
             "megatron",
@@ -99,10 +99,10 @@ def test_passed_through(table: str, name: str, value: object) -> None:
         ),
         (
             "megatron",
-            "recompute_num_layers",
+            "moe_router_num_groups",
             True,
-            "megatron.recompute_num_layers=True: must be of type Optional[int]. "
-            "Fix: correct or remove megatron.recompute_num_layers.",
+            "megatron.moe_router_num_groups=True: must be of type Optional[int]. "
+            "Fix: correct or remove megatron.moe_router_num_groups.",
         ),
         ("vllm", "enforce_egar", True, "vllm.enforce_egar: is not a field of EngineArgs. Fix: use vllm.enforce_eager."),
         (

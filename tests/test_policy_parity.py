@@ -20,28 +20,54 @@ from parity import ALGORITHM, MODELS, OPTIMIZER
 TEMPERATURE = 0.8
 UPDATES = 3
 
+SP = {"tensor": 2, "sequence": True}
 #: Layouts by number of processes.
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
     2: [
         {"tensor": 2},
-        {"tensor": 2, "sequence": True},
+        SP,
         {"pipeline": 2},
         {},
         {"context": 2},
         {"pipeline": 2, "virtual_pipeline": 2},
         {"pipeline": 2, "stage_layers": (1, 3)},
+        {"expert": 2},
+        {"expert_tensor": 2},
+        SP | {"expert": 2, "expert_tensor": 1},
+        {"context": 2, "expert": 2},
     ],
     4: [
         {"tensor": 2, "pipeline": 2},
         {"tensor": 2},
-        {"tensor": 2, "pipeline": 2, "sequence": True},
-        {"context": 2, "tensor": 2, "sequence": True},
+        SP | {"pipeline": 2},
+        {"context": 2, "tensor": 2},
+        SP | {"context": 2},
         {"context": 2},
+        SP | {"expert": 2},
+        SP | {"expert_tensor": 1},
+        {"expert": 2, "expert_tensor": 2},
+        {"expert": 2, "pipeline": 2, "virtual_pipeline": 2},
+    ],
+    8: [
+        {"tensor": 2, "pipeline": 2, "context": 2},
+        SP | {"pipeline": 2, "context": 2, "expert": 4, "expert_tensor": 1},
     ],
 }
-#: Models that every layout trains; the others' log-probs are compared, and their updates in one process and under TP 2.
+MOE = tuple(name for name in MODELS if name in ("qwen3-moe", "qwen2-moe", "mixtral"))
+#: Dense models that layouts train; the others' log-probs are compared, and their updates in one process and under TP 2.
 TRAINED = ("qwen2-tied", "qwen3-tied", "llama-llama3")
+
+
+def models_of(processes: int, layout: dict[str, Any]) -> tuple[str, ...]:
+    """The models of a layout: where experts are parallel mixtures of them, else dense ones, in short layouts all."""
+    if "expert" in layout or "expert_tensor" in layout:
+        return MOE if processes < 4 else MOE[:1]
+    if processes == 1 or (layout in ({"tensor": 2}, {"pipeline": 2}) and processes == 2):
+        return tuple(name for name in MODELS if name not in MOE or layout != {"tensor": 2})
+    if layout in (SP, {"context": 2}) and processes == 2:
+        return (*TRAINED, *MOE[:2])
+    return TRAINED if processes < 8 else TRAINED[:1]
 
 
 @dataclass(frozen=True)
@@ -64,12 +90,11 @@ class Case:
 
 
 CASES = [
-    Case(model, processes, layout, packed)
+    Case(model, processes, number, packed)
     for processes, layouts in LAYOUTS.items()
-    for layout in range(len(layouts))
-    for model in MODELS
-    for packed in (True, False)
-    if model in TRAINED or (processes, layout) in ((1, 0), (2, 0), (2, 2))
+    for number, layout in enumerate(layouts)
+    for model in models_of(processes, layout)
+    for packed in ((True, False) if processes < 8 else (True,))
 ]
 
 

@@ -30,6 +30,7 @@ def build(shape, tensor, pipeline):
     """Megatron's GPT model of this rank, as the policy builds it, with process groups of its own."""
     from megatron.core import parallel_state
 
+    from megarl.config.grid import chunks_of_stage
     from megarl.config.schema import RunConfig
     from megarl.policy.model import build_model, transformer_config
 
@@ -47,7 +48,9 @@ def build(shape, tensor, pipeline):
     )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor, pipeline)
-    (chunk,) = build_model(transformer_config(config, shape), shape, chunks_of_stage(shape.num_layers, config.parallel, parallel_state.get_pipeline_model_parallel_rank()))
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = chunks_of_stage(shape.num_layers, config.parallel, stage)
+    (chunk,) = build_model(transformer_config(config, shape), shape, chunks)
     return chunk
 
 

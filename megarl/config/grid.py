@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megarl.config.sections import ParallelSettings
+from megarl.config.wording import divisors
 from megarl.errors import Refusal
 
 
@@ -67,6 +68,11 @@ def grid_of_rank(rank: int, world: int, parallel: ParallelSettings) -> Grid:
     )
 
 
+def sequence_multiple(context: int) -> int:
+    """What context parallelism pads each sequence to a multiple of: it cuts sequences into 2 x `context` pieces."""
+    return 1 if context == 1 else 2 * context
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A part of the model that one rank runs in one piece: consecutive layers, and what stands at the model's ends."""
@@ -110,12 +116,10 @@ def layers_of_chunks(num_layers: int, parallel: ParallelSettings) -> tuple[int, 
     counted = num_layers + parallel.account_for_embedding + parallel.account_for_loss
     if counted % chunks:
         further = " (embedding or loss counted)" if counted > num_layers else ""
-        fits = [n for n in range(1, counted + 1) if counted % n == 0]
         raise Refusal(
             f"{product}={chunks}",
             f"must divide the model's {counted} layers{further}",
-            f"use {', '.join(map(str, fits[:-1])) + ' or ' if fits[:-1] else ''}{fits[-1]}, or write the layers of "
-            "each stage as parallel.stage_layers",
+            f"use {divisors(counted)}, or write the layers of each stage as parallel.stage_layers",
         )
     counts = [counted // chunks] * chunks
     counts[0] -= parallel.account_for_embedding

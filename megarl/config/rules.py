@@ -1,8 +1,8 @@
 """Every rule that spans several settings, in one place, checked before any process starts.
 
-Torch-free. An algorithm's own rules stand with its settings (`AlgorithmSettings.refusals`), those of the
-files on disk in `megarl.config.files`, those of the `megatron:` and `vllm:` tables in
-`megarl.config.vendor_fields`.
+Torch-free. Which layout fits which model and how many processes stands in `megarl.config.layout_rules`, an
+algorithm's own rules with its settings (`AlgorithmSettings.refusals`), those of the files on disk in
+`megarl.config.files`, those of the `megatron:` and `vllm:` tables in `megarl.config.vendor_fields`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import chain
 
-from megarl.config import files, vendor_fields
-from megarl.config.grid import layers_of_chunks
+from megarl.config import files, layout_rules, vendor_fields
+from megarl.config.grid import sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import JudgeSettings, RewardSettings
+from megarl.config.wording import divisors
 from megarl.errors import Refusal
 
-#: vLLM pads the vocabulary to a multiple of this and splits the result evenly.
-VLLM_VOCABULARY_MULTIPLE = 64
 #: Fields of a chat-completions request that the judge's client fills, and what to do instead of giving them.
 JUDGE_FIELDS = {
     "model": "set the judge's model",
@@ -52,11 +51,10 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
             f"differs from the {world} processes that the launcher started",
             "leave parallel.processes out under a launcher, or start that many",
         )
-    yield from _grid(config, world)
+    yield from layout_rules.of_grid(config, world)
     shape = shape or read_model_shape(config.model.path)
-    yield from chain(
-        _policy_layout(config, shape), _engine_layout(config, shape), _lengths(config, shape), _batch(config, world)
-    )
+    yield from layout_rules.of_model(config, shape)
+    yield from chain(_lengths(config, shape), _batch(config, world))
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config), _texts(config)
     )
@@ -64,77 +62,6 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
     yield from files.refusals(config)
-
-
-def _grid(config: RunConfig, world: int) -> Iterator[Refusal]:
-    parallel = config.parallel
-    if parallel.sequence and parallel.tensor == 1:
-        yield Refusal(
-            "parallel.sequence=true", "needs parallel.tensor > 1", "set parallel.tensor to 2 or more, or leave it off"
-        )
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if world % model_ranks:
-        yield Refusal(
-            f"parallel.processes={world}",
-            f"must be a multiple of parallel.tensor x parallel.pipeline x parallel.context = {model_ranks}",
-            f"use {model_ranks} processes or a multiple of it",
-        )
-    if world % config.rollout.tensor:
-        yield Refusal(
-            f"rollout.tensor={config.rollout.tensor}",
-            f"must divide the {world} processes evenly into engine replicas",
-            f"use {_divisors(world)}",
-        )
-
-
-def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    parallel = config.parallel
-    yield from _split(f"parallel.tensor={parallel.tensor}", parallel.tensor, shape)
-    try:
-        layers_of_chunks(shape.num_layers, parallel)
-    except Refusal as refusal:
-        yield refusal
-    if shape.attention_out_bias:
-        yield Refusal(
-            "attention_bias=true in the model's config.json",
-            "gives the attention's output a bias, which Megatron's layers have only together with biases in the MLP",
-            "use a model without it",
-        )
-
-
-def _engine_layout(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    tensor = config.rollout.tensor
-    yield from _split(f"rollout.tensor={tensor}", tensor, shape)
-    padded = -(-shape.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
-    if padded % tensor:
-        rule = f"must divide the model's vocabulary of {shape.vocab_size}, padded by vLLM to {padded}"
-        yield Refusal(f"rollout.tensor={tensor}", rule, "use a power of two")
-
-
-def _split(value: str, tensor: int, shape: ModelShape) -> Iterator[Refusal]:
-    """Tensor parallelism `tensor` of the policy or the engine; both split heads and the MLP alike.
-
-    Megatron-core 0.16.1 (TransformerConfig.__post_init__) and vLLM (the models' attention) both want
-    key-value heads that TP divides, each rank holding some, or that divide TP, each copied to several.
-    """
-    if shape.num_heads % tensor:
-        yield Refusal(
-            value, f"must divide the model's {shape.num_heads} attention heads", f"use {_divisors(shape.num_heads)}"
-        )
-    elif shape.num_kv_heads % tensor and tensor % shape.num_kv_heads:
-        usable = [n for n in range(1, shape.num_heads + 1) if shape.num_heads % n == 0]
-        usable = [n for n in usable if shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0]
-        yield Refusal(
-            value,
-            f"must divide the model's {shape.num_kv_heads} key-value heads or be a multiple of them",
-            f"use {_listed(usable)}",
-        )
-    elif shape.ffn_size % tensor:
-        yield Refusal(
-            value,
-            f"must divide the model's MLP size of {shape.ffn_size}",
-            f"use {_divisors(shape.num_heads, shape.ffn_size)}",
-        )
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
@@ -148,10 +75,13 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
                 f"make them {longest_prompt + response - shape.max_positions} tokens shorter",
             )
     together = config.algorithm.sequences_together
-    longest = together * (prompt + config.rollout.max_tokens)
+    multiple = sequence_multiple(config.parallel.context)
+    longest = together * (-(-(prompt + config.rollout.max_tokens) // multiple) * multiple)
     if config.batch.tokens_per_microbatch < longest:
         what, times = ("the longest sequence", "") if together == 1 else (f"{together} sequences", f"{together} x ")
         sizes = "data.max_prompt_tokens + rollout.max_tokens"
+        if multiple > 1:
+            sizes += f" up to a multiple of 2 x parallel.context = {multiple}"
         yield Refusal(
             f"batch.tokens_per_microbatch={config.batch.tokens_per_microbatch}",
             f"must hold {what}, {times}{f'({sizes})' if times else sizes} = {longest}",
@@ -165,7 +95,7 @@ def _batch(config: RunConfig, world: int) -> Iterator[Refusal]:
         yield Refusal(
             f"batch.updates={batch.updates}",
             f"must divide batch.prompts={batch.prompts}, so that every update gets an equal share",
-            f"use {_divisors(batch.prompts)}",
+            f"use {divisors(batch.prompts)}",
         )
         return
     if batch.generation_prompts is not None and batch.generation_prompts < batch.prompts:
@@ -292,13 +222,3 @@ def _texts(config: RunConfig) -> Iterator[Refusal]:
         return
     if groups != 1:
         yield Refusal(value, f"must have exactly one group and has {groups}", fix)
-
-
-def _divisors(*numbers: int) -> str:
-    """The common divisors of `numbers`, as text: `1, 2, 4 or 8`."""
-    return _listed([n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)])
-
-
-def _listed(numbers: list[int]) -> str:
-    texts = [str(number) for number in numbers]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

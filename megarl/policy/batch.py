@@ -15,6 +15,7 @@ from math import lcm
 import numpy as np
 import torch
 
+from megarl.config.grid import sequence_multiple
 from megarl.parallel.context import held_positions
 from megarl.records import Sequence
 
@@ -29,14 +30,14 @@ class Cut:
     sequence_parallel: int = 1
 
     def padded(self, length: int) -> int:
-        """Tokens that a sequence takes in a packed row: context parallelism cuts each into 2 x context equal pieces."""
-        return length if self.context == 1 else -(-length // (2 * self.context)) * 2 * self.context
+        """Tokens that a sequence takes in a packed row."""
+        multiple = sequence_multiple(self.context)
+        return -(-length // multiple) * multiple
 
     @property
     def width_multiple(self) -> int:
         """What the length of a row must be a multiple of."""
-        pieces = 1 if self.context == 1 else 2 * self.context
-        return lcm(pieces, self.context * self.sequence_parallel)
+        return lcm(sequence_multiple(self.context), self.context * self.sequence_parallel)
 
 
 @dataclass(frozen=True, slots=True)
