@@ -66,7 +66,8 @@ class Sequence:
     made the response; `old_log_probs` and `reference_log_probs`, filled by the policy where the algorithm needs them
     (on the last pipeline stage only). `signals` are further numbers of a sampled answer, by name. A `target` is a text
     whose likelihood is to rise: of the values it has the reference log-probs alone. `group` and `sample` say where the
-    sequence came from.
+    sequence came from. `routed_experts` int16 (N, sparse layers, k), N <= P+T: the experts that the engine chose for
+    the first N tokens, -1 where not known.
     """
 
     tokens: np.ndarray
@@ -79,6 +80,7 @@ class Sequence:
     sample: int = 0
     target: bool = False
     signals: dict[str, float] = field(default_factory=dict)
+    routed_experts: np.ndarray | None = None
 
     @property
     def length(self) -> int:

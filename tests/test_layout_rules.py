@@ -99,9 +99,9 @@ def messages(run_file: Path, overrides: str, shape: ModelShape) -> list[str]:
         ),
         (
             DENSE,
-            "moe.replay_routing=true",
-            "moe.replay_routing=true: is for mixtures of experts, and a qwen2 model is dense. "
-            "Fix: remove moe.replay_routing.",
+            "moe.routing_replay=on",
+            "moe.routing_replay=on: is for mixtures of experts, and a qwen2 model is dense. "
+            "Fix: remove moe.routing_replay.",
         ),
         (
             DENSE,
@@ -146,8 +146,8 @@ def messages(run_file: Path, overrides: str, shape: ModelShape) -> list[str]:
         ),
         (
             MOE,
-            "moe.replay_routing=true algorithm=sft data.solution_column=solution",
-            "moe.replay_routing=true: needs an algorithm that generates: the experts are those of the engine. "
+            "moe.routing_replay=on algorithm=sft data.solution_column=solution",
+            "moe.routing_replay=on: needs an algorithm that generates: the experts are those of the engine. "
             "Fix: remove it.",
         ),
     ],
@@ -175,7 +175,7 @@ def test_refused(run_file: Path, shape: ModelShape, overrides: str, message: str
         (MOE, "parallel.processes=6 parallel.expert=6"),
         (MOE, "parallel.processes=6 parallel.expert=3 parallel.expert_tensor=2"),
         (MOE, "parallel.processes=4 parallel.tensor=2 parallel.sequence=true parallel.expert=2"),
-        (MOE, "moe.aux_loss_coefficient=0.001 moe.replay_routing=true"),
+        (MOE, "moe.aux_loss_coefficient=0.001 moe.routing_replay=on"),
         (MOE, "recompute.kind=selective recompute.modules=[core_attn,moe]"),
     ],
 )

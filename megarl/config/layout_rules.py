@@ -116,9 +116,9 @@ def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             f"must divide the {shape.expert_ffn_size} rows of an expert's MLP",
             f"set parallel.expert_tensor to {divisors(shape.expert_ffn_size, shape.num_heads)}",
         )
-    if config.moe.replay_routing and not config.algorithm.generates:
+    if config.moe.routing_replay != "off" and not config.algorithm.generates:
         yield Refusal(
-            "moe.replay_routing=true",
+            f"moe.routing_replay={config.moe.routing_replay}",
             "needs an algorithm that generates: the experts are those of the engine",
             "remove it",
         )
@@ -130,7 +130,7 @@ def _no_experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
         f"parallel.expert={parallel.expert}": parallel.expert > 1,
         f"parallel.expert_tensor={parallel.expert_tensor}": parallel.expert_tensor not in (None, 1),
         f"moe.aux_loss_coefficient={moe.aux_loss_coefficient}": moe.aux_loss_coefficient is not None,
-        "moe.replay_routing=true": moe.replay_routing,
+        f"moe.routing_replay={moe.routing_replay}": moe.routing_replay != "off",
     }
     for value, present in given.items():
         if present:

@@ -89,10 +89,10 @@ class MoeSettings(Settings):
     router_dtype: Literal["fp32", "fp64"] = Field(
         default="fp32", description="Type in which the router computes. Our choice: that of routers in transformers."
     )
-    replay_routing: bool = Field(
-        default=False,
-        description="Train with the experts that the engine chose when it generated "
-        "(rollout routing replay, arXiv 2510.11370).",
+    routing_replay: Literal["off", "compare", "on"] = Field(
+        default="off",
+        description="What is done with the experts that the engine chose when it generated: nothing; compared with the "
+        "policy's; or taken in training in place of the policy's (rollout routing replay, arXiv 2510.11370).",
     )
 
 

@@ -32,7 +32,7 @@ OWNED: dict[str, dict[str, str]] = {
         "recompute_num_layers": "set recompute.layers",
         "moe_aux_loss_coeff": "set moe.aux_loss_coefficient",
         "moe_router_dtype": "set moe.router_dtype",
-        "moe_enable_routing_replay": "set moe.replay_routing",
+        "moe_enable_routing_replay": "set moe.routing_replay",
         **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype"), "set precision"),
         "lr": "set optimizer.lr",
         "min_lr": "set optimizer.min_lr",

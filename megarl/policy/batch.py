@@ -46,12 +46,13 @@ class MicroBatch:
 
     tokens, positions int64 (B, S), B = 1 when packed, S the row's tokens on this context-parallel rank; boundaries
     int32 (N+1,): cumulative lengths of the whole sequences in the flat order of the rows before they are cut, padding
-    included, at the end as a last sequence where there is any; held int64 (B·S,): flat places there of `tokens`.
+    included, at the end as a last sequence where there is any; padding bool (B, S): which tokens are.
     rows int64 (R,): flat indices b·S+s whose next token is a response token; targets int64 (R,): those tokens. parts:
     for every context-parallel rank, the places of its rows' tokens among all T response tokens of the micro-batch;
     T = R with one rank.
     sequence int64 (T,): index of the token's sequence; lengths float32 (N,): response tokens of each sequence.
     The per-token values are float32 (T,) or None where not known; NaN at targets, which have none but the reference's.
+    routed int16 (B, S, sparse layers, k): the experts that the engine chose, -1 where not known; None: nowhere.
     target bool (N,), group int64 (N,) and signals float32 (N,) each, 0 at targets: those of the sequences.
     """
 
@@ -60,7 +61,7 @@ class MicroBatch:
     boundaries: torch.Tensor
     longest: int
     packed: bool
-    held: torch.Tensor
+    padding: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
     parts: tuple[torch.Tensor, ...]
@@ -73,6 +74,7 @@ class MicroBatch:
     target: torch.Tensor
     group: torch.Tensor
     signals: dict[str, torch.Tensor]
+    routed: torch.Tensor | None
     real_tokens: int
 
     @property
@@ -109,8 +111,11 @@ def lay_out(
     ends = np.cumsum(places)
     starts = ends - places
     tokens, positions = np.zeros(ends[-1], np.int64), np.concatenate([np.arange(place) for place in places])
+    padding = np.ones(ends[-1], bool)
     for start, item in zip(starts, sequences, strict=False):
         tokens[start : start + item.length] = item.tokens
+        padding[start : start + item.length] = False
+    routed = _routed(sequences, starts, len(tokens))
     held = held_positions(places, cut.context, cut.context_rank)
     shape = (1 if packed else len(places), -1)
     responses = [s.response_length for s in sequences]
@@ -127,7 +132,7 @@ def lay_out(
         boundaries=torch.tensor([0, *ends], dtype=torch.int32).to(device),
         longest=max(places),
         packed=packed,
-        held=_tensor(held, device),
+        padding=_tensor(padding[held].reshape(shape), device),
         rows=_tensor(rows, device),
         targets=_tensor(targets[mine], device),
         parts=tuple(_tensor(part, device) for part, _ in parts),
@@ -143,6 +148,7 @@ def lay_out(
             name: torch.tensor([s.signals.get(name, 0.0) for s in sequences], dtype=torch.float32).to(device)
             for name in dict.fromkeys(name for s in sequences for name in s.signals)
         },
+        routed=None if routed is None else _tensor(routed[held].reshape(*shape, *routed.shape[1:]), device),
         real_tokens=sum(lengths),
     )
 
@@ -159,6 +165,18 @@ def _local(wanted: np.ndarray, held: np.ndarray, total: int) -> tuple[np.ndarray
     found = place[wanted]
     mine = np.flatnonzero(found >= 0)
     return mine, found[mine]
+
+
+def _routed(sequences: Sequences[Sequence], starts: np.ndarray, total: int) -> np.ndarray | None:
+    """The engine's experts of all tokens, (total, sparse layers, k) int16, -1 where not known."""
+    known = [s.routed_experts.shape[1:] for s in sequences if s.routed_experts is not None]
+    if not known:
+        return None
+    routed = np.full((total, *known[0]), -1, np.int16)
+    for start, sequence in zip(starts, sequences, strict=False):
+        if sequence.routed_experts is not None:
+            routed[start : start + len(sequence.routed_experts)] = sequence.routed_experts
+    return routed
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -133,7 +133,6 @@ def _experts(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": shape.shared_expert_ffn_size or None,
         "moe_shared_expert_gate": shape.shared_expert_ffn_size > 0,
         "moe_grouped_gemm": True,
-        "moe_enable_routing_replay": config.moe.replay_routing,
         "expert_model_parallel_size": config.parallel.expert,
         "expert_tensor_parallel_size": config.parallel.expert_tensor,
     }

@@ -35,6 +35,7 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
 from megarl.policy.batch import Cut, MicroBatch, lay_out
+from megarl.policy.experts import Experts
 from megarl.policy.forward import ForwardArguments
 from megarl.policy.model import build_model, optimizer_config, transformer_config, wrap_data_parallel
 from megarl.policy.residence import Residence
@@ -45,9 +46,9 @@ from megarl.reshard.weight_map import chunk_prefix
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """One optimizer update. `means` are what the loss stage sums up / the counts over all ranks; those of which
-    the mini-batch has nothing to count are left out. `loss_seconds` is the longest time that a rank spent in the
-    algorithm's loss function (its backward pass, and work that a GPU has queued, not included)."""
+    """One optimizer update. `means` are what the loss stage sums up / the counts over all ranks, those of which
+    the mini-batch has nothing to count left out, and what `Experts.report` says. `loss_seconds` is the longest time
+    that a rank spent in the algorithm's loss function (its backward pass, and work that a GPU has queued, not included)."""
 
     loss: float
     grad_norm: float
@@ -58,6 +59,15 @@ class UpdateResult:
     loss_seconds: float
     real_tokens: int
     computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a pass over micro-batches computed: tokens of a whole data-parallel replica, padding aside and included."""
+
+    real_tokens: int
+    computed_tokens: int
+    micro_batches: int
 
 
 class Policy:
@@ -85,6 +95,8 @@ class Policy:
                 "set precision=bf16 or batch.packed=false",
             )
         self.megatron_config = transformer_config(config, shape)
+        # The routers' configuration carries another one during a pass, see `Experts`.
+        coefficient: Any = self.megatron_config.moe_aux_loss_coeff
         stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
         self.chunks = build_model(self.megatron_config, shape, stages)
         self.wrapped: Any = wrap_data_parallel(config, self.megatron_config, self.chunks)
@@ -94,6 +106,10 @@ class Policy:
         self.weight_sets = WeightSets(p for chunk in self.chunks for p in chunk.parameters())
         self.residence = Residence(self.wrapped, self.optimizer)
         self.forward_arguments = ForwardArguments(self.megatron_config, shape, self.chunks)
+        self.experts: Experts | None = None
+        if shape.is_moe:
+            replay = config.moe.routing_replay == "on"
+            self.experts = Experts(self.chunks, shape, grid, coefficient=coefficient, replay=replay)
         self.skipped_in_a_row = 0
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -148,6 +164,8 @@ class Policy:
         stage = _LossStage(algorithm, totals)
         work = self._run(sequences, stage, forward_only=False, by_group=algorithm.needs.pairs)
         record = self._gather(stage, work)
+        if self.experts is not None:
+            record = replace(record, means=record.means | self.experts.report(work.micro_batches))
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -168,19 +186,22 @@ class Policy:
 
     def _run(
         self, sequences: Sequences[Sequence], consume: Callable[..., Any], *, forward_only: bool, by_group: bool = False
-    ) -> tuple[int, int]:
-        """Run Megatron's schedule over token-bounded micro-batches; returns (real, computed) tokens.
+    ) -> Work:
+        """Run Megatron's schedule over token-bounded micro-batches.
 
         With `by_group` the sequences of a group share a micro-batch.
         """
         cut = self._cut()
         plan = self._plan(sequences, by_group, cut)
         if not plan:
-            return 0, 0
+            return Work(0, 0, 0)
         batches = [
             lay_out([sequences[i] for i in part], packed=self.config.batch.packed, cut=cut, device=self.world.device)
             for part in plan
         ]
+
+        if self.experts is not None:
+            self.experts.begin(batches, cut.sequence_parallel, training=not forward_only)
 
         def forward_step(queue: Iterator[tuple[MicroBatch, list[int]]], model: Any) -> tuple[torch.Tensor, Any]:
             batch, members = next(queue)
@@ -205,7 +226,8 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return sum(b.real_tokens for b in batches), sum(b.computed_tokens for b in batches) * self.grid.context
+        computed = sum(b.computed_tokens for b in batches) * self.grid.context
+        return Work(sum(b.real_tokens for b in batches), computed, len(batches))
 
     def _plan(self, sequences: Sequences[Sequence], by_group: bool, cut: Cut) -> list[list[int]]:
         """Positions of the sequences of each micro-batch; an empty micro-batch is there to keep others company.
@@ -252,7 +274,7 @@ class Policy:
         group: Any = parallel_state.get_tensor_model_parallel_group()
         return vocabulary_shard(self.shape.vocab_size, weight.shape[0], self.grid.tensor_rank, group)
 
-    def _gather(self, stage: _LossStage, work: tuple[int, int]) -> UpdateResult:
+    def _gather(self, stage: _LossStage, work: Work) -> UpdateResult:
         """Sum one mini-batch's report over all replicas; every rank gets the same numbers."""
         mine = (stage.loss, stage.shares, stage.gap_max, stage.seconds, work) if self.grid.reports else None
         reports: list[Any] = [None] * self.world.size
@@ -268,8 +290,8 @@ class Policy:
             means={name: sum(r[1].get(name, 0.0) for r in present) for name in names},
             gap_max=max(r[2] for r in present),
             loss_seconds=max(r[3] for r in present),
-            real_tokens=sum(r[4][0] for r in present),
-            computed_tokens=sum(r[4][1] for r in present),
+            real_tokens=sum(r[4].real_tokens for r in present),
+            computed_tokens=sum(r[4].computed_tokens for r in present),
         )
 
 
