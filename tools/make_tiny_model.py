@@ -23,9 +23,15 @@ from typing import Any
 EXAMPLES = """examples:
   python tools/make_tiny_model.py --out models/tiny --tokenizer models/tokenizer
   python tools/make_tiny_model.py --out models/tied --family qwen3 --layers 2 --hidden 64 --heads 4 --kv-heads 2 --tied
+  python tools/make_tiny_model.py --out models/moe --family qwen3_moe --experts 8 --experts-per-token 2 --ffn 128
 """
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -52,6 +58,8 @@ class Sizes:
     vocab_size: int
     tied: bool
     max_positions: int
+    experts: int = 8
+    experts_per_token: int = 2
 
     @property
     def head_dim(self) -> int:
@@ -65,6 +73,10 @@ class Sizes:
             raise ValueError(f"--heads {self.heads} must be a multiple of --kv-heads {self.kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"--hidden / --heads is {self.head_dim}: rotary embeddings need an even head size")
+        if self.family == "qwen3_moe" and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"--experts-per-token {self.experts_per_token} must be between 1 and --experts {self.experts}"
+            )
 
 
 def parameter_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -78,14 +90,19 @@ def parameter_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{prefix}self_attn.{name}_proj.weight", (width, hidden)
             if sizes.family == "qwen2":
                 yield f"{prefix}self_attn.{name}_proj.bias", (width,)
-        if sizes.family == "qwen3":
+        if sizes.family in ("qwen3", "qwen3_moe"):
             yield prefix + "self_attn.q_norm.weight", (sizes.head_dim,)
             yield prefix + "self_attn.k_norm.weight", (sizes.head_dim,)
         yield prefix + "self_attn.o_proj.weight", (hidden, query)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
-        yield prefix + "mlp.gate_proj.weight", (sizes.ffn, hidden)
-        yield prefix + "mlp.up_proj.weight", (sizes.ffn, hidden)
-        yield prefix + "mlp.down_proj.weight", (hidden, sizes.ffn)
+        blocks = [prefix + "mlp."]
+        if sizes.family == "qwen3_moe":
+            yield prefix + "mlp.gate.weight", (sizes.experts, hidden)
+            blocks = [f"{prefix}mlp.experts.{expert}." for expert in range(sizes.experts)]
+        for block in blocks:
+            yield block + "gate_proj.weight", (sizes.ffn, hidden)
+            yield block + "up_proj.weight", (sizes.ffn, hidden)
+            yield block + "down_proj.weight", (hidden, sizes.ffn)
     yield "model.norm.weight", (hidden,)
     if not sizes.tied:
         yield "lm_head.weight", (sizes.vocab_size, hidden)
@@ -128,9 +145,20 @@ def model_config(sizes: Sizes, end: int | None, padding: int | None) -> dict[str
         "eos_token_id": end,
         "pad_token_id": padding,
     }
-    if sizes.family in ("qwen2", "qwen3"):
+    if sizes.family == "qwen3_moe":
+        config |= {
+            "num_experts": sizes.experts,
+            "num_experts_per_tok": sizes.experts_per_token,
+            "moe_intermediate_size": sizes.ffn,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+        }
+    if sizes.family in ("qwen2", "qwen3", "qwen3_moe"):
         config["use_sliding_window"] = False
-    if sizes.family in ("qwen3", "llama"):
+    if sizes.family in ("qwen3", "qwen3_moe", "llama"):
         config["attention_bias"] = False
     if sizes.family == "llama":
         config["mlp_bias"] = False
@@ -201,7 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
         ("layers", 4, "number of layers"),
         ("heads", 4, "attention heads"),
         ("kv-heads", 2, "key and value heads"),
-        ("ffn", 384, "width of the feed-forward part"),
+        ("ffn", 384, "width of the feed-forward part, or of each expert's"),
+        ("experts", 8, "with qwen3_moe, experts of each layer"),
+        ("experts-per-token", 2, "with qwen3_moe, experts that a token goes through"),
         ("vocab-size", 320, "rows of the embedding; may exceed the tokenizer's"),
         ("max-positions", 2048, "longest sequence"),
         ("seed", 0, "seed of the weights"),
@@ -210,7 +240,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory to copy from")
     options = parser.parse_args(arguments)
-    names = ("hidden", "layers", "heads", "kv_heads", "ffn", "vocab_size", "max_positions")
+    names = (
+        "hidden",
+        "layers",
+        "heads",
+        "kv_heads",
+        "ffn",
+        "experts",
+        "experts_per_token",
+        "vocab_size",
+        "max_positions",
+    )
     numbers = {name: getattr(options, name) for name in names}
     if least := [name for name, number in numbers.items() if number < 1]:
         parser.error(f"--{least[0].replace('_', '-')} must be at least 1")

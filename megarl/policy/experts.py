@@ -33,12 +33,9 @@ class Experts:
     ) -> None:
         sparse = [layer for layer in range(shape.num_layers) if shape.is_sparse(layer)]
         self._shape, self._grid, self._coefficient = shape, grid, coefficient
-        self._routers = [
-            _Router(module, sparse.index(module.layer_number - 1), replay)
-            for chunk in chunks
-            for module in chunk.modules()
-            if isinstance(module, TopKRouter)
-        ]
+        modules: list[Any] = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+        # Megatron counts layers from 1, over the whole model.
+        self._routers = [_Router(module, sparse.index(module.layer_number - 1), replay) for module in modules]
 
     def begin(self, batches: Sequence[MicroBatch], sequence_parallel: int, *, training: bool) -> None:
         """Called by all ranks before each pass over micro-batches; `training` ones are those with a backward pass."""

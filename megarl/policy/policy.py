@@ -48,7 +48,7 @@ from megarl.reshard.weight_map import chunk_prefix
 class UpdateResult:
     """One optimizer update. `means` are what the loss stage sums up / the counts over all ranks, those of which
     the mini-batch has nothing to count left out, and what `Experts.report` says. `loss_seconds` is the longest time
-    that a rank spent in the algorithm's loss function (its backward pass, and work that a GPU has queued, not included)."""
+    that a rank spent in the algorithm's loss function (its backward pass, and work that a GPU has queued, left out)."""
 
     loss: float
     grad_norm: float
