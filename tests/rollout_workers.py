@@ -10,6 +10,9 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +251,55 @@ def experts_scenario(folder: Path) -> Any:
         for path in (second, first):
             writer.sleep()
             writer.wake_weights()
-            values = write_slots(weights, path, rank, size)
+            with largest_staging(weights) as staging:
+                values = write_slots(weights, path, rank, size)
             writer.wake_cache()
-            written.append((values, weights.read_back(), writer.generate(shared_prompts(), sampling)))
+            with pressure(writer) as counts:
+                completions = writer.generate(shared_prompts(), sampling)
+            written.append((values, weights.read_back(), completions, counts | staging))
         results[family] = read, written
     return results
+
+
+@contextmanager
+def largest_staging(weights: Any) -> Iterator[dict[str, int]]:
+    """Counts, after every `finish`, the experts' staging tensors that are still alive; keeps the largest number."""
+    found, alive = {"staged": 0}, []
+    buffer, finish = weights.buffer, weights.finish
+
+    def buffered(name: str) -> Any:
+        tensor = buffer(name)
+        if "routed_experts" in name:
+            alive.append(weakref.ref(tensor))
+        return tensor
+
+    def finished(names: list[str]) -> None:
+        finish(names)
+        found["staged"] = max(found["staged"], sum(reference() is not None for reference in alive))
+
+    weights.buffer, weights.finish = buffered, finished
+    yield found
+    weights.buffer, weights.finish = buffer, finish
+
+
+@contextmanager
+def pressure(engine: Any) -> Iterator[dict[str, int]]:
+    """Counts prompt tokens found in the prefix cache, and requests thrown out to make room and computed again."""
+    found = {"cached": 0, "thrown out": 0}
+    scheduler = engine._engine.engine_core.engine_core.scheduler
+    complete, preempt = engine._completion, scheduler._preempt_request
+
+    def completed(output: Any, request_id: str) -> Any:
+        found["cached"] += output.num_cached_tokens
+        return complete(output, request_id)
+
+    def preempted(*arguments: Any, **options: Any) -> Any:
+        found["thrown out"] += 1
+        return preempt(*arguments, **options)
+
+    engine._completion, scheduler._preempt_request = completed, preempted
+    yield found
+    engine._completion, scheduler._preempt_request = complete, preempt
 
 
 #: All stay alive: a vLLM engine that is collected takes the process's groups down with it.

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["TP 1", "TP 2"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
 def ranks(folder: Path, request: pytest.FixtureRequest) -> list[Any]:
     """What each rank of an engine over one or two processes found."""
     place = folder / f"experts-{request.param}"
@@ -51,7 +51,7 @@ def test_written_experts_are_those_of_vllms_loader(ranks: list[Any]):
     """Bitwise, after the push of another checkpoint before, and so are the answers."""
     for rank in ranks:
         assert set(rank) == set(MOE_FAMILIES)
-        for family, ((weights, completions), (_, (_, pushed, answers))) in rank.items():
+        for family, ((weights, completions), (_, (_, pushed, answers, _))) in rank.items():
             assert set(pushed) == set(weights)
             different = [name for name in weights if not torch.equal(weights[name], pushed[name])]
             assert not different, f"{family}: {different}"
@@ -62,10 +62,17 @@ def test_the_engine_holds_what_was_written(ranks: list[Any]):
     """After each push; experts without vLLM's padding."""
     for rank in ranks:
         for family, (_, written) in rank.items():
-            for values, pushed, _ in written:
+            for values, pushed, _, _ in written:
                 assert sum("w13_weight" in name for name in values) in (1, 2)
                 for name, value in values.items():
                     assert torch.equal(pushed[name][: len(value)], value), f"{family}: {name}"
+
+
+def test_only_the_layer_being_written_is_held_twice(ranks: list[Any]):
+    """After a `finish`, one stack at most: the first, which waits for the second to be packed with it."""
+    for rank in ranks:
+        for _, written in rank.values():
+            assert [counts["staged"] for *_, counts in written] == [1, 1]
 
 
 def outputs(model: Any, completion: Any) -> tuple[torch.Tensor, np.ndarray]:
@@ -81,8 +88,10 @@ def outputs(model: Any, completion: Any) -> tuple[torch.Tensor, np.ndarray]:
 
 @pytest.mark.parametrize("family", EXACT)
 def test_answers_and_routing_are_transformers(ranks: list[Any], routed: dict[tuple[str, int], Any], family: str):
+    """Also where prompts come from the prefix cache, and where requests were thrown out and computed again."""
     for rank in ranks:
-        for seed, (_, _, completions) in zip((2, 1), rank[family][1], strict=True):
+        for seed, (_, _, completions, counts) in zip((2, 1), rank[family][1], strict=True):
+            assert counts["cached"] > 1000 and counts["thrown out"] > 0
             assert [completion.index for completion in completions] == list(range(24))
             for completion in completions:
                 log_probs, experts = outputs(routed[family, seed], completion)

@@ -76,7 +76,7 @@ def engine_arguments(
 
 def _check_experts(shape: ModelShape, tensor: int) -> None:
     """Refuse a mixture of experts that vLLM cannot cut over `tensor` ranks, each with its share of every expert."""
-    widths = {"experts": shape.expert_ffn_size, "a shared expert": shape.shared_expert_ffn_size}
+    widths = {"experts": shape.expert_ffn_size, "shared expert": shape.shared_expert_ffn_size}
     for name, width in widths.items():
         if width % tensor:
             raise Refusal(
