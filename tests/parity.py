@@ -37,6 +37,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+#: Layer 1 of 4 is dense.
+QWEN_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,11 @@ MODELS = {
     "qwen3-untied": Model("Qwen3", False),
     "qwen3-tied": Model("Qwen3", True, {"num_key_value_heads": 1}),
     "llama-llama3": Model("Llama", False, {"rope_parameters": LLAMA3_ROPE}),
+    "qwen3-moe": Model("Qwen3Moe", False, QWEN_EXPERTS),
+    "qwen2-moe": Model(
+        "Qwen2Moe", True, QWEN_EXPERTS | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}
+    ),
+    "mixtral": Model("Mixtral", False, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "llama-linear": Model("Llama", True, {"rope_parameters": LINEAR_ROPE}),
 }
 #: 97 is odd, and less than the 128 rows that Megatron pads it to.
@@ -258,6 +271,13 @@ def transformers_model(path: Path) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+def checkpoint_of(model: Any) -> dict[str, np.ndarray]:
+    """The model's weights as a checkpoint has them; in memory transformers keeps experts stacked."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return read_checkpoint(Path(folder))
 
 
 def token_values(model: Any, sequence: Sequence, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -167,7 +167,7 @@ def token_losses(log_probs: torch.Tensor, entropies: torch.Tensor, sequence: Any
 def train_by_transformers(path: Path) -> Reference:
     """Three updates by transformers, autograd and AdamW; weights of more than one dimension decay."""
     model = parity.transformers_model(path)
-    before = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    before = parity.checkpoint_of(model)
     plain = [parity.mini_batch(seed) for seed in range(UPDATES)]
     with torch.no_grad():
         start = [[parity.token_values(model, s, TEMPERATURE) for s in batch] for batch in plain]
@@ -198,7 +198,7 @@ def train_by_transformers(path: Path) -> Reference:
         norms=norms,
         entropy_means=entropy_means,
         before=before,
-        weights={name: p.detach().numpy() for name, p in model.named_parameters()},
+        weights=parity.checkpoint_of(model),
     )
 
 

@@ -47,7 +47,7 @@ def build(shape, tensor, pipeline):
     )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor, pipeline)
-    (chunk,) = build_model(transformer_config(config, shape), shape)
+    (chunk,) = build_model(transformer_config(config, shape), shape, chunks_of_stage(shape.num_layers, config.parallel, parallel_state.get_pipeline_model_parallel_rank()))
     return chunk
 
 

@@ -1,8 +1,8 @@
 """Where each rank stands in Megatron's grid, and which layers it has. Pure and torch-free.
 
 Megatron numbers ranks twice: for everything but the experts in the order tensor, context, data, pipeline, and for the
-experts in the order expert tensor, expert, expert data, pipeline; the first varies fastest. Pipeline stages are the same
-in both.
+experts in the order expert tensor, expert, expert data, pipeline; the first varies fastest. Pipeline stages are the
+same in both.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ class Grid:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def experts_span_replicas(self) -> bool:
+        """Whether ranks of several data-parallel replicas hold a layer's experts together."""
+        return self.expert * self.expert_tensor > self.tensor * self.context
 
     @property
     def reports(self) -> bool:
@@ -109,8 +114,8 @@ def layers_of_chunks(num_layers: int, parallel: ParallelSettings) -> tuple[int, 
         raise Refusal(
             f"{product}={chunks}",
             f"must divide the model's {counted} layers{further}",
-            f"use {', '.join(map(str, fits[:-1])) + ' or ' if fits[:-1] else ''}{fits[-1]}, or write the layers of each "
-            "stage as parallel.stage_layers",
+            f"use {', '.join(map(str, fits[:-1])) + ' or ' if fits[:-1] else ''}{fits[-1]}, or write the layers of "
+            "each stage as parallel.stage_layers",
         )
     counts = [counted // chunks] * chunks
     counts[0] -= parallel.account_for_embedding

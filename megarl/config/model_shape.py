@@ -15,7 +15,14 @@ from megarl.errors import Refusal
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a dense decoder. Lengths in elements; `rope_scaling` as Hugging Face writes it."""
+    """Sizes of a decoder. Lengths in elements; `rope_scaling` as Hugging Face writes it.
+
+    `ffn_size` is that of dense MLPs. `sparse_layers` says for each layer whether it is a mixture of experts, with
+    `num_experts` MLPs of `expert_ffn_size`, of which a token goes through `experts_per_token`; empty for a dense model.
+    Their weights are the router's softmax over all experts, made to add up to 1 where `normalize_topk`. A shared
+    expert of `shared_expert_ffn_size`, 0 for none, is for all tokens, times a gate. `router_aux_loss` is the
+    coefficient of the load-balancing loss that the checkpoint's own configuration trains with, 0 for none.
+    """
 
     family: str
     hidden_size: int
@@ -34,6 +41,22 @@ class ModelShape:
     max_positions: int
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
+    sparse_layers: tuple[bool, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    shared_expert_ffn_size: int = 0
+    normalize_topk: bool = True
+    router_aux_loss: float = 0.0
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(self.sparse_layers)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` of the whole model is a mixture of experts."""
+        return bool(self.sparse_layers) and self.sparse_layers[layer]
 
 
 #: What a family adds to the common llama shape.
@@ -41,6 +64,30 @@ FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "qwen2_moe": {"qkv_bias": True, "qk_norm": False},
+    "qwen3_moe": {"qkv_bias": False, "qk_norm": True},
+    "mixtral": {"qkv_bias": False, "qk_norm": False},
+}
+
+
+#: Where the configuration of a mixture of experts has its sizes.
+EXPERT_SIZES: dict[str, dict[str, str]] = {
+    "qwen2_moe": {
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn_size": "moe_intermediate_size",
+        "shared_expert_ffn_size": "shared_expert_intermediate_size",
+    },
+    "qwen3_moe": {
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn_size": "moe_intermediate_size",
+    },
+    "mixtral": {
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn_size": "intermediate_size",
+    },
 }
 
 
@@ -73,9 +120,9 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
             "convert to a supported architecture",
         )
     switches = FAMILIES[family]
-    if raw.get("use_sliding_window"):
+    if raw.get("use_sliding_window") or (family == "mixtral" and raw.get("sliding_window")):
         raise Refusal(
-            f"use_sliding_window=true in {origin}",
+            f"sliding_window={raw.get('sliding_window')} in {origin}",
             "sliding-window attention is not supported",
             "use a model without it",
         )
@@ -83,7 +130,11 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
         raise Refusal(f"hidden_act={raw['hidden_act']!r} in {origin}", "must be silu", "use a SwiGLU model")
     if raw.get("mlp_bias"):
         raise Refusal(f"mlp_bias=true in {origin}", "must be false", "use a model without MLP biases")
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
+    if "num_local_experts" in raw:
+        # What transformers writes since 5.0, where older files have num_experts.
+        raw = {"num_experts": raw["num_local_experts"]} | raw
+    needed += EXPERT_SIZES.get(family, {}).values()
     missing = [key for key in needed if not isinstance(raw.get(key), int)]
     if missing:
         raise Refusal(
@@ -120,4 +171,25 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
         max_positions=int(raw.get("max_position_embeddings", 2048)),
         rope_scaling={} if kind == "default" else rope,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        **(_experts(family, raw, origin) if family in EXPERT_SIZES else {}),
     )
+
+
+def _experts(family: str, raw: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The fields of a mixture of experts."""
+    sizes: dict[str, Any] = {ours: raw[theirs] for ours, theirs in EXPERT_SIZES[family].items()}
+    if not 1 <= sizes["experts_per_token"] <= sizes["num_experts"]:
+        raise Refusal(
+            f"num_experts_per_tok={sizes['experts_per_token']} in {origin}",
+            f"must be between 1 and the {sizes['num_experts']} experts",
+            "restore the original config.json",
+        )
+    layers = range(raw["num_hidden_layers"])
+    # As in transformers: every `decoder_sparse_step`-th layer, but for those that are named.
+    step, dense = raw.get("decoder_sparse_step", 1), set(raw.get("mlp_only_layers") or ())
+    sizes["sparse_layers"] = tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
+    sizes["normalize_topk"] = family == "mixtral" or bool(raw.get("norm_topk_prob", False))
+    # Transformers adds the loss only where the router's logits are asked for.
+    asked = bool(raw.get("output_router_logits", False))
+    sizes["router_aux_loss"] = float(raw.get("router_aux_loss_coef", 0.001)) if asked else 0.0
+    return sizes

@@ -49,8 +49,8 @@ class ParallelSettings(Settings):
     )
     stage_layers: tuple[PositiveInt, ...] | None = Field(
         default=None,
-        description="Layers of every model chunk in the order of the forward pass: pipeline x virtual_pipeline numbers. "
-        "Default: equal shares.",
+        description="Layers of every model chunk in the order of the forward pass: pipeline x virtual_pipeline "
+        "numbers. Default: equal shares.",
     )
     account_for_embedding: bool = Field(default=False, description="Equal shares count the embedding as a layer.")
     account_for_loss: bool = Field(default=False, description="Equal shares count the output layer as a layer.")
@@ -60,6 +60,40 @@ class ParallelSettings(Settings):
         default=None, description="Tensor-parallel size of the experts; default parallel.tensor."
     )
     sequence: bool = Field(default=False, description="Megatron's sequence parallelism; needs parallel.tensor > 1.")
+
+
+class RecomputeSettings(Settings):
+    kind: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What the backward pass computes again instead of keeping it: nothing, the modules named below, or "
+        "whole layers (Megatron's recompute_granularity).",
+    )
+    modules: tuple[str, ...] = Field(
+        default=("core_attn",),
+        description="With selective: Megatron's recompute_modules, such as core_attn, mlp, moe, moe_act.",
+    )
+    method: Literal["uniform", "block"] = Field(
+        default="uniform",
+        description="With full: uniform keeps the input of every group of `layers` layers, block recomputes the first "
+        "`layers` of each stage and keeps the others whole.",
+    )
+    layers: PositiveInt = Field(default=1, description="With full: see method.")
+
+
+class MoeSettings(Settings):
+    aux_loss_coefficient: NonNegativeFloat | None = Field(
+        default=None,
+        description="Coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4). Default: as "
+        "the model's config.json trains: router_aux_loss_coef with output_router_logits, else 0.",
+    )
+    router_dtype: Literal["fp32", "fp64"] = Field(
+        default="fp32", description="Type in which the router computes. Our choice: that of routers in transformers."
+    )
+    replay_routing: bool = Field(
+        default=False,
+        description="Train with the experts that the engine chose when it generated "
+        "(rollout routing replay, arXiv 2510.11370).",
+    )
 
 
 class RolloutSettings(Settings):
@@ -323,6 +357,8 @@ class RunSettings(Settings):
     )
     model: ModelSettings
     parallel: ParallelSettings = ParallelSettings()
+    recompute: RecomputeSettings = RecomputeSettings()
+    moe: MoeSettings = MoeSettings()
     rollout: RolloutSettings = RolloutSettings()
     data: DataSettings
     reward: RewardSettings = RewardSettings()

@@ -1,7 +1,7 @@
 """Context parallelism: which tokens of a sequence each rank computes, and how their values come together again.
 
-A sequence is cut into 2 x context pieces of equal length; rank r computes pieces r and 2 x context - 1 - r, so that under a
-causal mask all ranks have the same work. This is Megatron's and Transformer Engine's convention.
+A sequence is cut into 2 x context pieces of equal length; rank r computes pieces r and 2 x context - 1 - r, so that
+under a causal mask all ranks have the same work. This is Megatron's and Transformer Engine's convention.
 """
 
 from __future__ import annotations

@@ -47,6 +47,8 @@ def activate() -> None:
     _redirect_cuda_functions()
     _redirect_tensor_methods()
     _redirect_rng_tracker()
+    _redirect_experts()
+    _redirect_uneven_collectives()
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,10 +70,13 @@ class _NullStream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def wait_stream(self, other: Any) -> None:
+    def wait_stream(self, other: Any = None) -> None:
         pass
 
-    wait_event = record = record_event = wait = wait_stream
+    wait_event = record = wait = wait_stream
+
+    def record_event(self, *_: Any) -> _NullStream:
+        return self
 
     def synchronize(self) -> None:
         pass
@@ -114,3 +119,56 @@ def _redirect_rng_tracker() -> None:
     module: Any = megatron_random
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _redirect_experts() -> None:
+    """What Megatron's mixtures of experts take for granted beside CUDA."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    utilities: Any = moe_utils
+    if not hasattr(utilities, "te_general_gemm"):
+        # Asked for by name, but defined only where Transformer Engine can be imported.
+        utilities.te_general_gemm = None
+    dispatcher: Any = token_dispatcher
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Counts become an array on their way to the host; those that are there already must, too.
+        found = original(tensor, as_numpy, record_stream)
+        return found.numpy() if as_numpy and torch.is_tensor(found) else found
+
+    dispatcher.maybe_move_tensor_to_cpu = moved
+
+
+def _redirect_uneven_collectives() -> None:
+    """Let ranks give and take parts of unlike lengths, as NCCL does and gloo does not: padded to the longest."""
+    import torch.distributed as dist
+
+    distributed: Any = dist
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def uneven_all_gather(outputs: list[torch.Tensor], own: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        longest = max(len(part) for part in outputs)
+        if all(len(part) == longest for part in outputs):
+            return all_gather(outputs, own, group=group, **kwargs)
+        padded = [part.new_empty(longest, *part.shape[1:]) for part in outputs]
+        all_gather(padded, _padded(own, longest), group=group)
+        for part, found in zip(outputs, padded, strict=True):
+            part.copy_(found[: len(part)])
+        return None
+
+    def uneven_reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], group: Any = None, **kwargs: Any) -> Any:
+        longest = max(len(part) for part in parts)
+        if all(len(part) == longest for part in parts):
+            return reduce_scatter(own, parts, group=group, **kwargs)
+        found = own.new_empty(longest, *own.shape[1:])
+        reduce_scatter(found, [_padded(part, longest) for part in parts], group=group)
+        own.copy_(found[: len(own)])
+        return None
+
+    distributed.all_gather, distributed.reduce_scatter = uneven_all_gather, uneven_reduce_scatter
+
+
+def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros behind the rows of `part`, up to `length` rows."""
+    return torch.cat((part, part.new_zeros(length - len(part), *part.shape[1:])))

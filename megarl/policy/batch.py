@@ -21,8 +21,8 @@ from megarl.records import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the tokens of a micro-batch are cut over the ranks of a replica: `context` ranks share its sequences, of whose
-    tokens `sequence_parallel` ranks hold a part each between layers."""
+    """How the tokens of a micro-batch are cut over the ranks of a replica: `context` ranks share its sequences, and of
+    the tokens of each of them `sequence_parallel` ranks hold a part between layers."""
 
     context: int = 1
     context_rank: int = 0
@@ -43,12 +43,12 @@ class Cut:
 class MicroBatch:
     """One forward pass.
 
-    tokens, positions int64 (B, S), B = 1 when packed, S the row's tokens on this context-parallel rank; boundaries int32
-    (N+1,): cumulative lengths of the whole sequences in the flat order of the rows before they are cut, padding
+    tokens, positions int64 (B, S), B = 1 when packed, S the row's tokens on this context-parallel rank; boundaries
+    int32 (N+1,): cumulative lengths of the whole sequences in the flat order of the rows before they are cut, padding
     included, at the end as a last sequence where there is any; held int64 (B·S,): flat places there of `tokens`.
-    rows int64 (R,): flat indices b·S+s whose next token is a response token; targets int64 (R,): those tokens. parts: for
-    every context-parallel rank, the places of its rows' tokens among all T response tokens of the micro-batch; T = R
-    with one rank.
+    rows int64 (R,): flat indices b·S+s whose next token is a response token; targets int64 (R,): those tokens. parts:
+    for every context-parallel rank, the places of its rows' tokens among all T response tokens of the micro-batch;
+    T = R with one rank.
     sequence int64 (T,): index of the token's sequence; lengths float32 (N,): response tokens of each sequence.
     The per-token values are float32 (T,) or None where not known; NaN at targets, which have none but the reference's.
     target bool (N,), group int64 (N,) and signals float32 (N,) each, 0 at targets: those of the sequences.
@@ -118,9 +118,7 @@ def lay_out(
         for start, s in zip(starts, sequences, strict=False)
     )
     targets = _joined(s.tokens[s.prompt_length :].astype(np.int64) for s in sequences)
-    parts = [
-        _local(predicting, held_positions(places, cut.context, rank), len(tokens)) for rank in range(cut.context)
-    ]
+    parts = [_local(predicting, held_positions(places, cut.context, rank), len(tokens)) for rank in range(cut.context)]
     mine, rows = parts[cut.context_rank]
     return MicroBatch(
         tokens=_tensor(tokens[held].reshape(shape), device),

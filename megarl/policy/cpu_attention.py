@@ -151,9 +151,7 @@ class CpuAttention(torch.nn.Module):
         if not torch.is_grad_enabled():
             return self._attend_gathered(query, key, value, packing)
         again: Callable[..., Any] = checkpoint
-        return again(
-            self._attend_gathered, query, key, value, packing, use_reentrant=False, preserve_rng_state=False
-        )
+        return again(self._attend_gathered, query, key, value, packing, use_reentrant=False, preserve_rng_state=False)
 
     def _attend_gathered(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: CpuPacking
@@ -166,9 +164,7 @@ class CpuAttention(torch.nn.Module):
         key, value = both.index_select(0, gathered.order).chunk(2, dim=-1)
         return self._attend(query, key, value, packing)
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: CpuPacking
-    ) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: CpuPacking) -> torch.Tensor:
         steps, rows, heads, width = query.shape
         repeats = heads // key.shape[2]
         q = _by_sequence(query, packing.queries)
@@ -177,9 +173,7 @@ class CpuAttention(torch.nn.Module):
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         bias = None if packing.gathered is None else packing.gathered.bias
         # Right padding is invisible to a causal mask.
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bias is None, scale=self.softmax_scale
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=self.softmax_scale)
         if packing.queries is None:
             return out.permute(2, 0, 1, 3).reshape(steps, rows, heads * width)
         flat = out.transpose(1, 2).reshape(-1, heads * width)

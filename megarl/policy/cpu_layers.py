@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
@@ -58,6 +61,69 @@ def _mark_for_sequence_parallel(parameter: torch.nn.Parameter, config: Transform
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class CpuGroupedLinear(torch.nn.Module):
+    """The linear layers of this rank's experts, in Transformer Engine's parameter names: `weight0`, `weight1`, ...
+
+    `split_dimension` of the weights is what expert tensor parallelism splits: 0 for a column-parallel, 1 for a
+    row-parallel layer. The dispatcher of the tokens sees to what ranks exchange.
+    """
+
+    split_dimension: int
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.num_gemms, self.groups = num_gemms, pg_collection
+        sizes = [output_size, input_size]
+        sizes[self.split_dimension] //= pg_collection.expt_tp.size()
+        for index in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(sizes, dtype=config.params_dtype))
+            self.register_parameter(f"weight{index}", weight)
+
+    def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
+        """x (T, in), the first m_splits[0] rows for the first expert, and so on -> (T, out)."""
+        weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
+        return torch.cat([F.linear(part, w) for part, w in zip(x.split(m_splits), weights, strict=True)]), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Every expert as one of all experts' along a leading dimension, each split as its layer is."""
+        experts = self.groups.ep.size() * self.num_gemms
+        found: dict[str, Any] = {}
+        for index in range(self.num_gemms):
+            expert = self.groups.ep.rank() * self.num_gemms + index
+            (shard,) = make_sharded_tensors_for_checkpoint(
+                {"weight": getattr(self, f"weight{index}")},
+                prefix,
+                {"weight": self.split_dimension},
+                (*sharded_offsets, (len(sharded_offsets), expert, experts)),
+                tp_group=self.groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            ).values()
+            shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
+            found[f"{prefix}weight{index}"] = shard
+        return found
+
+
+class CpuColumnGroupedLinear(CpuGroupedLinear):
+    """Split along the output dimension."""
+
+    split_dimension = 0
+
+
+class CpuRowGroupedLinear(CpuGroupedLinear):
+    """Split along the input dimension; the outputs of all ranks are to be added up."""
+
+    split_dimension = 1
+
+
 class CpuSpecProvider(BackendSpecProvider):
     """The modules Megatron's spec builders are to use on the CPU."""
 
@@ -80,7 +146,7 @@ class CpuSpecProvider(BackendSpecProvider):
         return CpuAttention
 
     def grouped_mlp_modules(self, *_: Any) -> Any:
-        raise NotImplementedError("mixtures of experts have no CPU layers")
+        return TEGroupedMLP, MLPSubmodules(linear_fc1=CpuColumnGroupedLinear, linear_fc2=CpuRowGroupedLinear)
 
     def activation_func(self) -> Any:
         return None

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import Box

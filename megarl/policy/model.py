@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -30,10 +31,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megarl.config.grid import layers_of_chunks
+from megarl.config.grid import Chunk, layers_of_chunks
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.config.sections import ParallelSettings
+from megarl.config.sections import ParallelSettings, RecomputeSettings
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.reshard.weight_map import padded_vocab_size
 
@@ -65,6 +66,8 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         **_pipeline_layout(parallel, shape),
+        **_recompute(config.recompute),
+        **(_experts(config, shape) if shape.is_moe else {}),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": config.precision == "bf16",
@@ -97,10 +100,43 @@ def _pipeline_layout(parallel: ParallelSettings, shape: ModelShape) -> dict[str,
     fields: dict[str, Any] = {"pipeline_model_parallel_layout": layout}
     if len(counts) > parallel.pipeline:
         fields["virtual_pipeline_model_parallel_size"] = parallel.virtual_pipeline
-        # Sent one direction at a time: of two stages, each is before and behind the other, and in one batch the messages
-        # of both directions would be taken for each other.
+        # Sent one direction at a time: of two stages, each is before and behind the other, and in one batch the
+        # messages of both directions would be taken for each other.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return fields
+
+
+def _recompute(settings: RecomputeSettings) -> dict[str, Any]:
+    if settings.kind == "none":
+        return {}
+    if settings.kind == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(settings.modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": settings.method,
+        "recompute_num_layers": settings.layers,
+    }
+
+
+def _experts(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
+    """Megatron's fields of a mixture of experts, no token dropped."""
+    coefficient = config.moe.aux_loss_coefficient
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.expert_ffn_size,
+        "moe_layer_freq": [int(sparse) for sparse in shape.sparse_layers],
+        "moe_router_topk": shape.experts_per_token,
+        # The softmax of the chosen experts' logits is that of all experts made to add up to 1.
+        "moe_router_pre_softmax": not shape.normalize_topk,
+        "moe_router_dtype": config.moe.router_dtype,
+        "moe_aux_loss_coeff": shape.router_aux_loss if coefficient is None else coefficient,
+        "moe_shared_expert_intermediate_size": shape.shared_expert_ffn_size or None,
+        "moe_shared_expert_gate": shape.shared_expert_ffn_size > 0,
+        "moe_grouped_gemm": True,
+        "moe_enable_routing_replay": config.moe.replay_routing,
+        "expert_model_parallel_size": config.parallel.expert,
+        "expert_tensor_parallel_size": config.parallel.expert_tensor,
+    }
 
 
 def fields_of(vendor_class: type, table: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +150,19 @@ def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwarg
     finalize_model_grads(model, None, **kwargs)
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Transformer Engine's spec on a GPU, the CPU layers with the same parameter names elsewhere."""
+def layer_spec(config: TransformerConfig, sparse: bool) -> ModuleSpec:
+    """A layer with a dense MLP or, `sparse`, a mixture of experts.
+
+    Transformer Engine's spec on a GPU, the CPU layers with the same parameter names elsewhere.
+    """
     if has_cuda():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts if sparse else None,
+            moe_grouped_gemm=sparse,
+            qk_layernorm=config.qk_layernorm,
+        )
     from megarl.policy.cpu_layers import CpuRMSNorm, CpuSpecProvider
 
     backend = CpuSpecProvider()
@@ -136,53 +179,60 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
+    # The norm before dense MLPs is part of their first linear layer.
+    mlp: dict[str, Any] = (
+        {
+            "pre_mlp_layernorm": CpuRMSNorm,
+            "mlp": get_moe_module_spec_for_backend(backend, config.num_moe_experts, moe_grouped_gemm=True),
+        }
+        if sparse
+        else {"mlp": get_mlp_module_spec_for_backend(backend)}
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=attention,
-            self_attn_bda=residual,
-            mlp=get_mlp_module_spec_for_backend(backend),
-            mlp_bda=residual,
+            self_attention=attention, self_attn_bda=residual, mlp_bda=residual, **mlp
         ),
     )
 
 
-def block_spec(config: TransformerConfig, chunk: int | None) -> Any:
-    """The spec of a chunk's decoder; the CPU's carries its own final norm, which Megatron would else pick by itself."""
-    layer = layer_spec(config)
+def block_spec(config: TransformerConfig, shape: ModelShape, layers: range) -> TransformerBlockSubmodules:
+    """The spec of the decoder layers `layers` of the whole model, and of the norm after the last one."""
+    kinds = {sparse: layer_spec(config, sparse) for sparse in {shape.is_sparse(layer) for layer in layers}}
+    norm: Any
     if has_cuda():
-        return layer
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-    from megarl.policy.cpu_layers import CpuRMSNorm
-
-    norm: Any = CpuRMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    else:
+        from megarl.policy.cpu_layers import CpuRMSNorm as norm
+    return TransformerBlockSubmodules(layer_specs=[kinds[shape.is_sparse(layer)] for layer in layers], layer_norm=norm)
 
 
-def build_model(config: TransformerConfig, shape: ModelShape) -> list[GPTModel]:
+def build_model(config: TransformerConfig, shape: ModelShape, chunks: Sequence[Chunk]) -> list[GPTModel]:
     """This rank's model chunks, uninitialised, with the output layer deferred (see `_defer_head`)."""
-    virtual = config.virtual_pipeline_model_parallel_size
-    return [_build_chunk(config, shape, chunk) for chunk in (range(virtual) if virtual else [None])]
+    return [
+        _build_chunk(config, shape, chunk, number if len(chunks) > 1 else None) for number, chunk in enumerate(chunks)
+    ]
 
 
-def _build_chunk(config: TransformerConfig, shape: ModelShape, chunk: int | None) -> GPTModel:
-    """One chunk; `chunk` is its number under the interleaved schedule, None without it."""
+def _build_chunk(config: TransformerConfig, shape: ModelShape, chunk: Chunk, number: int | None) -> GPTModel:
+    """One chunk; `number` is Megatron's vp_stage, None without the interleaved schedule."""
+    spec: Any = block_spec(config, shape, chunk.layers)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, chunk),
+        transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=chunk is None, vp_stage=chunk),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=chunk is None, vp_stage=chunk),
+        pre_process=chunk.first,
+        post_process=chunk.last,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         # On the CPU the attention rotates queries and keys itself, with tables made once per micro-batch.
         position_embedding_type="rope" if has_cuda() else "none",
         rotary_base=int(shape.rope_theta),
-        vp_stage=chunk,
+        vp_stage=number,
     )
     _mark_shards(model)
+    _mark_experts(model, config)
     if model.post_process:
         model.output_layer.forward = types.MethodType(_defer_head, model.output_layer)
     return model
@@ -199,6 +249,23 @@ def _mark_shards(model: GPTModel) -> None:
             weight = module.weight
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, True, int(isinstance(module, RowParallelLinear)), 1)
+
+
+def _mark_experts(model: GPTModel, config: TransformerConfig) -> None:
+    """Mark the experts' weights as what ranks of other groups share than those of all other weights.
+
+    Megatron marks them where experts are parallel; that their tensor parallelism differs from that of the other layers
+    has the same consequence. Each rank's weights are its own: see `_mark_shards`.
+    """
+    apart = (
+        config.expert_model_parallel_size > 1 or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+    )
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            attributes: Any = parameter
+            attributes.allreduce = not apart
+            if not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, True, int(".linear_fc2." in name), 1)
 
 
 def _defer_head(

@@ -24,16 +24,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megarl.algorithms.base import Algorithm, BatchTotals, LocalReducer, LossInputs, LossTerms
-from megarl.config.grid import Grid
+from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.data.packing import microbatches, padded_microbatches
 from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
+from megarl.parallel.context import whole_sequences
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
-from megarl.parallel.context import whole_sequences
 from megarl.policy.batch import Cut, MicroBatch, lay_out
 from megarl.policy.forward import ForwardArguments
 from megarl.policy.model import build_model, optimizer_config, transformer_config, wrap_data_parallel
@@ -85,7 +85,8 @@ class Policy:
                 "set precision=bf16 or batch.packed=false",
             )
         self.megatron_config = transformer_config(config, shape)
-        self.chunks = build_model(self.megatron_config, shape)
+        stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
+        self.chunks = build_model(self.megatron_config, shape, stages)
         self.wrapped: Any = wrap_data_parallel(config, self.megatron_config, self.chunks)
         self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
@@ -96,7 +97,7 @@ class Policy:
         self.skipped_in_a_row = 0
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's shard, in the names of `megatron_tensors`: Megatron's, with a prefix for each of several chunks."""
+        """This rank's shard, in the names of `megatron_tensors`: Megatron's, with a prefix where chunks are several."""
         for number, chunk in enumerate(self.chunks):
             prefix = chunk_prefix(number, len(self.chunks))
             yield from ((prefix + name, parameter) for name, parameter in chunk.named_parameters())
@@ -209,15 +210,15 @@ class Policy:
     def _plan(self, sequences: Sequences[Sequence], by_group: bool, cut: Cut) -> list[list[int]]:
         """Positions of the sequences of each micro-batch; an empty micro-batch is there to keep others company.
 
-        Ranks that work on a micro-batch together, as with expert parallelism all of a pipeline stage do, need equally
-        many; the interleaved schedule needs a multiple of the pipeline's stages.
+        Replicas that share experts work on their micro-batches together and need equally many; the interleaved schedule
+        needs a multiple of the pipeline's stages.
         """
         settings = self.config.batch
         pack = microbatches if settings.packed else padded_microbatches
         groups = [s.group for s in sequences] if by_group else None
         plan = pack([cut.padded(s.length) for s in sequences], settings.tokens_per_microbatch, groups)
         count = len(plan)
-        if self.grid.expert > 1:
+        if self.grid.experts_span_replicas:
             count = max(gather_all(count))
         if len(self.chunks) > 1:
             count = -(-count // self.grid.pipeline) * self.grid.pipeline

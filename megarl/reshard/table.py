@@ -4,7 +4,7 @@ The same rows drive Hugging Face -> Megatron, Megatron -> Hugging Face and Megat
 adds nothing but data: its list of rows, and switches of `ModelShape` that say which of them exist.
 
 Megatron's names are those of a GPT model with Transformer Engine's layer spec (the norm fused into
-the linear layer after it). vLLM's are those of its Llama, Qwen2 and Qwen3 classes.
+the linear layer after it), of experts with its grouped ones. vLLM's are those of its classes for each family.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from megarl.errors import Refusal
 Layout = Literal["row", "qkv", "gate_up", "vocabulary", "replicated"]
 
 #: Names of lengths, see `axis_sizes`.
-Axis = Literal["hidden", "query", "key_value", "head", "ffn", "vocabulary"]
+Axis = Literal[
+    "hidden", "query", "key_value", "head", "ffn", "vocabulary", "experts", "expert_ffn", "shared_ffn", "one"
+]
+
+#: Which layers have a row: all, those with a dense MLP, or those with a mixture of experts.
+Mlp = Literal["any", "dense", "sparse"]
 
 #: The pipeline stage that holds the row: the first, the last, or the one with the layer.
 Stage = Literal["first", "layer", "last"]
@@ -41,7 +46,9 @@ class Row:
     stands for the layer's number: over the whole model for Hugging Face and vLLM, within the
     pipeline stage for Megatron. `vllm` is None where the engine has no such parameter. `when`: the
     `ModelShape` switch and the value it must have for the row to exist. `pipelined`: the row exists
-    only with more than one pipeline stage.
+    only with more than one pipeline stage. `mlp`: the layers that have it. `experts`: there is one such parameter for
+    each expert, `{expert}` in names: its number over the whole model for Hugging Face, among the experts of the rank
+    for Megatron; vLLM has one parameter for all, stacked along a leading dimension.
     """
 
     layout: Layout
@@ -51,10 +58,22 @@ class Row:
     stage: Stage = "layer"
     when: tuple[str, bool] | None = None
     pipelined: bool = False
+    mlp: Mlp = "any"
+    experts: bool = False
+
+    def is_in(self, layer: int, shape: ModelShape) -> bool:
+        """Whether a layer of the whole model has this row; rows outside the layers are in none of them."""
+        return self.mlp == "any" or (self.mlp == "sparse") == shape.is_sparse(layer)
 
 
 def _layer(
-    layout: Layout, parts: dict[str, tuple[Axis, ...]], megatron: str, vllm: str | None, when: str | None = None
+    layout: Layout,
+    parts: dict[str, tuple[Axis, ...]],
+    megatron: str,
+    vllm: str | None,
+    when: str | None = None,
+    mlp: Mlp = "any",
+    experts: bool = False,
 ) -> Row:
     """A row of a decoder layer, names given without the layer's prefix."""
     return Row(
@@ -63,6 +82,8 @@ def _layer(
         f"decoder.layers.{{layer}}.{megatron}",
         None if vllm is None else f"model.layers.{{layer}}.{vllm}",
         when=None if when is None else (when, True),
+        mlp=mlp,
+        experts=experts,
     )
 
 
@@ -158,14 +179,89 @@ _DENSE_MLP = (
         {"post_attention_layernorm.weight": ("hidden",)},
         "mlp.linear_fc1.layer_norm_weight",
         "post_attention_layernorm.weight",
+        mlp="dense",
     ),
     _layer(
         "gate_up",
         {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
         "mlp.linear_fc1.weight",
         "mlp.gate_up_proj.weight",
+        mlp="dense",
     ),
-    _layer("row", {"mlp.down_proj.weight": ("hidden", "ffn")}, "mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+    _layer(
+        "row",
+        {"mlp.down_proj.weight": ("hidden", "ffn")},
+        "mlp.linear_fc2.weight",
+        "mlp.down_proj.weight",
+        mlp="dense",
+    ),
+)
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Norm, router and experts of a mixture; `block` and the projections are the checkpoint's names."""
+    expert = f"{block}.experts.{{expert}}"
+    return (
+        _layer(
+            "replicated",
+            {"post_attention_layernorm.weight": ("hidden",)},
+            "pre_mlp_layernorm.weight",
+            "post_attention_layernorm.weight",
+            mlp="sparse",
+        ),
+        _layer(
+            "replicated",
+            {f"{block}.gate.weight": ("experts", "hidden")},
+            "mlp.router.weight",
+            f"{block}.gate.weight",
+            mlp="sparse",
+        ),
+        _layer(
+            "gate_up",
+            {f"{expert}.{gate}.weight": ("expert_ffn", "hidden"), f"{expert}.{up}.weight": ("expert_ffn", "hidden")},
+            "mlp.experts.linear_fc1.weight{expert}",
+            f"{block}.experts.routed_experts.w13_weight",
+            mlp="sparse",
+            experts=True,
+        ),
+        _layer(
+            "row",
+            {f"{expert}.{down}.weight": ("hidden", "expert_ffn")},
+            "mlp.experts.linear_fc2.weight{expert}",
+            f"{block}.experts.routed_experts.w2_weight",
+            mlp="sparse",
+            experts=True,
+        ),
+    )
+
+
+_QWEN_EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
+
+_SHARED_EXPERT = (
+    _layer(
+        "gate_up",
+        {
+            "mlp.shared_expert.gate_proj.weight": ("shared_ffn", "hidden"),
+            "mlp.shared_expert.up_proj.weight": ("shared_ffn", "hidden"),
+        },
+        "mlp.shared_experts.linear_fc1.weight",
+        "mlp.shared_expert.gate_up_proj.weight",
+        mlp="sparse",
+    ),
+    _layer(
+        "row",
+        {"mlp.shared_expert.down_proj.weight": ("hidden", "shared_ffn")},
+        "mlp.shared_experts.linear_fc2.weight",
+        "mlp.shared_expert.down_proj.weight",
+        mlp="sparse",
+    ),
+    _layer(
+        "replicated",
+        {"mlp.shared_expert_gate.weight": ("one", "hidden")},
+        "mlp.shared_experts.gate_weight",
+        "mlp.shared_expert_gate.weight",
+        mlp="sparse",
+    ),
 )
 
 #: The rows of each family, in the order of the forward pass.
@@ -174,6 +270,9 @@ ROWS: dict[str, tuple[Row, ...]] = {
     "qwen2": (*_FIRST, *_ATTENTION, *_DENSE_MLP, *_LAST),
     # vLLM's Qwen3 class builds its output projection without a bias, whatever the checkpoint has.
     "qwen3": (*_FIRST, *_ATTENTION, _output_bias(None), *_DENSE_MLP, *_LAST),
+    "qwen2_moe": (*_FIRST, *_ATTENTION, *_DENSE_MLP, *_QWEN_EXPERTS, *_SHARED_EXPERT, *_LAST),
+    "qwen3_moe": (*_FIRST, *_ATTENTION, _output_bias(None), *_DENSE_MLP, *_QWEN_EXPERTS, *_LAST),
+    "mixtral": (*_FIRST, *_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2"), *_LAST),
 }
 
 
@@ -200,6 +299,10 @@ def axis_sizes(shape: ModelShape) -> dict[str, int]:
         "head": shape.head_dim,
         "ffn": shape.ffn_size,
         "vocabulary": shape.vocab_size,
+        "experts": shape.num_experts,
+        "expert_ffn": shape.expert_ffn_size,
+        "shared_ffn": shape.shared_expert_ffn_size,
+        "one": 1,
     }
 
 

@@ -6,8 +6,9 @@ rank by name, in the order of the forward pass, with regions in checkpoint coord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from math import lcm, prod
 
 from megarl.config.grid import Grid, chunks_of_stage
@@ -39,24 +40,33 @@ class _Cut:
 
 
 def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the checkpoint's tensors, in the order of the forward pass.
+    """Names and shapes of the checkpoint's tensors, in the order of the forward pass, expert by expert.
 
     A tied output layer is not stored.
     """
     sizes = axis_sizes(shape)
-    return {
-        name.format(layer=layer): tuple(sizes[axis] for axis in axes)
-        for row, layer in _forward_order(rows_of(shape, pipelined=False), range(shape.num_layers))
-        for name, axes in row.parts
-    }
+    tensors: dict[str, tuple[int, ...]] = {}
+    for rows, layer in _forward_order(rows_of(shape, pipelined=False), range(shape.num_layers), shape):
+        for row, expert in _with_experts(rows, shape.num_experts):
+            for name, axes in row.parts:
+                tensors[name.format(layer=layer, expert=expert)] = tuple(sizes[axis] for axis in axes)
+    return tensors
 
 
-def _forward_order(rows: Iterable[Row], layers: range) -> Iterator[tuple[Row, int]]:
-    """The rows before the layers, the rows of each layer, the rows after them, each with its layer (0 outside)."""
+def _forward_order(rows: Iterable[Row], layers: range, shape: ModelShape) -> Iterator[tuple[list[Row], int]]:
+    """The rows before the layers, those of each layer, those after them, each group with its layer (0 outside)."""
     rows = tuple(rows)
-    yield from ((row, 0) for row in rows if row.stage == "first")
-    yield from ((row, layer) for layer in layers for row in rows if row.stage == "layer")
-    yield from ((row, 0) for row in rows if row.stage == "last")
+    yield [row for row in rows if row.stage == "first"], 0
+    for layer in layers:
+        yield [row for row in rows if row.stage == "layer" and row.is_in(layer, shape)], layer
+    yield [row for row in rows if row.stage == "last"], 0
+
+
+def _with_experts(rows: list[Row], experts: int) -> Iterator[tuple[Row, int]]:
+    """Rows with the number of an expert, 0 for rows that are not an expert's; all rows of an expert together."""
+    for own, group in groupby(rows, key=lambda row: row.experts):
+        found = list(group)
+        yield from ((row, expert) for expert in range(experts if own else 1) for row in found)
 
 
 def check_hf_shapes(shape: ModelShape, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
@@ -106,16 +116,22 @@ def megatron_tensors(
     """
     tensor = grid.tensor
     _check_division(shape, tensor, "parallel.tensor", fused_rows=True)
-    cut = _Cut(tensor, grid.tensor_rank, padded_vocab_size(shape.vocab_size, tensor, vocab_multiple), _megatron_qkv)
+    check_experts(shape, grid.expert, grid.expert_tensor)
+    vocabulary = padded_vocab_size(shape.vocab_size, tensor, vocab_multiple)
+    cut = _Cut(tensor, grid.tensor_rank, vocabulary, _megatron_qkv)
+    expert_cut = _Cut(grid.expert_tensor, grid.expert_tensor_rank, vocabulary, _megatron_qkv)
+    experts = shape.num_experts // grid.expert
     chunks = chunks_of_stage(shape.num_layers, parallel, grid.pipeline_rank)
     tensors: dict[str, LocalTensor] = {}
     for number, chunk in enumerate(chunks):
         prefix = chunk_prefix(number, len(chunks))
         stages = {"first": chunk.first, "layer": True, "last": chunk.last}
-        rows = [row for row in rows_of(shape, pipelined=grid.pipeline > 1) if stages[row.stage]]
-        for row, layer in _forward_order(rows, chunk.layers):
-            name = prefix + row.megatron.format(layer=layer - chunk.layers.start)
-            tensors[name] = _local_tensor(row, name, layer, shape, cut)
+        present = [row for row in rows_of(shape, pipelined=grid.pipeline > 1) if stages[row.stage]]
+        for rows, layer in _forward_order(present, chunk.layers, shape):
+            for row, local in _with_experts(rows, experts):
+                name = prefix + row.megatron.format(layer=layer - chunk.layers.start, expert=local)
+                place = _Place(layer, grid.expert_rank * experts + local)
+                tensors[name] = _local_tensor(row, name, place, shape, expert_cut if row.experts else cut)
     return tensors
 
 
@@ -141,12 +157,26 @@ def vllm_tensors(shape: ModelShape, *, tensor: int, tensor_rank: int) -> dict[st
                 "use a model without it",
             )
     cut = _Cut(tensor, tensor_rank, vocabulary, _vllm_qkv)
-    tensors = [
-        _local_tensor(row, row.vllm.format(layer=layer), layer, shape, cut)
-        for row, layer in _forward_order(rows, range(shape.num_layers))
-        if row.vllm is not None
-    ]
-    return {tensor.name: tensor for tensor in tensors}
+    tensors: dict[str, LocalTensor] = {}
+    for present, layer in _forward_order(rows, range(shape.num_layers), shape):
+        for row in present:
+            if row.vllm is None:
+                continue
+            name = row.vllm.format(layer=layer)
+            copies = shape.num_experts if row.experts else 1
+            found = [_local_tensor(row, name, _Place(layer, expert), shape, cut) for expert in range(copies)]
+            tensors[name] = _stacked(found) if row.experts else found[0]
+    return tensors
+
+
+def _stacked(tensors: Sequence[LocalTensor]) -> LocalTensor:
+    """Tensors of one shape as one with a leading dimension."""
+    regions = tuple(
+        replace(region, local_box=((index, index + 1), *region.local_box))
+        for index, tensor in enumerate(tensors)
+        for region in tensor.regions
+    )
+    return LocalTensor(tensors[0].name, (len(tensors), *tensors[0].shape), regions)
 
 
 def checkpoint_tensors(shape: ModelShape, *, writers: int = 1, writer: int = 0) -> dict[str, LocalTensor]:
@@ -175,12 +205,15 @@ def _check_division(shape: ModelShape, tensor: int, setting: str, fused_rows: bo
     rows of a group in equal parts without regard to heads (`fused_rows`): it gathers them again.
     """
 
+    # Megatron's experts have a split of their own (`check_experts`).
+    split = [shape.ffn_size, shape.shared_expert_ffn_size] + ([] if fused_rows else [shape.expert_ffn_size])
+
     def fits(size: int) -> bool:
         rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         return (
             shape.num_heads % size == 0
             and (shape.num_kv_heads % size == 0 or size % shape.num_kv_heads == 0)
-            and shape.ffn_size % size == 0
+            and all(ffn % size == 0 for ffn in split)
             and not (fused_rows and rows % size)
         )
 
@@ -191,6 +224,19 @@ def _check_division(shape: ModelShape, tensor: int, setting: str, fused_rows: bo
             f"{shape.num_kv_heads} key-value heads or be a multiple of them",
             f"use one of {[size for size in range(1, shape.num_heads + 1) if fits(size)]}",
         )
+
+
+def check_experts(shape: ModelShape, expert: int, expert_tensor: int) -> None:
+    """Refuse sizes of expert parallelism that do not divide the experts of a mixture."""
+    if not shape.is_moe:
+        return
+    for name, size, total, what in (
+        ("expert", expert, shape.num_experts, "experts"),
+        ("expert_tensor", expert_tensor, shape.expert_ffn_size, "rows of an expert's MLP"),
+    ):
+        if total % size:
+            fits = [n for n in range(1, total + 1) if total % n == 0][:12]
+            raise Refusal(f"parallel.{name}={size}", f"must divide the model's {total} {what}", f"use one of {fits}")
 
 
 def _megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
@@ -248,7 +294,15 @@ def _spans(row: Row, shape: ModelShape, cut: _Cut, rows: int) -> tuple[list[Span
     return spans, sum(stop - start for _, start, stop in spans)
 
 
-def _local_tensor(row: Row, name: str, layer: int, shape: ModelShape, cut: _Cut) -> LocalTensor:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A layer and an expert of the whole model; 0 where a row has none."""
+
+    layer: int
+    expert: int
+
+
+def _local_tensor(row: Row, name: str, place: _Place, shape: ModelShape, cut: _Cut) -> LocalTensor:
     sizes = axis_sizes(shape)
     dims = [sizes[axis] for axis in row.parts[0][1]]
     columns = whole(dims[1:])
@@ -259,7 +313,8 @@ def _local_tensor(row: Row, name: str, layer: int, shape: ModelShape, cut: _Cut)
     regions: list[Region] = []
     offset = 0
     for part, start, stop in spans:
-        place = ((offset, offset + stop - start), *whole(extents(columns)))
-        regions.append(Region(row.parts[part][0].format(layer=layer), ((start, stop), *columns), place))
+        box = ((offset, offset + stop - start), *whole(extents(columns)))
+        hf_name = row.parts[part][0].format(layer=place.layer, expert=place.expert)
+        regions.append(Region(hf_name, ((start, stop), *columns), box))
         offset += stop - start
     return LocalTensor(name, (rows, *extents(columns)), tuple(regions))
