@@ -257,8 +257,22 @@ def experts_scenario(folder: Path) -> Any:
             with pressure(writer) as counts:
                 completions = writer.generate(shared_prompts(), sampling)
             written.append((values, weights.read_back(), completions, counts | staging))
-        results[family] = read, written
+        results[family] = read, written, planned(first, rank, size)
     return results
+
+
+def planned(path: Path, rank: int, size: int) -> dict[str, Any]:
+    """What the weight map puts into each parameter of this rank's engine, from a checkpoint."""
+    from reshard_reference import slice_reader
+    from safetensors.torch import load_file
+
+    from megarl.config.model_shape import read_model_shape
+    from megarl.reshard.copying import read_local
+    from megarl.reshard.weight_map import vllm_tensors
+
+    reader = slice_reader(load_file(path / "model.safetensors"))
+    layout = vllm_tensors(read_model_shape(path), tensor=size, tensor_rank=rank)
+    return {name: read_local(tensor, reader) for name, tensor in layout.items()}
 
 
 @contextmanager

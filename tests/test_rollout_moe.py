@@ -51,7 +51,7 @@ def test_written_experts_are_those_of_vllms_loader(ranks: list[Any]):
     """Bitwise, after the push of another checkpoint before, and so are the answers."""
     for rank in ranks:
         assert set(rank) == set(MOE_FAMILIES)
-        for family, ((weights, completions), (_, (_, pushed, answers, _))) in rank.items():
+        for family, ((weights, completions), (_, (_, pushed, answers, _)), _) in rank.items():
             assert set(pushed) == set(weights)
             different = [name for name in weights if not torch.equal(weights[name], pushed[name])]
             assert not different, f"{family}: {different}"
@@ -61,17 +61,28 @@ def test_written_experts_are_those_of_vllms_loader(ranks: list[Any]):
 def test_the_engine_holds_what_was_written(ranks: list[Any]):
     """After each push; experts without vLLM's padding."""
     for rank in ranks:
-        for family, (_, written) in rank.items():
+        for family, (_, written, _) in rank.items():
             for values, pushed, _, _ in written:
                 assert sum("w13_weight" in name for name in values) in (1, 2)
                 for name, value in values.items():
                     assert torch.equal(pushed[name][: len(value)], value), f"{family}: {name}"
 
 
+def test_the_weight_map_fills_the_engines_slots(ranks: list[Any]):
+    """Names, shapes and every element, padding rows of the vocabulary as zeros."""
+    for rank in ranks:
+        for family, (_, (_, (values, _, _, _)), planned) in rank.items():
+            assert sorted(planned) == sorted(values)
+            for name, value in values.items():
+                expected = torch.zeros_like(planned[name], dtype=value.dtype)
+                expected[: len(value)] = value
+                assert torch.equal(planned[name].to(value.dtype), expected), f"{family}: {name}"
+
+
 def test_only_the_layer_being_written_is_held_twice(ranks: list[Any]):
     """After a `finish`, one stack at most: the first, which waits for the second to be packed with it."""
     for rank in ranks:
-        for _, written in rank.values():
+        for _, written, _ in rank.values():
             assert [counts["staged"] for *_, counts in written] == [1, 1]
 
 
