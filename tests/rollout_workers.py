@@ -10,6 +10,9 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,21 @@ FAMILIES = {
     "llama": ("Llama", False, "fp32"),
     "qwen3": ("Qwen3", True, "fp32"),
     "qwen2-untied-bf16": ("Qwen2", False, "bf16"),
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+#: Mixtures of experts. An expert's 48 columns are padded by vLLM's CPU kernels to 64 and, on one rank of two, from 24
+#: to 32; Mixtral's 96 are not.
+MOE_FAMILIES = {
+    # name: (transformers classes, tied embeddings, precision, sizes beside SIZES)
+    "qwen3_moe": ("Qwen3Moe", True, "fp32", EXPERTS | {"norm_topk_prob": True}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        False,
+        "fp32",
+        EXPERTS | {"shared_expert_intermediate_size": 64, "norm_topk_prob": False, "mlp_only_layers": [0]},
+    ),
+    "mixtral": ("Mixtral", False, "fp32", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe-bf16": ("Qwen3Moe", False, "bf16", EXPERTS | {"norm_topk_prob": False}),
 }
 # 130 is no multiple of vLLM's padding (64): the last tensor-parallel rank holds padding rows.
 SIZES = {
@@ -67,8 +85,8 @@ def write_checkpoint(folder: Path, family: str, seed: int) -> Path:
 
     path = folder / f"{family}-{seed}"
     if not path.exists():
-        classes, tied, _ = FAMILIES[family]
-        config = getattr(transformers, f"{classes}Config")(**SIZES, tie_word_embeddings=tied)
+        classes, tied, _, *sizes = (FAMILIES | MOE_FAMILIES)[family]
+        config = getattr(transformers, f"{classes}Config")(**SIZES, tie_word_embeddings=tied, **dict(*sizes))
         torch.manual_seed(seed)
         model = getattr(transformers, f"{classes}ForCausalLM")(config)
         for parameter in model.parameters():
@@ -77,7 +95,7 @@ def write_checkpoint(folder: Path, family: str, seed: int) -> Path:
     return path
 
 
-def engine_for(path: Path, family: str, *, load_weights: bool, **rollout: Any) -> Any:
+def engine_for(path: Path, family: str, *, load_weights: bool, record_routing: bool = False, **rollout: Any) -> Any:
     """An engine of the world this process has joined."""
     import torch.distributed as dist
 
@@ -89,7 +107,7 @@ def engine_for(path: Path, family: str, *, load_weights: bool, **rollout: Any) -
         {
             "name": "test",
             "steps": 1,
-            "precision": FAMILIES[family][2],
+            "precision": (FAMILIES | MOE_FAMILIES)[family][2],
             "model": {"path": str(path)},
             "algorithm": {"name": "grpo"},
             "data": {"path": "unused", "max_prompt_tokens": 160},
@@ -103,6 +121,7 @@ def engine_for(path: Path, family: str, *, load_weights: bool, **rollout: Any) -
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         load_weights=load_weights,
+        record_routing=record_routing,
     )
 
 
@@ -117,8 +136,11 @@ def requests(number: int, *, seeded: bool = True) -> list[Any]:
     ]
 
 
-def write_slots(weights: Any, path: Path, rank: int, size: int) -> None:
-    """Push a Hugging Face checkpoint's weights, cut for tensor-parallel rank `rank` of `size`, into the engine."""
+def write_slots(weights: Any, path: Path, rank: int, size: int) -> dict[str, Any]:
+    """Push a Hugging Face checkpoint's weights, cut for tensor-parallel rank `rank` of `size`, into the engine.
+
+    Returns what was written to each slot, without padding.
+    """
     from safetensors.torch import load_file
 
     tensors = load_file(path / "model.safetensors")
@@ -128,17 +150,23 @@ def write_slots(weights: Any, path: Path, rank: int, size: int) -> None:
         count = tensor.shape[0] // size
         return tensor[rank * count : (rank + 1) * count]
 
+    def columns(name: str) -> Any:
+        return tensors[name].chunk(size, dim=1)[rank]
+
     weights.begin()
+    written = {}
     for name, slot in weights.tensors().items():
         layer, _, kind = name.rpartition(".")
         parent, _, module = layer.rpartition(".")
         target = weights.buffer(name)
-        if module == "qkv_proj":
+        if module == "routed_experts":
+            value = _experts(parent, kind, slot.shape[0], rows, columns)
+        elif module == "qkv_proj":
             value = _cat([rows(f"{parent}.{part}_proj.{kind}") for part in "qkv"])
         elif module == "gate_up_proj":
             value = _cat([rows(f"{parent}.{part}_proj.{kind}") for part in ("gate", "up")])
         elif module in ("o_proj", "down_proj"):
-            value = tensors[name].chunk(size, dim=1)[rank]
+            value = columns(name)
         elif module in ("embed_tokens", "lm_head"):
             first = rank * slot.shape[0]
             value = tensors[name][first : first + slot.num_rows]
@@ -146,10 +174,22 @@ def write_slots(weights: Any, path: Path, rank: int, size: int) -> None:
         else:
             value = tensors[name]
         target.copy_(value)
+        written[name] = value.to(slot.dtype)
         # Closing the layers without a bias one by one leaves the others to `end`.
-        if module in ("o_proj", "down_proj", "lm_head"):
+        if module in ("o_proj", "down_proj", "lm_head", "routed_experts"):
             weights.finish([name])
     weights.end()
+    return written
+
+
+def _experts(parent: str, stack: str, experts: int, rows: Any, columns: Any) -> Any:
+    """One of the two stacks of a layer's experts."""
+    import torch
+
+    gate, up, down = ("w1", "w3", "w2") if "block_sparse_moe" in parent else ("gate_proj", "up_proj", "down_proj")
+    if stack == "w2_weight":
+        return torch.stack([columns(f"{parent}.{i}.{down}.weight") for i in range(experts)])
+    return torch.stack([_cat([rows(f"{parent}.{i}.{part}.weight") for part in (gate, up)]) for i in range(experts)])
 
 
 def _cat(parts: list[Any]) -> Any:
@@ -186,6 +226,105 @@ def weights_scenario(folder: Path) -> Any:
             written.append((weights.read_back(), engine.generate(requests(12), sampling), weights.checksum()))
         results[family] = (read, written)
     return results
+
+
+def experts_scenario(folder: Path) -> Any:
+    """For every mixture of experts: an engine that reads checkpoint 1, and one that is written 2 and then 1 and records
+    its routing. Prompts are shared, and the KV cache is too small for all requests at a time."""
+    import torch.distributed as dist
+
+    from megarl.rollout.engine import Sampling
+    from megarl.rollout.weights import EngineWeights
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    sampling = Sampling(max_tokens=24, temperature=0.0)
+    results = {}
+    for family in MOE_FAMILIES:
+        first, second = (folder.parent / "checkpoints" / f"{family}-{seed}" for seed in (1, 2))
+        # 16 blocks of 32 tokens; 8 requests hold up to 32.
+        rollout = {"tensor": size, "max_concurrent": 8, "kv_cache_gib": 16 * 32 * 1024 / size / 2**30}
+        reader = engine_for(first, family, load_weights=True, **rollout)
+        writer = engine_for(first, family, load_weights=False, record_routing=True, **rollout)
+        _ENGINES.extend((reader, writer))
+        read = EngineWeights(reader).read_back(), reader.generate(shared_prompts(), sampling)
+        weights, written = EngineWeights(writer), []
+        for path in (second, first):
+            writer.sleep()
+            writer.wake_weights()
+            with largest_staging(weights) as staging:
+                values = write_slots(weights, path, rank, size)
+            writer.wake_cache()
+            with pressure(writer) as counts:
+                completions = writer.generate(shared_prompts(), sampling)
+            written.append((values, weights.read_back(), completions, counts | staging))
+        results[family] = read, written, planned(first, rank, size)
+    return results
+
+
+def planned(path: Path, rank: int, size: int) -> dict[str, Any]:
+    """What the weight map puts into each parameter of this rank's engine, from a checkpoint."""
+    from reshard_reference import slice_reader
+    from safetensors.torch import load_file
+
+    from megarl.config.model_shape import read_model_shape
+    from megarl.reshard.copying import read_local
+    from megarl.reshard.weight_map import vllm_tensors
+
+    reader = slice_reader(load_file(path / "model.safetensors"))
+    layout = vllm_tensors(read_model_shape(path), tensor=size, tensor_rank=rank)
+    return {name: read_local(tensor, reader) for name, tensor in layout.items()}
+
+
+@contextmanager
+def largest_staging(weights: Any) -> Iterator[dict[str, int]]:
+    """Counts, after every `finish`, the experts' staging tensors that are still alive; keeps the largest number."""
+    found, alive = {"staged": 0}, []
+    buffer, finish = weights.buffer, weights.finish
+
+    def buffered(name: str) -> Any:
+        tensor = buffer(name)
+        if "routed_experts" in name:
+            alive.append(weakref.ref(tensor))
+        return tensor
+
+    def finished(names: list[str]) -> None:
+        finish(names)
+        found["staged"] = max(found["staged"], sum(reference() is not None for reference in alive))
+
+    weights.buffer, weights.finish = buffered, finished
+    yield found
+    weights.buffer, weights.finish = buffer, finish
+
+
+@contextmanager
+def pressure(engine: Any) -> Iterator[dict[str, int]]:
+    """Counts prompt tokens found in the prefix cache, and requests thrown out to make room and computed again."""
+    found = {"cached": 0, "thrown out": 0}
+    scheduler = engine._engine.engine_core.engine_core.scheduler
+    complete, preempt = engine._completion, scheduler._preempt_request
+
+    def completed(output: Any, request_id: str) -> Any:
+        found["cached"] += output.num_cached_tokens
+        return complete(output, request_id)
+
+    def preempted(*arguments: Any, **options: Any) -> Any:
+        found["thrown out"] += 1
+        return preempt(*arguments, **options)
+
+    engine._completion, scheduler._preempt_request = completed, preempted
+    yield found
+    engine._completion, scheduler._preempt_request = complete, preempt
+
+
+#: All stay alive: a vLLM engine that is collected takes the process's groups down with it.
+_ENGINES: list[Any] = []
+
+
+def shared_prompts() -> list[Any]:
+    """Four prompts of 70 to 100 tokens, six times each, so that later ones are found in the prefix cache."""
+    from megarl.rollout.engine import Request
+
+    return [Request(tuple(2 + (7 * (i % 4) + j) % 120 for j in range(70 + 10 * (i % 4))), i) for i in range(24)]
 
 
 def replicas_scenario(folder: Path) -> Any:
@@ -244,7 +383,12 @@ def generate_scenario(folder: Path) -> Any:
     return results
 
 
-SCENARIOS = {"weights": weights_scenario, "replicas": replicas_scenario, "generate": generate_scenario}
+SCENARIOS = {
+    "weights": weights_scenario,
+    "experts": experts_scenario,
+    "replicas": replicas_scenario,
+    "generate": generate_scenario,
+}
 
 
 def main(scenario: str, folder: Path) -> None:

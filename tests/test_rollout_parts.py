@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from megarl.config.model_shape import ModelShape, model_shape_from_hf
+from megarl.config.model_shape import FAMILIES, ModelShape, model_shape_from_hf
 from megarl.config.schema import RunConfig
 from megarl.errors import PhaseError, Refusal
-from megarl.rollout.arguments import engine_arguments
+from megarl.rollout.arguments import MODEL_CLASSES, engine_arguments
 from megarl.rollout.draw import FixedAssignment, SharedCounter
 from megarl.rollout.phases import NoSleeper, Part, Phase, Phases
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
@@ -124,7 +124,17 @@ def config_with(**sections: object) -> RunConfig:
     )
 
 
-def shape_with(**changes: int) -> ModelShape:
+#: A mixture of experts of a size that fits.
+EXPERTS = {
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+
+
+def shape_with(**changes: object) -> ModelShape:
     sizes = {
         "hidden_size": 128,
         "num_hidden_layers": 2,
@@ -161,6 +171,33 @@ def test_arguments_follow_the_configuration():
         ({"vllm": {"dtype": "float16"}}, {}, "vllm.dtype: is set by megarl. Fix: set precision."),
         ({"vllm": {"no_such_option": 1}}, {}, "vllm.no_such_option: is not a field of EngineArgs."),
         ({}, {"head_dim": 16}, "attention heads of 16 elements: vLLM's CPU backend has kernels for 32, 64"),
+        (
+            {"rollout": {"tensor": 4, "max_tokens": 8}},
+            EXPERTS | {"moe_intermediate_size": 26},
+            "rollout.tensor=4: must divide the size 26 of the model's experts, of which every rank holds a share. Fix: "
+            "use a divisor of 26.",
+        ),
+        (
+            {"rollout": {"tensor": 4, "max_tokens": 8}},
+            EXPERTS | {"shared_expert_intermediate_size": 42},
+            "rollout.tensor=4: must divide the size 42 of the model's shared expert",
+        ),
+        (
+            {"rollout": {"tensor": 4, "max_tokens": 8}},
+            EXPERTS | {"num_experts": 3},
+            "rollout.tensor=4: must be at most the model's 3 experts",
+        ),
+        (
+            {},
+            EXPERTS | {"hidden_size": 144, "head_dim": 32},
+            "hidden_size=144 of a mixture of experts: must be a multiple of 32 for vLLM's CPU kernels",
+        ),
+        (
+            {"vllm": {"enable_expert_parallel": True}},
+            EXPERTS,
+            "vllm.enable_expert_parallel: is set by megarl. Fix: remove it; the engine splits every expert over the "
+            "rollout.tensor ranks.",
+        ),
     ],
 )
 def test_refused_arguments(sections: dict, shape: dict, message: str, monkeypatch: pytest.MonkeyPatch):
@@ -168,3 +205,44 @@ def test_refused_arguments(sections: dict, shape: dict, message: str, monkeypatc
     with pytest.raises(Refusal) as refusal:
         engine_arguments(config_with(**sections), shape_with(**shape), 4, load_weights=False)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "shape", "gpu", "message"),
+    [
+        ({}, {}, False, "recorded routing of a qwen2 model: needs a mixture of experts"),
+        (
+            {"vllm": {"enforce_eager": False}},
+            EXPERTS,
+            False,
+            "vllm.enforce_eager=false: must be left on where routing is",
+        ),
+        (
+            {"vllm": {"enable_prefix_caching": False}},
+            EXPERTS,
+            True,
+            "vllm.enable_prefix_caching=false: must be left on where routing is recorded",
+        ),
+    ],
+)
+def test_routing_that_cannot_be_recorded(
+    sections: dict, shape: dict, gpu: bool, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    with pytest.raises(Refusal) as refusal:
+        engine_arguments(config_with(**sections), shape_with(**shape), 1, load_weights=False, record_routing=True)
+    assert message in str(refusal.value)
+
+
+def test_routing_is_asked_of_vllm_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch):
+    for gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        for recorded in (False, True):
+            arguments = engine_arguments(
+                config_with(), shape_with(**EXPERTS), 1, load_weights=False, record_routing=recorded
+            )
+            assert arguments.get("enable_return_routed_experts", False) == (gpu and recorded)
+
+
+def test_every_family_has_a_class_of_vllm():
+    assert set(MODEL_CLASSES) == set(FAMILIES)

@@ -75,9 +75,13 @@ OWNED: dict[str, dict[str, str]] = {
         "gpu_memory_utilization": "set rollout.gpu_memory_fraction",
         "kv_cache_memory_bytes": "set rollout.kv_cache_gib",
         **dict.fromkeys(
+            ("enable_expert_parallel", "enable_eplb", "eplb_config", "enable_elastic_ep"),
+            "remove it; the engine splits every expert over the rollout.tensor ranks",
+        ),
+        **dict.fromkeys(
             (
                 "quantization", "hf_overrides", "skip_tokenizer_init", "load_format", "enable_sleep_mode",
-                "logprobs_mode", "generation_config",
+                "logprobs_mode", "generation_config", "enable_return_routed_experts", "aux_output_config",
             ),
             _FIXED,
         ),

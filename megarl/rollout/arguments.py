@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 import torch
 from vllm import ModelRegistry
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megarl.config import vendor_fields
@@ -17,18 +15,25 @@ from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
-#: vLLM's model classes by family.
-MODEL_CLASSES: dict[str, type[torch.nn.Module]] = {
-    "llama": LlamaForCausalLM,
-    "qwen2": Qwen2ForCausalLM,
-    "qwen3": Qwen3ForCausalLM,
+#: vLLM's model classes by family: module and name. Only the one of the run is imported; those with experts take 0.5 s.
+MODEL_CLASSES: dict[str, tuple[str, str]] = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "mixtral": ("mixtral", "MixtralForCausalLM"),
 }
 
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 0.25
+#: Sizes that vLLM's CPU kernels for experts take; it pads the experts' own size, but not the model's.
+CPU_EXPERT_MULTIPLE = 32
 
 
-def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int, *, load_weights: bool) -> dict[str, Any]:
+def engine_arguments(
+    config: RunConfig, shape: ModelShape, world_size: int, *, load_weights: bool, record_routing: bool = False
+) -> dict[str, Any]:
     """EngineArgs fields for a run. Raises `Refusal` for what cannot work."""
     rollout = config.rollout
     if world_size % rollout.tensor:
@@ -61,7 +66,59 @@ def engine_arguments(config: RunConfig, shape: ModelShape, world_size: int, *, l
         "disable_log_stats": True,
     }
     arguments |= _gpu_arguments(config) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
-    return arguments | _passed_through(config.vllm)
+    arguments |= _passed_through(config.vllm)
+    if shape.is_moe:
+        _check_experts(shape, rollout.tensor)
+    if record_routing:
+        arguments |= _routing_arguments(shape, arguments)
+    return arguments
+
+
+def _check_experts(shape: ModelShape, tensor: int) -> None:
+    """Refuse a mixture of experts that vLLM cannot cut over `tensor` ranks, each with its share of every expert."""
+    widths = {"experts": shape.expert_ffn_size, "shared expert": shape.shared_expert_ffn_size}
+    for name, width in widths.items():
+        if width % tensor:
+            raise Refusal(
+                f"rollout.tensor={tensor}",
+                f"must divide the size {width} of the model's {name}, of which every rank holds a share",
+                f"use a divisor of {width}",
+            )
+    if tensor > shape.num_experts:
+        raise Refusal(
+            f"rollout.tensor={tensor}", f"must be at most the model's {shape.num_experts} experts", "lower it"
+        )
+    if not torch.cuda.is_available() and shape.hidden_size % CPU_EXPERT_MULTIPLE:
+        raise Refusal(
+            f"hidden_size={shape.hidden_size} of a mixture of experts",
+            f"must be a multiple of {CPU_EXPERT_MULTIPLE} for vLLM's CPU kernels",
+            "use a model with such a size",
+        )
+
+
+def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What it takes to record the experts of every token; see `megarl.rollout.routing`."""
+    if not shape.is_moe:
+        raise Refusal(
+            f"recorded routing of a {shape.family} model",
+            "needs a mixture of experts",
+            "leave the routing of a dense model alone",
+        )
+    if torch.cuda.is_available():
+        if arguments.get("enable_prefix_caching") is False:
+            raise Refusal(
+                "vllm.enable_prefix_caching=false",
+                "must be left on where routing is recorded, which vLLM keeps by cached block",
+                "remove it, or do not record the routing",
+            )
+        return {"enable_return_routed_experts": True}
+    if not arguments["enforce_eager"]:
+        raise Refusal(
+            "vllm.enforce_eager=false",
+            "must be left on where routing is recorded on the CPU, by code that runs between the layers",
+            "remove it, or do not record the routing",
+        )
+    return {}
 
 
 def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[str, Any]:
@@ -113,5 +170,5 @@ def _passed_through(options: dict[str, Any]) -> dict[str, Any]:
 
 def register_model_class(family: str) -> None:
     """Tell vLLM the model's class, which it would otherwise inspect in a subprocess that takes seconds to start."""
-    model_class = MODEL_CLASSES[family]
-    ModelRegistry.register_model(model_class.__name__, model_class)
+    module, name = MODEL_CLASSES[family]
+    ModelRegistry.register_model(name, getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name))

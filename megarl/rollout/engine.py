@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from vllm import EngineArgs, SamplingParams
@@ -27,6 +28,7 @@ from megarl.rollout import environment
 from megarl.rollout.arguments import engine_arguments, register_model_class
 from megarl.rollout.draw import FixedAssignment, SharedCounter, WorkSource
 from megarl.rollout.phases import NoSleeper, Phases
+from megarl.rollout.routing import RoutingRecorder, SlotRecorder, VllmRecorder
 from megarl.rollout.seeds import hash_seed
 
 T = TypeVar("T")
@@ -46,12 +48,17 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """The response to request `index`: `token_ids` (T,), stop token included; `log_probs` (T,) in nats
-    of these ids under the sampling distribution (temperature, top-p and top-k applied)."""
+    of these ids under the sampling distribution (temperature, top-p and top-k applied).
+
+    `routed_experts` int16 (P + T - 1, sparse layers, experts per token), where the engine records it: the experts of
+    every token of prompt and response but the last, which the engine never computes; those of one token and layer in
+    ascending order. Left out of comparisons."""
 
     index: int
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish_reason: FinishReason
+    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +80,9 @@ class Engine:
     """One replica's engine, as seen by one of its ranks. All ranks of the world construct it together.
 
     Its weights are undefined until the first push (`megarl.rollout.weights`), unless `load_weights` lets
-    vLLM read them from `model.path`. `eos_token_ids` end a response. Raises `Refusal` for lengths the model
-    cannot hold, and for unknown or reserved `vllm` options.
+    vLLM read them from `model.path`. `eos_token_ids` end a response. With `record_routing` completions come with
+    the experts of their tokens. Raises `Refusal` for lengths the model cannot hold, for unknown or reserved `vllm`
+    options, for a mixture of experts that vLLM cannot run in this layout, and where routing cannot be recorded.
     """
 
     def __init__(
@@ -86,8 +94,11 @@ class Engine:
         rank: int,
         world_size: int,
         load_weights: bool = False,
+        record_routing: bool = False,
     ) -> None:
-        arguments = engine_arguments(config, shape, world_size, load_weights=load_weights)
+        arguments = engine_arguments(
+            config, shape, world_size, load_weights=load_weights, record_routing=record_routing
+        )
         self.num_replicas = world_size // config.rollout.tensor
         self.replica, self.replica_rank = divmod(rank, config.rollout.tensor)
         self.replica_group = _replica_group(config.rollout.tensor, world_size, rank)
@@ -100,6 +111,9 @@ class Engine:
             register_model_class(shape.family)
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.phases = Phases(GpuSleeper(self._engine) if self._on_gpu else NoSleeper())
+        self._routing: RoutingRecorder | None = None
+        if record_routing:
+            self._routing = self.call_worker(VllmRecorder if self._on_gpu else SlotRecorder)
         if load_weights:
             self.phases.weights_written()
 
@@ -140,24 +154,24 @@ class Engine:
     def _run(self, requests: Sequence[Request], sampling: Sampling, work: WorkSource) -> list[Completion]:
         parameters = self._parameter_factory(sampling)
         completions: list[Completion] = []
-        unfinished = 0
+        # vLLM's own names of the unfinished requests.
+        running: dict[str, str] = {}
         chunk: Sequence[int] | None = ()
         while True:
-            if chunk is not None and unfinished + self._chunk <= max(self._max_concurrent, self._chunk):
+            if chunk is not None and len(running) + self._chunk <= max(self._max_concurrent, self._chunk):
                 chunk = work.draw()
                 for position in chunk or ():
                     request = requests[position]
                     prompt = tokens_input(list(request.prompt_token_ids))
-                    self._engine.add_request(str(request.index), prompt, parameters(request))
-                    unfinished += 1
-            if unfinished == 0:
+                    name = str(request.index)
+                    running[name] = self._engine.add_request(name, prompt, parameters(request))
+            if not running:
                 if chunk is None:
                     return completions
                 continue
             for output in self._engine.step():
                 if output.finished:
-                    completions.append(_completion(output))
-                    unfinished -= 1
+                    completions.append(self._completion(output, running.pop(output.request_id)))
 
     def _parameter_factory(self, sampling: Sampling) -> Callable[[Request], SamplingParams]:
         """A function from a request to vLLM's sampling parameters."""
@@ -178,6 +192,19 @@ class Engine:
             )
 
         return parameters
+
+    def _completion(self, output: Any, request_id: str) -> Completion:
+        """Translate vLLM's RequestOutput. Raises `MegarlError` where vLLM gave a request up."""
+        answer = output.outputs[0]
+        if answer.finish_reason not in ("stop", "length"):
+            raise MegarlError(f"vLLM ended request {output.request_id} with {answer.finish_reason!r}")
+        # One log-prob per position, the chosen token's: `logprobs=0` asks for no others.
+        log_probs = tuple(answer.logprobs.logprobs)
+        experts = None
+        if self._routing is not None:
+            tokens = len(output.prompt_token_ids) + len(answer.token_ids) - 1
+            experts = self._routing.experts_of(request_id, output, tokens)
+        return Completion(int(output.request_id), tuple(answer.token_ids), log_probs, answer.finish_reason, experts)
 
     def call_worker(self, function: Callable[..., T]) -> T:
         """`function(worker)` on this process's vLLM worker."""
@@ -243,13 +270,3 @@ def _replica_group(tensor: int, world_size: int, rank: int) -> dist.ProcessGroup
         if rank in ranks:
             mine = cast(dist.ProcessGroup, group)
     return mine
-
-
-def _completion(output: Any) -> Completion:
-    """Translate vLLM's RequestOutput. Raises `MegarlError` where vLLM gave a request up."""
-    answer = output.outputs[0]
-    if answer.finish_reason not in ("stop", "length"):
-        raise MegarlError(f"vLLM ended request {output.request_id} with {answer.finish_reason!r}")
-    # One log-prob per position, the chosen token's: `logprobs=0` asks for no others.
-    log_probs = tuple(answer.logprobs.logprobs)
-    return Completion(int(output.request_id), tuple(answer.token_ids), log_probs, answer.finish_reason)

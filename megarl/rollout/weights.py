@@ -3,7 +3,8 @@
 On a GPU these are the live parameters. The CPU backend packs linear weights after loading, so that the
 parameter itself is empty: such a weight is written to a staging tensor and packed again by vLLM's own
 code when its layer is complete. Packed copies that share a parameter, as a tied output head does with the
-embedding, are packed again too.
+embedding, are packed again too. The experts of a layer are one module with stacks of weights; backends that
+put these in an order of their own get them like packed ones (`megarl.rollout.experts`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from megarl.errors import MegarlError
+from megarl.rollout import experts
 from megarl.rollout.phases import Part, Phases
 
 T = TypeVar("T")
@@ -104,13 +106,17 @@ class EngineWeights:
     def finish(self, names: Iterable[str]) -> None:
         """Declare slots complete: vLLM packs their layers again and the staging tensors are freed.
 
-        A layer's weight and bias are finished together. Calling it layer by layer bounds the memory of a
-        push; what is not finished by then is finished by `end`.
+        A layer's weight and bias are finished together; the two stacks of a layer's experts are packed when both
+        are finished. Calling it layer by layer bounds the memory of a push; what is not finished by then is
+        finished by `end`.
         """
         modules: dict[int, nn.Module] = {}
         for name in names:
             self._finished.add(name)
             place = self._places[name]
+            if experts.are_packed(place.modules[0]):
+                self._finish_experts(name)
+                continue
             staged = self._staged.pop(name, None)
             for module in place.modules:
                 if staged is not None:
@@ -120,6 +126,14 @@ class EngineWeights:
         with torch.no_grad():
             for module in modules.values():
                 cast("Any", module.quant_method).process_weights_after_loading(module)
+
+    def _finish_experts(self, name: str) -> None:
+        """Pack a layer's experts if `name` was the last of its stacks."""
+        prefix = name.rpartition(".")[0]
+        stacks = [f"{prefix}.{attribute}" for attribute in experts.STACKS]
+        if self._finished.issuperset(stacks) and self._staged.keys() >= set(stacks):
+            staged = {attribute: self._staged.pop(f"{prefix}.{attribute}") for attribute in experts.STACKS}
+            experts.pack(self._places[name].modules[0], staged)
 
     def end(self) -> None:
         """Close the push; the engine forgets cached prefixes. Raises `MegarlError` naming unwritten slots."""
@@ -134,10 +148,14 @@ class EngineWeights:
         """The weights as the engine's kernels use them, by module path; for tests and diagnosis.
 
         Packed weights cannot be looked at: a kernel multiplies the identity matrix, which gives every weight
-        exactly. Packed copies beside a readable parameter come under `<name> (packed)`.
+        exactly. Packed copies beside a readable parameter come under `<name> (packed)`. Experts, packed or not, come
+        in the shapes of their slots.
         """
         found: dict[str, torch.Tensor] = {}
         for path, module in self._model.named_modules():
+            if experts.are_packed(module):
+                found |= {f"{path}.{name}": stack for name, stack in experts.unpack(module).items()}
+                continue
             for attribute, parameter in module.named_parameters(recurse=False):
                 name = f"{path}.{attribute}"
                 if parameter.numel():
@@ -180,7 +198,8 @@ def _find_slots(model: nn.Module) -> tuple[dict[str, WeightSlot], dict[str, _Pla
             # A bias may have been cast while packing; it was loaded in its weight's type.
             dtype = loaded["weight"].dtype if attribute == "bias" and "weight" in loaded else pattern.dtype
             shape = tuple(pattern.shape)
-            staged = tuple(parameter.shape) != shape or parameter.dtype != dtype
+            # Packed experts can have the shape they were loaded in.
+            staged = tuple(parameter.shape) != shape or parameter.dtype != dtype or experts.are_packed(module)
             vocabulary = cast("Any", getattr(module, "shard_indices", None))
             rows = vocabulary.num_org_elements if vocabulary is not None else shape[0]
             slots[name] = WeightSlot(name, shape, dtype, rows, staged)
@@ -203,7 +222,8 @@ def _replace(module: nn.Module, attribute: str, staged: torch.Tensor) -> None:
 def _unpack(module: nn.Module) -> torch.Tensor:
     """Weight (N, K) of a packed layer, through its kernel."""
     layer = cast("Any", module)
-    columns = layer.input_size_per_partition
+    # A replicated layer has one size alone.
+    columns = getattr(layer, "input_size_per_partition", None) or layer.input_size
     identity = torch.eye(columns, dtype=layer.params_dtype)
     with torch.no_grad():
         return layer.quant_method.apply(layer, identity, None).t().contiguous()
