@@ -42,6 +42,7 @@ class Sample:
     `rollout_log_probs` (T,) the engine's log-probs of these ids in nats under the sampling
     distribution; `seed` the sample's own seed, see `rollout.seeds`. `reward` is None where none could be found.
     `thinking_length`: tokens up to the end of the thinking, None where it was not asked for or there is none.
+    `routed_experts`: see `Sequence`; not saved with the sample.
     """
 
     prompt_index: int
@@ -55,6 +56,7 @@ class Sample:
     kind: SampleKind = "answer"
     thinking_length: int | None = None
     reward_counters: dict[str, int] = field(default_factory=dict)
+    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)

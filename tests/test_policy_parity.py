@@ -7,6 +7,7 @@ gradient norms and weights that Megatron must reach, whatever the layout, packed
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ TEMPERATURE = 0.8
 UPDATES = 3
 
 SP = {"tensor": 2, "sequence": True}
-#: Layouts by number of processes.
+FULL = {"recompute": {"kind": "full"}}
+#: Settings of the section `parallel`, and others under the section's name, by number of processes.
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
-    1: [{}],
+    1: [
+        {},
+        FULL,
+        {"recompute": {"kind": "selective", "modules": ("core_attn", "mlp")}},
+        {"recompute": {"kind": "selective", "modules": ("moe", "shared_experts")}},
+        {"recompute": {"kind": "selective", "modules": ("moe_act",)}},
+    ],
     2: [
         {"tensor": 2},
         SP,
@@ -36,6 +44,9 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"expert_tensor": 2},
         SP | {"expert": 2, "expert_tensor": 1},
         {"context": 2, "expert": 2},
+        {"context": 2} | FULL,
+        {"expert": 2} | FULL,
+        {"pipeline": 2, "virtual_pipeline": 2, "recompute": {"kind": "full", "method": "block"}},
     ],
     4: [
         {"tensor": 2, "pipeline": 2},
@@ -45,7 +56,6 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         SP | {"context": 2},
         {"context": 2},
         SP | {"expert": 2},
-        SP | {"expert_tensor": 1},
         {"expert": 2, "expert_tensor": 2},
         {"expert": 2, "pipeline": 2, "virtual_pipeline": 2},
     ],
@@ -54,20 +64,26 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         SP | {"pipeline": 2, "context": 2, "expert": 4, "expert_tensor": 1},
     ],
 }
-MOE = tuple(name for name in MODELS if name in ("qwen3-moe", "qwen2-moe", "mixtral"))
-#: Dense models that layouts train; the others' log-probs are compared, and their updates in one process and under TP 2.
+#: Mixtures of experts, and the dense models that layouts train.
+MOE = ("qwen3-moe", "qwen2-moe", "mixtral")
 TRAINED = ("qwen2-tied", "qwen3-tied", "llama-llama3")
 
 
 def models_of(processes: int, layout: dict[str, Any]) -> tuple[str, ...]:
-    """The models of a layout: where experts are parallel mixtures of them, else dense ones, in short layouts all."""
+    """All models in one process and under TP 2 or PP 2; else mixtures where experts are parallel, and dense ones."""
+    if "moe" in str(layout):
+        return MOE[1:2]
     if "expert" in layout or "expert_tensor" in layout:
-        return MOE if processes < 4 else MOE[:1]
-    if processes == 1 or (layout in ({"tensor": 2}, {"pipeline": 2}) and processes == 2):
-        return tuple(name for name in MODELS if name not in MOE or layout != {"tensor": 2})
-    if layout in (SP, {"context": 2}) and processes == 2:
-        return (*TRAINED, *MOE[:2])
-    return TRAINED if processes < 8 else TRAINED[:1]
+        return MOE if processes == 2 and "recompute" not in layout else MOE[:1]
+    if layout == {} and processes == 1:
+        return tuple(MODELS)
+    if processes == 2 and layout in ({"tensor": 2}, {"pipeline": 2}):
+        return tuple(name for name in MODELS if "pipeline" in layout or name not in MOE)
+    if processes == 2 and layout in (SP, {"context": 2}):
+        return (*TRAINED, MOE[1])
+    if "recompute" in layout or processes == 8:
+        return TRAINED[:1]
+    return TRAINED if processes == 2 or "context" not in layout else TRAINED[:2]
 
 
 @dataclass(frozen=True)
@@ -80,12 +96,17 @@ class Case:
     packed: bool
 
     @property
-    def parallel(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return LAYOUTS[self.processes][self.layout]
 
     @property
+    def sections(self) -> dict[str, Any]:
+        parallel = {key: value for key, value in self.settings.items() if key != "recompute"}
+        return {"parallel": parallel, "recompute": self.settings.get("recompute", {})}
+
+    @property
     def name(self) -> str:
-        sizes = [f"{key}={value}" for key, value in self.parallel.items()]
+        sizes = [f"{key}={value}" for key, value in self.settings.items()]
         return " ".join([self.model, f"{self.processes} processes", *sizes, "packed" if self.packed else "padded"])
 
 
@@ -94,7 +115,8 @@ CASES = [
     for processes, layouts in LAYOUTS.items()
     for number, layout in enumerate(layouts)
     for model in models_of(processes, layout)
-    for packed in ((True, False) if processes < 8 else (True,))
+    # Other layouts of four processes and all of eight are of parts whose padded form others show.
+    for packed in ((True, False) if processes < 4 or layout in LAYOUTS[4][:1] + LAYOUTS[4][4:7] else (True,))
 ]
 
 
@@ -136,7 +158,7 @@ def measure(world: Any, folder: Path, cases: list[Case], batches: dict[str, list
 def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome:
     config = parity.run_config(
         folder / case.model,
-        parallel=case.parallel,
+        **case.sections,
         rollout={"temperature": TEMPERATURE},
         batch={"packed": case.packed, "tokens_per_microbatch": 80, "logprob_chunk": 7},
     )
@@ -157,7 +179,7 @@ def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome
             losses=[r.loss for r in results],
             norms=[r.grad_norm for r in results],
             entropy_means=[r.means["entropy"] for r in results],
-            weights=parity.exported(policy, folder / case.name.replace(" ", "_")),
+            weights=parity.exported(policy, folder / re.sub(r"\W+", "_", case.name)),
             micro_batches=recording.calls,
         )
 

@@ -123,6 +123,13 @@ def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             "remove it",
         )
 
+    if config.moe.routing_replay != "off" and config.rollout.replay is not None:
+        yield Refusal(
+            f"moe.routing_replay={config.moe.routing_replay}",
+            "needs rollouts that are generated: saved ones come without their routing",
+            "set moe.routing_replay=off, or remove rollout.replay",
+        )
+
 
 def _no_experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     parallel, moe = config.parallel, config.moe

@@ -111,15 +111,17 @@ def respond(
     # With a seed of their own, for engines that draw unseeded requests from one generator.
     written = session.engine.generate(continued, replace(sampling, seed=hash_seed("response", sampling.seed)))
     answers = {z.index: tuple(written[i * responses : (i + 1) * responses]) for i, z in enumerate(ended)}
-    return [_output(thinking, answers.get(thinking.index, ())) for thinking in thinkings]
+    return [_output(thinking, answers.get(thinking.index, ()), weights is None) for thinking in thinkings]
 
 
-def _output(thinking: Completion, responses: tuple[Completion, ...]) -> Output:
+def _output(thinking: Completion, responses: tuple[Completion, ...], same_weights: bool) -> Output:
     if not responses:
         return Output(thinking)
     first = responses[0]
     tokens, log_probs = thinking.token_ids + first.token_ids, thinking.log_probs + first.log_probs
-    return Output(Completion(thinking.index, tokens, log_probs, first.finish_reason), responses)
+    # The record of the response has the thinking before it too; one of other weights says nothing about the policy.
+    routed = first.routed_experts if same_weights else thinking.routed_experts
+    return Output(Completion(thinking.index, tokens, log_probs, first.finish_reason, routed), responses)
 
 
 def _response_seed(seed: int | None, number: int) -> int | None:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
@@ -24,9 +25,16 @@ def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Sample
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"step_{step:06d}.rank_{rank:04d}.jsonl"
     fresh = file.with_suffix(".partial")
-    fresh.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
+    fresh.write_text("".join(json.dumps(_saved(sample)) + "\n" for sample in samples))
     fresh.replace(file)
     return file
+
+
+def _saved(sample: Sample) -> dict[str, Any]:
+    """The fields of a line: all but the routing, which would be larger than all others together."""
+    fields = dataclasses.asdict(dataclasses.replace(sample, routed_experts=None))
+    del fields["routed_experts"]
+    return fields
 
 
 def remove_step(directory: Path, step: int) -> None:

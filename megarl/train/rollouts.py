@@ -153,6 +153,7 @@ def _samples(
             kind=job.kind,
             thinking_length=None if one is None else one.thinking_length,
             reward_counters={} if one is None else one.counters,
+            routed_experts=completion.routed_experts,
         )
     return samples
 
@@ -203,7 +204,7 @@ def _tell_everyone(
         for number, s in answers.items()
     }
     texts = {
-        number: dataclasses.replace(sample, rollout_log_probs=(), token_ids=())
+        number: dataclasses.replace(sample, rollout_log_probs=(), token_ids=(), routed_experts=None)
         for number, sample in answers.items()
         if number < session.config.logging.samples
     }

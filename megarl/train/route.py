@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
@@ -42,11 +43,6 @@ class Item:
         """Number of tokens trained."""
         return self.end - self.start
 
-    @property
-    def sent(self) -> int:
-        """Numbers that travel: the tokens, and of a sample the log-probs of the trained ones."""
-        return self.end if self.target else self.end + self.trained
-
 
 @dataclass(slots=True)
 class MiniBatch:
@@ -80,20 +76,32 @@ def assign(
     return batches
 
 
-def deliver(rollouts: Rollouts, batches: Sequences[MiniBatch], config: RunConfig, world: World) -> list[list[Sequence]]:
-    """Send tokens to where they train; returns this rank's sequences, one list per mini-batch. Collective."""
+#: Sparse layers and experts per token of a recorded routing; None: there is none.
+Routing = tuple[int, int] | None
+
+
+def deliver(
+    rollouts: Rollouts, batches: Sequences[MiniBatch], config: RunConfig, world: World, routing: Routing = None
+) -> list[list[Sequence]]:
+    """Send tokens to where they train; returns this rank's sequences, one list per mini-batch. Collective.
+
+    With `routing` the engine's experts travel too.
+    """
     wanted_by_rank = [_items_of(rank, batches, config, world) for rank in range(world.size)]
-    outgoing = [_pack(rollouts, [item for item in wanted if item.holder == world.rank]) for wanted in wanted_by_rank]
+    outgoing = [
+        _pack(rollouts, [item for item in wanted if item.holder == world.rank], routing) for wanted in wanted_by_rank
+    ]
     by_holder: list[list[Item]] = [[] for _ in range(world.size)]
     for item in wanted_by_rank[world.rank]:
         by_holder[item.holder].append(item)
-    received = send_arrays(outgoing, [sum(item.sent for item in held) for held in by_holder])
+    received = send_arrays(outgoing, [sum(_sent(rollouts, item, routing) for item in held) for held in by_holder])
     made: dict[int, Sequence] = {}
     for held, array in zip(by_holder, received, strict=True):
         start = 0
         for item in held:
-            made[id(item)] = _sequence(rollouts, item, array[start : start + item.sent])
-            start += item.sent
+            size = _sent(rollouts, item, routing)
+            made[id(item)] = _sequence(rollouts, item, array[start : start + size], routing)
+            start += size
     data_rank = grid_of_rank(world.rank, world.size, config.parallel).data_rank
     return [[made[id(item)] for item in batch.items[data_rank]] for batch in batches]
 
@@ -119,8 +127,22 @@ def _items_of(rank: int, batches: Sequences[MiniBatch], config: RunConfig, world
     return [item for batch in batches for item in batch.items[data_rank]]
 
 
-def _pack(rollouts: Rollouts, items: list[Item]) -> np.ndarray:
-    """Tokens, then log-probs bit for bit, of each item in turn, as int32."""
+def _routed_shape(rollouts: Rollouts, item: Item, routing: Routing) -> tuple[int, int, int]:
+    """Of the routing that travels with an item: all its tokens but the last, which no token follows."""
+    if routing is None or item.target:
+        return 0, 0, 0
+    return _length(rollouts, item) - 1, *routing
+
+
+def _sent(rollouts: Rollouts, item: Item, routing: Routing) -> int:
+    """Numbers that travel: the tokens, and of a sample the log-probs of the trained ones and the routing, in pairs."""
+    if item.target:
+        return item.end
+    return item.end + item.trained + -(-prod(_routed_shape(rollouts, item, routing)) // 2)
+
+
+def _pack(rollouts: Rollouts, items: list[Item], routing: Routing) -> np.ndarray:
+    """Tokens, then log-probs bit for bit, then the routing, of each item in turn, as int32."""
     parts: list[np.ndarray] = []
     for item in items:
         if item.target:
@@ -129,18 +151,27 @@ def _pack(rollouts: Rollouts, items: list[Item]) -> np.ndarray:
         sample = rollouts.mine[item.group * rollouts.group_size + item.number]
         parts.append(np.array(sample.token_ids[: item.end], np.int32))
         parts.append(np.array(sample.rollout_log_probs[item.start : item.end], np.float32).view(np.int32))
+        shape = _routed_shape(rollouts, item, routing)
+        pairs = np.full(prod(shape) + prod(shape) % 2, -1, np.int16)
+        if sample.routed_experts is not None:
+            known = sample.routed_experts[: shape[0]].reshape(-1)
+            pairs[: len(known)] = known
+        parts.append(pairs.view(np.int32))
     return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-def _sequence(rollouts: Rollouts, item: Item, payload: np.ndarray) -> Sequence:
+def _sequence(rollouts: Rollouts, item: Item, payload: np.ndarray, routing: Routing) -> Sequence:
     prompt = np.array(rollouts.prompts[item.group].token_ids, np.int32)
+    tokens, log_probs, pairs = np.split(payload, [item.end, item.end + item.trained])
+    shape = _routed_shape(rollouts, item, routing)
     return Sequence(
-        tokens=np.concatenate([prompt, payload[: item.end]]),
+        tokens=np.concatenate([prompt, tokens]),
         prompt_length=len(prompt) + item.start,
         advantages=np.full(item.trained, np.nan if item.target else item.advantage, np.float32),
-        rollout_log_probs=None if item.target else payload[item.end :].view(np.float32).copy(),
+        rollout_log_probs=None if item.target else log_probs.view(np.float32).copy(),
         group=item.group,
         sample=item.number,
         target=item.target,
         signals=item.signals,
+        routed_experts=pairs.view(np.int16)[: prod(shape)].reshape(shape).copy() if prod(shape) else None,
     )

@@ -17,7 +17,7 @@ def trainable(session: Session, rollouts: Rollouts) -> tuple[list[list[Sequence]
     with session.clock.phase("advantages"):
         items = {group: items_of(session.algorithm, rollouts, group) for group in rollouts.kept}
         batches = assign(rollouts, items, config.batch.updates, session.grid.data, together=pairs)
-        sequences = deliver(rollouts, batches, config, session.world)
+        sequences = deliver(rollouts, batches, config, session.world, _routing(session))
     return sequences, [batch.totals for batch in batches]
 
 
@@ -48,3 +48,10 @@ def items_of(algorithm: Algorithm, rollouts: Rollouts, group: int) -> list[Item]
         rollouts.count("groups_without_pair")
         return []
     return samples + targets
+
+
+def _routing(session: Session) -> tuple[int, int] | None:
+    """Sparse layers and experts per token of the recorded routing, None where it is not recorded."""
+    if session.config.moe.routing_replay == "off":
+        return None
+    return sum(session.shape.sparse_layers), session.shape.experts_per_token

@@ -122,7 +122,14 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
     eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
     if generates:
         recorder.status("building the inference engine")
-        engine = Engine(config, shape, eos_token_ids=eos, rank=world.rank, world_size=world.size)
+        engine = Engine(
+            config,
+            shape,
+            eos_token_ids=eos,
+            rank=world.rank,
+            world_size=world.size,
+            record_routing=config.moe.routing_replay != "off",
+        )
         engine.sleep()
     scorer, evaluation_scorer = _scorers(config, engine, recorder)
     recorder.status("building the policy")
