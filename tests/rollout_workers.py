@@ -259,7 +259,7 @@ def experts_scenario(folder: Path) -> Any:
                 completions = writer.generate(shared_prompts(), sampling)
             written.append((values, weights.read_back(), completions, counts | staging))
         results[family] = read, written, planned(first, rank, size)
-    # As Megatron's expert dispatcher does in the same process: vLLM's own stand-in for a stream has no event to wait for.
+    # As Megatron's expert dispatcher does in the same process; vLLM's own stand-in for a stream has no event.
     torch.cuda.Stream().record_event().synchronize()
     return results
 
