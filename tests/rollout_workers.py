@@ -231,6 +231,7 @@ def weights_scenario(folder: Path) -> Any:
 def experts_scenario(folder: Path) -> Any:
     """For every mixture of experts: an engine that reads checkpoint 1, and one that is written 2 and then 1 and records
     its routing. Prompts are shared, and the KV cache is too small for all requests at a time."""
+    import torch
     import torch.distributed as dist
 
     from megarl.rollout.engine import Sampling
@@ -258,6 +259,8 @@ def experts_scenario(folder: Path) -> Any:
                 completions = writer.generate(shared_prompts(), sampling)
             written.append((values, weights.read_back(), completions, counts | staging))
         results[family] = read, written, planned(first, rank, size)
+    # As Megatron's expert dispatcher does in the same process; vLLM's own stand-in for a stream has no event.
+    torch.cuda.Stream().record_event().synchronize()
     return results
 
 

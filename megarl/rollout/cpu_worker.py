@@ -1,7 +1,10 @@
-"""vLLM's CPU worker with a name of its own for the tensor-parallel collectives.
+"""vLLM's CPU worker, made fit to share its process with a trainer and its host with other runs.
 
 vLLM names the shared memory of a tensor-parallel group after the address the processes met at. Under
 the external launcher that is always `env://`, so two runs on one host would share one segment.
+
+Importing the worker puts placeholders in the place of torch.cuda's streams, for the whole process. Their
+`record_event` returns nothing, on which Megatron-core's expert dispatcher would wait.
 """
 
 from __future__ import annotations
@@ -9,7 +12,26 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+from vllm.v1.worker.cpu import shm
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class _Stream(shm._StreamPlaceholder):
+    """vLLM's placeholder for a stream, with events to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.record_event = lambda *_: shm._EventPlaceholder()
+
+
+def _complete_streams() -> None:
+    cuda: Any = torch.cuda
+    cuda.Stream = _Stream
+    cuda.current_stream = lambda *_, **__: _Stream()
+
+
+_complete_streams()
 
 
 class Worker(CPUWorker):
