@@ -16,9 +16,18 @@ import pytest
 from megarl.errors import Refusal
 
 SAVED_UNDER = {"tensor": 2}
+SAVED_MIXTURES_UNDER = {"tensor": 2, "sequence": True, "expert": 2}
 #: Layouts of 4 and of 1 processes under which the checkpoint is loaded.
-LOADED_UNDER = {4: [{"tensor": 2, "pipeline": 2}, {"pipeline": 2}], 1: [{}]}
-MODELS = ("qwen2-tied", "qwen3-tied", "llama-llama3")
+LOADED_UNDER = {
+    4: [{"tensor": 2, "pipeline": 2}, {"pipeline": 2}, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}],
+    1: [{}],
+}
+MIXTURES_LOADED_UNDER = {
+    4: [{"expert": 2, "expert_tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, {"context": 4}],
+    1: [{}],
+}
+MIXTURES = ("qwen2-moe",)
+MODELS = ("qwen2-tied", "qwen3-tied", "llama-llama3", *MIXTURES)
 #: A schedule whose rate differs at every update: a run that loses its place shows.
 SCHEDULE = {"warmup_steps": 2, "decay": "linear", "min_lr": 1e-4}
 
@@ -57,7 +66,7 @@ def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
 
     found = {}
     for model in MODELS:
-        config = config_for(folder / model, SAVED_UNDER)
+        config = config_for(folder / model, SAVED_MIXTURES_UNDER if model in MIXTURES else SAVED_UNDER)
         batches = made_batches(3)
         with parity.policy_of(config, world) as policy:
             for batch in batches[:2]:
@@ -68,13 +77,14 @@ def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
-def load_and_go_on(world: Any, folder: Path, layouts: list[dict]) -> dict[str, Any]:
+def load_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
     """Load the checkpoint under each layout, save it again, and make the third update. A scenario of `run_world`."""
     from megarl.policy import checkpoint
 
     found = {}
     for model in MODELS:
-        for number, parallel in enumerate(layouts):
+        under = MIXTURES_LOADED_UNDER if model in MIXTURES else LOADED_UNDER
+        for number, parallel in enumerate(under[world.size]):
             name = f"{model}-{world.size}-{number}"
             config = config_for(folder / model, parallel)
             with parity.policy_of(config, world, weights=False) as policy:
@@ -121,8 +131,8 @@ def saved(folder: Path) -> dict[str, Any]:
 def loaded(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     """The same after loading under every layout of `LOADED_UNDER`."""
     found = {}
-    for processes, layouts in LOADED_UNDER.items():
-        found |= parity.run_world("test_policy_state", "load_and_go_on", processes, folder, layouts)[0]
+    for processes in LOADED_UNDER:
+        found |= parity.run_world("test_policy_state", "load_and_go_on", processes, folder)[0]
     return found
 
 

@@ -18,6 +18,12 @@ PRELOAD = "megarl.train.run"
 SIZES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 130}
 MODELS = ("qwen2-tied", "qwen3-untied", "llama-llama3")
 LAYOUTS: tuple[dict[str, Any], ...] = ({"tensor": 2, "pipeline": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True})
+#: Mixtures of experts train with the experts that the engine chose.
+MIXTURES = ("qwen3-moe", "qwen2-moe", "mixtral")
+MIXTURE_LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"expert": 2},
+    {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
+)
 PUSHES = 3
 PROMPTS = 12
 
@@ -40,6 +46,7 @@ def config_for(path: Path, parallel: dict[str, Any], engine_tensor: int) -> Any:
         batch={"tokens_per_microbatch": 128, "logprob_chunk": 7},
         # Small enough for several bucket rounds per push.
         weights={"bucket_mib": 0.05},
+        moe={"routing_replay": "on" if path.name.startswith(MIXTURES) else "off"},
     )
 
 
@@ -49,7 +56,13 @@ def engine_of(config: Any, world: Any, *, load_weights: bool = False) -> Any:
 
     shape = read_model_shape(config.model.path)
     engine = Engine(
-        config, shape, eos_token_ids=(1,), rank=world.rank, world_size=world.size, load_weights=load_weights
+        config,
+        shape,
+        eos_token_ids=(1,),
+        rank=world.rank,
+        world_size=world.size,
+        load_weights=load_weights,
+        record_routing=shape.is_moe,
     )
     # All stay alive: an engine that is collected takes the process's groups down with it.
     _ENGINES.append(engine)
@@ -82,6 +95,7 @@ def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
             tokens=np.array([*prompt, *c.token_ids], np.int32),
             prompt_length=len(prompt),
             advantages=np.zeros(len(c.token_ids), np.float32),
+            routed_experts=c.routed_experts,
         )
         for prompt, c in completions
     ]
@@ -134,6 +148,23 @@ def test_engine_holds_what_vllm_loads_from_the_exported_checkpoint(folder: Path,
     """Bitwise, as its kernels use the weights, under every layout of the policy; and so are its answers."""
     ranks = parity.run_world("test_push", "pushes", 4, folder, engine_tensor, list(MODELS), list(LAYOUTS))
     check(ranks, {(model, number) for model in MODELS for number in range(len(LAYOUTS))})
+
+
+@pytest.mark.parametrize("engine_tensor", [1, 2])
+def test_engine_of_a_mixture_of_experts(folder: Path, engine_tensor: int):
+    """As for dense models, with the experts spread over ranks in the policy and split in the engine."""
+    for model in MIXTURES:
+        parity.write_model(folder, model, **SIZES)
+    layouts = list(MIXTURE_LAYOUTS)
+    ranks = parity.run_world("test_push", "pushes", 2, folder, engine_tensor, list(MIXTURES), layouts)
+    check(ranks, {(model, number) for model in MIXTURES for number in range(len(layouts))})
+    for rank in ranks:
+        for rounds, _, _ in rank.values():
+            # Every token but the last of each answer has its experts.
+            for outcome in rounds:
+                assert all(
+                    c.routed_experts.shape[1] in (3, 4) and (c.routed_experts >= 0).all() for c in outcome.completions
+                )
 
 
 def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):

@@ -23,8 +23,12 @@ def allocate(optimizer: Any) -> None:
                 }
 
 
-def load(optimizer: Any, state: Any) -> None:
-    """Load what `optimizer.sharded_state_dict` saved; `optimizer` is Megatron's chain of distributed optimizers."""
+def load(optimizer: Any, state: Any, updates: int) -> None:
+    """Load what `optimizer.sharded_state_dict` saved; `optimizer` is Megatron's chain of distributed optimizers.
+
+    `updates` is the number of updates they had made. Of PyTorch's only the moments and fp32 weights are loaded: how
+    many there are in the chain depends on the layout (experts have their own), so the saved rest need not fit.
+    """
     adams = _adams(optimizer)
     if not adams:
         optimizer.load_state_dict(state)
@@ -32,13 +36,12 @@ def load(optimizer: Any, state: Any) -> None:
     chained = optimizer.chained_optimizers
     states = [state] if len(chained) == 1 else [state[index] for index in range(len(chained))]
     for distributed, adam, part in zip(chained, adams, states, strict=True):
-        distributed.load_state_dict({key: value for key, value in part.items() if key != "param_state"})
-        # Megatron looks for every entry of a parameter's state among the loaded tensors, where counters are not. It
-        # also gives all parameters one counter, which each of them would advance at every step.
-        counters = {parameter: adam.state[parameter].pop("step") for parameter in _parameters(adam)}
+        # Megatron looks for every entry of a parameter's state among the loaded tensors, where counters are not.
+        for parameter in _parameters(adam):
+            del adam.state[parameter]["step"]
         distributed.load_parameter_state_from_fully_reshardable(part["param_state"])
-        for parameter, counter in counters.items():
-            adam.state[parameter]["step"] = counter.clone()
+        for parameter in _parameters(adam):
+            adam.state[parameter]["step"] = torch.tensor(float(updates))
 
 
 def _adams(optimizer: Any) -> list[Any]:

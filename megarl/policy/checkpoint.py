@@ -77,8 +77,8 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     for key, model in _models(policy).items():
         _load_model(model, state[key])
     if optimizer:
-        adam_state.load(policy.optimizer, state["optimizer"])
         policy.scheduler.load_state_dict(state["scheduler"])
+        adam_state.load(policy.optimizer, state["optimizer"], policy.scheduler.num_steps)
     else:
         policy.weights_changed()
     return progress

@@ -231,7 +231,7 @@ def _build_chunk(config: TransformerConfig, shape: ModelShape, chunk: Chunk, num
         vp_stage=number,
     )
     _mark_shards(model)
-    _mark_experts(model, config)
+    _mark_experts(model)
     if model.post_process:
         model.output_layer.forward = types.MethodType(_defer_head, model.output_layer)
     return model
@@ -250,19 +250,17 @@ def _mark_shards(model: GPTModel) -> None:
                 set_tensor_model_parallel_attributes(weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 
-def _mark_experts(model: GPTModel, config: TransformerConfig) -> None:
-    """Mark the experts' weights as what ranks of other groups share than those of all other weights.
+def _mark_experts(model: GPTModel) -> None:
+    """Mark the experts' weights as shared by other ranks than all other weights.
 
-    Megatron marks them where experts are parallel; that their tensor parallelism differs from that of the other layers
-    has the same consequence. Each rank's weights are its own: see `_mark_shards`.
+    Megatron marks them where experts are parallel. That their tensor parallelism differs from that of the other layers
+    has the same consequence; and marked in every layout, they have an optimizer of their own in every layout, so
+    that checkpoints fit. Each rank's weights are its own: see `_mark_shards`.
     """
-    apart = (
-        config.expert_model_parallel_size > 1 or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-    )
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             attributes: Any = parameter
-            attributes.allreduce = not apart
+            attributes.allreduce = False
             if not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, True, int(".linear_fc2." in name), 1)
 
