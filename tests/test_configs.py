@@ -24,10 +24,16 @@ PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int, int]] = {
     "Qwen2.5-3B-Instruct": ("qwen2", 2048, 36, 16, 2, 11008, 151936, 32768),
     "Qwen3-8B": ("qwen3", 4096, 36, 32, 8, 12288, 151936, 40960),
     "Qwen3-32B": ("qwen3", 5120, 64, 64, 8, 25600, 151936, 40960),
+    "Qwen3-30B-A3B": ("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, 40960),
 }
 #: The tiny models of the runs that fit a laptop, as launch/quickstart.sh and the files' comments make them.
 TINY = ("qwen2", 128, 4, 4, 2, 384, 320, 2048)
-LAPTOP_MODELS = {"data/bench/model": ("qwen2", 256, 4, 8, 2, 768, 512, 2048)}
+#: Experts, experts per token, an expert's MLP, of the mixtures of experts.
+EXPERTS = {"Qwen3-30B-A3B": (128, 8, 768), "model": (8, 2, 128)}
+LAPTOP_MODELS = {
+    "data/bench/model": ("qwen2", 256, 4, 8, 2, 768, 512, 2048),
+    "data/quickstart_moe/model": ("qwen3_moe", 128, 4, 4, 2, 128, 320, 2048),
+}
 #: GPUs that the large recipes are written for.
 PROCESSES = {
     "nft_qwen2.5_math_7b": 64,
@@ -35,6 +41,8 @@ PROCESSES = {
     "exp_grpo_qwen2.5_3b_instruct": 8,
     "start_qwen3_8b": 16,
     "start_qwen3_32b": 64,
+    "grpo_qwen3_30b_a3b": 32,
+    "grpo_qwen2.5_32b_16k": 64,
 }
 
 
@@ -50,8 +58,11 @@ def write_model(path: Path, sizes: tuple[str, int, int, int, int, int, int, int]
         "vocab_size": vocabulary,
         "max_position_embeddings": positions,
     }
-    if kind == "qwen3":
+    if kind.startswith("qwen3") and hidden > 1000:
         config["head_dim"] = 128
+    if kind == "qwen3_moe":
+        experts, chosen, width = EXPERTS[path.name]
+        config |= {"num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": width}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     save_file({"model.norm.weight": np.ones(1, np.float32)}, path / "model.safetensors")
