@@ -92,7 +92,7 @@ def test_the_warmup_solves_hard_problems_only_where_the_answer_is_given(hinted: 
             assert row["prompt"] == hints.TEMPLATE.replace("{prompt}", question + "=").replace(
                 "{answer}", row["answer"]
             )
-    assert seen == {"plain easy": 700, "hinted easy": 300, "hinted hard": 900, "plain hard": 100}
+    assert seen == {"plain easy": 700, "hinted easy": 300, "hinted hard": 700, "plain hard": 300}
 
 
 def test_the_hint_is_what_the_configurations_ask_with() -> None:

@@ -28,7 +28,7 @@ MARKERS = ("Explain:",)
 #: Small numbers, which the tiny policy calculates well: whether it takes the third step is what matters here.
 EASY, HARD = (Level(steps, first=30, operand=9, most=39) for steps in (2, 3))
 #: Shares of the warm-up's rows.
-PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.45, 0.05
+PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.35, 0.15
 
 
 def draw(
