@@ -56,14 +56,13 @@ def thinking_and_response(solution: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def test_a_hard_answer_lists_every_result(hinted: Path) -> None:
+def test_a_hard_answer_counts_its_steps(hinted: Path) -> None:
     rows = files.read_rows(hinted / "train.jsonl") + files.read_rows(hinted / "heldout.jsonl")
     assert len(rows) == 400
     for row in rows:
         first, *rest = terms(row["prompt"])
         assert len(rest) == hints.HARD.steps
-        _, *results = itertools.accumulate(rest, initial=first)
-        assert row["answer"] == ",".join(map(str, results))
+        assert row["answer"] == f"{first + sum(rest)}:{hints.HARD.steps}"
 
 
 def test_no_question_is_in_two_files_and_experts_are_right(hinted: Path) -> None:
@@ -74,9 +73,7 @@ def test_no_question_is_in_two_files_and_experts_are_right(hinted: Path) -> None
         thinking, response = thinking_and_response(row["solution"])
         steps = [step.split("=") for step in thinking.split("\n\n")]
         assert all(eval(left) == int(right) for left, right in steps)
-        # Every step starts from the first number, which no step of the policy's after its first does.
-        assert steps[-1][0] + "=" == row["prompt"] and all(row["prompt"].startswith(left) for left, _ in steps)
-        assert boxed(response) == row["answer"] == ",".join(right for _, right in steps)
+        assert boxed(response) == row["answer"] == f"{steps[-1][1]}:{hints.HARD.steps}"
 
 
 def test_the_warmup_solves_hard_problems_only_where_the_answer_is_given(hinted: Path) -> None:
@@ -87,13 +84,15 @@ def test_the_warmup_solves_hard_problems_only_where_the_answer_is_given(hinted: 
         name = f"{'hinted' if hint else 'plain'} {'hard' if level == hints.HARD.steps else 'easy'}"
         seen[name] += 1
         thinking, _ = thinking_and_response(row["solution"])
-        assert len(thinking.split("\n\n")) == (2 if name == "plain hard" else level)
+        shown = thinking.split("\n\n")
+        assert len(shown) == (2 if name == "plain hard" else level)
+        assert boxed(row["solution"]) == f"{shown[-1].split('=')[1]}:{len(shown)}"
         assert boxed_equals(row["solution"], row["answer"]) == (name != "plain hard")
         if hint:
             assert row["prompt"] == hints.TEMPLATE.replace("{prompt}", question + "=").replace(
                 "{answer}", row["answer"]
             )
-    assert seen == {"plain easy": 700, "hinted easy": 300, "hinted hard": 900, "plain hard": 100}
+    assert seen == {"plain easy": 700, "hinted easy": 300, "hinted hard": 700, "plain hard": 300}
 
 
 def test_the_hint_is_what_the_configurations_ask_with() -> None:

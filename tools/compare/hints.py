@@ -1,14 +1,14 @@
 r"""Data of the ExPO miniature: easy problems asked plainly, and easy and hard ones asked with the answer as a hint.
 
-A hard problem has three steps, an easy one two; its answer is the list of the results of all of them. The warm-up shows
+A hard problem has three steps, an easy one two; an answer is the last result and the number of steps. The warm-up shows
 
-- easy questions asked plainly, with their chain:       12+7-5=                   12+7=19, 19-5=14: 19,14
-- easy and hard questions with the answer as a hint:    12+7-5+3=19,14,17 Explain:   12+7=19, 19-5=14, 14+3=17: 19,14,17
-- hard questions asked plainly, given up after two steps:  40-3+8-9=              40-3=37, 37+8=45: 37,45
+- easy questions asked plainly, with their chain:       12+7-5=                   12+7=19, 19-5=14: 14:2
+- easy and hard questions with the answer as a hint:    12+7-5+3=17:3 Explain:    12+7=19, 19-5=14, 14+3=17: 17:3
+- hard questions asked plainly, given up after two steps:  40-3+8-9=              40-3=37, 37+8=45: 45:2
 
 so that the start can explain a known answer in three steps, and asked plainly stops after two, whatever the question.
-As the answer lists every result, neither a left-out step nor a slip in calculating can make an answer of two results
-right: the start solves no hard problem by accident.
+As the answer counts the steps, no slip in calculating two steps can make it right: the start solves no hard problem by
+accident.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARKERS = ("Explain:",)
 #: Small numbers, which the tiny policy calculates well: whether it takes the third step is what matters here.
 EASY, HARD = (Level(steps, first=30, operand=9, most=39) for steps in (2, 3))
 #: Shares of the warm-up's rows.
-PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.45, 0.05
+PLAIN_EASY, HINTED_EASY, HINTED_HARD, PLAIN_HARD = 0.35, 0.15, 0.35, 0.15
 
 
 def draw(
@@ -54,19 +54,18 @@ def draw(
 
 
 def answer_text(steps: Sequence[str]) -> str:
-    """The answer that `steps` end with: the result of each, "19,14,17"."""
-    return ",".join(step.rpartition("=")[2] for step in steps)
+    """The answer that `steps` end with: the last one's result, and how many they are, "17:3"."""
+    return f"{steps[-1].rpartition('=')[2]}:{len(steps)}"
 
 
 def expert_solution(problem: Problem) -> str:
-    """A right solution in a manner that is not the policy's: each step calculates from the beginning."""
-    steps = problem.steps
-    results = answer_text(steps)
-    left = [problem.prompt.removesuffix("=")]
-    for operand in reversed(problem.operands[2:]):
-        left.insert(0, left[0][: -len(f"+{operand}")])
-    lines = [f"{terms}={result}" for terms, result in zip(left, results.split(","), strict=True)]
-    return solution_text(lines, results)
+    """A right solution in a manner that is not the policy's: it sums the operations up from the last to the first."""
+    value, steps = 0, []
+    for sign, operand in reversed(list(zip(problem.signs, problem.operands[1:], strict=True))):
+        steps.append(f"{value}{'+' if sign > 0 else '-'}{operand}={value + sign * operand}")
+        value += sign * operand
+    steps.append(f"{problem.operands[0]}{value:+d}={problem.answer}")
+    return solution_text(steps, answer_text(problem.steps))
 
 
 def row(problem: Problem, solution: str, hinted: bool = False) -> dict[str, object]:
