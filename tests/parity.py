@@ -94,7 +94,7 @@ ALGORITHM = {
 }
 #: Gradients are clipped, weights decay, and epsilon stands well above fp32's rounding of a gradient, which Adam
 #: would otherwise blow up to the full learning rate wherever a gradient is 0 up to rounding.
-OPTIMIZER = {"lr": 2e-3, "betas": (0.9, 0.99), "epsilon": 1e-5, "weight_decay": 0.05, "clip_grad": 0.5}
+OPTIMIZER = {"lr": 2e-3, "betas": (0.9, 0.99), "epsilon": 1e-4, "weight_decay": 0.05, "clip_grad": 0.5}
 
 
 def write_model(folder: Path, name: str, **sizes: Any) -> Path:

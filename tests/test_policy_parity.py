@@ -302,8 +302,10 @@ def test_log_probs_and_entropies_are_those_of_transformers(case: Case, outcomes:
 @by_case(CASES)
 def test_losses_and_gradient_norms_are_those_of_transformers(case: Case, outcomes: dict, references: dict):
     reference = references[case.model]
+    # A loss is a difference of larger terms, and may come out near 0: it is compared by the size of the largest.
+    scale = max(map(abs, reference.losses))
     for rank in outcomes[case]:
-        assert rank.losses == pytest.approx(reference.losses, rel=1e-5)
+        assert rank.losses == pytest.approx(reference.losses, rel=0, abs=1e-5 * scale)
         assert rank.norms == pytest.approx(reference.norms, rel=1e-5)
         assert rank.entropy_means == pytest.approx(reference.entropy_means, rel=1e-5)
 
