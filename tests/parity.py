@@ -203,22 +203,30 @@ def _rank(function: Any, arguments: tuple[Any, ...]) -> list[Any]:
     return results
 
 
+#: The layout whose groups are formed in this process.
+_layout: Any = None
+
+
 @contextmanager
 def policy_of(config: RunConfig, world: Any, *, weights: bool = True) -> Iterator[Any]:
-    """This rank's policy under `config.parallel`, with the weights of model.path; the grid ends with the block."""
+    """This rank's policy under `config.parallel`, with the weights of model.path.
+
+    The grid stays for the next policy under the same layout: groups of a layout are formed once, as each costs sockets.
+    """
+    global _layout
     from megarl.config.model_shape import read_model_shape
     from megarl.parallel.groups import dissolve_grid, form_grid
     from megarl.policy.hf_weights import load_hf_weights
     from megarl.policy.policy import Policy
 
-    grid = form_grid(config.parallel, config.seed)
-    try:
-        policy = Policy(config, read_model_shape(config.model.path), world, grid, step_budget=config.steps)
-        if weights:
-            load_hf_weights(policy, config.model.path)
-        yield policy
-    finally:
+    if _layout != config.parallel:
         dissolve_grid()
+        _layout = config.parallel
+    grid = form_grid(config.parallel, config.seed)
+    policy = Policy(config, read_model_shape(config.model.path), world, grid, step_budget=config.steps)
+    if weights:
+        load_hf_weights(policy, config.model.path)
+    yield policy
 
 
 def grpo(config: RunConfig) -> Any:

@@ -47,6 +47,7 @@ def activate() -> None:
     _redirect_cuda_functions()
     _redirect_tensor_methods()
     _redirect_rng_tracker()
+    _redirect_recompute()
     _redirect_experts()
     _redirect_uneven_collectives()
 
@@ -119,6 +120,21 @@ def _redirect_rng_tracker() -> None:
     module: Any = megatron_random
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _redirect_recompute() -> None:
+    """Keep recomputation that discards outputs from asking Transformer Engine about FP8: it does even where there is
+    none."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    checkpoint: Any = megatron_random.CheckpointWithoutOutput
+    original = checkpoint.__init__
+
+    def without_fp8(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.fp8 = False
+
+    checkpoint.__init__ = without_fp8
 
 
 def _redirect_experts() -> None:
