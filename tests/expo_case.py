@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_case import WholeReducer, take
 from torch import Tensor
 
 from megarl.algorithms.base import Algorithm, AlgorithmContext, BatchTotals, LossInputs, LossTerms, required
-from megarl.ops.segments import LocalReducer
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
 NAN = float("nan")
@@ -80,13 +78,3 @@ def assert_parts_add_up(algorithm: Algorithm, whole: LossInputs, parts: list[Los
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-14)
     totals = {name: sum(logged(term)[name] for term in terms) for name in logged(expected)}
     assert totals == pytest.approx(logged(expected), rel=1e-11, abs=1e-12)
-
-
-def shards(whole: LossInputs, summed_T: Tensor, owner_T: Tensor) -> list[LossInputs]:
-    """As under context parallelism: each holds the tokens it owns, and sums of `summed_T` over whole sequences."""
-    parts = []
-    for owner in range(3):
-        elsewhere = torch.nonzero(owner_T != owner)[:, 0]
-        others_S = LocalReducer().sum_by_sequence(summed_T[elsewhere], whole.sequence_T[elsewhere], whole.num_sequences)
-        parts.append(take(whole, torch.nonzero(owner_T == owner)[:, 0], reducer=WholeReducer(others_S)))
-    return parts

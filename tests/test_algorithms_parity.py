@@ -18,8 +18,8 @@ from megarl.records import Prompt, Sample, Sequence
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
-    2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}],
-    4: [{"tensor": 2}, {"tensor": 2, "pipeline": 2}],
+    2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}, {"context": 2}],
+    4: [{"tensor": 2}, {"tensor": 2, "pipeline": 2}, {"context": 2, "tensor": 2}],
 }
 #: Settings under which every term of each loss counts.
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -32,14 +32,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "start-second": {"name": "start", "thinking_steps": 0, "normalizer": "response"},
 }
 GROUPS, SIZE, VOCABULARY = 5, 4, 97
-#: Algorithm, processes, layout, packed: padded rows in one process and with tensor and data parallelism alone.
+#: Processes and layout under which rows are padded too: alone, with tensor and data, with context parallelism.
+PADDED = {(1, 0), (4, 0), (2, 4), (4, 2)}
+#: Algorithm, processes, layout, packed.
 KEYS = [
     (name, processes, layout, packed)
     for name in ALGORITHMS
     for processes, layouts in LAYOUTS.items()
     for layout in range(len(layouts))
     for packed in (True, False)
-    if packed or (processes, layout) in ((1, 0), (4, 0))
+    if packed or (processes, layout) in PADDED
 ]
 
 
@@ -91,9 +93,9 @@ def routed(world: Any, config: Any, algorithm: Any) -> tuple[list[Sequence], Any
         else [item for item in items_of(algorithm, rollouts, group) if not item.target]
         for group in rollouts.kept
     }
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    batches = assign(rollouts, items, 1, world.size // (tensor * pipeline), together=algorithm.needs.pairs)
-    assert grid_of_rank(world.rank, world.size, config.parallel).data_rank < len(batches[0].items)
+    grid = grid_of_rank(world.rank, world.size, config.parallel)
+    batches = assign(rollouts, items, 1, grid.data, together=algorithm.needs.pairs)
+    assert grid.data_rank < len(batches[0].items)
     return deliver(rollouts, batches, config, world)[0], batches[0].totals
 
 

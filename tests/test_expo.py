@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch, shards
+from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from loss_case import PER_TOKEN, by_sequence, log_ratios, micro_batch
+from loss_case import PER_TOKEN, by_sequence, micro_batch
 from torch import Tensor
 
 from megarl.algorithms import ALGORITHMS, build
@@ -204,7 +204,7 @@ def test_masked_tokens_of_targets_may_hold_anything() -> None:
     assert gradient[is_target(whole)].sum().item() == pytest.approx(-0.4, rel=1e-14)
 
 
-# Any spread over micro-batches and shards
+# Any spread over micro-batches
 
 
 @pytest.mark.parametrize("chosen", GRPO_SETTINGS, ids=str)
@@ -221,18 +221,6 @@ def test_exp_grpo_micro_batches_add_up(
     whole = make_batch([(group, *rest) for group, rest in enumerate(lengths)], seed)
     algorithm = exp_grpo(explanation_weight=0.3, explanation_aggregation=aggregation, **chosen)
     assert_parts_add_up(algorithm, whole, by_sequence(whole, owners))
-
-
-@pytest.mark.parametrize("chosen", GRPO_SETTINGS, ids=str)
-@settings(max_examples=20, deadline=None)
-@given(owners=st.lists(st.integers(0, 2), min_size=24, max_size=24), seed=st.integers(0, 1000))
-def test_exp_grpo_tokens_of_a_sequence_may_lie_on_several_shards(
-    chosen: dict[str, Any], owners: list[int], seed: int
-) -> None:
-    whole = make_batch(LAYOUT, seed)
-    log_ratio_T = torch.where(is_target(whole), 0.0, log_ratios(whole))
-    parts = shards(whole, log_ratio_T, torch.tensor(owners))
-    assert_parts_add_up(exp_grpo(explanation_weight=0.3, **chosen), whole, parts)
 
 
 # E6: why explanations help, exactly, where all chains can be listed

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch, shards
+from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_case import micro_batch
@@ -166,14 +166,3 @@ def test_exp_dpo_micro_batches_of_whole_pairs_add_up(groups: list[tuple[int, int
     layout, owned = paired_layout(groups)
     whole = make_batch(layout, seed)
     assert_parts_add_up(exp_dpo(beta=0.8), whole, [micro_batch(whole, members) for members in owned])
-
-
-@settings(max_examples=60, deadline=None)
-@given(groups=GROUPS, owners=st.lists(st.integers(0, 2), min_size=60, max_size=60), seed=st.integers(0, 1000))
-def test_exp_dpo_tokens_of_a_pair_may_lie_on_several_shards(
-    groups: list[tuple[int, int, bool, int]], owners: list[int], seed: int
-) -> None:
-    whole = make_batch(paired_layout(groups)[0], seed)
-    assert whole.reference_log_probs_T is not None
-    parts = shards(whole, whole.log_probs_T - whole.reference_log_probs_T, torch.tensor(owners[: len(whole.mask_T)]))
-    assert_parts_add_up(exp_dpo(beta=0.8), whole, parts)

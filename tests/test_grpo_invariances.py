@@ -1,4 +1,4 @@
-"""GRPO's loss: masks, sharding, the first on-policy update, GSPO's equations, extreme numbers."""
+"""GRPO's loss: masks, micro-batches, the first on-policy update, GSPO's equations, extreme numbers."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_case import CONSTANTS, assert_shards_add_up, by_sequence, by_token, log_ratios
+from loss_case import CONSTANTS, assert_micro_batches_add_up, by_sequence, log_ratios
 
 from megarl.algorithms.base import AlgorithmContext, BatchTotals, LossInputs, required
 from megarl.algorithms.grpo import Grpo
@@ -69,23 +69,8 @@ def loss_and_gradient(algorithm: Grpo, inputs: LossInputs):
 def test_micro_batches_add_up_to_the_whole(aggregation, level, lengths, owners, seed):
     """However the sequences are spread over ranks and micro-batches."""
     whole = make_batch(lengths, seed)
-    shards = by_sequence(whole, owners)
-    assert_shards_add_up(grpo(aggregation=aggregation, ratio_level=level, **EVERY_TERM), whole, shards)
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("level", LEVELS)
-@settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    owners=st.lists(st.integers(0, 2), min_size=24, max_size=24),
-    seed=st.integers(0, 1000),
-)
-def test_tokens_of_one_sequence_may_lie_on_several_shards(aggregation, level, lengths, owners, seed):
-    """As under context parallelism; a shard may hold no token of a sequence, or none at all."""
-    whole = make_batch(lengths, seed)
-    shards = by_token(whole, owners, 3)
-    assert_shards_add_up(grpo(aggregation=aggregation, ratio_level=level, **EVERY_TERM), whole, shards)
+    parts = by_sequence(whole, owners)
+    assert_micro_batches_add_up(grpo(aggregation=aggregation, ratio_level=level, **EVERY_TERM), whole, parts)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

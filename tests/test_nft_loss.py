@@ -1,4 +1,4 @@
-"""NFT's loss: value and gradient in closed form, extreme ratios, groups without a signal, shards."""
+"""NFT's loss: value and gradient in closed form, extreme ratios, groups without a signal, micro-batches."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_case import CONSTANTS, assert_shards_add_up, by_sequence, by_token, double, log_ratios, take
+from loss_case import CONSTANTS, assert_micro_batches_add_up, by_sequence, double, log_ratios, take
 from nft_case import (
     AGGREGATIONS,
     LEVELS,
@@ -273,15 +273,14 @@ def test_n6_groups_all_right_or_all_wrong_contribute_exactly_nothing(weight, rat
 @settings(max_examples=25, deadline=None)
 @given(
     groups=st.lists(FRACTIONS, min_size=1, max_size=3),
-    owners=st.lists(st.integers(0, 2), min_size=72, max_size=72),
+    owners=st.lists(st.integers(0, 2), min_size=18, max_size=18),
     seed=st.integers(0, 1000),
 )
-def test_shards_add_up_to_the_whole(aggregation, level, groups, owners, seed):
-    """However sequences are spread over micro-batches, and tokens of a sequence over ranks."""
+def test_micro_batches_add_up_to_the_whole(aggregation, level, groups, owners, seed):
+    """However the sequences are spread over ranks and micro-batches."""
     algorithm = nft(rewards="continuous", epsilon=0.3, ratio_level=level, **aggregation)
     whole = signalled(algorithm, groups, make_batch(groups, seed, spread=0.5, masked_share=0.2))
-    assert_shards_add_up(algorithm, whole, by_sequence(whole, owners))
-    assert_shards_add_up(algorithm, whole, by_token(whole, owners, 3))
+    assert_micro_batches_add_up(algorithm, whole, by_sequence(whole, owners))
 
 
 @pytest.mark.parametrize("level", LEVELS)

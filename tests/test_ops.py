@@ -11,7 +11,7 @@ from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
 from megarl.ops.masking import sum_counted, zero_masked
 from megarl.ops.ratios import sequence_ratio, token_ratio, truncated_importance_weight
-from megarl.ops.segments import LocalReducer
+from megarl.ops.segments import sum_by_sequence
 
 NAN = float("nan")
 
@@ -43,10 +43,10 @@ def test_metric_sums_are_float64_without_gradient_whatever_goes_in():
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), max_size=12))
-def test_local_sums_by_sequence(pairs):
+def test_sums_by_sequence(pairs):
     values = double(*(value for value, _ in pairs), grad=True)
     sequence = torch.tensor([index for _, index in pairs], dtype=torch.int64)
-    sums = LocalReducer().sum_by_sequence(values, sequence, 4)
+    sums = sum_by_sequence(values, sequence, 4)
     assert sums.tolist() == pytest.approx([math.fsum(v for v, s in pairs if s == i) for i in range(4)], abs=1e-12)
     assert gradient(sums * double(1.0, 10.0, 100.0, 1000.0), values) == [10.0**index for _, index in pairs]
 
@@ -62,19 +62,19 @@ def test_sequence_ratio_is_exp_of_the_mean_and_carries_gradient():
     log_ratio = double(0.3, -0.1, 0.4, 2.0, -0.6, grad=True)
     sequence = torch.tensor([0, 0, 0, 2, 2])
     lengths = double(3.0, 0.0, 2.0)
-    ratio = sequence_ratio(log_ratio, sequence, lengths, LocalReducer(), clamp=20.0)
+    ratio = sequence_ratio(log_ratio, sequence, lengths, clamp=20.0)
     first, last = math.exp(0.2), math.exp(0.7)
     assert ratio.tolist() == pytest.approx([first, first, first, last, last])
     upstream = (1.0, 2.0, 4.0, 8.0, 16.0)
     # d s_u / d x_t = s / length for every u, t of one sequence
     assert gradient(ratio * double(*upstream), log_ratio) == pytest.approx([7 * first / 3] * 3 + [24 * last / 2] * 2)
-    assert torch.autograd.gradcheck(lambda x: sequence_ratio(x, sequence, lengths, LocalReducer(), 20.0), (log_ratio,))
+    assert torch.autograd.gradcheck(lambda x: sequence_ratio(x, sequence, lengths, 20.0), (log_ratio,))
 
 
 def test_sequence_ratio_clamps_the_mean_not_the_tokens():
     log_ratio = double(9.0, -9.0, 3.0, 3.0, grad=True)
     sequence = torch.tensor([0, 0, 1, 1])
-    ratio = sequence_ratio(log_ratio, sequence, double(2.0, 2.0), LocalReducer(), clamp=1.0)
+    ratio = sequence_ratio(log_ratio, sequence, double(2.0, 2.0), clamp=1.0)
     assert ratio.tolist() == pytest.approx([1.0, 1.0, math.e, math.e])
     assert gradient(ratio, log_ratio) == pytest.approx([1.0, 1.0, 0.0, 0.0])
 

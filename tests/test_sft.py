@@ -41,12 +41,12 @@ def test_mean_negative_log_likelihood_per_counted_token():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-9, 0), min_size=2, max_size=12), st.integers(1, 11))
-def test_shards_add_up(log_probs, cut):
+def test_micro_batches_add_up(log_probs, cut):
     cut = min(cut, len(log_probs) - 1)
     totals = BatchTotals(float(len(log_probs)), 2.0)
     parts = (log_probs[:cut], log_probs[cut:])
-    shards = [make_inputs(part, [1.0] * len(part), [0] * len(part), totals) for part in parts]
-    summed = sum(Sft(SftSettings(), CONTEXT).loss(shard).loss.item() for shard in shards)
+    inputs = [make_inputs(part, [1.0] * len(part), [0] * len(part), totals) for part in parts]
+    summed = sum(Sft(SftSettings(), CONTEXT).loss(part).loss.item() for part in inputs)
     assert summed == pytest.approx(-math.fsum(log_probs) / len(log_probs), rel=1e-12, abs=1e-15)
 
 

@@ -6,7 +6,8 @@ The loop provides what `needs` asks for, in this order per step:
                (on the shaped rewards) -> old / reference log-probs -> loss per micro-batch
 
 All but the last work on whole groups from metadata that every rank has, so every rank computes the same and no
-algorithm contains parallel code. `loss` sees the flat tokens of one shard; counts over all ranks are passed in.
+algorithm contains parallel code. `loss` sees the flat tokens of whole sequences under every layout; counts over the
+whole mini-batch are passed in.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from megarl.config.algorithms import AlgorithmSettings, ExplanationSettings
 from megarl.errors import Refusal
-from megarl.ops.segments import LocalReducer, Reducer
 
 #: Whose weights generate: those of the policy as it is, or as it was when the run began.
 Weights = Literal["current", "initial"]
@@ -114,7 +114,7 @@ class GroupOutcome:
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Counts of the whole mini-batch, over all ranks and micro-batches.
+    """Counts of the whole mini-batch, over all data-parallel replicas and micro-batches.
 
     A sequence is a sampled answer, or a target: a text whose likelihood is to rise, with no reward of its own.
     Supervised training, which has solutions alone, counts them as answers.
@@ -132,7 +132,7 @@ class BatchTotals:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The flat tokens of one micro-batch of one shard; fields that the algorithm does not need may be None.
+    """The flat tokens of one micro-batch of whole sequences; fields that the algorithm does not need may be None.
 
     Log-probs and entropies are in nats, float32 or wider. Masked tokens may hold anything, NaN included; so may the
     old and rollout log-probs and the advantages of targets.
@@ -148,7 +148,7 @@ class LossInputs:
     """[T] int64, index of the token's sequence in the micro-batch, in 0..S-1 at masked tokens too."""
     num_sequences: int
     lengths_S: Tensor
-    """[S] float, counted tokens of each whole sequence, over all shards that hold a part of it."""
+    """[S] float, counted tokens of each sequence."""
     totals: BatchTotals
     old_log_probs_T: Tensor | None = None
     """[T], a constant. While the weights are still those of the rollouts this may be `log_probs_T` itself."""
@@ -164,25 +164,24 @@ class LossInputs:
     """[S] bool, which sequences are targets; None: none."""
     group_S: Tensor | None = None
     """[S] int64, a number that sequences of the same group share."""
-    reducer: Reducer = field(default_factory=LocalReducer)
 
 
 @dataclass(frozen=True)
 class LossTerms:
     """A micro-batch's share of the mini-batch's loss, and what to log.
 
-    What is logged are scalars (float64) without gradient; the loop adds them up over all micro-batches and ranks,
-    divides, and logs them under their names. Every call of one algorithm's loss gives the same names.
+    What is logged are scalars (float64) without gradient; the loop adds them up over all micro-batches and
+    replicas, divides, and logs them under their names. Every call of one algorithm's loss gives the same names.
     """
 
     loss: Tensor
-    """Scalar; the sum over all micro-batches and ranks is the mini-batch's loss, nothing is left to divide."""
+    """Scalar; the sum over all micro-batches and replicas is the mini-batch's loss, nothing is left to divide."""
     token_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over this shard's counted tokens of sampled answers; divided by `BatchTotals.tokens`."""
+    """Sums over the counted tokens of sampled answers; divided by `BatchTotals.tokens`."""
     target_token_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over this shard's tokens of targets; divided by `BatchTotals.target_tokens`."""
+    """Sums over the counted tokens of targets; divided by `BatchTotals.target_tokens`."""
     target_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over this shard's targets; divided by `BatchTotals.target_sequences`."""
+    """Sums over the targets; divided by `BatchTotals.target_sequences`."""
 
 
 class Algorithm(ABC):
@@ -246,7 +245,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """The micro-batch's share of the loss; no collective but those of `inputs.reducer`."""
+        """The micro-batch's share of the loss, from its own sequences alone: no collective."""
 
 
 def required(values: Tensor | None, name: str) -> Tensor:

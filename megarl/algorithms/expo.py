@@ -18,7 +18,7 @@ from megarl.algorithms.grpo import Grpo
 from megarl.config.algorithms import ExpDpoSettings, ExpGrpoSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked
-from megarl.ops.segments import LocalReducer
+from megarl.ops.segments import sum_by_sequence
 
 _TOKEN_FIELDS = tuple(field.name for field in fields(LossInputs) if field.name.endswith("_T"))
 
@@ -61,7 +61,7 @@ class ExpGrpo(Grpo):
         )
 
     def _log_likelihood(self, targeted_T: Tensor, inputs: LossInputs) -> Tensor:
-        """This shard's share of the targets' mean log-likelihood, a scalar."""
+        """The micro-batch's share of the targets' mean log-likelihood, a scalar."""
         weights_T = token_weights(
             "token_mean" if self._explanation_aggregation == "token_mean" else "constant",
             targeted_T,
@@ -114,17 +114,13 @@ class ExpDpo(Algorithm):
         counted_T = inputs.mask_T > 0
         reference_T = required(inputs.reference_log_probs_T, "reference_log_probs_T").detach()
         log_ratio_T = zero_masked(counted_T, inputs.log_probs_T) - zero_masked(counted_T, reference_T)
-        sums_S = inputs.reducer.sum_by_sequence(log_ratio_T, inputs.sequence_T, inputs.num_sequences)
+        sums_S = sum_by_sequence(log_ratio_T, inputs.sequence_T, inputs.num_sequences)
         chosen_P, rejected_P = _pairs(inputs)
         margins_P = self.settings.beta * (sums_S[chosen_P] - sums_S[rejected_P])
-        # Every shard with a part of a pair knows the whole pair's margin; their shares of its loss add up to one.
-        held_S = LocalReducer().sum_by_sequence(counted_T.to(sums_S.dtype), inputs.sequence_T, inputs.num_sequences)
-        whole_P = inputs.lengths_S[chosen_P] + inputs.lengths_S[rejected_P]
-        shares_P = (held_S[chosen_P] + held_S[rejected_P]) / whole_P
         logged_P = {"preference_accuracy": margins_P > 0, "preference_margin": margins_P.detach()}
         return LossTerms(
-            loss=-(shares_P / inputs.totals.target_sequences * logsigmoid(margins_P)).sum(),
-            target_sums={name: (shares_P.double() * values_P).sum() for name, values_P in logged_P.items()},
+            loss=-(logsigmoid(margins_P) / inputs.totals.target_sequences).sum(),
+            target_sums={name: values_P.double().sum() for name, values_P in logged_P.items()},
             target_token_sums={
                 "explanation_nll": sum_counted(counted_T & _of_targets(inputs), -inputs.log_probs_T),
             },

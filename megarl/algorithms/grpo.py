@@ -136,7 +136,7 @@ class Grpo(Algorithm):
         clamp = self.settings.log_ratio_clamp
         if self.settings.ratio_level == "token":
             return token_ratio(log_ratio_T, clamp)
-        return sequence_ratio(log_ratio_T, inputs.sequence_T, inputs.lengths_S, inputs.reducer, clamp)
+        return sequence_ratio(log_ratio_T, inputs.sequence_T, inputs.lengths_S, clamp)
 
     def _weights(self, counted_T: Tensor, inputs: LossInputs) -> Tensor:
         constant = self.settings.aggregation_constant

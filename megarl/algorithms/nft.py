@@ -23,6 +23,7 @@ from megarl.ops.aggregate import token_weights
 from megarl.ops.implicit_negative import implicit_negative
 from megarl.ops.masking import sum_counted, zero_masked
 from megarl.ops.ratios import k3_from_log_ratio
+from megarl.ops.segments import sum_by_sequence
 
 #: Least distance of a success rate from 0 and 1, whatever `rate_clamp`: the odds stay finite in float32.
 RATE_MARGIN = 1e-6
@@ -124,7 +125,7 @@ class Nft(Algorithm):
     def _log_ratio(self, token_log_ratio_T: Tensor, inputs: LossInputs) -> Tensor:
         """log R of each token, or the mean over its sequence; no gradient beyond `log_ratio_clamp`."""
         if self.settings.ratio_level == "sequence":
-            sums_S = inputs.reducer.sum_by_sequence(token_log_ratio_T, inputs.sequence_T, inputs.num_sequences)
+            sums_S = sum_by_sequence(token_log_ratio_T, inputs.sequence_T, inputs.num_sequences)
             # An empty sequence must not divide by 0: its gradient would be 0 x inf.
             token_log_ratio_T = (sums_S / inputs.lengths_S.clamp(min=1.0))[inputs.sequence_T]
         return token_log_ratio_T.clamp(max=self.settings.log_ratio_clamp)

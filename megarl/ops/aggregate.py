@@ -1,7 +1,7 @@
 """From token losses to the mini-batch's loss: one weight per token.
 
 The counts are those of the whole mini-batch over all ranks and micro-batches, so that the weighted sums of all
-shards add up to the loss of the whole, whichever way the tokens are spread.
+micro-batches add up to the loss of the whole, whichever way the sequences are spread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def token_weights(
             (GRPO, 2402.03300 Eq. 3); constant: 1 / (total_sequences x constant) (Dr. GRPO, 2503.20783).
         counted_T: [T] bool.
         sequence_T: [T] int64, the token's sequence, valid at masked tokens too.
-        lengths_S: [S] float, counted tokens of each whole sequence.
+        lengths_S: [S] float, counted tokens of each sequence.
         total_tokens: counted tokens of the mini-batch.
         total_sequences: sequences of the mini-batch.
         constant: divisor of kind constant, in tokens.

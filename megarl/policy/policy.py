@@ -23,7 +23,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megarl.algorithms.base import Algorithm, BatchTotals, LocalReducer, LossInputs, LossTerms
+from megarl.algorithms.base import Algorithm, BatchTotals, LossInputs, LossTerms
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
@@ -296,12 +296,11 @@ class Policy:
 
 
 class _LossStage:
-    """The algorithm's loss on each micro-batch, and this rank's shares of the loss and of the means to log."""
+    """The algorithm's loss on each micro-batch, and this replica's shares of the loss and of the means to log."""
 
     def __init__(self, algorithm: Algorithm, totals: BatchTotals) -> None:
         self.algorithm, self.totals = algorithm, totals
         self.entropy_gradient = algorithm.needs.entropy_gradient
-        self.reducer = LocalReducer()
         self.loss = 0.0
         self.shares: dict[str, float] = {}
         self.gap_max = 0.0
@@ -327,7 +326,6 @@ class _LossStage:
                 target_S=batch.target,
                 group_S=batch.group,
                 totals=self.totals,
-                reducer=self.reducer,
             )
         )
         self.seconds += time.perf_counter() - start
