@@ -86,7 +86,7 @@ def models_of(processes: int, layout: dict[str, Any]) -> tuple[str, ...]:
         return (*TRAINED, MOE[1])
     if "recompute" in layout or processes == 8:
         return TRAINED[:1]
-    return TRAINED if processes == 2 or "context" not in layout else TRAINED[:2]
+    return TRAINED if processes == 2 or "context" not in layout else TRAINED[1:2]
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,14 @@ class Case:
         return " ".join([self.model, f"{self.processes} processes", *sizes, "packed" if self.packed else "padded"])
 
 
+#: Layouts of which every model's padded form is tried; of the others the first model's.
+PADDED = (*LAYOUTS[1], *LAYOUTS[2][:3], LAYOUTS[4][0])
 CASES = [
     Case(model, processes, number, packed)
     for processes, layouts in LAYOUTS.items()
     for number, layout in enumerate(layouts)
-    for model in models_of(processes, layout)
-    # Other layouts of four processes and all of eight are of parts whose padded form others show.
-    for packed in ((True, False) if processes < 4 or layout in LAYOUTS[4][:1] + LAYOUTS[4][4:7] else (True,))
+    for place, model in enumerate(models_of(processes, layout))
+    for packed in ((True, False) if layout in PADDED or (place == 0 and processes < 8) else (True,))
 ]
 
 

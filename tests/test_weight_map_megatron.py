@@ -32,7 +32,8 @@ def build(shape, tensor, pipeline):
 
     from megarl.config.grid import chunks_of_stage
     from megarl.config.schema import RunConfig
-    from megarl.policy.model import build_model, transformer_config
+    from megarl.policy.megatron_config import transformer_config
+    from megarl.policy.model import build_model
 
     config = RunConfig.model_validate(
         {

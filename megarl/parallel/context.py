@@ -41,6 +41,8 @@ def whole_sequences(values: torch.Tensor, parts: Sequence[torch.Tensor], group: 
     `parts[r]` int64: places in 0..T-1 of rank r's values, in its order. Every rank goes on to compute the same from the
     whole, so that its gradient of the whole is the gradient of all of them together: backward, each takes its part.
     """
+    if not any(len(part) for part in parts):
+        return values
     return _WholeSequences.apply(values, tuple(parts), group)
 
 

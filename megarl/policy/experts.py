@@ -58,8 +58,8 @@ class Experts:
         without a token, mean over layers; routing_differs: share of routings (tokens x layers) to other experts than
         the engine's, where those are known; router_aux_loss: mean over layers and micro-batches, without coefficient.
         """
-        own = {router.number: router.load for router in self._routers}
-        compared = np.sum([router.compared for router in self._routers] or [np.zeros(2)], axis=0)
+        own = {router.number: router.load.cpu().numpy() for router in self._routers}
+        compared = np.sum([router.compared.cpu().numpy() for router in self._routers] or [np.zeros(2)], axis=0)
         tracked = get_moe_layer_wise_logging_tracker().get("load_balancing_loss")
         aux = float(tracked["values"].sum()) if tracked and self._coefficient else 0.0
         found = gather_all((own, compared, aux, micro_batches if self._grid.reports else 0))
@@ -98,6 +98,7 @@ class _Router:
     """One router. `number` is that of its layer among the sparse ones of the model.
 
     `load`: real tokens of each expert; `compared`: tokens with other experts than named, and tokens with named ones.
+    Both are counted on the device, so that no pass waits for it.
     """
 
     def __init__(self, module: Any, number: int, replay: bool) -> None:
@@ -114,8 +115,9 @@ class _Router:
         self._passes = {False: 0, True: 0}
         self._counted_kind: bool | None = None
         self._part: _Part | None = None
-        self.load = np.zeros(self.module.config.num_moe_experts)
-        self.compared = np.zeros(2)
+        device = self.module.weight.device
+        self.load = torch.zeros(self.module.config.num_moe_experts, dtype=torch.int64, device=device)
+        self.compared = torch.zeros(2, dtype=torch.int64, device=device)
 
     def _forward(self, hidden: torch.Tensor, padding_mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         kind = torch.is_grad_enabled()
@@ -127,7 +129,7 @@ class _Router:
         self.module.config.moe_aux_loss_coeff = 0.0 if part.empty else self._coefficient
         weights, chosen = self._original(hidden, padding_mask=part.padding)
         if kind == self._counted_kind:
-            self.load += chosen[~part.padding.flatten()].sum(0).cpu().numpy()
+            self.load += (chosen & ~part.padding.reshape(-1, 1)).sum(0)
         return weights, chosen
 
     def get_replay_topk(
@@ -147,7 +149,7 @@ class _Router:
         known = named[:, 0] >= 0
         if torch.is_grad_enabled() == self._counted_kind:
             differs = (indices.sort(1).values != named.sort(1).values).any(1) & known
-            self.compared += [float(differs.sum()), float(known.sum())]
+            self.compared += torch.stack((differs.sum(), known.sum()))
         if not self._replay:
             return values, indices
         indices = torch.where(known[:, None], named, indices)

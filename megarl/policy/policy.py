@@ -37,7 +37,8 @@ from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_s
 from megarl.policy.batch import Cut, MicroBatch, lay_out
 from megarl.policy.experts import Experts
 from megarl.policy.forward import ForwardArguments
-from megarl.policy.model import build_model, optimizer_config, transformer_config, wrap_data_parallel
+from megarl.policy.megatron_config import optimizer_config, transformer_config
+from megarl.policy.model import build_model, wrap_data_parallel
 from megarl.policy.residence import Residence
 from megarl.policy.weight_sets import WeightSets
 from megarl.records import Sequence
