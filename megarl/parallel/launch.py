@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,7 @@ def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T
     """
     # Forked workers inherit the launcher's handler, which would answer the end with a traceback from each of them.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _wait_for_all(Path(report).parent)
     try:
         value = function(*args)
     except MegarlError as error:
@@ -78,3 +80,14 @@ def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T
         partial.replace(report)
         raise
     return value if os.environ["RANK"] == "0" else None
+
+
+def _wait_for_all(folder: Path) -> None:
+    """Wait until every worker is there, before any of them connects to the launcher.
+
+    For each connection a thread of the launcher looks up the peer's name. A worker that is forked in the midst of that
+    inherits the resolver's lock without the thread that would release it, and would wait for it for ever.
+    """
+    (folder / f"started.{os.environ['RANK']}").touch()
+    while len(list(folder.glob("started.*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
