@@ -64,7 +64,7 @@ def test_check_prints_the_resolved_file(tmp_path: Path) -> None:
 
 
 def test_check_is_quick_and_free_of_torch(tmp_path: Path) -> None:
-    write_case(tmp_path, vllm={"enforce_eager": True}, megatron={"recompute_granularity": "full"})
+    write_case(tmp_path, vllm={"enforce_eager": True}, megatron={"moe_permute_fusion": False})
     code = (
         "import sys; from megarl.cli import main; sys.argv = ['megarl', 'check', 'run.yaml']\n"
         "try: main.main()\n"
