@@ -156,7 +156,8 @@ REFUSED = {
     "no place in vLLM": (lambda: vllm_tensors(make_shape("qwen3", attention_out_bias=True), tensor=1, tensor_rank=0),
                          r"model\.layers\.0\.self_attn\.o_proj\.bias of a qwen3 model: has no place in vLLM's class"),
     "family": (lambda: hf_tensors(replace(make_shape(), family="gpt2")),
-               r"model family 'gpt2': must be one of \['llama', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe'\]"),
+               r"model family 'gpt2': must be one of "
+               r"\['llama', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe'\]"),
     "missing": (lambda: check_hf_shapes(make_shape(), {}, "model.safetensors"),
                 r"model\.safetensors without model\.embed_tokens\.weight"),
     "other shape": (
