@@ -235,7 +235,6 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "",
         "parallel.processes=2 parallel.tensor=2 parallel.sequence=true rollout.tensor=2",
         "parallel.processes=4 parallel.tensor=2 parallel.pipeline=2 rollout.tensor=4",
-        "parallel.processes=12 parallel.tensor=12 rollout.tensor=4",
         "parallel.processes=6 parallel.pipeline=6 rollout.tensor=2",
         "parallel.virtual_pipeline=1 parallel.expert_tensor=1",
         "data.max_prompt_tokens=192",

@@ -112,6 +112,13 @@ def test_passed_through(table: str, name: str, value: object) -> None:
             "vllm._api_process_rank: is not a field of EngineArgs. Fix: remove vllm._api_process_rank.",
         ),
         ("vllm", "tensor_parallel_size", 2, "vllm.tensor_parallel_size: is set by megarl. Fix: set rollout.tensor."),
+        (
+            "vllm",
+            "enable_expert_parallel",
+            True,
+            "vllm.enable_expert_parallel: is set by megarl. Fix: remove it; the engine splits every expert over the "
+            "rollout.tensor ranks.",
+        ),
         ("vllm", "dtype", "auto", "vllm.dtype: is set by megarl. Fix: set precision."),
         (
             "vllm",

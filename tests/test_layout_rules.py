@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megarl.config.load import load_config
 from megarl.config.model_shape import ModelShape, model_shape_from_hf
 from megarl.config.rules import broken_rules
 from megarl.config.sections import ParallelSettings
+from megarl.config.splits import engine_refusals, policy_refusals
 from megarl.errors import Refusal
 
 #: 6 experts of 36 rows, 2 to a token; 24 rows of a shared expert; layer 0 is dense.
@@ -181,6 +183,57 @@ def test_refused(run_file: Path, shape: ModelShape, overrides: str, message: str
 )
 def test_allowed(run_file: Path, shape: ModelShape, overrides: str) -> None:
     assert messages(run_file, overrides, shape) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "parallel", "message"),
+    [
+        (
+            DENSE,
+            {"tensor": 5},
+            "parallel.tensor=5: must divide the model's 12 attention heads. Fix: use 1, 2, 3, 4, 6 or 12.",
+        ),
+        (DENSE, {"tensor": 3}, "the model's 4 key-value heads or be a multiple of them. Fix: use 1, 2, 4 or 12."),
+        (
+            DENSE,
+            {"tensor": 12},
+            "parallel.tensor=12: must divide the 20 fused rows of the model's queries, keys and "
+            "values. Fix: use 1, 2 or 4.",
+        ),
+        (MOE, {"expert": 5}, "parallel.expert=5: must divide the model's 6 experts. Fix: use 1, 2, 3 or 6."),
+    ],
+)
+def test_what_cuts_no_policy(shape: ModelShape, parallel: dict[str, Any], message: str) -> None:
+    found = policy_refusals(replace(shape, head_dim=1), ParallelSettings(**parallel))
+    assert message in str(next(found))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensor", "message"),
+    [
+        (DENSE, 12, "vocabulary of 300, padded by vLLM to 320. Fix: use a power of two."),
+        (replace(DENSE, ffn_size=98), 4, "must divide the model's MLP size of 98. Fix: use 1 or 2."),
+        (replace(MOE, expert_ffn_size=26), 4, "must divide the 26 rows of an expert's MLP. Fix: use 1 or 2."),
+        (
+            replace(MOE, shared_expert_ffn_size=42),
+            4,
+            "must divide the 42 rows of the shared expert's MLP. Fix: use 1, 2, 3 or 6.",
+        ),
+        (replace(MOE, num_experts=3), 4, "must be at most the model's 3 experts, as vLLM wants it. Fix: lower it."),
+    ],
+)
+def test_what_cuts_no_engine(shape: ModelShape, tensor: int, message: str) -> None:
+    assert str(next(engine_refusals(shape, tensor))).endswith(message)
+
+
+def test_more_ranks_than_key_value_heads() -> None:
+    assert not list(policy_refusals(replace(DENSE, head_dim=6), ParallelSettings(tensor=12)))
+
+
+def test_experts_alone_have_no_dense_mlp_to_cut() -> None:
+    mixtral = MODEL | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    experts = replace(model_shape_from_hf(mixtral), expert_ffn_size=90)
+    assert not list(policy_refusals(replace(experts, ffn_size=90), ParallelSettings(tensor=4, expert_tensor=2)))
 
 
 def test_layers_of_chunks() -> None:

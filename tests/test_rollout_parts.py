@@ -150,7 +150,7 @@ def test_arguments_follow_the_configuration():
     config = config_with(
         precision="bf16", rollout={"tensor": 2, "max_tokens": 64, "max_concurrent": 12}, vllm={"block_size": 32}
     )
-    arguments = engine_arguments(config, shape_with(), 4, load_weights=False)
+    arguments = engine_arguments(config, shape_with(), load_weights=False)
     expected = {
         "tensor_parallel_size": 2,
         "max_model_len": 128,
@@ -165,45 +165,18 @@ def test_arguments_follow_the_configuration():
 @pytest.mark.parametrize(
     ("sections", "shape", "message"),
     [
-        ({"rollout": {"tensor": 3, "max_tokens": 8}}, {}, "rollout.tensor=3: must divide the 4 processes"),
-        ({"rollout": {"max_tokens": 65}}, {}, "= 129 tokens: must fit the model's 128 positions"),
-        ({"evaluation": {"max_tokens": 65}}, {}, "= 129 tokens: must fit the model's 128 positions"),
-        ({"vllm": {"dtype": "float16"}}, {}, "vllm.dtype: is set by megarl. Fix: set precision."),
-        ({"vllm": {"no_such_option": 1}}, {}, "vllm.no_such_option: is not a field of EngineArgs."),
         ({}, {"head_dim": 16}, "attention heads of 16 elements: vLLM's CPU backend has kernels for 32, 64"),
-        (
-            {"rollout": {"tensor": 4, "max_tokens": 8}},
-            EXPERTS | {"moe_intermediate_size": 26},
-            "rollout.tensor=4: must divide the size 26 of the model's experts, of which every rank holds a share. Fix: "
-            "use a divisor of 26.",
-        ),
-        (
-            {"rollout": {"tensor": 4, "max_tokens": 8}},
-            EXPERTS | {"shared_expert_intermediate_size": 42},
-            "rollout.tensor=4: must divide the size 42 of the model's shared expert",
-        ),
-        (
-            {"rollout": {"tensor": 4, "max_tokens": 8}},
-            EXPERTS | {"num_experts": 3},
-            "rollout.tensor=4: must be at most the model's 3 experts",
-        ),
         (
             {},
             EXPERTS | {"hidden_size": 144, "head_dim": 32},
             "hidden_size=144 of a mixture of experts: must be a multiple of 32 for vLLM's CPU kernels",
-        ),
-        (
-            {"vllm": {"enable_expert_parallel": True}},
-            EXPERTS,
-            "vllm.enable_expert_parallel: is set by megarl. Fix: remove it; the engine splits every expert over the "
-            "rollout.tensor ranks.",
         ),
     ],
 )
 def test_refused_arguments(sections: dict, shape: dict, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(Refusal) as refusal:
-        engine_arguments(config_with(**sections), shape_with(**shape), 4, load_weights=False)
+        engine_arguments(config_with(**sections), shape_with(**shape), load_weights=False)
     assert message in str(refusal.value)
 
 
@@ -230,7 +203,7 @@ def test_routing_that_cannot_be_recorded(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     with pytest.raises(Refusal) as refusal:
-        engine_arguments(config_with(**sections), shape_with(**shape), 1, load_weights=False, record_routing=True)
+        engine_arguments(config_with(**sections), shape_with(**shape), load_weights=False, record_routing=True)
     assert message in str(refusal.value)
 
 
@@ -239,7 +212,7 @@ def test_routing_is_asked_of_vllm_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
         for recorded in (False, True):
             arguments = engine_arguments(
-                config_with(), shape_with(**EXPERTS), 1, load_weights=False, record_routing=recorded
+                config_with(), shape_with(**EXPERTS), load_weights=False, record_routing=recorded
             )
             assert arguments.get("enable_return_routed_experts", False) == (gpu and recorded)
 

@@ -138,21 +138,12 @@ def test_padded_vocabulary_does_not_depend_on_a_power_of_two():
 
 
 REFUSED = {
-    "heads": (lambda: rank_tensors(make_shape(), tensor=3, pipeline=1, tensor_rank=0, pipeline_rank=0),
-              r"parallel\.tensor=3: must divide the model's 4 heads .*Fix: use one of \[1, 2, 4\]\."),
-    "ffn": (lambda: vllm_tensors(make_shape(ffn_size=6), tensor=4, tensor_rank=0),
-            r"rollout\.tensor=4: .*ffn size 6.*Fix: use one of \[1, 2\]\."),
-    "kv heads": (lambda: vllm_tensors(make_shape(num_heads=6, num_kv_heads=3, ffn_size=12), tensor=2, tensor_rank=0),
-                 r"its 3 key-value heads.*Fix: use one of \[1, 3, 6\]\."),
-    "rows of a group": (
-        lambda: rank_tensors(
-            make_shape(num_heads=8, num_kv_heads=2, head_dim=1), tensor=8, pipeline=1, tensor_rank=0, pipeline_rank=0),
-        r"parallel\.tensor=8: .*Fix: use one of \[1, 2, 4\]\."),
+    "policy": (lambda: rank_tensors(make_shape(), tensor=3, pipeline=1, tensor_rank=0, pipeline_rank=0),
+               r"parallel\.tensor=3: must divide the model's 4 attention heads"),
+    "engine": (lambda: vllm_tensors(make_shape(ffn_size=6), tensor=4, tensor_rank=0),
+               r"rollout\.tensor=4: must divide the model's MLP size of 6"),
     "layers": (lambda: rank_tensors(make_shape(num_layers=6), tensor=1, pipeline=4, tensor_rank=0, pipeline_rank=0),
                r"parallel\.pipeline=4: must divide the model's 6 layers\. Fix: use 1, 2, 3 or 6, or write"),
-    "vocabulary": (lambda: vllm_tensors(
-        make_shape(num_heads=3, num_kv_heads=3, ffn_size=9), tensor=3, tensor_rank=0),
-        r"rollout\.tensor=3: must divide vLLM's padded vocabulary of 128"),
     "no place in vLLM": (lambda: vllm_tensors(make_shape("qwen3", attention_out_bias=True), tensor=1, tensor_rank=0),
                          r"model\.layers\.0\.self_attn\.o_proj\.bias of a qwen3 model: has no place in vLLM's class"),
     "family": (lambda: hf_tensors(replace(make_shape(), family="gpt2")),

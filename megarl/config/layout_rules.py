@@ -13,21 +13,20 @@
     expert          divides the experts; expert_tensor divides the rows of an expert's MLP
     rollout.tensor  divides the processes, and what tensor divides; and the rows of an expert's MLP
 
-Torch-free.
+Torch-free. What a size of tensor or expert parallelism divides stands in `megarl.config.splits`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megarl.config import splits
 from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.config.wording import divisors, listed
+from megarl.config.wording import divisors
 from megarl.errors import Refusal
 
-#: vLLM pads the vocabulary to a multiple of this and splits the result evenly.
-VLLM_VOCABULARY_MULTIPLE = 64
 #: What Megatron-core 0.16.1 can recompute of the layers that megarl builds; the second only in mixtures of experts.
 RECOMPUTED = ("core_attn", "layernorm", "mlp")
 RECOMPUTED_EXPERTS = ("moe", "moe_act", "shared_experts")
@@ -66,26 +65,27 @@ def of_grid(config: RunConfig, world: int) -> Iterator[Refusal]:
 
 def of_model(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     """What does not fit the model."""
-    yield from _policy(config, shape)
-    yield from _experts(config, shape) if shape.is_moe else _no_experts(config, shape)
-    yield from _recompute(config, shape)
-    yield from _engine(config, shape)
-
-
-def _policy(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     parallel = config.parallel
-    yield from _split(f"parallel.tensor={parallel.tensor}", parallel.tensor, shape)
+    yield from splits.policy_refusals(shape, parallel)
+    yield from _attention(config, shape)
+    yield from _experts(config) if shape.is_moe else _no_experts(config, shape)
     try:
-        layers_of_chunks(shape.num_layers, parallel)
+        chunks = layers_of_chunks(shape.num_layers, parallel)
     except Refusal as refusal:
         yield refusal
+    else:
+        yield from _recompute(config, shape, fewest=min(chunks))
+    yield from splits.engine_refusals(shape, config.rollout.tensor)
+
+
+def _attention(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     if shape.attention_out_bias:
         yield Refusal(
             "attention_bias=true in the model's config.json",
             "gives the attention's output a bias, which Megatron's layers have only together with biases in the MLP",
             "use a model without it",
         )
-    heads = parallel.tensor * parallel.context
+    heads = config.parallel.tensor * config.parallel.context
     if config.megatron.get("cp_comm_type") == "a2a" and shape.num_heads % heads:
         yield Refusal(
             "megatron.cp_comm_type=a2a",
@@ -94,27 +94,13 @@ def _policy(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
         )
 
 
-def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
+def _experts(config: RunConfig) -> Iterator[Refusal]:
     parallel = config.parallel
-    expert_tensor = parallel.expert_tensor or parallel.tensor
     if parallel.tensor > 1 and not parallel.sequence:
         yield Refusal(
             f"parallel.tensor={parallel.tensor} without parallel.sequence",
             "is not possible for a mixture of experts: Megatron dispatches each token from one rank",
             "set parallel.sequence=true",
-        )
-    if shape.num_experts % parallel.expert:
-        yield Refusal(
-            f"parallel.expert={parallel.expert}",
-            f"must divide the model's {shape.num_experts} experts",
-            f"use {divisors(shape.num_experts)}",
-        )
-    if shape.expert_ffn_size % expert_tensor:
-        name = "expert_tensor" if parallel.expert_tensor else "tensor"
-        yield Refusal(
-            f"parallel.{name}={expert_tensor}",
-            f"must divide the {shape.expert_ffn_size} rows of an expert's MLP",
-            f"set parallel.expert_tensor to {divisors(shape.expert_ffn_size, shape.num_heads)}",
         )
     if config.moe.routing_replay != "off" and not config.algorithm.generates:
         yield Refusal(
@@ -122,7 +108,6 @@ def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             "needs an algorithm that generates: the experts are those of the engine",
             "remove it",
         )
-
     if config.moe.routing_replay != "off" and config.rollout.replay is not None:
         yield Refusal(
             f"moe.routing_replay={config.moe.routing_replay}",
@@ -145,7 +130,7 @@ def _no_experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             yield Refusal(value, rule, f"remove {value.partition('=')[0]}")
 
 
-def _recompute(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
+def _recompute(config: RunConfig, shape: ModelShape, fewest: int) -> Iterator[Refusal]:
     recompute = config.recompute
     known = RECOMPUTED + (RECOMPUTED_EXPERTS if shape.is_moe else ())
     if recompute.kind == "selective":
@@ -153,60 +138,9 @@ def _recompute(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             if module not in known:
                 rule = f"must be among {', '.join(known)} for a {shape.family} model"
                 yield Refusal(f"recompute.modules={module}", rule, "remove it, or name one of these")
-    try:
-        fewest = min(layers_of_chunks(shape.num_layers, config.parallel))
-    except Refusal:
-        return  # said already
     if recompute.kind == "full" and recompute.layers > fewest:
         yield Refusal(
             f"recompute.layers={recompute.layers}",
             f"must not exceed the {fewest} layers of the smallest pipeline stage",
             f"use at most {fewest}",
-        )
-
-
-def _engine(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    tensor = config.rollout.tensor
-    yield from _split(f"rollout.tensor={tensor}", tensor, shape)
-    if shape.is_moe and shape.expert_ffn_size % tensor:
-        yield Refusal(
-            f"rollout.tensor={tensor}",
-            f"must divide the {shape.expert_ffn_size} rows of an expert's MLP",
-            f"use {divisors(shape.num_heads, shape.expert_ffn_size)}",
-        )
-    padded = -(-shape.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
-    if padded % tensor:
-        rule = f"must divide the model's vocabulary of {shape.vocab_size}, padded by vLLM to {padded}"
-        yield Refusal(f"rollout.tensor={tensor}", rule, "use a power of two")
-
-
-def _split(value: str, tensor: int, shape: ModelShape) -> Iterator[Refusal]:
-    """Tensor parallelism `tensor` of the policy or the engine; both split heads and the MLP alike.
-
-    Megatron-core 0.16.1 (TransformerConfig.__post_init__) and vLLM (the models' attention) both want
-    key-value heads that TP divides, each rank holding some, or that divide TP, each copied to several.
-    """
-    if shape.num_heads % tensor:
-        yield Refusal(
-            value, f"must divide the model's {shape.num_heads} attention heads", f"use {divisors(shape.num_heads)}"
-        )
-    elif shape.num_kv_heads % tensor and tensor % shape.num_kv_heads:
-        usable = [n for n in range(1, shape.num_heads + 1) if shape.num_heads % n == 0]
-        usable = [n for n in usable if shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0]
-        yield Refusal(
-            value,
-            f"must divide the model's {shape.num_kv_heads} key-value heads or be a multiple of them",
-            f"use {listed(usable)}",
-        )
-    elif not (all(shape.sparse_layers) and shape.is_moe) and shape.ffn_size % tensor:
-        yield Refusal(
-            value,
-            f"must divide the model's MLP size of {shape.ffn_size}",
-            f"use {divisors(shape.num_heads, shape.ffn_size)}",
-        )
-    elif shape.shared_expert_ffn_size % tensor:
-        yield Refusal(
-            value,
-            f"must divide the {shape.shared_expert_ffn_size} rows of the shared expert's MLP",
-            f"use {divisors(shape.num_heads, shape.shared_expert_ffn_size)}",
         )

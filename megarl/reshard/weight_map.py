@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from math import lcm, prod
 
+from megarl.config import splits
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
 from megarl.errors import Refusal
 from megarl.reshard.boxes import LocalTensor, Region, extents, whole
 from megarl.reshard.table import Row, axis_sizes, rows_of
-
-#: vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`) before it splits it.
-VLLM_VOCABULARY_MULTIPLE = 64
 
 #: Part of a fused tensor: which of the row's checkpoint tensors, and its rows [start, stop).
 Span = tuple[int, int, int]
@@ -115,8 +113,8 @@ def megatron_tensors(
     divide.
     """
     tensor = grid.tensor
-    _check_division(shape, tensor, "parallel.tensor", fused_rows=True)
-    check_experts(shape, grid.expert, grid.expert_tensor)
+    for refusal in splits.policy_refusals(shape, parallel):
+        raise refusal
     vocabulary = padded_vocab_size(shape.vocab_size, tensor, vocab_multiple)
     cut = _Cut(tensor, grid.tensor_rank, vocabulary, _megatron_qkv)
     expert_cut = _Cut(grid.expert_tensor, grid.expert_tensor_rank, vocabulary, _megatron_qkv)
@@ -142,21 +140,17 @@ def vllm_tensors(shape: ModelShape, *, tensor: int, tensor_rank: int) -> dict[st
     have no `lm_head.weight`. Raises `Refusal` where sizes do not divide, and where vLLM's class has
     no parameter for one of the checkpoint's tensors.
     """
-    _check_division(shape, tensor, "rollout.tensor", fused_rows=False)
-    vocabulary = -(-shape.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
-    if vocabulary % tensor:
-        raise Refusal(
-            f"rollout.tensor={tensor}", f"must divide vLLM's padded vocabulary of {vocabulary}", "use a power of two"
-        )
+    for refusal in splits.engine_refusals(shape, tensor):
+        raise refusal
     rows = rows_of(shape, pipelined=False)
     for row in rows:
         if row.vllm is None:
             raise Refusal(
-                f"{row.parts[0][0].format(layer=0)} of a {shape.family} model",
+                f"{row.parts[0][0].format(layer=0, expert=0)} of a {shape.family} model",
                 f"has no place in vLLM's class for {shape.family}",
                 "use a model without it",
             )
-    cut = _Cut(tensor, tensor_rank, vocabulary, _vllm_qkv)
+    cut = _Cut(tensor, tensor_rank, splits.vllm_vocabulary(shape), _vllm_qkv)
     tensors: dict[str, LocalTensor] = {}
     for present, layer in _forward_order(rows, range(shape.num_layers), shape):
         for row in present:
@@ -195,48 +189,6 @@ def checkpoint_tensors(shape: ModelShape, *, writers: int = 1, writer: int = 0) 
             share[name] = LocalTensor(name, dims, (Region(name, whole(dims), whole(dims)),))
         before += sizes[name]
     return share
-
-
-def _check_division(shape: ModelShape, tensor: int, setting: str, fused_rows: bool) -> None:
-    """Refuse a tensor-parallel size that the model cannot be cut by.
-
-    Both worlds need whole query heads per rank, and key-value heads that divide the ranks or are
-    divided by them. With fewer key-value heads than ranks, Megatron cuts the fused query-key-value
-    rows of a group in equal parts without regard to heads (`fused_rows`): it gathers them again.
-    """
-
-    # Megatron's experts have a split of their own (`check_experts`).
-    split = [shape.ffn_size, shape.shared_expert_ffn_size] + ([] if fused_rows else [shape.expert_ffn_size])
-
-    def fits(size: int) -> bool:
-        rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        return (
-            shape.num_heads % size == 0
-            and (shape.num_kv_heads % size == 0 or size % shape.num_kv_heads == 0)
-            and all(ffn % size == 0 for ffn in split)
-            and not (fused_rows and rows % size)
-        )
-
-    if not fits(tensor):
-        raise Refusal(
-            f"{setting}={tensor}",
-            f"must divide the model's {shape.num_heads} heads and ffn size {shape.ffn_size}, and divide its "
-            f"{shape.num_kv_heads} key-value heads or be a multiple of them",
-            f"use one of {[size for size in range(1, shape.num_heads + 1) if fits(size)]}",
-        )
-
-
-def check_experts(shape: ModelShape, expert: int, expert_tensor: int) -> None:
-    """Refuse sizes of expert parallelism that do not divide the experts of a mixture."""
-    if not shape.is_moe:
-        return
-    for name, size, total, what in (
-        ("expert", expert, shape.num_experts, "experts"),
-        ("expert_tensor", expert_tensor, shape.expert_ffn_size, "rows of an expert's MLP"),
-    ):
-        if total % size:
-            fits = [n for n in range(1, total + 1) if total % n == 0][:12]
-            raise Refusal(f"parallel.{name}={size}", f"must divide the model's {total} {what}", f"use one of {fits}")
 
 
 def _megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:

@@ -10,7 +10,6 @@ import torch
 from vllm import ModelRegistry
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from megarl.config import vendor_fields
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -32,23 +31,14 @@ CPU_EXPERT_MULTIPLE = 32
 
 
 def engine_arguments(
-    config: RunConfig, shape: ModelShape, world_size: int, *, load_weights: bool, record_routing: bool = False
+    config: RunConfig, shape: ModelShape, *, load_weights: bool, record_routing: bool = False
 ) -> dict[str, Any]:
-    """EngineArgs fields for a run. Raises `Refusal` for what cannot work."""
+    """EngineArgs fields for a run that keeps `megarl.config.rules`.
+
+    Raises `Refusal` for what this build of vLLM cannot do.
+    """
     rollout = config.rollout
-    if world_size % rollout.tensor:
-        raise Refusal(
-            f"rollout.tensor={rollout.tensor}",
-            f"must divide the {world_size} processes",
-            "choose a divisor of parallel.processes",
-        )
     length = config.algorithm.longest_prompt(config) + max(rollout.max_tokens, config.evaluation.max_tokens or 0)
-    if length > shape.max_positions:
-        raise Refusal(
-            f"the longest prompt + the longest response = {length} tokens",
-            f"must fit the model's {shape.max_positions} positions",
-            "lower data.max_prompt_tokens, rollout.max_tokens or evaluation.max_tokens",
-        )
     arguments: dict[str, Any] = {
         "model": config.model.path,
         "tensor_parallel_size": rollout.tensor,
@@ -66,34 +56,10 @@ def engine_arguments(
         "disable_log_stats": True,
     }
     arguments |= _gpu_arguments(config) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
-    arguments |= _passed_through(config.vllm)
-    if shape.is_moe:
-        _check_experts(shape, rollout.tensor)
+    arguments |= config.vllm
     if record_routing:
         arguments |= _routing_arguments(shape, arguments)
     return arguments
-
-
-def _check_experts(shape: ModelShape, tensor: int) -> None:
-    """Refuse a mixture of experts that vLLM cannot cut over `tensor` ranks, each with its share of every expert."""
-    widths = {"experts": shape.expert_ffn_size, "shared expert": shape.shared_expert_ffn_size}
-    for name, width in widths.items():
-        if width % tensor:
-            raise Refusal(
-                f"rollout.tensor={tensor}",
-                f"must divide the size {width} of the model's {name}, of which every rank holds a share",
-                f"use a divisor of {width}",
-            )
-    if tensor > shape.num_experts:
-        raise Refusal(
-            f"rollout.tensor={tensor}", f"must be at most the model's {shape.num_experts} experts", "lower it"
-        )
-    if not torch.cuda.is_available() and shape.hidden_size % CPU_EXPERT_MULTIPLE:
-        raise Refusal(
-            f"hidden_size={shape.hidden_size} of a mixture of experts",
-            f"must be a multiple of {CPU_EXPERT_MULTIPLE} for vLLM's CPU kernels",
-            "use a model with such a size",
-        )
 
 
 def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +95,12 @@ def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[st
             f"vLLM's CPU backend has kernels for {', '.join(map(str, sizes))} alone",
             "use a model with one of these head sizes",
         )
+    if shape.is_moe and shape.hidden_size % CPU_EXPERT_MULTIPLE:
+        raise Refusal(
+            f"hidden_size={shape.hidden_size} of a mixture of experts",
+            f"must be a multiple of {CPU_EXPERT_MULTIPLE} for vLLM's CPU kernels",
+            "use a model with such a size",
+        )
     return {
         "enforce_eager": True,
         "worker_cls": "megarl.rollout.cpu_worker.Worker",
@@ -159,13 +131,6 @@ def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
         "gpu_memory_utilization": config.rollout.gpu_memory_fraction,
         "kv_cache_memory_bytes": None if gib is None else int(gib * GIB),
     }
-
-
-def _passed_through(options: dict[str, Any]) -> dict[str, Any]:
-    """The `vllm:` table. Raises the first `Refusal` of an option that is unknown or megarl's own."""
-    for refusal in vendor_fields.refusals("vllm", options):
-        raise refusal
-    return dict(options)
 
 
 def register_model_class(family: str) -> None:

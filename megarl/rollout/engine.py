@@ -81,8 +81,8 @@ class Engine:
 
     Its weights are undefined until the first push (`megarl.rollout.weights`), unless `load_weights` lets
     vLLM read them from `model.path`. `eos_token_ids` end a response. With `record_routing` completions come with
-    the experts of their tokens. Raises `Refusal` for lengths the model cannot hold, for unknown or reserved `vllm`
-    options, for a mixture of experts that vLLM cannot run in this layout, and where routing cannot be recorded.
+    the experts of their tokens. `config` is one that keeps `megarl.config.rules`. Raises `Refusal` for a model that
+    this build of vLLM has no kernels for, and where routing cannot be recorded.
     """
 
     def __init__(
@@ -96,9 +96,7 @@ class Engine:
         load_weights: bool = False,
         record_routing: bool = False,
     ) -> None:
-        arguments = engine_arguments(
-            config, shape, world_size, load_weights=load_weights, record_routing=record_routing
-        )
+        arguments = engine_arguments(config, shape, load_weights=load_weights, record_routing=record_routing)
         self.num_replicas = world_size // config.rollout.tensor
         self.replica, self.replica_rank = divmod(rank, config.rollout.tensor)
         self.replica_group = _replica_group(config.rollout.tensor, world_size, rank)

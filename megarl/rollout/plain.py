@@ -21,8 +21,8 @@ T = TypeVar("T")
 class PlainEngine:
     """`vllm.LLM` with the engine arguments of a run. A push can fill it as it fills an `Engine`."""
 
-    def __init__(self, config: RunConfig, shape: ModelShape, world_size: int) -> None:
-        arguments: dict[str, Any] = engine_arguments(config, shape, world_size, load_weights=False)
+    def __init__(self, config: RunConfig, shape: ModelShape) -> None:
+        arguments: dict[str, Any] = engine_arguments(config, shape, load_weights=False)
         arguments["enable_sleep_mode"] = False
         with environment.quiet(), environment.own_randomness(None):
             self._llm = LLM(**arguments)

@@ -90,7 +90,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
         session.recorder.open()
         engine = session.engine
         assert engine is not None
-        plain = PlainEngine(config, session.shape, session.world.size)
+        plain = PlainEngine(config, session.shape)
         Push(session.policy, plain).run()
         sampling = Sampling(
             max_tokens=config.rollout.max_tokens,

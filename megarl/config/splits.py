@@ -1,0 +1,101 @@
+"""Which sizes of tensor and expert parallelism cut a model into equal shares, in the policy and in the engine.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megarl.config.model_shape import ModelShape
+from megarl.config.sections import ParallelSettings
+from megarl.config.wording import divisors, listed
+from megarl.errors import Refusal
+
+#: vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`) and splits the result evenly.
+VLLM_VOCABULARY_MULTIPLE = 64
+
+
+def vllm_vocabulary(shape: ModelShape) -> int:
+    """Rows of vLLM's embedding, of all ranks together."""
+    return -(-shape.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
+
+
+def policy_refusals(shape: ModelShape, parallel: ParallelSettings) -> Iterator[Refusal]:
+    """What `parallel` cannot cut of `shape`."""
+    tensor, expert = parallel.tensor, parallel.expert
+    value = f"parallel.tensor={tensor}"
+    yield from _dense(value, tensor, shape)
+    # With fewer key-value heads than ranks Megatron cuts a group's fused rows in equal parts, and gathers them again.
+    rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    if not shape.num_heads % tensor and rows % tensor:
+        yield Refusal(
+            value,
+            f"must divide the {rows} fused rows of the model's queries, keys and values",
+            f"use {divisors(shape.num_heads, rows)}",
+        )
+    if not shape.is_moe:
+        return
+    if shape.num_experts % expert:
+        yield Refusal(
+            f"parallel.expert={expert}",
+            f"must divide the model's {shape.num_experts} experts",
+            f"use {divisors(shape.num_experts)}",
+        )
+    expert_tensor = parallel.expert_tensor or tensor
+    if shape.expert_ffn_size % expert_tensor:
+        yield Refusal(
+            f"parallel.{'expert_tensor' if parallel.expert_tensor else 'tensor'}={expert_tensor}",
+            f"must divide the {shape.expert_ffn_size} rows of an expert's MLP",
+            f"set parallel.expert_tensor to {divisors(shape.expert_ffn_size, shape.num_heads)}",
+        )
+
+
+def engine_refusals(shape: ModelShape, tensor: int) -> Iterator[Refusal]:
+    """What an engine of `tensor` ranks, each with its share of every weight, cannot cut of `shape`."""
+    value = f"rollout.tensor={tensor}"
+    yield from _dense(value, tensor, shape)
+    if shape.is_moe and shape.expert_ffn_size % tensor:
+        yield Refusal(
+            value,
+            f"must divide the {shape.expert_ffn_size} rows of an expert's MLP",
+            f"use {divisors(shape.num_heads, shape.expert_ffn_size)}",
+        )
+    if shape.is_moe and tensor > shape.num_experts:
+        yield Refusal(value, f"must be at most the model's {shape.num_experts} experts, as vLLM wants it", "lower it")
+    padded = vllm_vocabulary(shape)
+    if padded % tensor:
+        rule = f"must divide the model's vocabulary of {shape.vocab_size}, padded by vLLM to {padded}"
+        yield Refusal(value, rule, "use a power of two")
+
+
+def _dense(value: str, tensor: int, shape: ModelShape) -> Iterator[Refusal]:
+    """Heads and MLPs that every token passes; policy and engine split them alike.
+
+    Megatron-core 0.16.1 (TransformerConfig.__post_init__) and vLLM (the models' attention) both want
+    key-value heads that TP divides, each rank holding some, or that divide TP, each copied to several.
+    """
+    if shape.num_heads % tensor:
+        yield Refusal(
+            value, f"must divide the model's {shape.num_heads} attention heads", f"use {divisors(shape.num_heads)}"
+        )
+    elif shape.num_kv_heads % tensor and tensor % shape.num_kv_heads:
+        usable = [n for n in range(1, shape.num_heads + 1) if shape.num_heads % n == 0]
+        usable = [n for n in usable if shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0]
+        yield Refusal(
+            value,
+            f"must divide the model's {shape.num_kv_heads} key-value heads or be a multiple of them",
+            f"use {listed(usable)}",
+        )
+    elif not (shape.is_moe and all(shape.sparse_layers)) and shape.ffn_size % tensor:
+        yield Refusal(
+            value,
+            f"must divide the model's MLP size of {shape.ffn_size}",
+            f"use {divisors(shape.num_heads, shape.ffn_size)}",
+        )
+    elif shape.shared_expert_ffn_size % tensor:
+        yield Refusal(
+            value,
+            f"must divide the {shape.shared_expert_ffn_size} rows of the shared expert's MLP",
+            f"use {divisors(shape.num_heads, shape.shared_expert_ffn_size)}",
+        )
