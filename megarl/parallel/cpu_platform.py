@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,9 +65,17 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NullStream:
-    """Stands for a CUDA stream or event: work on the CPU is already in order."""
+    """Stands for a CUDA stream or event, of Megatron-core's and of vLLM's: work on the CPU is already in order."""
+
+    device = torch.device("cpu")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NullStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         pass
 
     def wait_stream(self, other: Any = None) -> None:
@@ -82,6 +89,16 @@ class _NullStream:
     def synchronize(self) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
+
+def redirect_streams() -> None:
+    """Put stand-ins in the place of CUDA's streams and events."""
+    cuda: Any = torch.cuda
+    cuda.Stream = cuda.Event = _NullStream
+    cuda.current_stream = cuda.default_stream = cuda.stream = lambda *_, **__: _NullStream()
+
 
 def _redirect_cuda_functions() -> None:
     cuda: Any = torch.cuda
@@ -93,9 +110,7 @@ def _redirect_cuda_functions() -> None:
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.Stream = cuda.Event = _NullStream
-    cuda.current_stream = cuda.default_stream = lambda *_: _NullStream()
-    cuda.stream = lambda *_: nullcontext()
+    redirect_streams()
     for name in ("Float", "Half", "BFloat16", "Int", "Long", "Byte"):
         setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
 
