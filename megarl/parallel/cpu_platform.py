@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 #: Factory functions Megatron-core calls with device="cuda".
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_strided")
@@ -41,6 +42,9 @@ def activate() -> None:
     # Megatron refuses to build overlapping communicators without this variable on older devices; it has no
     # meaning for gloo, but its absence is a warning per model.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # `with torch.device(...)` knows factory functions by identity, from a set made at its first use: of the originals,
+    # which are what it meets. Made later it would hold the wrappers, and the device would be passed over in silence.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_cuda_functions()
