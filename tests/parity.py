@@ -36,6 +36,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 #: Layer 1 of 4 is dense.
 QWEN_EXPERTS = {
@@ -68,6 +74,7 @@ MODELS = {
         "Qwen2Moe", True, QWEN_EXPERTS | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}
     ),
     "mixtral": Model("Mixtral", False, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mistral-yarn": Model("Mistral", False, {"sliding_window": None, "rope_parameters": YARN_ROPE}),
     "llama-linear": Model("Llama", True, {"rope_parameters": LINEAR_ROPE}),
 }
 #: 97 is odd, and less than the 128 rows that Megatron pads it to.

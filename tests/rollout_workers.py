@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = {
-    # name: (transformers classes, tied embeddings, precision)
+    # name: (transformers classes, tied embeddings, precision, sizes beside SIZES)
     "qwen2": ("Qwen2", True, "fp32"),
     "llama": ("Llama", False, "fp32"),
+    "mistral": ("Mistral", False, "fp32", {"sliding_window": None}),
     "qwen3": ("Qwen3", True, "fp32"),
     "qwen2-untied-bf16": ("Qwen2", False, "bf16"),
 }
@@ -79,9 +80,13 @@ def run_world(scenario: str, folder: Path, processes: int) -> list[Any]:
 
 
 def write_checkpoint(folder: Path, family: str, seed: int) -> Path:
-    """A tiny random Hugging Face checkpoint, written once."""
+    """A tiny random Hugging Face checkpoint, written once: by transformers, then to Megatron's format and back."""
     import torch
     import transformers
+
+    from megarl.config.sections import ParallelSettings
+    from megarl.conversion import to_hf, to_megatron
+    from megarl.conversion.ranks import Ranks
 
     path = folder / f"{family}-{seed}"
     if not path.exists():
@@ -91,7 +96,10 @@ def write_checkpoint(folder: Path, family: str, seed: int) -> Path:
         model = getattr(transformers, f"{classes}ForCausalLM")(config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(path)
+        model.save_pretrained(folder / "original" / path.name)
+        megatron = folder / "megatron" / path.name
+        to_megatron.convert(folder / "original" / path.name, megatron, ParallelSettings(tensor=2), Ranks())
+        to_hf.convert(megatron, path, Ranks())
     return path
 
 

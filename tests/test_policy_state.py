@@ -14,6 +14,7 @@ import parity
 import pytest
 
 from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
 
 SAVED_UNDER = {"tensor": 2}
 SAVED_MIXTURES_UNDER = {"tensor": 2, "sequence": True, "expert": 2}
@@ -88,7 +89,7 @@ def load_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
             name = f"{model}-{world.size}-{number}"
             config = config_for(folder / model, parallel)
             with parity.policy_of(config, world, weights=False) as policy:
-                saved = checkpoint.require(folder / f"{model}-saved", "resume")
+                saved = checkpoint_folder.require(folder / f"{model}-saved", "resume")
                 progress = checkpoint.load(policy, saved, optimizer=True)
                 weights = parity.exported(policy, folder / f"{name}-hf")
                 checkpoint.save(policy, folder / f"{name}-again", 2, progress, optimizer=True, keep=2)
@@ -211,28 +212,24 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_checkpoints_give_way_to_the_one_before_or_are_refused(root: Path, damage: Any):
-    from megarl.policy import checkpoint
-
-    assert checkpoint.find(root) == checkpoint.find(root / "step_000002") == root / "step_000002"
+    assert checkpoint_folder.find(root) == checkpoint_folder.find(root / "step_000002") == root / "step_000002"
     damage(root / "step_000002")
-    assert checkpoint.find(root) == root / "step_000001"
+    assert checkpoint_folder.find(root) == root / "step_000001"
     with pytest.raises(Refusal, match=f"step_000002: must be a complete checkpoint, but .*{DAMAGES[damage]}"):
-        checkpoint.require(root / "step_000002", "model.weights")
+        checkpoint_folder.require(root / "step_000002", "model.weights")
     damage(root / "step_000001")
     with pytest.raises(Refusal, match=DAMAGES[damage]):
-        checkpoint.find(root)
+        checkpoint_folder.find(root)
 
 
 def test_unfinished_and_later_checkpoints_are_not_found(root: Path, tmp_path: Path):
     """What is still being written, and what an earlier run of that name left beyond `latest`."""
-    from megarl.policy import checkpoint
-
     shutil.copytree(root / "step_000002", root / "step_000001.partial")
     (root / "latest").write_text("step_000001")
-    assert checkpoint.find(root) == root / "step_000001"
-    assert checkpoint.find(tmp_path / "nothing") is None
+    assert checkpoint_folder.find(root) == root / "step_000001"
+    assert checkpoint_folder.find(tmp_path / "nothing") is None
     with pytest.raises(Refusal, match=r"model.weights=.*nothing: must be a checkpoint"):
-        checkpoint.require(tmp_path / "nothing", "model.weights")
+        checkpoint_folder.require(tmp_path / "nothing", "model.weights")
 
 
 def refusals(world: Any, folder: Path, bare: Path) -> list[str]:
@@ -244,7 +241,7 @@ def refusals(world: Any, folder: Path, bare: Path) -> list[str]:
         with parity.policy_of(config_for(folder / model, {}), world) as policy:
             before = parity.exported(policy, folder / "refused-hf")
             try:
-                checkpoint.load(policy, checkpoint.require(folder / root, "resume"), optimizer=optimizer)
+                checkpoint.load(policy, checkpoint_folder.require(folder / root, "resume"), optimizer=optimizer)
             except Refusal as refusal:
                 said.append(str(refusal))
             after = parity.exported(policy, folder / "refused-hf")

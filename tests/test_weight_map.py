@@ -148,7 +148,7 @@ REFUSED = {
                          r"model\.layers\.0\.self_attn\.o_proj\.bias of a qwen3 model: has no place in vLLM's class"),
     "family": (lambda: hf_tensors(replace(make_shape(), family="gpt2")),
                r"model family 'gpt2': must be one of "
-               r"\['llama', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe'\]"),
+               r"\['llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe'\]"),
     "missing": (lambda: check_hf_shapes(make_shape(), {}, "model.safetensors"),
                 r"model\.safetensors without model\.embed_tokens\.weight"),
     "other shape": (

@@ -117,17 +117,11 @@ def _experts(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _no_experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    parallel, moe = config.parallel, config.moe
-    given = {
-        f"parallel.expert={parallel.expert}": parallel.expert > 1,
-        f"parallel.expert_tensor={parallel.expert_tensor}": parallel.expert_tensor not in (None, 1),
-        f"moe.aux_loss_coefficient={moe.aux_loss_coefficient}": moe.aux_loss_coefficient is not None,
-        f"moe.routing_replay={moe.routing_replay}": moe.routing_replay != "off",
-    }
-    for value, present in given.items():
-        if present:
-            rule = f"is for mixtures of experts, and a {shape.family} model is dense"
-            yield Refusal(value, rule, f"remove {value.partition('=')[0]}")
+    moe = config.moe
+    if moe.aux_loss_coefficient is not None:
+        yield splits.of_mixtures(f"moe.aux_loss_coefficient={moe.aux_loss_coefficient}", shape)
+    if moe.routing_replay != "off":
+        yield splits.of_mixtures(f"moe.routing_replay={moe.routing_replay}", shape)
 
 
 def _recompute(config: RunConfig, shape: ModelShape, fewest: int) -> Iterator[Refusal]:

@@ -62,6 +62,7 @@ class ModelShape:
 #: What a family adds to the common llama shape.
 FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {"qkv_bias": False, "qk_norm": False},
+    "mistral": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "qwen2_moe": {"qkv_bias": True, "qk_norm": False},
@@ -120,11 +121,18 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
             "convert to a supported architecture",
         )
     switches = FAMILIES[family]
-    if raw.get("use_sliding_window") or (family == "mixtral" and raw.get("sliding_window")):
+    if raw.get("auto_map"):
         raise Refusal(
-            f"sliding_window={raw.get('sliding_window')} in {origin}",
+            f"auto_map in {origin}",
+            "names code that comes with the checkpoint, which is never run",
+            f"remove it if the weights are those of a plain {family} model, or use another checkpoint",
+        )
+    window = _sliding_window(family, raw)
+    if window is not None:
+        raise Refusal(
+            f"sliding_window={window} in {origin}",
             "sliding-window attention is not supported",
-            "use a model without it",
+            "use a model without it, or lower max_position_embeddings to the window",
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise Refusal(f"hidden_act={raw['hidden_act']!r} in {origin}", "must be silu", "use a SwiGLU model")
@@ -173,6 +181,14 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
         **(_experts(family, raw, origin) if family in EXPERT_SIZES else {}),
     )
+
+
+def _sliding_window(family: str, raw: dict[str, Any]) -> int | None:
+    """The tokens that attention looks back, None for all of them; with transformers' default where it is not said."""
+    if family in ("mistral", "mixtral"):
+        window = raw.get("sliding_window", 4096 if family == "mistral" else None)
+        return window if window and window < int(raw.get("max_position_embeddings", 4096 * 32)) else None
+    return raw.get("sliding_window") if raw.get("use_sliding_window") else None
 
 
 def _experts(family: str, raw: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -35,6 +35,10 @@ def policy_refusals(shape: ModelShape, parallel: ParallelSettings) -> Iterator[R
             f"use {divisors(shape.num_heads, rows)}",
         )
     if not shape.is_moe:
+        if expert > 1:
+            yield of_mixtures(f"parallel.expert={expert}", shape)
+        if parallel.expert_tensor not in (None, 1):
+            yield of_mixtures(f"parallel.expert_tensor={parallel.expert_tensor}", shape)
         return
     if shape.num_experts % expert:
         yield Refusal(
@@ -49,6 +53,12 @@ def policy_refusals(shape: ModelShape, parallel: ParallelSettings) -> Iterator[R
             f"must divide the {shape.expert_ffn_size} rows of an expert's MLP",
             f"set parallel.expert_tensor to {divisors(shape.expert_ffn_size, shape.num_heads)}",
         )
+
+
+def of_mixtures(value: str, shape: ModelShape) -> Refusal:
+    """What is said of a setting of mixtures of experts beside a dense model."""
+    rule = f"is for mixtures of experts, and a {shape.family} model is dense"
+    return Refusal(value, rule, f"remove {value.partition('=')[0]}")
 
 
 def engine_refusals(shape: ModelShape, tensor: int) -> Iterator[Refusal]:

@@ -5,14 +5,11 @@ Only the boxes that the shard needs are read from the safetensors files.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from megarl.errors import Refusal
+from megarl.formats.huggingface import HfCheckpoint
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import Reader, box_view, read_local
@@ -22,10 +19,11 @@ from megarl.reshard.weight_map import check_hf_shapes, hf_tensors, megatron_tens
 def load_hf_weights(policy: Policy, path: str | Path) -> None:
     """Fill the policy from the safetensors files in `path`.
 
-    Raises `Refusal` where a file is missing or unreadable, or a tensor is missing or of another shape.
+    Raises `Refusal` where a file is missing or unreadable, and where a tensor is missing, superfluous or of another
+    shape.
     """
     with HfCheckpoint(path) as checkpoint:
-        check_hf_shapes(policy.shape, checkpoint.shapes(), str(path))
+        check_hf_shapes(policy.shape, checkpoint.shapes, str(path))
         _fill(policy, checkpoint.read)
 
 
@@ -51,54 +49,3 @@ def _fill(policy: Policy, reader: Reader) -> None:
         for name, parameter in policy.named_parameters():
             parameter.copy_(read_local(tensors[name], reader, parameter.dtype))
     policy.weights_changed()
-
-
-class HfCheckpoint:
-    """The safetensors files of a checkpoint directory, opened lazily and read by boxes."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file_of = self._find_files()
-        self._open: dict[str, Any] = {}
-
-    def __enter__(self) -> HfCheckpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-
-    def _find_files(self) -> dict[str, str]:
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            return dict(json.loads(index.read_text())["weight_map"])
-        single = self.path / "model.safetensors"
-        if not single.is_file():
-            raise Refusal(
-                f"model.path={self.path}",
-                "must hold model.safetensors, or an index of several safetensors files",
-                "convert the checkpoint to safetensors, or set model.random_init=true",
-            )
-        with self._opened(single) as file:
-            return dict.fromkeys(file.keys(), single.name)
-
-    def _opened(self, file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except Exception as error:  # safetensors raises its own type for a damaged header, OSError for a missing file
-            raise Refusal(
-                str(file), f"must be a readable safetensors file ({error})", "download or copy it again"
-            ) from None
-
-    def _file(self, name: str) -> Any:
-        file_name = self._file_of[name]
-        if file_name not in self._open:
-            self._open[file_name] = self._opened(self.path / file_name)
-        return self._open[file_name]
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor in the checkpoint."""
-        return {name: tuple(self._file(name).get_slice(name).get_shape()) for name in self._file_of}
-
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """One box of one tensor; the rest of the file is not read."""
-        return self._file(name).get_slice(name)[tuple(slice(start, stop) for start, stop in box)]

@@ -37,6 +37,19 @@ class LocalTensor:
     regions: tuple[Region, ...]
 
 
+def restrict(tensor: LocalTensor, box: Box) -> LocalTensor:
+    """The part of `tensor` in `box`, as a tensor of its own. `tensor` must have no stacked regions."""
+    regions: list[Region] = []
+    for region in tensor.regions:
+        common = intersect(region.local_box, box)
+        if common is not None:
+            shifts = [origin - place for (origin, _), (place, _) in zip(region.hf_box, region.local_box, strict=True)]
+            hf_box = tuple((start + by, stop + by) for (start, stop), by in zip(common, shifts, strict=True))
+            own = tuple((start - first, stop - first) for (start, stop), (first, _) in zip(common, box, strict=True))
+            regions.append(Region(region.hf_name, hf_box, own))
+    return LocalTensor(tensor.name, extents(box), tuple(regions))
+
+
 def whole(shape: Sequence[int]) -> Box:
     """The box that covers a tensor of this shape."""
     return tuple((0, extent) for extent in shape)

@@ -267,6 +267,7 @@ _SHARED_EXPERT = (
 #: The rows of each family, in the order of the forward pass.
 ROWS: dict[str, tuple[Row, ...]] = {
     "llama": (*_FIRST, *_ATTENTION, _output_bias("self_attn.o_proj.bias"), *_DENSE_MLP, *_LAST),
+    "mistral": (*_FIRST, *_ATTENTION, *_DENSE_MLP, *_LAST),
     "qwen2": (*_FIRST, *_ATTENTION, *_DENSE_MLP, *_LAST),
     # vLLM's Qwen3 class builds its output projection without a bias, whatever the checkpoint has.
     "qwen3": (*_FIRST, *_ATTENTION, _output_bias(None), *_DENSE_MLP, *_LAST),

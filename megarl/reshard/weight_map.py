@@ -17,7 +17,10 @@ from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
 from megarl.errors import Refusal
 from megarl.reshard.boxes import LocalTensor, Region, extents, whole
-from megarl.reshard.table import Row, axis_sizes, rows_of
+from megarl.reshard.table import Layout, Row, Stage, axis_sizes, rows_of
+
+#: The checkpoint's name of the output layer.
+OUTPUT_LAYER = "lm_head.weight"
 
 #: Part of a fused tensor: which of the row's checkpoint tensors, and its rows [start, stop).
 Span = tuple[int, int, int]
@@ -68,11 +71,13 @@ def _with_experts(rows: list[Row], experts: int) -> Iterator[tuple[Row, int]]:
 
 
 def check_hf_shapes(shape: ModelShape, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Check the tensors of a checkpoint file against the model. Tensors beyond the model's are ignored.
+    """Check the tensors of a checkpoint against the model.
 
-    Raises `Refusal` naming the first tensor of `origin` that is missing or has another shape.
+    Tables of rotary angles, and an output layer beside tied embeddings, are passed over as transformers does. Raises
+    `Refusal` naming the first tensor of `origin` that is missing, has another shape, or is none of the model's.
     """
-    for name, wanted in hf_tensors(shape).items():
+    expected = hf_tensors(shape)
+    for name, wanted in expected.items():
         if name not in found:
             raise Refusal(f"{origin} without {name}", "must hold every tensor of the model", "restore the checkpoint")
         if tuple(found[name]) != wanted:
@@ -80,6 +85,14 @@ def check_hf_shapes(shape: ModelShape, found: Mapping[str, tuple[int, ...]], ori
                 f"{name} of shape {tuple(found[name])} in {origin}",
                 f"must have shape {wanted} by config.json",
                 "use the config.json that belongs to these weights",
+            )
+    for name in found:
+        known = name in expected or name.endswith("rotary_emb.inv_freq")
+        if not known and not (shape.tied_embeddings and name == OUTPUT_LAYER):
+            raise Refusal(
+                f"{name} in {origin}",
+                f"is no tensor of a {shape.family} model with this config.json",
+                "use the config.json that belongs to these weights, or remove the tensor",
             )
 
 
@@ -131,6 +144,66 @@ def megatron_tensors(
                 place = _Place(layer, grid.expert_rank * experts + local)
                 tensors[name] = _local_tensor(row, name, place, shape, expert_cut if row.experts else cut)
     return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class StoredParameter:
+    """A parameter of the whole model in a distributed checkpoint of Megatron's.
+
+    `key` names a tensor of `shape`; the parameter is its part at `index`, the numbers along the leading dimensions, one
+    for experts, none else. `tensor` is the parameter itself, `halves` are its pieces along dimension 0 that tensor
+    parallelism cuts one by one, and `cut` is the dimension it cuts, None where every rank has all.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    index: tuple[int, ...]
+    tensor: LocalTensor
+    halves: int
+    cut: int | None
+    stage: Stage
+    layer: int
+    expert: int | None
+
+    @property
+    def stacked(self) -> tuple[str, int] | None:
+        """Key and place in checkpoints that stack all layers along a leading dimension; None outside the layers."""
+        prefix, found, rest = self.key.partition(f".layers.{self.layer}.")
+        return (f"{prefix}.layers.{rest}", self.layer) if found else None
+
+
+#: Layout of a row -> (halves, cut) of `StoredParameter`.
+_STORED_CUTS: dict[Layout, tuple[int, int | None]] = {
+    "row": (1, 1),
+    "qkv": (1, 0),
+    "gate_up": (2, 0),
+    "vocabulary": (1, 0),
+    "replicated": (1, None),
+}
+
+
+def stored_parameters(shape: ModelShape, tensor: int = 1, vocab_multiple: int = 128) -> list[StoredParameter]:
+    """The model's parameters as Megatron-core 0.16.1 stores them, in the order of the forward pass.
+
+    `tensor` and `vocab_multiple` pad the vocabulary, as in `padded_vocab_size`. Source of the keys: the
+    `sharded_state_dict` methods of its GPTModel, with every layer under a name of its own.
+    """
+    vocabulary = padded_vocab_size(shape.vocab_size, tensor, vocab_multiple)
+    cut = _Cut(1, 0, vocabulary, _megatron_qkv)
+    found: list[StoredParameter] = []
+    for rows, layer in _forward_order(rows_of(shape, pipelined=False), range(shape.num_layers), shape):
+        for row, expert in _with_experts(rows, shape.num_experts):
+            name = row.megatron.format(layer=layer, expert=expert)
+            whole_tensor = _local_tensor(row, name, _Place(layer, expert), shape, cut)
+            key, lengths, index = name, whole_tensor.shape, ()
+            if row.experts:
+                # Megatron's names end in the expert's number; its keys have one experts module more.
+                key = row.megatron.format(layer=layer, expert="").replace(".experts.", ".experts.experts.")
+                lengths, index = (shape.num_experts, *lengths), (expert,)
+            halves, axis = _STORED_CUTS[row.layout]
+            own = expert if row.experts else None
+            found.append(StoredParameter(key, lengths, index, whole_tensor, halves, axis, row.stage, layer, own))
+    return found
 
 
 def vllm_tensors(shape: ModelShape, *, tensor: int, tensor_rank: int) -> dict[str, LocalTensor]:

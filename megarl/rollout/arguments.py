@@ -17,6 +17,7 @@ from megarl.errors import Refusal
 #: vLLM's model classes by family: module and name. Only the one of the run is imported; those with experts take 0.5 s.
 MODEL_CLASSES: dict[str, tuple[str, str]] = {
     "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal, TrainingStopped
+from megarl.formats import checkpoint_folder
 from megarl.parallel import bootstrap
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.groups import form_grid
@@ -102,7 +103,7 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": checkpoint_path})})
     with session_of(config, evaluate_only=True) as session:
         if checkpoint_path is not None and later:
-            checkpoint.load(session.policy, checkpoint.require(checkpoint_path, "checkpoint"), optimizer=False)
+            checkpoint.load(session.policy, checkpoint_folder.require(checkpoint_path, "checkpoint"), optimizer=False)
         with awake(session):
             result = evaluation.evaluate(session)
         return {"name": config.name, "checkpoint": checkpoint_path, **result}

@@ -7,6 +7,7 @@ import dataclasses
 import torch.distributed as dist
 
 from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
 from megarl.parallel.exchange import from_first
 from megarl.policy import checkpoint
 from megarl.train import replay
@@ -36,7 +37,7 @@ def resume(session: Session) -> bool:
         return False
     root = run_directory(config) / "checkpoints"
     # What rank 0 sees decides, so that all do the same.
-    directory = from_first(checkpoint.find(root))
+    directory = from_first(checkpoint_folder.find(root))
     if directory is None:
         if config.resume == "must":
             raise Refusal(

@@ -19,6 +19,7 @@ from megarl.data.sampler import PromptStream
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
 from megarl.parallel.bootstrap import World
 from megarl.parallel.groups import Grid
 from megarl.policy import checkpoint
@@ -138,7 +139,7 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
     budget = config.steps * config.batch.updates
     policy = Policy(config, shape, world, grid, step_budget=budget, temperature=temperature)
     if settings.consumer not in (None, "initial"):
-        checkpoint.load(policy, checkpoint.require(settings.consumer, "evaluation.consumer"), optimizer=False)
+        checkpoint.load(policy, checkpoint_folder.require(settings.consumer, "evaluation.consumer"), optimizer=False)
         policy.weight_sets.keep(CONSUMER)
     _load_weights(policy, config)
     if settings.consumer == "initial" or (algorithm.needs.initial_weights and not evaluate_only):
@@ -202,7 +203,7 @@ def run_directory(config: RunConfig) -> Path:
 
 def _load_weights(policy: Policy, config: RunConfig) -> None:
     if config.model.weights is not None:
-        checkpoint.load(policy, checkpoint.require(config.model.weights, "model.weights"), optimizer=False)
+        checkpoint.load(policy, checkpoint_folder.require(config.model.weights, "model.weights"), optimizer=False)
     elif config.model.random_init:
         draw_random_weights(policy, config.seed)
     else:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megarl.formats.huggingface import copy_companions, write_index
 from megarl.policy.policy import Policy
 from megarl.reshard.plan import make_plan
 from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors
 from megarl.weights.layouts import policy_tensors
 from megarl.weights.transfer import Mover
-
-#: Files of the original checkpoint that belong to it beside the weights.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 class _HostTensors:
@@ -68,9 +55,7 @@ def export_hf(policy: Policy, directory: Path, original: Path) -> None:
     dist.barrier()
     if world.is_first:
         _write_index(policy, partial, targets)
-        for name in _COMPANIONS:
-            if (original / name).is_file():
-                shutil.copyfile(original / name, partial / name)
+        copy_companions(original, partial, dtype)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     dist.barrier()
@@ -84,8 +69,7 @@ def _write_index(policy: Policy, directory: Path, targets: list[dict]) -> None:
     size = policy.world.size
     if size == 1:
         return
-    weight_map = {name: _file_name(rank, size) for rank, tensors in enumerate(targets) for name in tensors}
-    ordered = {name: weight_map[name] for name in hf_tensors(policy.shape)}
-    (directory / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": ordered}, indent=1)
-    )
+    file_of = {name: _file_name(rank, size) for rank, tensors in enumerate(targets) for name in tensors}
+    shapes = hf_tensors(policy.shape)
+    total = sum(prod(shape) for shape in shapes.values()) * policy.megatron_config.params_dtype.itemsize
+    write_index(directory, {name: file_of[name] for name in shapes}, total)

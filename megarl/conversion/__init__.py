@@ -1,0 +1,1 @@
+"""Checkpoints from one format to the other, piece by piece, over any number of processes."""

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: Hugging Face's and Megatron's files, read and written piece by piece."""

@@ -1,0 +1,237 @@
+"""Hugging Face checkpoints: safetensors files read by boxes, and written at places known beforehand.
+
+safetensors' own writer takes all tensors of a file at once. Here the files are laid out first, so that tensors go to
+their places one by one, in any order and from several processes, and none has to stay in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megarl.errors import Refusal
+from megarl.reshard.boxes import Box
+
+#: safetensors' names of the types of weights, and theirs in torch and in config.json.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+#: Files that belong to a checkpoint beside its weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+INDEX = "model.safetensors.index.json"
+
+#: Bytes read through one mapping of a file. Pages stay in memory as long as the mapping that they were read through.
+MAPPED_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a file says of a tensor, without its data."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class HfCheckpoint:
+    """The safetensors files of a checkpoint directory, opened when needed and read by boxes.
+
+    Raises `Refusal` where there are none, where one is missing, cut short or damaged, and where the index and the files
+    disagree.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._open: dict[str, Any] = {}
+        self._read_bytes = 0
+        self.tensors = self._find_tensors()
+
+    def __enter__(self) -> HfCheckpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+
+    def _find_tensors(self) -> dict[str, Stored]:
+        index = self.path / INDEX
+        if index.is_file():
+            named = _weight_map(index)
+        elif (self.path / "model.safetensors").is_file():
+            named = {}
+        else:
+            raise Refusal(
+                str(self.path),
+                "must hold model.safetensors, or an index of several safetensors files",
+                "convert the checkpoint to safetensors, or give another directory",
+            )
+        tensors: dict[str, Stored] = {}
+        for file in sorted(set(named.values())) or ["model.safetensors"]:
+            opened = self._file(file)
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                part = opened.get_slice(name)
+                tensors[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+        for name, file in named.items():
+            if name not in tensors or tensors[name].file != file:
+                raise Refusal(
+                    f"{name} in {index}", f"must be in {file}, which does not hold it", "copy the checkpoint again"
+                )
+        return tensors
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            path = self.path / file
+            if not path.is_file():
+                raise Refusal(str(path), f"is named in {INDEX} and missing", "copy the checkpoint again")
+            try:
+                self._open[file] = safe_open(path, framework="pt")
+            except Exception as error:  # safetensors raises its own type for a damaged header
+                raise Refusal(
+                    str(path), f"must be a whole safetensors file ({error})", "download or copy it again"
+                ) from None
+        return self._open[file]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor in the checkpoint."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """One box of one tensor; the rest of the file is not read."""
+        found = self._file(self.tensors[name].file).get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
+        self._read_bytes += found.nbytes
+        if self._read_bytes > MAPPED_BYTES:
+            self._open.clear()
+            self._read_bytes = 0
+        return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        raise Refusal(str(index), "must be JSON with a weight_map", "copy the checkpoint again") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+class HfFiles:
+    """The files of a checkpoint to be: `model.safetensors`, or several of at most `file_bytes`, and their index.
+
+    `tensors` are names and shapes in their order; a tensor larger than `file_bytes` has a file of its own.
+    """
+
+    def __init__(self, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file_bytes: int) -> None:
+        self.dtype = dtype
+        groups: list[dict[str, tuple[int, ...]]] = [{}]
+        filled = 0
+        for name, shape in tensors.items():
+            size = prod(shape) * dtype.itemsize
+            if groups[-1] and filled + size > file_bytes:
+                groups.append({})
+                filled = 0
+            groups[-1][name] = shape
+            filled += size
+        self._headers: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        self._places: dict[str, _Place] = {}
+        for number, group in enumerate(groups, start=1):
+            file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            self._lay_out(file, group)
+
+    def _lay_out(self, file: str, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        """The format: 8 bytes with the header's length, the header (JSON, padded to 8 bytes), the tensors' bytes."""
+        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape in tensors.items():
+            size = prod(shape) * self.dtype.itemsize
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[file] = len(text).to_bytes(8, "little") + text
+        start = len(self._headers[file])
+        self._sizes[file] = start + offset
+        for name, shape in tensors.items():
+            self._places[name] = _Place(file, start + header[name]["data_offsets"][0], shape)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files together."""
+        return sum(self._sizes.values())
+
+    def create(self, directory: Path) -> None:
+        """Make the files with their headers and full size, and the index; what is there already stays."""
+        for file, header in self._headers.items():
+            with open(directory / file, "r+b" if (directory / file).exists() else "w+b") as stream:
+                stream.write(header)
+                stream.truncate(self._sizes[file])
+        if len(self._headers) > 1:
+            weight_map = {name: place.file for name, place in self._places.items()}
+            write_index(directory, weight_map, self.total_bytes - sum(map(len, self._headers.values())))
+
+    def write(self, directory: Path, name: str, box: Box, data: torch.Tensor) -> None:
+        """Put the rows `box` of a tensor, whole in all dimensions but the first, at their place."""
+        place = self._places[name]
+        assert all(span == (0, length) for span, length in zip(box[1:], place.shape[1:], strict=True))
+        row_bytes = prod(place.shape[1:]) * self.dtype.itemsize
+        with open(directory / place.file, "r+b") as stream:
+            stream.seek(place.offset + box[0][0] * row_bytes)
+            stream.write(data.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def sync(self, directory: Path, names: Iterable[str]) -> None:
+        """Put what was written of these tensors on the disk."""
+        for file in sorted({self._places[name].file for name in names}):
+            with open(directory / file, "r+b") as stream:
+                os.fsync(stream.fileno())
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of a checkpoint of several files."""
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
+    (directory / INDEX).write_text(json.dumps(content, indent=1))
+
+
+def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy configuration and tokenizer; with `dtype`, config.json gives it as the type of the weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if dtype is None:
+        return
+    config = json.loads((target / "config.json").read_text())
+    if stated_dtype(config) != DTYPE_NAMES[dtype]:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_NAMES[dtype]
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The type of the weights that a config.json states, as torch names it, or None."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return None if stated is None else str(stated).removeprefix("torch.")

@@ -1,0 +1,185 @@
+"""Megatron's distributed checkpoints ("torch_dist"), read and written box by box, without Megatron and without a group.
+
+A checkpoint is files `*.distcp` of tensors saved one after another, each a box of a larger tensor that has a key, and
+`.metadata`, which says what lies where (PyTorch's format, `torch.distributed.checkpoint`); `common.pt` and
+`metadata.json` are Megatron's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+from megarl.errors import Refusal
+from megarl.reshard.boxes import Box, extents, intersect, numel
+
+#: What Megatron-core 0.16.1 writes as metadata.json.
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+#: How megarl has Megatron name tensors and lay out the optimizer's state: every layer under its own name; the state in
+#: model space, so that it loads under any layout, not only under the one it was saved with.
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "non_homogeneous_layers": True,
+}
+
+
+class DistributedCheckpoint:
+    """A checkpoint to be read. `tensors`: shape and type by key; what is not a tensor is left out.
+
+    Raises `Refusal` where `path` holds no such checkpoint, or its index cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / ".metadata").is_file():
+            raise Refusal(
+                str(self.path),
+                "must be a Megatron distributed checkpoint (torch_dist), with .metadata and .distcp files",
+                "give a checkpoints/step_... directory, or one that tools/convert_hf_to_megatron.py wrote",
+            )
+        self._reader = FileSystemReader(self.path)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            raise Refusal(
+                f"{self.path}/.metadata", f"cannot be read ({type(error).__name__})", "copy the checkpoint again"
+            ) from None
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._found = {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self.tensors = {key: (tuple(entry.size), entry.properties.dtype) for key, entry in self._found.items()}
+
+    def check_whole(self, keys: Iterable[str]) -> None:
+        """Raise `Refusal` where a file is missing or cut short, or a tensor of `keys` lacks a part."""
+        for place in (self._metadata.storage_data or {}).values():
+            file = self.path / place.relative_path
+            if not file.is_file():
+                raise Refusal(str(file), "is named in .metadata and missing", "copy the checkpoint again")
+            if file.stat().st_size < place.offset + place.length:
+                raise Refusal(str(file), "is shorter than .metadata says", "copy the checkpoint again")
+        for key in keys:
+            wanted, held = prod(self.tensors[key][0]), sum(map(numel, self.boxes(key)))
+            if held != wanted:
+                raise Refusal(
+                    f"{key} in {self.path}",
+                    f"must have all of its {wanted} elements, but {held} are there",
+                    "copy the checkpoint again",
+                )
+
+    def boxes(self, key: str) -> list[Box]:
+        """The boxes in which a tensor is stored."""
+        return [
+            tuple((start, start + length) for start, length in zip(chunk.offsets, chunk.sizes, strict=True))
+            for chunk in self._found[key].chunks
+        ]
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """One box of one tensor. Of the chunks that the box touches, one at a time is in memory beside the result."""
+        entry = self._found[key]
+        target = torch.empty(extents(box), dtype=entry.properties.dtype)
+        items: list[ReadItem] = []
+        for number, place in enumerate(self.boxes(key)):
+            common = intersect(place, box)
+            if common is None:
+                continue
+            origin = torch.Size(start for start, _ in place)
+            items.append(
+                ReadItem(
+                    type=LoadItemType.TENSOR,
+                    dest_index=MetadataIndex(key),
+                    dest_offsets=torch.Size(start - first for (start, _), (first, _) in zip(common, box, strict=True)),
+                    storage_index=MetadataIndex(key, origin, number),
+                    storage_offsets=torch.Size(start - first for (start, _), first in zip(common, origin, strict=True)),
+                    lengths=torch.Size(extents(common)),
+                )
+            )
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner({key: target}, self._metadata, is_coordinator=True)
+        self._reader.read_data(LoadPlan(items), planner).wait()
+        return target
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of the tensor `key` of `shape`: where it begins, and where its bytes are in which file."""
+
+    key: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    dtype: str
+    file: str
+    start: int
+    size: int
+
+
+def write_file(path: Path, boxes: Iterable[tuple[str, tuple[int, ...], Box, torch.Tensor]]) -> list[Chunk]:
+    """Write a `.distcp` file of boxes: key, shape of the whole tensor, box, data. One is in memory at a time."""
+    chunks: list[Chunk] = []
+    with open(path, "wb") as stream:
+        for key, shape, box, data in boxes:
+            start = stream.tell()
+            # As PyTorch writes them: each by torch.save, and with a storage of its own.
+            torch.save(data if data.untyped_storage().nbytes() == data.nbytes else data.clone(), stream)
+            dtype = str(data.dtype).removeprefix("torch.")
+            offsets = tuple(first for first, _ in box)
+            chunks.append(Chunk(key, shape, offsets, extents(box), dtype, path.name, start, stream.tell() - start))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return chunks
+
+
+def write_index(directory: Path, chunks: Iterable[Chunk]) -> None:
+    """Write what makes `.distcp` files a checkpoint of weights alone: .metadata, metadata.json and common.pt."""
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for chunk in chunks:
+        properties = TensorProperties(dtype=getattr(torch, chunk.dtype))
+        entry = tensors.setdefault(chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.shape), []))
+        offsets, lengths = torch.Size(chunk.offsets), torch.Size(chunk.lengths)
+        entry.chunks.append(ChunkStorageMetadata(offsets, lengths))
+        places[MetadataIndex(chunk.key, offsets)] = _StorageInfo(chunk.file, chunk.start, chunk.size)
+    metadata = Metadata(tensors, storage_data=places)
+    metadata.version = CURRENT_DCP_VERSION
+    torch.save({"content_metadata": CONTENT}, directory / "common.pt")
+    (directory / "metadata.json").write_text(json.dumps(BACKEND))
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def chunk_to_json(chunk: Chunk) -> dict[str, Any]:
+    """A chunk as JSON."""
+    return asdict(chunk)
+
+
+def chunk_from_json(raw: Mapping[str, Any]) -> Chunk:
+    """The inverse of `chunk_to_json`."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    return Chunk(**fields)

@@ -1,0 +1,53 @@
+"""Hugging Face checkpoints of the older kind: pickled `pytorch_model*.bin` files, of which weights alone are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+from megarl.errors import Refusal
+from megarl.formats.huggingface import DTYPES, Stored
+from megarl.reshard.boxes import Box
+
+
+class PickleCheckpoint:
+    """The pickled files of a checkpoint directory, one of them mapped into memory at a time.
+
+    Raises `Refusal` where a file is missing or holds anything but tensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._loaded: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        codes = {dtype: code for code, dtype in DTYPES.items()}
+        self.tensors = {
+            name: Stored(file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+            for file in self._files()
+            for name, tensor in self._load(file).items()
+        }
+
+    def _files(self) -> list[str]:
+        index = self.path / "pytorch_model.bin.index.json"
+        if index.is_file():
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return ["pytorch_model.bin"]
+
+    def _load(self, file: str) -> dict[str, torch.Tensor]:
+        if self._loaded[0] != file:
+            try:
+                self._loaded = (file, torch.load(self.path / file, map_location="cpu", mmap=True, weights_only=True))
+            except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+                raise Refusal(
+                    str(self.path / file),
+                    f"must be a whole file of pickled weights ({' '.join(str(error).split())[:200]})",
+                    "copy it again, or convert the checkpoint to safetensors",
+                ) from None
+        return self._loaded[1]
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """A copy of one box of one tensor."""
+        tensor = self._load(self.tensors[name].file)[name]
+        return tensor[tuple(slice(start, stop) for start, stop in box)].clone()
