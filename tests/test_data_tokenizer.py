@@ -135,3 +135,59 @@ def test_sentencepiece_needs_no_transformers_and_neither_kind_imports_torch(tmp_
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.split("\n")[:2] == ["set()", "False"]
+
+
+#: Llama 2's, for conversations of a user and the assistant.
+LLAMA_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant speak') }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@needs_llama
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_real_sentencepiece_model_reads_all_of_gsm8k_as_the_library_does(split: str) -> None:
+    file = LLAMA.parent / f"gsm8k_{split}.jsonl"
+    library, tokenizer = sentencepiece.SentencePieceProcessor(str(LLAMA)), load_tokenizer(LLAMA)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == {"train": 7473, "test": 1319}[split]
+    for text in (row[column] for row in rows for column in ("question", "answer")):
+        ids = library.encode(text)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == library.decode(ids)
+
+
+@needs_llama
+@pytest.mark.parametrize("kept_as", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chat_template_beside_a_real_sentencepiece_model(kept_as: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").symlink_to(LLAMA)
+    config = json.dumps({"chat_template": LLAMA_TEMPLATE})
+    (tmp_path / kept_as).write_text(LLAMA_TEMPLATE if kept_as.endswith("jinja") else config)
+    library, tokenizer = sentencepiece.SentencePieceProcessor(str(LLAMA)), load_tokenizer(tmp_path / "tokenizer.model")
+    questions = [
+        json.loads(line)["question"] for line in (LLAMA.parent / "gsm8k_test.jsonl").read_text().splitlines()[:200]
+    ]
+    for first, second in zip(questions[::2], questions[1::2], strict=True):
+        talk = [("user", first), ("assistant", "It is 4."), ("user", second)]
+        found = tokenizer.apply_chat([{"role": role, "content": content} for role, content in talk])
+        assert found == [
+            1,
+            *library.encode(f"[INST] {first.strip()} [/INST] It is 4. "),
+            2,
+            1,
+            *library.encode(f"[INST] {second.strip()} [/INST]"),
+        ]
+    with pytest.raises(Refusal, match=r"cannot render a prompt \(only user and assistant speak\)"):
+        tokenizer.apply_chat([{"role": "system", "content": "Be brief."}])
+
+
+def test_chat_template_beside_a_sentencepiece_model(tmp_path: Path) -> None:
+    model = sentencepiece_model(tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}")
+    tokenizer = load_tokenizer(model)
+    wanted = [1, *tokenizer.encode("the fox"), 2]
+    assert load_tokenizer(tmp_path).apply_chat([{"role": "user", "content": "the fox"}]) == wanted

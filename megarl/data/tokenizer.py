@@ -6,10 +6,12 @@ sentencepiece model is read without transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megarl.data.chat_template import find_template, render
 from megarl.errors import Refusal
 
 Message = Mapping[str, str]
@@ -86,7 +88,7 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece `.model` file. It has no chat template."""
+    """A sentencepiece `.model` file, with the chat template beside it, if there is one."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -103,7 +105,14 @@ class SentencePieceTokenizer:
         pad = self._known(self._model.pad_id())
         self.pad_token_id = self.eos_token_id if pad is None else pad
         self.bos = self._known(self._model.bos_id())
-        self.chat_template: str | None = None
+        self.chat_template = find_template(path.parent)
+        self._path = path
+        # Pieces that sentencepiece never finds in a text, such as <s>: a template writes them out.
+        pieces = {self._model.IdToPiece(number): number for number in range(self.vocab_size) if self._hidden(number)}
+        self._controls: dict[str, int] = pieces
+
+    def _hidden(self, token_id: int) -> bool:
+        return bool(self._model.IsControl(token_id) or self._model.IsUnknown(token_id))
 
     def _known(self, token_id: int) -> int | None:
         return None if token_id < 0 else token_id
@@ -115,7 +124,15 @@ class SentencePieceTokenizer:
         return str(self._model.DecodeIds([token_id for token_id in ids if 0 <= token_id < self.vocab_size]))
 
     def apply_chat(self, messages: Sequence[Message]) -> list[int]:
-        return _plain_chat(self, messages)
+        if self.chat_template is None:
+            return _plain_chat(self, messages)
+        named = {"bos_token": self.bos, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
+        tokens = {name: self._model.IdToPiece(number) for name, number in named.items() if number is not None}
+        text = render(self.chat_template, messages, tokens, str(self._path))
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, self._controls))})", text):
+            ids += [self._controls[part]] if part in self._controls else self.encode(part)
+        return ids
 
 
 class HuggingFaceTokenizer:
