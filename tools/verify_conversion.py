@@ -100,6 +100,7 @@ def log_prob_difference(options: argparse.Namespace) -> float | None:
     ours = policy.log_probs(sequences)
     dissolve_grid()
     bootstrap.leave()
+    transformers.utils.logging.disable_progress_bar()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.hf, dtype=torch.float32)
     largest = 0.0
     for sequence, found in zip(sequences, ours or [], strict=True):
