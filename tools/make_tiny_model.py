@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megarl.formats.companions import TOKENIZER_FILES
+
 EXAMPLES = """examples:
   python tools/make_tiny_model.py --out models/tiny --tokenizer models/tokenizer
   python tools/make_tiny_model.py --out models/tied --family qwen3 --layers 2 --hidden 64 --heads 4 --kv-heads 2 --tied
@@ -32,16 +34,6 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 INIT_STD = 0.02
 
 

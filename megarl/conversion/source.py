@@ -12,7 +12,8 @@ import torch
 
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
-from megarl.formats.huggingface import DTYPE_NAMES, DTYPES, INDEX, HfCheckpoint, Stored, stated_dtype
+from megarl.formats.companions import stated_dtype
+from megarl.formats.huggingface import DTYPE_NAMES, DTYPES, INDEX, HfCheckpoint, Stored
 from megarl.formats.pickled import PickleCheckpoint
 from megarl.reshard.boxes import Box
 from megarl.reshard.weight_map import OUTPUT_LAYER, check_hf_shapes, hf_tensors

@@ -14,7 +14,8 @@ from megarl.conversion.ranks import Ranks
 from megarl.conversion.source import DTYPE_OPTIONS, check_finite
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
-from megarl.formats.huggingface import HfFiles, copy_companions
+from megarl.formats.companions import copy_companions
+from megarl.formats.huggingface import DTYPE_NAMES, HfFiles
 from megarl.formats.megatron import DistributedCheckpoint
 from megarl.formats.staging import Staging, check_absent
 from megarl.reshard.boxes import Box, whole
@@ -82,7 +83,7 @@ def convert(
     ranks.wait()
 
     def finish() -> None:
-        copy_companions(config_path, staging.path, written)
+        copy_companions(config_path, staging.path, DTYPE_NAMES[written])
         staging.finish()
 
     ranks.once(finish)

@@ -17,7 +17,8 @@ from megarl.config.sections import ParallelSettings
 from megarl.conversion.ranks import Ranks
 from megarl.conversion.source import Source, check_finite, check_source, open_source
 from megarl.formats import checkpoint_folder, megatron
-from megarl.formats.huggingface import copy_companions
+from megarl.formats.companions import copy_companions
+from megarl.formats.huggingface import DTYPE_NAMES
 from megarl.formats.staging import Staging, check_absent
 from megarl.reshard.boxes import Box, extents, restrict, whole
 from megarl.reshard.copying import read_local
@@ -164,6 +165,6 @@ def _finish(
     chunks = [megatron.chunk_from_json(json_chunk) for name in files for json_chunk in staging.recorded(name)]
     megatron.write_index(staging.path, chunks)
     (staging.path / "hf").mkdir(exist_ok=True)
-    copy_companions(source_path, staging.path / "hf", dtype)
+    copy_companions(source_path, staging.path / "hf", DTYPE_NAMES[dtype])
     checkpoint_folder.write_progress(staging.path, shape, {"step": 0, "optimizer": False})
     staging.finish()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -24,20 +23,6 @@ from megarl.reshard.boxes import Box
 #: safetensors' names of the types of weights, and theirs in torch and in config.json.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-#: Files that belong to a checkpoint beside its weights.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 INDEX = "model.safetensors.index.json"
 
@@ -216,22 +201,3 @@ def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int
     """Write the index of a checkpoint of several files."""
     content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
     (directory / INDEX).write_text(json.dumps(content, indent=1))
-
-
-def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy configuration and tokenizer; with `dtype`, config.json gives it as the type of the weights."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if dtype is None:
-        return
-    config = json.loads((target / "config.json").read_text())
-    if stated_dtype(config) != DTYPE_NAMES[dtype]:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_NAMES[dtype]
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def stated_dtype(config: Mapping[str, Any]) -> str | None:
-    """The type of the weights that a config.json states, as torch names it, or None."""
-    stated = config.get("dtype") or config.get("torch_dtype")
-    return None if stated is None else str(stated).removeprefix("torch.")

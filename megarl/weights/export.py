@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megarl.formats.huggingface import copy_companions, write_index
+from megarl.formats.companions import copy_companions
+from megarl.formats.huggingface import DTYPE_NAMES, write_index
 from megarl.policy.policy import Policy
 from megarl.reshard.plan import make_plan
 from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors
@@ -55,7 +56,7 @@ def export_hf(policy: Policy, directory: Path, original: Path) -> None:
     dist.barrier()
     if world.is_first:
         _write_index(policy, partial, targets)
-        copy_companions(original, partial, dtype)
+        copy_companions(original, partial, DTYPE_NAMES[dtype])
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     dist.barrier()

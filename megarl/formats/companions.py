@@ -1,0 +1,40 @@
+"""The files of a Hugging Face checkpoint beside its weights: configuration, tokenizer, chat template. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+
+def copy_companions(source: Path, target: Path, dtype: str | None = None) -> None:
+    """Copy those that `source` has; with `dtype`, such as bfloat16, config.json states it as the weights' type."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if dtype is None:
+        return
+    config = json.loads((target / "config.json").read_text())
+    if stated_dtype(config) != dtype:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The type of the weights that a config.json states, as torch names it, or None."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return None if stated is None else str(stated).removeprefix("torch.")
