@@ -28,6 +28,7 @@ from megarl.errors import Refusal
 from megarl.formats import megatron
 from megarl.formats.huggingface import HfCheckpoint
 from megarl.formats.megatron import DistributedCheckpoint
+from megarl.formats.staging import Staging
 from megarl.reshard.boxes import extents, whole
 from megarl.reshard.weight_map import hf_tensors
 
@@ -248,13 +249,50 @@ def test_a_killed_conversion_goes_on_where_it_stopped(models: Path, tmp_path: Pa
         with pytest.raises(Refusal):
             DistributedCheckpoint(out)
         written = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.distcp")}
-        done = convert_in_pieces(tool, 0, *arguments)
+        # Another number of processes goes on all the same.
+        done = convert_in_pieces(tool, 0, *arguments, processes=2)
         assert done.returncode == 0, done.stderr
-        assert not partial.exists()
+        assert not partial.exists() and not (out / ".records").exists()
         kept = [name for name, time in written.items() if (out / name).stat().st_mtime_ns == time]
         assert len(kept) == (3 if tool == forth[0] else 0)
     assert bytes_of(tmp_path / "megatron") == bytes_of(tmp_path / "whole")
     assert_same(tmp_path / "back", source)
+
+
+def test_pieces_that_were_lost_are_made_again(models: Path, tmp_path: Path):
+    source = models / "qwen2-untied"
+    to_megatron.convert(source, tmp_path / "whole", ParallelSettings(), Ranks())
+    forth = ("convert_hf_to_megatron", "--hf", source, "--out", tmp_path / "megatron")
+    there = ("convert_megatron_to_hf", "--megatron", tmp_path / "whole", "--out", tmp_path / "back")
+    for (tool, *arguments), lost in ((forth, "__1_0.distcp"), (there, "model.safetensors")):
+        assert convert_in_pieces(tool, 3, *arguments).returncode == -signal.SIGKILL
+        Path(f"{arguments[-1]}.partial", lost).unlink()
+        done = convert_in_pieces(tool, 0, *arguments)
+        assert done.returncode == 0, done.stderr
+    to_hf.convert(tmp_path / "megatron", tmp_path / "round", Ranks())
+    assert_same(tmp_path / "round", source)
+    assert_same(tmp_path / "back", source)
+
+
+def test_two_conversions_into_one_place(models: Path, tmp_path: Path):
+    """The second is refused while the first is at work; what no conversion made is not touched."""
+    first = Staging(tmp_path / "out", {})
+    first.begin(0)
+    with pytest.raises(Refusal, match=r"out\.partial: is being written by another conversion"):
+        to_megatron.convert(models / "qwen2-tied", tmp_path / "out", ParallelSettings(), Ranks())
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "thesis.tex").write_text("dear to me")
+    with pytest.raises(Refusal, match=r"other\.partial: exists, and was not made by a conversion"):
+        to_megatron.convert(models / "qwen2-tied", tmp_path / "other", ParallelSettings(), Ranks())
+    assert (tmp_path / "other.partial" / "thesis.tex").is_file()
+
+
+def test_processes_that_mpi_does_not_join_are_refused():
+    """As under a launcher of another MPI: each would take itself for the only one."""
+    code = "from megarl.conversion.command import run; import sys; sys.exit(run(lambda ranks: 0))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_STEP_NUM_TASKS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "2 processes of which MPI knows 1: must find each other" in done.stderr
 
 
 def test_another_conversion_into_the_same_place_starts_clean(models: Path, tmp_path: Path):
@@ -370,6 +408,42 @@ def index_astray(models: Path, tmp_path: Path) -> Path:
     return source
 
 
+def two_saves(models: Path, tmp_path: Path) -> Path:
+    source = rewritten(models / "qwen2-untied", tmp_path / "spoiled", files=3)
+    shutil.copy(models / "qwen2-untied" / "model.safetensors", source)
+    return source
+
+
+def classifier(models: Path, tmp_path: Path) -> Path:
+    return with_config(models, tmp_path, architectures=["Qwen2ForSequenceClassification"])
+
+
+def uneven_heads(models: Path, tmp_path: Path) -> Path:
+    return with_config(models, tmp_path, num_key_value_heads=3)
+
+
+def rope_by_layer(models: Path, tmp_path: Path) -> Path:
+    return with_config(models, tmp_path, rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 4.0}})
+
+
+def rope_without_factor(models: Path, tmp_path: Path) -> Path:
+    return with_config(models, tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+
+
+def half_rotated(models: Path, tmp_path: Path) -> Path:
+    return with_config(models, tmp_path, partial_rotary_factor=0.5)
+
+
+def no_layers(models: Path, tmp_path: Path) -> Path:
+    return with_config(models, tmp_path, num_hidden_layers=-1)
+
+
+def a_list(models: Path, tmp_path: Path) -> Path:
+    source = rewritten(models / "qwen2-untied", tmp_path / "spoiled")
+    (source / "config.json").write_text("[]")
+    return source
+
+
 def unknown(models: Path, tmp_path: Path) -> Path:
     return with_config(models, tmp_path, model_type="gpt_neox")
 
@@ -405,6 +479,14 @@ BAD_SOURCES: dict[Callable[[Path, Path], Path], str] = {
     cut_short: r"model\.safetensors: must be a whole safetensors file",
     absent_file: r"model-00002-of-00003\.safetensors: is named in model\.safetensors\.index\.json and missing",
     index_astray: r"model\.norm\.weight in .*index\.json: must be in model-.*, which does not hold it",
+    two_saves: r"with model\.safetensors and model\.safetensors\.index\.json: must hold one of them",
+    classifier: r"architectures=\['Qwen2ForSequenceClassification'\] in .*: must be Qwen2ForCausalLM",
+    uneven_heads: r"num_key_value_heads=3 in .*: must divide the 4 attention heads",
+    rope_by_layer: r"rope_parameters=.* in .*: must be one scaling for all layers",
+    rope_without_factor: r"without factor: a yarn scaling needs it",
+    half_rotated: r"partial_rotary_factor in .*: must be 1",
+    no_layers: r"num_hidden_layers=-1 in .*: must be a whole number of at least 1",
+    a_list: r"config\.json: must be a JSON object",
     unknown: r"model_type='gpt_neox' in .*: must be one of \['llama', 'mistral'",
     own_code: r"auto_map in .*: names code that comes with the checkpoint, which is never run",
     other_rope: r"rope_type='longrope' in .*: must be default, linear, llama3 or yarn",
@@ -439,6 +521,9 @@ def test_pickled_weights_are_read_where_asked_and_nothing_else_is(models: Path, 
         def __reduce__(self) -> Any:
             return (os.mkdir, (str(tmp_path / "harm"),))
 
+    torch.save({"step": 3, **load_file(models / "qwen2-untied" / "model.safetensors")}, source / "pytorch_model.bin")
+    with pytest.raises(Refusal, match=r"must be a record of tensors, not \['step'\]"):
+        to_megatron.convert(source, tmp_path / "again", ParallelSettings(), Ranks(), allow_pickle=True)
     (source / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Harm()}))
     with pytest.raises(Refusal, match=r"pytorch_model\.bin: must be a whole file of pickled weights"):
         to_megatron.convert(source, tmp_path / "again", ParallelSettings(), Ranks(), allow_pickle=True)
@@ -525,14 +610,26 @@ def nothing_known(path: Path) -> None:
     shutil.rmtree(path / "hf")
 
 
+def other_heads(path: Path) -> None:
+    """The same shapes, cut otherwise."""
+    edit_config(path / "hf", num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+
+
+def smaller_vocabulary(path: Path) -> None:
+    """Fewer rows than there are would be taken for padding."""
+    edit_config(path / "hf", vocab_size=50)
+
+
 BAD_MEGATRON: dict[Callable[[Path], Any], str] = {
     lose_a_file: r"has lost its file __0_0\.distcp|__0_0\.distcp: is named in \.metadata and missing",
     cut_a_file: r"has 20000 of the \d+ bytes of its file __0_0\.distcp",
     lose_the_index: r"has lost its file \.metadata",
     spoil_the_index: r"has 7 of the \d+ bytes of its file \.metadata",
-    smaller_model: r"decoder\.layers\.3\..* in .*: is no tensor of a qwen2 model with this config\.json",
-    larger_model: r"without decoder\.layers\.4\.self_attention.*: must hold every tensor of the model",
-    wider_model: r"linear_fc1\.weight of shape \(192, 64\) in .*: must have shape \(256, 64\) by config\.json",
+    other_heads: r"of a model with num_heads=4: must be of the model in config\.json, which has num_heads=2",
+    smaller_vocabulary: r"of a model with vocab_size=97: must be of the model in config\.json, which has vocab_size=50",
+    smaller_model: r"of a model with num_layers=4: must be of the model in config\.json, which has num_layers=3",
+    larger_model: r"of a model with num_layers=4: .*which has num_layers=5",
+    wider_model: r"of a model with ffn_size=96: .*which has ffn_size=128",
     nothing_known: r"does not say where its model's config\.json and tokenizer are\. Fix: .*--hf-config",
 }
 
@@ -544,6 +641,8 @@ def test_bad_megatron_checkpoints_are_refused(bad: Any, listed: bool, models: Pa
     source = tmp_path / "megatron"
     to_megatron.convert(models / "qwen2-tied", source, ParallelSettings(), Ranks())
     hf_config = None
+    if not listed and bad in (other_heads, smaller_vocabulary):
+        pytest.skip("known by megarl's notes alone")
     if not listed:
         (source / "progress.json").unlink()
         hf_config = None if bad is nothing_known else source / "hf"
@@ -554,9 +653,51 @@ def test_bad_megatron_checkpoints_are_refused(bad: Any, listed: bool, models: Pa
             cut_a_file: r"__0_0\.distcp: is shorter than \.metadata says",
             lose_the_index: r"must be a Megatron distributed checkpoint \(torch_dist\)",
             spoil_the_index: r"\.metadata: cannot be read",
+            smaller_model: r"decoder\.layers\.3\..* in .*: is no tensor of a qwen2 model with this config\.json",
+            larger_model: r"without decoder\.layers\.4\.self_attention.*: must hold every tensor of the model",
+            wider_model: r"linear_fc1\.weight of shape \(192, 64\) in .*: must have shape \(256, 64\) by config\.json",
         }.get(bad, message)
     with pytest.raises(Refusal, match=message):
         to_hf.convert(source, tmp_path / "out", Ranks(), hf_config=hf_config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_s_newest_checkpoint_is_converted_or_none(models: Path, tmp_path: Path):
+    """An older one in the place of a damaged newest one would be taken for it."""
+    root = tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    for step in ("step_000001", "step_000002"):
+        to_megatron.convert(models / "qwen2-tied", root / step, ParallelSettings(), Ranks())
+    (root / "latest").write_text("step_000002")
+    source, size = to_hf.convert(tmp_path / "run", tmp_path / "out", Ranks())
+    assert source == root / "step_000002" and size > 0
+    cut_a_file(root / "step_000002")
+    with pytest.raises(Refusal, match=r"step_000002: must be a complete checkpoint"):
+        to_hf.convert(tmp_path / "run", tmp_path / "again", Ranks())
+
+
+def test_an_index_runs_no_code(models: Path, tmp_path: Path):
+    class Harm:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    to_megatron.convert(models / "qwen2-tied", tmp_path / "megatron", ParallelSettings(), Ranks())
+    (tmp_path / "megatron" / ".metadata").write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(
+        Refusal, match=r"\.metadata: cannot be read \(UnpicklingError: \w+\.mkdir is no part of an index"
+    ):
+        DistributedCheckpoint(tmp_path / "megatron")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_damaged_tensors_are_refused(models: Path, tmp_path: Path):
+    """Of the right length, but not what was written."""
+    source = tmp_path / "megatron"
+    to_megatron.convert(models / "qwen2-tied", source, ParallelSettings(), Ranks())
+    with open(source / "__0_0.distcp", "r+b") as file:
+        file.write(bytes(4000))
+    with pytest.raises(Refusal, match=r"embedding\.word_embeddings\.weight in .*: cannot be read"):
+        to_hf.convert(source, tmp_path / "out", Ranks())
     assert not (tmp_path / "out").exists()
 
 

@@ -191,3 +191,10 @@ def test_chat_template_beside_a_sentencepiece_model(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model)
     wanted = [1, *tokenizer.encode("the fox"), 2]
     assert load_tokenizer(tmp_path).apply_chat([{"role": "user", "content": "the fox"}]) == wanted
+    named = [{"name": "tool_use", "template": "-"}, {"name": "default", "template": "{{ messages[0]['content'] }}"}]
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(model).apply_chat([{"role": "user", "content": "the fox"}]) == wanted[1:-1]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
+    with pytest.raises(Refusal, match=r"must be JSON with a chat_template, or with a default one"):
+        load_tokenizer(model)

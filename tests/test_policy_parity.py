@@ -73,15 +73,17 @@ TRAINED = ("qwen2-tied", "qwen3-tied", "llama-llama3")
 
 
 def models_of(processes: int, layout: dict[str, Any]) -> tuple[str, ...]:
-    """All models in one process and under TP 2 or PP 2; else mixtures where experts are parallel, and dense ones."""
+    """All models in one process, the dense ones under TP 2; else mixtures where experts are parallel, and `TRAINED`."""
     if "moe" in str(layout):
         return MOE[1:2]
     if "expert" in layout or "expert_tensor" in layout:
         return MOE if processes == 2 and "recompute" not in layout else MOE[:1]
     if layout == {} and processes == 1:
         return tuple(MODELS)
-    if processes == 2 and layout in ({"tensor": 2}, {"pipeline": 2}):
-        return tuple(name for name in MODELS if "pipeline" in layout or name not in MOE)
+    if processes == 2 and layout == {"tensor": 2}:
+        return tuple(name for name in MODELS if name not in MOE)
+    if processes == 2 and layout == {"pipeline": 2}:
+        return (*TRAINED, *MOE)
     if processes == 2 and layout in (SP, {"context": 2}):
         return (*TRAINED, MOE[1])
     if "recompute" in layout or processes == 8:

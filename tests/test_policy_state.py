@@ -254,5 +254,5 @@ def test_checkpoints_of_other_models_or_without_moments_are_refused(folder: Path
     progress = json.loads((root / "step_000002" / "progress.json").read_text())
     (root / "step_000002" / "progress.json").write_text(json.dumps(progress | {"optimizer": False}))
     other, bare = parity.run_world("test_policy_state", "refusals", 1, folder, root)[0]
-    assert "of a model with family=qwen2: must be of the run's model, which has family=qwen3" in other
+    assert "of a model with family=qwen2: must be of the model in config.json, which has family=qwen3" in other
     assert "was saved without the optimizer's state" in bare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     done = tool("convert_hf_to_megatron", "--hf", folder / "hf", "--out", folder / "megatron", "--expert", 2)
     assert done.returncode == 0, done.stderr
-    assert "GB of weights in" in done.stdout and "GB/s, 1 processes" in done.stdout
+    assert "GB written in" in done.stdout and "GB/s, 1 processes" in done.stdout
     return folder
 
 
@@ -64,14 +65,19 @@ def test_verification_of_a_good_conversion(folder: Path, tmp_path: Path):
     good = ("--hf", folder / "hf", "--megatron", folder / "megatron")
     done = tool("verify_conversion", *good, "--prompts", prompts, "--column", "question")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "model.layers.*.mlp.experts.*.gate_proj.weight" in done.stdout and "45 tensors, 0 differ" in done.stdout
+    assert (
+        "model.layers.*.mlp.experts.*.gate_proj.weight" in done.stdout
+        and "45 tensors compared, 0 differ" in done.stdout
+    )
     assert float(done.stdout.split("largest difference ")[1].split(",")[0]) < 1e-5
     done = tool("verify_conversion", *good, "--prompts", prompts)
     assert done.returncode == 2 and "must be .jsonl with texts as 'prompt'" in done.stderr
+    done = tool("verify_conversion", *good, "--prompts", tmp_path / "nowhere.jsonl")
+    assert done.returncode == 2 and "nowhere.jsonl: No such file" in done.stderr
 
 
 def test_verification_of_another_checkpoint(folder: Path, tmp_path: Path):
-    """The same model with other weights: every tensor differs, and so do the answers."""
+    """The same model with other weights, or in another type: every tensor differs."""
     sizes = "--family qwen3_moe --hidden 32 --layers 2 --heads 2 --kv-heads 1 --ffn 32 --experts 4 --vocab-size 320"
     other = tmp_path / "other"
     assert (
@@ -79,9 +85,8 @@ def test_verification_of_another_checkpoint(folder: Path, tmp_path: Path):
         == 0
     )
     done = tool("verify_conversion", "--hf", other, "--megatron", folder / "megatron")
-    assert done.returncode == 1 and "45 tensors, 45 differ" in done.stdout
+    assert done.returncode == 1 and "45 tensors compared, 45 differ" in done.stdout
     assert "differs: model.layers.1.mlp.experts.3.down_proj.weight" in done.stdout
-    assert float(done.stdout.split("largest difference ")[1].split(",")[0]) > 1e-2
     done = tool(
         "verify_conversion",
         "--hf",
@@ -95,6 +100,24 @@ def test_verification_of_another_checkpoint(folder: Path, tmp_path: Path):
     assert done.returncode == 1 and "45 differ" in done.stdout
 
 
+def test_answers_alone_can_give_a_mistake_away(folder: Path, tmp_path: Path):
+    """The same weights beside another rotary base: no tensor differs, the answers do."""
+    other = shutil.copytree(folder / "hf", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 100.0}))
+    megatron = shutil.copytree(folder / "megatron", tmp_path / "megatron")
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import verify_conversion as tool\n"
+        "from transformers import AutoModelForCausalLM as M\n"
+        f"load = M.from_pretrained; M.from_pretrained = lambda path, **k: load({str(other)!r}, **k)\n"
+        f"sys.exit(tool.main(['--hf', {str(folder / 'hf')!r}, '--megatron', {str(megatron)!r}]))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "45 tensors compared, 0 differ" in done.stdout, done.stderr
+    assert float(done.stdout.split("largest difference ")[1].split(",")[0]) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -103,6 +126,7 @@ def test_verification_of_another_checkpoint(folder: Path, tmp_path: Path):
         ("convert_hf_to_megatron", "--hf {hf} --out x --tensor 0", "'0' must be a whole number from 1 on"),
         ("convert_hf_to_megatron", "--hf {hf} --out x --dtype fp8", "invalid choice: 'fp8'"),
         ("convert_hf_to_megatron", "--hf {hf} --out x --expert 3", "expert=3: must divide the model's 4 experts"),
+        ("convert_hf_to_megatron", "--hf {hf} --out {hf}/config.json/out", "out: cannot be made (Not a directory)"),
         ("convert_megatron_to_hf", "--megatron {hf} --out x", "does not say where its model's config.json"),
         (
             "convert_megatron_to_hf",

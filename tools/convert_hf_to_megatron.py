@@ -48,16 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run(
         lambda ranks: command.convert(
             ranks,
-            "converting",
             options.out,
-            lambda progress: to_megatron.convert(
+            lambda progress: (
                 options.hf,
-                options.out,
-                layout,
-                ranks,
-                dtype=DTYPE_OPTIONS.get(options.dtype),
-                allow_pickle=options.allow_pickle,
-                progress=progress,
+                to_megatron.convert(
+                    options.hf,
+                    options.out,
+                    layout,
+                    ranks,
+                    dtype=DTYPE_OPTIONS.get(options.dtype),
+                    allow_pickle=options.allow_pickle,
+                    progress=progress,
+                ),
             ),
         )
     )

@@ -42,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run(
         lambda ranks: command.convert(
             ranks,
-            "converting",
             options.out,
             lambda progress: to_hf.convert(
                 options.megatron,

@@ -1,15 +1,19 @@
 """Compare a Hugging Face checkpoint with a Megatron one: names, shapes, types, every byte, and log-probs.
 
-Prints a table and ends with exit code 1 where anything differs. Where memory allows, both also answer prompts, Hugging
-Face's by transformers, Megatron's by a policy in one process; log-probs of the prompts' tokens may differ by 1e-4.
+Prints a table and ends with exit code 1 where anything differs (2: an input that cannot be read). Where memory allows,
+and the tensors are equal, both also answer prompts, Hugging Face's by transformers, Megatron's by a policy in one
+process; log-probs of the prompts' tokens may differ by 1e-4.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
+
+from megarl.config.model_shape import ModelShape
 
 EXAMPLES = """examples:
   python tools/verify_conversion.py --hf models/Qwen2.5-32B --megatron checkpoints/Qwen2.5-32B
@@ -49,41 +53,52 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
     if options.prompts is None:
         return list(PROMPTS)
-    rows = [json.loads(line) for line in options.prompts.read_text().splitlines()[: options.rows]]
-    if not rows or any(not isinstance(row.get(options.column), str) for row in rows):
+    try:
+        rows = [json.loads(line) for line in options.prompts.read_text().splitlines()[: options.rows]]
+    except ValueError as error:
+        raise Refusal(f"--prompts {options.prompts}", f"must be .jsonl ({error})", "give such a file") from None
+    if not rows or any(not isinstance(row, dict) or not isinstance(row.get(options.column), str) for row in rows):
         rule = f"must be .jsonl with texts as {options.column!r}"
         raise Refusal(f"--prompts {options.prompts}", rule, "give --column")
     return [row[options.column] for row in rows]
 
 
-def log_prob_difference(options: argparse.Namespace) -> float | None:
-    """The largest difference of a token's log-prob, or None where the model does not fit into memory."""
+def read_sequences(options: argparse.Namespace, shape: ModelShape) -> list[Any]:
+    """The prompts' tokens, of each text but the first token to be answered."""
+    import numpy as np
+
+    from megarl.data.tokenizer import check_vocabulary, load_tokenizer
+    from megarl.records import Sequence
+
+    tokenizer = load_tokenizer(options.tokenizer or options.hf)
+    check_vocabulary(tokenizer, shape.vocab_size)
+    texts = [tokenizer.encode(text)[: shape.max_positions] for text in read_prompts(options)]
+    return [Sequence(np.asarray(ids, np.int32), 1, np.zeros(len(ids) - 1, np.float32)) for ids in texts if len(ids) > 1]
+
+
+def fits(shape: ModelShape) -> bool:
+    """Whether both models have room in this machine's memory."""
     import psutil
 
-    weights = sum(file.stat().st_size for file in options.hf.glob("*.safetensors"))
-    if weights * COPIES * 2 > psutil.virtual_memory().available:
-        return None
+    from megarl.reshard.weight_map import hf_tensors
+
+    return sum(map(prod, hf_tensors(shape).values())) * 4 * COPIES < psutil.virtual_memory().available
+
+
+def log_prob_difference(options: argparse.Namespace, sequences: list[Any]) -> float:
+    """The largest difference of a token's log-prob."""
     import numpy as np
     import torch
     import transformers
 
     from megarl.config.model_shape import read_model_shape
     from megarl.config.schema import RunConfig
-    from megarl.data.tokenizer import load_tokenizer
     from megarl.formats import checkpoint_folder
     from megarl.parallel import bootstrap
     from megarl.parallel.groups import dissolve_grid, form_grid
     from megarl.policy import checkpoint
     from megarl.policy.policy import Policy
-    from megarl.records import Sequence
 
-    tokenizer = load_tokenizer(options.tokenizer or options.hf)
-    sequences = [
-        Sequence(np.asarray(ids, np.int32), 1, np.zeros(len(ids) - 1, np.float32))
-        for ids in (tokenizer.encode(text) for text in read_prompts(options))
-        if len(ids) > 1
-    ]
-    longest = max(sequence.length for sequence in sequences)
     sections = {
         "name": "verify",
         "steps": 1,
@@ -91,12 +106,12 @@ def log_prob_difference(options: argparse.Namespace) -> float | None:
         "model": {"path": str(options.hf)},
         "algorithm": {"name": "grpo"},
         "data": {"path": "unused"},
-        "batch": {"tokens_per_microbatch": max(longest, 4096)},
+        "batch": {"tokens_per_microbatch": max(4096, *(sequence.length for sequence in sequences))},
     }
     config = RunConfig.model_validate(sections)
     world = bootstrap.join()
     policy = Policy(config, read_model_shape(options.hf), world, form_grid(config.parallel, 1), step_budget=1)
-    checkpoint.load(policy, checkpoint_folder.require(options.megatron, "--megatron"), optimizer=False)
+    checkpoint.load(policy, checkpoint_folder.newest(options.megatron), optimizer=False)
     ours = policy.log_probs(sequences)
     dissolve_grid()
     bootstrap.leave()
@@ -133,31 +148,43 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Compare, print, and return the exit code."""
+    from megarl.config.model_shape import read_model_shape
     from megarl.conversion import command
-    from megarl.conversion.compare import compare, differences
+    from megarl.conversion.compare import compare
     from megarl.conversion.source import DTYPE_OPTIONS
+    from megarl.formats import checkpoint_folder
 
+    shape = read_model_shape(options.hf)
+    answers = not options.tensors_only and fits(shape)
+    # Read first: a comparison of large models takes long.
+    sequences = read_sequences(options, shape) if answers else []
     with command.bar("comparing") as progress:
-        kinds = compare(
+        found = compare(
             options.hf,
             options.megatron,
             dtype=DTYPE_OPTIONS.get(options.dtype),
             allow_pickle=options.allow_pickle,
             progress=progress,
         )
-    show(kinds)
-    different = list(differences(kinds))
-    for name in different:
+    show(found.kinds)
+    for problem in found.problems:
+        print(f"differs: {problem}")
+    for name in found.different:
         print(f"differs: {name}")
-    print(f"{sum(kind.count for kind in kinds)} tensors, {len(different)} differ")
+    print(f"{sum(kind.count for kind in found.kinds)} tensors compared, {len(found.different)} differ")
+    if found.problems or found.different:
+        return command.DIFFERENT
     if options.tensors_only:
-        return 1 if different else 0
-    gap = log_prob_difference(options)
-    if gap is None:
+        return 0
+    if not answers:
         print("log-probs: not compared, the model does not fit into this machine's memory")
-        return 1 if different else 0
+        return 0
+    if not (checkpoint_folder.newest(options.megatron) / "progress.json").is_file():
+        print("log-probs: not compared, a policy loads megarl's checkpoints alone")
+        return 0
+    gap = log_prob_difference(options, sequences)
     print(f"log-probs: largest difference {gap:.1e}, allowed {TOLERANCE:.0e}")
-    return 1 if different or not gap <= TOLERANCE else 0
+    return 0 if gap <= TOLERANCE else command.DIFFERENT
 
 
 if __name__ == "__main__":

@@ -59,15 +59,31 @@ class ModelShape:
         return bool(self.sparse_layers) and self.sparse_layers[layer]
 
 
-#: What a family adds to the common llama shape.
-FAMILIES: dict[str, dict[str, bool]] = {
-    "llama": {"qkv_bias": False, "qk_norm": False},
-    "mistral": {"qkv_bias": False, "qk_norm": False},
-    "qwen2": {"qkv_bias": True, "qk_norm": False},
-    "qwen3": {"qkv_bias": False, "qk_norm": True},
-    "qwen2_moe": {"qkv_bias": True, "qk_norm": False},
-    "qwen3_moe": {"qkv_bias": False, "qk_norm": True},
-    "mixtral": {"qkv_bias": False, "qk_norm": False},
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a `model_type` adds to the common llama shape, and the class that transformers and vLLM have for it."""
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", qkv_bias=True),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True),
+    "mixtral": Family("MixtralForCausalLM"),
+}
+
+#: Rotary scalings, and the numbers that each needs.
+ROPE_FACTORS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
 }
 
 
@@ -105,9 +121,11 @@ def read_model_shape(path: str | Path) -> ModelShape:
             "give an existing directory",
         )
     try:
-        raw: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise Refusal(str(file), f"must be JSON ({error})", "restore the file from the original checkpoint") from None
+    if not isinstance(raw, dict):
+        raise Refusal(str(file), "must be a JSON object", "restore the file from the original checkpoint")
     return model_shape_from_hf(raw, origin=str(file))
 
 
@@ -121,6 +139,64 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
             "convert to a supported architecture",
         )
     switches = FAMILIES[family]
+    _check_kind(switches, family, raw, origin)
+    if "num_local_experts" in raw:
+        # What transformers writes since 5.0, where older files have num_experts.
+        raw = {"num_experts": raw["num_local_experts"]} | raw
+    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
+    sizes += EXPERT_SIZES.get(family, {}).values()
+    missing = [key for key in sizes if key not in raw]
+    if missing:
+        raise Refusal(
+            f"{origin} without {', '.join(missing)}", "every size must be given", "restore the original config.json"
+        )
+    for key in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings", "decoder_sparse_step"):
+        # A null stands for the default, but not for a size.
+        if raw.get(key) is not None or key in sizes:
+            _check_number(key, raw[key], int, 0 if key == "shared_expert_intermediate_size" else 1, origin)
+    for key in ("rope_theta", "rms_norm_eps"):
+        if raw.get(key) is not None:
+            _check_number(key, raw[key], float, 0, origin)
+    heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
+    if heads % kv_heads:
+        raise Refusal(
+            f"num_key_value_heads={kv_heads} in {origin}",
+            f"must divide the {heads} attention heads",
+            "restore the original config.json",
+        )
+    theta, scaling = _rope(raw, origin)
+    attention_bias = bool(raw.get("attention_bias", False))
+    return ModelShape(
+        family=family,
+        hidden_size=raw["hidden_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        ffn_size=raw["intermediate_size"],
+        vocab_size=raw["vocab_size"],
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=switches.qkv_bias or attention_bias,
+        attention_out_bias=attention_bias and family != "qwen2",
+        qk_norm=switches.qk_norm,
+        norm_epsilon=float(raw.get("rms_norm_eps") or 1e-6),
+        rope_theta=theta,
+        max_positions=int(raw.get("max_position_embeddings") or 2048),
+        rope_scaling=scaling,
+        eos_token_ids=_end_tokens(raw.get("eos_token_id"), origin),
+        **(_experts(family, raw, origin) if family in EXPERT_SIZES else {}),
+    )
+
+
+def _check_kind(switches: Family, family: str, raw: dict[str, Any], origin: str) -> None:
+    """Refuse what the layers of the policy are not."""
+    architectures = raw.get("architectures")
+    if architectures and switches.architecture not in architectures:
+        raise Refusal(
+            f"architectures={architectures} in {origin}",
+            f"must be {switches.architecture} for model_type {family}",
+            "use a causal language model",
+        )
     if raw.get("auto_map"):
         raise Refusal(
             f"auto_map in {origin}",
@@ -138,49 +214,46 @@ def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> Mod
         raise Refusal(f"hidden_act={raw['hidden_act']!r} in {origin}", "must be silu", "use a SwiGLU model")
     if raw.get("mlp_bias"):
         raise Refusal(f"mlp_bias=true in {origin}", "must be false", "use a model without MLP biases")
-    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
-    if "num_local_experts" in raw:
-        # What transformers writes since 5.0, where older files have num_experts.
-        raw = {"num_experts": raw["num_local_experts"]} | raw
-    needed += EXPERT_SIZES.get(family, {}).values()
-    missing = [key for key in needed if not isinstance(raw.get(key), int)]
-    if missing:
+
+
+def _check_number(key: str, value: Any, kind: type, least: int, origin: str) -> None:
+    fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if not fits or value < least or (kind is float and value == 0):
+        what = f"a whole number of at least {least}" if kind is int else "a number above 0"
+        raise Refusal(f"{key}={value!r} in {origin}", f"must be {what}", "restore the original config.json")
+
+
+def _rope(raw: dict[str, Any], origin: str) -> tuple[float, dict[str, Any]]:
+    """Base of the rotary embedding, and its scaling as Hugging Face writes it, empty for none."""
+    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise Refusal(
-            f"{origin} without {', '.join(missing)}",
-            "every size must be given as an integer",
-            "restore the original config.json",
+            f"rope_parameters={found!r} in {origin}", "must be one scaling for all layers", "use a model with one"
         )
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", raw.get("rope_theta", 10000.0)))
+    rope = dict(found)
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    _check_number("rope_theta", theta, float, 0, origin)
+    if (rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1) != 1:
+        raise Refusal(f"partial_rotary_factor in {origin}", "must be 1: heads are rotated whole", "use another model")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3", "yarn"):
+    if kind not in ROPE_FACTORS:
         raise Refusal(
             f"rope_type={kind!r} in {origin}",
-            "must be default, linear, llama3 or yarn",
+            f"must be {', '.join(list(ROPE_FACTORS)[:-1])} or {list(ROPE_FACTORS)[-1]}",
             "use a model with one of these",
         )
-    attention_bias = bool(raw.get("attention_bias", False))
-    eos = raw.get("eos_token_id")
-    return ModelShape(
-        family=family,
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        ffn_size=raw["intermediate_size"],
-        vocab_size=raw["vocab_size"],
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=switches["qkv_bias"] or attention_bias,
-        attention_out_bias=attention_bias and family != "qwen2",
-        qk_norm=switches["qk_norm"],
-        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        max_positions=int(raw.get("max_position_embeddings", 2048)),
-        rope_scaling={} if kind == "default" else rope,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
-        **(_experts(family, raw, origin) if family in EXPERT_SIZES else {}),
-    )
+    for key in ROPE_FACTORS[kind]:
+        if key not in rope:
+            raise Refusal(f"{origin} without {key}", f"a {kind} scaling needs it", "restore the original config.json")
+        _check_number(key, rope[key], float, 0, origin)
+    return float(theta), {} if kind == "default" else rope
+
+
+def _end_tokens(found: Any, origin: str) -> tuple[int, ...]:
+    tokens = [] if found is None else found if isinstance(found, list) else [found]
+    for token in tokens:
+        _check_number("eos_token_id", token, int, 0, origin)
+    return tuple(tokens)
 
 
 def _sliding_window(family: str, raw: dict[str, Any]) -> int | None:

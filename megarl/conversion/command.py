@@ -20,44 +20,51 @@ from megarl.errors import MegarlError
 Told = Callable[[int, int], None]
 
 
+#: Exit codes beside 0: a comparison that found differences, an error in the input, one of the program's own.
+DIFFERENT, REFUSED, FAILED, INTERRUPTED = 1, 2, 3, 130
+
+
 def run(action: Callable[[Ranks], int]) -> int:
     """Run a tool's work on all processes; returns the exit code. An error of one of them ends all."""
+    ranks = Ranks()
     try:
         ranks = find_ranks()
-    except MegarlError as error:
-        return _say(error)
-    try:
         return action(ranks)
     except MegarlError as error:
-        code = _say(error)
-        ranks.abort(code)
-        return code
+        code = error.exit_code
+        _say(str(error))
+    except OSError as error:
+        code = REFUSED
+        _say(
+            f"{error.filename or 'a file'}: {error.strerror or error}. Fix: see to it, and give the same command again."
+        )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        ranks.abort(130)
-        return 130
-    except BaseException:
-        # Other processes would wait for this one for ever.
-        if ranks.size > 1:
-            traceback.print_exc()
-        ranks.abort(1)
-        raise
+        code = INTERRUPTED
+        _say("stopped")
+    except Exception:
+        code = FAILED
+        traceback.print_exc()
+    # The others would wait for this process for ever.
+    ranks.abort(code)
+    return code
 
 
-def _say(error: MegarlError) -> int:
-    print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return error.exit_code
+def _say(sentence: str) -> None:
+    print(f"megarl: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
 
 
-def convert(ranks: Ranks, label: str, out: Path, work: Callable[[Told], int]) -> int:
-    """Do a conversion behind a progress bar, and say at the end how much was written and how fast."""
+def convert(ranks: Ranks, out: Path, work: Callable[[Told], tuple[Path, int]]) -> int:
+    """Do a conversion behind a progress bar, and say at the end what was converted and how fast.
+
+    `work` returns its source and the bytes it wrote.
+    """
     start = time.monotonic()
-    with bar(label, shown=ranks.is_first) as told:
-        size = work(told)
+    with bar("converting", shown=ranks.is_first) as told:
+        source, size = work(told)
     seconds = time.monotonic() - start
     if ranks.is_first:
         speed = f"{size / 1e9 / max(seconds, 1e-9):.2f} GB/s"
-        print(f"{out}: {size / 1e9:.3f} GB of weights in {seconds:.1f} s, {speed}, {ranks.size} processes")
+        print(f"{source} -> {out}: {size / 1e9:.3f} GB written in {seconds:.1f} s, {speed}, {ranks.size} processes")
     return 0
 
 
@@ -90,6 +97,6 @@ def gigabytes(text: str) -> int:
         size = float(text)
     except ValueError:
         size = 0.0
-    if not size > 0:
+    if not 0 < size < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size in GB above 0")
     return int(size * 1e9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,10 +16,9 @@ from megarl.config.model_shape import read_model_shape
 from megarl.conversion.source import open_source
 from megarl.conversion.to_hf import ParameterReader
 from megarl.formats import checkpoint_folder
-from megarl.formats.huggingface import DTYPES, Stored
 from megarl.formats.megatron import DistributedCheckpoint
 from megarl.reshard.boxes import whole
-from megarl.reshard.weight_map import check_hf_shapes, hf_tensors
+from megarl.reshard.weight_map import hf_problems, hf_tensors
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Kind:
 
     name: str
     shape: tuple[int, ...] = ()
-    dtypes: tuple[str, str] = ("", "")
+    dtypes: tuple[str, ...] = ()
     count: int = 0
     different: list[str] = field(default_factory=list)
     hashes: tuple[Any, Any] = field(default_factory=lambda: (hashlib.sha256(), hashlib.sha256()))
@@ -40,6 +39,20 @@ class Kind:
         return left, right
 
 
+@dataclass
+class Comparison:
+    """`problems`: in sentences, what is missing, superfluous, damaged or of another shape on either side; `kinds`: the
+    tensors that both sides have."""
+
+    problems: list[str]
+    kinds: list[Kind]
+
+    @property
+    def different(self) -> list[str]:
+        """The names of tensors whose types or bytes differ."""
+        return [name for kind in self.kinds for name in kind.different]
+
+
 def compare(
     hf: Path,
     megatron: Path,
@@ -47,28 +60,29 @@ def compare(
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Kind]:
-    """Compare all tensors, Hugging Face's first, as stored; with `dtype` those of Hugging Face in that type.
+) -> Comparison:
+    """Compare all tensors as they are stored; with `dtype` those of Hugging Face in that type.
 
-    Raises `Refusal` where one side is no whole checkpoint of the model in `hf`.
+    `megatron` is a checkpoint, or a folder whose `latest` names one. Raises `Refusal` where one side is no checkpoint.
     """
     shape = read_model_shape(hf)
     source = open_source(hf, allow_pickle=allow_pickle)
-    check_hf_shapes(shape, {name: stored.shape for name, stored in source.tensors.items()}, str(hf))
-    reader = ParameterReader(DistributedCheckpoint(checkpoint_folder.find(megatron) or megatron), shape)
-    reader.check()
-    itemsize = reader.dtype.itemsize
+    reader = ParameterReader(DistributedCheckpoint(checkpoint_folder.newest(megatron)), shape)
+    expected = hf_tensors(shape)
+    problems = [str(refusal) for refusal in hf_problems(shape, source.shapes, str(hf))]
+    problems += [str(refusal) for refusal in reader.problems()]
     kinds: dict[str, Kind] = {}
-    total = sum(prod(dims) for dims in hf_tensors(shape).values()) * itemsize
-    done = 0
+    done, total = 0, sum(map(prod, expected.values()))
     for parameter in reader.parameters:
-        for name, ours in reader.read_hf(parameter).items():
-            stored = source.tensors[name]
-            theirs = source.read(name, whole(stored.shape))
-            _note(_kind(kinds, name), name, theirs if dtype is None else theirs.to(dtype), ours, stored)
-            done += ours.nbytes
+        names = dict.fromkeys(region.hf_name for region in parameter.tensor.regions)
+        fits = all(name in source.tensors and source.tensors[name].shape == expected[name] for name in names)
+        if fits and reader.has(parameter):
+            for name, ours in reader.read_hf(parameter).items():
+                theirs = source.read(name, whole(expected[name]))
+                _note(_kind(kinds, name), name, theirs if dtype is None else theirs.to(dtype), ours)
+        done += sum(prod(expected[name]) for name in names)
         progress(done, total)
-    return list(kinds.values())
+    return Comparison(problems, list(kinds.values()))
 
 
 def _kind(kinds: dict[str, Kind], name: str) -> Kind:
@@ -76,19 +90,12 @@ def _kind(kinds: dict[str, Kind], name: str) -> Kind:
     return kinds.setdefault(pattern, Kind(pattern))
 
 
-def _note(kind: Kind, name: str, left: torch.Tensor, right: torch.Tensor, stored: Stored) -> None:
-    names = {code: str(dtype).removeprefix("torch.") for code, dtype in DTYPES.items()}
-    kind.shape = stored.shape
-    kind.dtypes = (names.get(stored.dtype, stored.dtype), str(right.dtype).removeprefix("torch."))
+def _note(kind: Kind, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+    kind.shape = tuple(left.shape)
+    kind.dtypes = tuple(str(side.dtype).removeprefix("torch.") for side in (left, right))
     kind.count += 1
     pair = [side.contiguous().view(torch.uint8).flatten() for side in (left, right)]
     for digest, data in zip(kind.hashes, pair, strict=True):
         digest.update(data.numpy().data)
     if left.dtype != right.dtype or not torch.equal(*pair):
         kind.different.append(name)
-
-
-def differences(kinds: list[Kind]) -> Iterator[str]:
-    """The names of tensors that differ."""
-    for kind in kinds:
-        yield from kind.different

@@ -36,6 +36,16 @@ class Ranks:
             return action()
         return self._communicator.bcast(action() if self.is_first else None, root=0)
 
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank, on the first; an empty list on the others."""
+        if self._communicator is None:
+            return [value]
+        return self._communicator.gather(value, root=0) or []
+
+    def sum(self, value: int) -> int:
+        """The sum of every process's value, on all of them."""
+        return value if self._communicator is None else self._communicator.allreduce(value)
+
     def wait(self) -> None:
         """Return when all processes have come here."""
         if self._communicator is not None:
@@ -48,7 +58,7 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """The processes of this launch. Raises `Refusal` where there are several and mpi4py is not installed."""
+    """The processes of this launch. Raises `Refusal` where there are several that do not find each other over MPI."""
     size = next((int(os.environ[name]) for name in _SIZES if name in os.environ), 1)
     if size == 1:
         return Ranks()
@@ -58,4 +68,11 @@ def find_ranks() -> Ranks:
         raise Refusal(
             f"{size} processes without mpi4py", "they share the work over MPI", "install mpi4py, or start one process"
         ) from None
+    found = MPI.COMM_WORLD.Get_size()
+    if found != size:
+        raise Refusal(
+            f"{size} processes of which MPI knows {found}",
+            "must find each other: each alone would do all of the work",
+            "start them by the mpirun of the MPI that mpi4py was built for, or by srun with --mpi=pmix",
+        )
     return Ranks(MPI.COMM_WORLD)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+import megarl
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
 from megarl.formats.companions import stated_dtype
@@ -32,6 +33,9 @@ class Source(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, Stored]: ...
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
     def read(self, name: str, box: Box) -> torch.Tensor: ...
 
@@ -57,7 +61,7 @@ def check_source(source: Source, shape: ModelShape, dtype: torch.dtype | None) -
     Raises `Refusal` where a tensor is missing, superfluous, or of another shape than config.json says; without `dtype`
     also where one is of another type than the rest, or the type is none that a policy has.
     """
-    check_hf_shapes(shape, {name: stored.shape for name, stored in source.tensors.items()}, str(source.path))
+    check_hf_shapes(shape, source.shapes, str(source.path))
     names = hf_tensors(shape)
     if shape.tied_embeddings and OUTPUT_LAYER in source.tensors:
         _check_tied(source, next(iter(names)))
@@ -109,3 +113,16 @@ def check_finite(name: str, data: torch.Tensor, origin: Path) -> None:
             f"must be finite, but {bad} of its {prod(data.shape)} numbers are NaN or infinite",
             "use a whole copy of the checkpoint",
         )
+
+
+def identity(source: Path, files: Iterable[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an interrupted conversion must share with this one to be continued by it.
+
+    The files' names, sizes and times, and this version of megarl with its options.
+    """
+    stats = {name: (source / name).stat() for name in sorted({*files, "config.json"}) if (source / name).is_file()}
+    return {
+        "source": [str(source.resolve()), {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}],
+        "version": megarl.__version__,
+        **options,
+    }

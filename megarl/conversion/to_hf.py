@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.conversion.ranks import Ranks
-from megarl.conversion.source import DTYPE_OPTIONS, check_finite
+from megarl.conversion.source import DTYPE_OPTIONS, check_finite, identity
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.formats.companions import copy_companions
-from megarl.formats.huggingface import DTYPE_NAMES, HfFiles
+from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
 from megarl.formats.megatron import DistributedCheckpoint
 from megarl.formats.staging import Staging, check_absent
 from megarl.reshard.boxes import Box, whole
 from megarl.reshard.copying import copy_box
 from megarl.reshard.weight_map import StoredParameter, hf_tensors, stored_parameters
 
-#: Bytes of a file of the output at most, as transformers writes them.
-FILE_BYTES = 5_000_000_000
 #: Bytes of the parameters after which the work so far is put on the disk and recorded.
 PIECE_BYTES = 256 << 20
 
 #: Keys of a training checkpoint that are no weights.
-_OTHER_KEYS = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
+_OTHER_KEYS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
 
 
 def convert(
@@ -40,46 +37,50 @@ def convert(
     dtype: torch.dtype | None = None,
     file_bytes: int = FILE_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> int:
-    """Write a distributed checkpoint of Megatron's as one of Hugging Face's, `out`; returns the weights' bytes.
+) -> tuple[Path, int]:
+    """Write a distributed checkpoint of Megatron's as one of Hugging Face's, `out`.
 
-    `source_path` is a checkpoint, or a folder whose `latest` names one. Configuration and tokenizer come from
+    Returns the checkpoint, and the bytes of weights written, by all processes in this attempt. `source_path` is a
+    checkpoint, or a folder whose `latest` names one. Configuration and tokenizer come from
     `hf_config`; by default from where the conversion to Megatron, or the run, has noted them. `dtype` defaults to the
     checkpoint's own. `progress` as in the conversion to Megatron. All processes call it together. Raises `Refusal` for
     a checkpoint that is damaged or of another model, and an output that exists.
     """
-    source_path = checkpoint_folder.find(source_path) or source_path
-    config_path = hf_config or checkpoint_folder.hf_folder(source_path)
-    check_absent(out)
+
+    def check() -> tuple[Path, Path, torch.dtype]:
+        check_absent(out)
+        step = checkpoint_folder.newest(source_path)
+        config = hf_config or checkpoint_folder.hf_folder(step)
+        reader = open_parameters(step, config)
+        return step, config, dtype or reader.dtype
+
+    # One process looks: a run may write its next checkpoint at this moment.
+    step, config_path, written = ranks.once(check)
     shape = read_model_shape(config_path)
-    source = DistributedCheckpoint(source_path)
-    reader = ParameterReader(source, shape)
-    reader.check()
-    written = dtype or reader.dtype
+    reader = ParameterReader(DistributedCheckpoint(step), shape)
     files = HfFiles(hf_tensors(shape), written, file_bytes)
-    pieces = _pieces(reader.parameters, written)
-    staging = Staging(out, _identity(source_path, config_path, written, file_bytes))
+    sources = {file.name for file in step.iterdir() if file.is_file()}
+    options = {"config": str(config_path.resolve()), "dtype": str(written), "file_bytes": file_bytes}
+    staging = Staging(out, identity(step, sources, options))
 
     def begin() -> None:
-        staging.begin(files.total_bytes)
-        files.create(staging.path)
+        again = staging.begin(files.total_bytes)
+        if again and not files.complete(staging.path):
+            staging.forget()
+            again = False
+        if not again:
+            files.create(staging.path)
 
     ranks.once(begin)
-    mine = ranks.share(pieces)
-    own_total = sum(_bytes(piece, written) for piece in mine)
-    done = 0
-    for piece in mine:
-        name = piece[0].tensor.name
-        if staging.recorded(name) is None:
-            for parameter in piece:
-                _write(reader, parameter, files, staging.path)
-                done += _bytes([parameter], written)
-                progress(done, own_total)
-            files.sync(staging.path, [region.hf_name for parameter in piece for region in parameter.tensor.regions])
-            staging.record(name, True)
-        else:
-            done += _bytes(piece, written)
+    left = [piece for piece in ranks.share(_pieces(reader.parameters, written)) if not staging.recorded(_name(piece))]
+    own_total, done = sum(_bytes(piece, written) for piece in left), 0
+    for piece in left:
+        for parameter in piece:
+            _write(reader, parameter, files, staging.path)
+            done += _bytes([parameter], written)
             progress(done, own_total)
+        files.sync(staging.path, [region.hf_name for parameter in piece for region in parameter.tensor.regions])
+        staging.record(_name(piece), True)
     ranks.wait()
 
     def finish() -> None:
@@ -87,7 +88,21 @@ def convert(
         staging.finish()
 
     ranks.once(finish)
-    return sum(prod(dims) for dims in hf_tensors(shape).values()) * written.itemsize
+    return step, ranks.sum(done)
+
+
+def open_parameters(checkpoint: Path, hf_config: Path) -> ParameterReader:
+    """The parameters in a distributed checkpoint of the model in `hf_config`.
+
+    Raises `Refusal` where the checkpoint is damaged, or of another model.
+    """
+    shape = read_model_shape(hf_config)
+    if (checkpoint / "progress.json").is_file():
+        checkpoint_folder.check_model(checkpoint, checkpoint_folder.read_progress(checkpoint), shape)
+    reader = ParameterReader(DistributedCheckpoint(checkpoint), shape)
+    for refusal in reader.problems():
+        raise refusal
+    return reader
 
 
 class ParameterReader:
@@ -124,39 +139,53 @@ class ParameterReader:
             raise Refusal(f"{self.source.path} of type {expected}", "is no type of weights", "add --dtype bf16 or fp32")
         return expected
 
-    def check(self) -> None:
-        """Raise `Refusal` where a parameter is missing, superfluous, incomplete, or of another shape."""
+    @staticmethod
+    def _padded(parameter: StoredParameter) -> bool:
+        """Whether a parameter has the vocabulary's rows, whose padding depends on the layout that wrote it."""
+        return parameter.stage != "layer" and parameter.cut is not None
+
+    def _fits_padded(self, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        return found[0] >= self._shape.vocab_size and found[1:] == wanted[1:]
+
+    def problems(self) -> Iterator[Refusal]:
+        """What is missing, superfluous, incomplete, or of another shape."""
         origin = self.source.path
         known: set[str] = set()
         for parameter in self.parameters:
             key, index = self._place(parameter)
+            if key in known:
+                continue
+            known.add(key)
             if key not in self.source.tensors:
-                raise Refusal(
-                    f"{origin} without {key}", "must hold every tensor of the model", "give the model's own config.json"
-                )
+                rule, fix = "must hold every tensor of the model", "give the model's own config.json"
+                yield Refusal(f"{origin} without {key}", rule, fix)
+                continue
             lengths = self.source.tensors[key][0]
-            padded = parameter.key.startswith("embedding.") or parameter.key.startswith("output_layer.")
+            padded = self._padded(parameter)
             wanted = parameter.shape if index == parameter.index else (self._shape.num_layers, *parameter.shape)
-            fits = lengths == wanted
-            if padded:
-                # The vocabulary's padding depends on the layout that wrote it.
-                fits = lengths[0] >= self._shape.vocab_size and lengths[1:] == wanted[1:]
-            if not fits:
-                raise Refusal(
+            if lengths != wanted and not (padded and self._fits_padded(lengths, wanted)):
+                yield Refusal(
                     f"{key} of shape {lengths} in {origin}",
                     f"must have shape {wanted}{', padding aside,' if padded else ''} by config.json",
                     "use the config.json that belongs to these weights",
                 )
-            known.add(key)
         for key in self.source.tensors:
             weight = not key.startswith(_OTHER_KEYS) and "_extra_state" not in key
             if weight and key not in known:
-                raise Refusal(
+                yield Refusal(
                     f"{key} in {origin}",
                     f"is no tensor of a {self._shape.family} model with this config.json",
                     "use the config.json that belongs to these weights",
                 )
-        self.source.check_whole(known)
+        yield from self.source.damages(known & set(self.source.tensors))
+
+    def has(self, parameter: StoredParameter) -> bool:
+        """Whether a parameter is there in the shape it should have."""
+        key, index = self._place(parameter)
+        if key not in self.source.tensors:
+            return False
+        found, wanted = self.source.tensors[key][0][len(index) :], parameter.tensor.shape
+        return found == wanted or (self._padded(parameter) and self._fits_padded(found, wanted))
 
     def read(self, parameter: StoredParameter) -> torch.Tensor:
         """A parameter without the padding of the vocabulary."""
@@ -184,7 +213,7 @@ def _write(reader: ParameterReader, parameter: StoredParameter, files: HfFiles, 
     data = reader.read(parameter)
     for region in parameter.tensor.regions:
         start, stop = region.local_box[0]
-        part = data[start:stop]
+        part = data[start:stop].to(files.dtype)
         check_finite(region.hf_name, part, reader.source.path)
         files.write(directory, region.hf_name, region.hf_box, part)
 
@@ -202,14 +231,9 @@ def _pieces(parameters: list[StoredParameter], dtype: torch.dtype) -> list[list[
     return pieces
 
 
+def _name(piece: list[StoredParameter]) -> str:
+    return piece[0].tensor.name
+
+
 def _bytes(parameters: list[StoredParameter], dtype: torch.dtype) -> int:
     return sum(prod(parameter.tensor.shape) for parameter in parameters) * dtype.itemsize
-
-
-def _identity(source: Path, config: Path, dtype: torch.dtype, file_bytes: int) -> dict[str, Any]:
-    stats = {path.name: path.stat() for path in (*sorted(source.glob("*.distcp")), config / "config.json")}
-    return {
-        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-        "dtype": str(dtype),
-        "file_bytes": file_bytes,
-    }

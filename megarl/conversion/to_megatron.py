@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.sections import ParallelSettings
 from megarl.conversion.ranks import Ranks
-from megarl.conversion.source import Source, check_finite, check_source, open_source
+from megarl.conversion.source import Source, check_finite, check_source, identity, open_source
 from megarl.formats import checkpoint_folder, megatron
 from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES
@@ -51,7 +50,8 @@ def convert(
     file_bytes: int = FILE_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the checkpoint of Hugging Face's in `source_path` as one of Megatron's, `out`; returns the weights' bytes.
+    """Write the checkpoint of Hugging Face's in `source_path` as one of Megatron's, `out`; returns the bytes of
+    weights written, by all processes in this attempt.
 
     It loads under any layout; tensors are stored in the shards of `layout` (tensor, pipeline, expert, expert_tensor),
     whose ranks then read no more than they hold. Configuration and tokenizer go to `out`/hf. `dtype` defaults to the
@@ -59,29 +59,58 @@ def convert(
     together. Raises `Refusal` for a checkpoint that cannot be converted, a layout that does not cut it, and an output
     that exists.
     """
-    shape = read_model_shape(source_path)
-    for refusal in splits.policy_refusals(shape, layout):
-        raise refusal
-    check_absent(out)
-    source = open_source(source_path, allow_pickle=allow_pickle)
-    written = check_source(source, shape, dtype)
+
+    def check() -> torch.dtype:
+        shape = read_model_shape(source_path)
+        for refusal in splits.policy_refusals(shape, layout):
+            raise refusal
+        layers_of_chunks(shape.num_layers, layout)
+        check_absent(out)
+        return check_source(open_source(source_path, allow_pickle=allow_pickle), shape, dtype)
+
+    written = ranks.once(check)
+    shape, source = read_model_shape(source_path), open_source(source_path, allow_pickle=allow_pickle)
     files = plan_files(shape, layout, written, file_bytes)
-    total = sum(piece.elements for pieces in files.values() for piece in pieces) * written.itemsize
-    staging = Staging(out, _identity(source, layout, written, file_bytes))
+    total = sum(map(_elements, files.values())) * written.itemsize
+    options = {"layout": str(layout), "dtype": str(written), "file_bytes": file_bytes}
+    staging = Staging(out, identity(source_path, {stored.file for stored in source.tensors.values()}, options))
     ranks.once(lambda: staging.begin(total + total // 100))
-    mine = ranks.share(list(files))
-    own_total = sum(piece.elements for name in mine for piece in files[name]) * written.itemsize
-    done = 0
-    for name in mine:
-        if staging.recorded(name) is None:
-            boxes = _boxes(source, files[name], written, lambda size, before=done: progress(before + size, own_total))
-            chunks = megatron.write_file(staging.path / name, boxes)
-            staging.record(name, [megatron.chunk_to_json(chunk) for chunk in chunks])
-        done += sum(piece.elements for piece in files[name]) * written.itemsize
-        progress(done, own_total)
-    ranks.wait()
-    ranks.once(lambda: _finish(staging, files, source_path, shape, written))
-    return total
+    chunks = {name: _recorded(staging, name) for name in ranks.share(list(files))}
+    left = [name for name, found in chunks.items() if found is None]
+    own_total, done = sum(_elements(files[name]) for name in left) * written.itemsize, 0
+    for name in left:
+        boxes = _boxes(source, files[name], written, lambda size, before=done: progress(before + size, own_total))
+        chunks[name] = megatron.write_file(staging.path / name, boxes)
+        staging.record(name, [megatron.chunk_to_json(chunk) for chunk in chunks[name] or []])
+        done += _elements(files[name]) * written.itemsize
+    gathered = ranks.gather(chunks)
+
+    def finish() -> None:
+        found = {name: made or [] for part in gathered for name, made in part.items()}
+        megatron.write_index(staging.path, [chunk for name in files for chunk in found[name]])
+        (staging.path / "hf").mkdir(exist_ok=True)
+        copy_companions(source_path, staging.path / "hf", DTYPE_NAMES[written])
+        facts = {"step": 0, "optimizer": False}
+        sizes = {name: found[name][-1].end for name in files}
+        checkpoint_folder.write_progress(staging.path, shape, facts, sizes)
+        staging.finish()
+
+    ranks.once(finish)
+    return ranks.sum(done)
+
+
+def _elements(pieces: list[Piece]) -> int:
+    return sum(piece.elements for piece in pieces)
+
+
+def _recorded(staging: Staging, name: str) -> list[megatron.Chunk] | None:
+    """The chunks of a file that an earlier attempt finished, and that is still there."""
+    raw = staging.recorded(name)
+    if not raw:
+        return None
+    chunks = [megatron.chunk_from_json(one) for one in raw]
+    file = staging.path / name
+    return chunks if file.is_file() and file.stat().st_size == chunks[-1].end else None
 
 
 def plan_files(
@@ -133,7 +162,7 @@ def _boxes(
     """The pieces' data, each read when it is asked for."""
 
     def read(name: str, box: Box) -> torch.Tensor:
-        data = source.read(name, box)
+        data = source.read(name, box).to(dtype)
         check_finite(name, data, source.path)
         return data
 
@@ -145,26 +174,3 @@ def _boxes(
         yield parameter.key, parameter.shape, leading + piece.box, data.reshape((1,) * len(leading) + data.shape)
         done += data.nbytes
         progress(done)
-
-
-def _identity(source: Source, layout: ParallelSettings, dtype: torch.dtype, file_bytes: int) -> dict[str, Any]:
-    """What an interrupted conversion must share with this one to be continued by it."""
-    names = sorted({stored.file for stored in source.tensors.values()} | {"config.json"})
-    stats = {name: (source.path / name).stat() for name in names}
-    return {
-        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-        "layout": [layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor],
-        "dtype": str(dtype),
-        "file_bytes": file_bytes,
-    }
-
-
-def _finish(
-    staging: Staging, files: dict[str, list[Piece]], source_path: Path, shape: ModelShape, dtype: torch.dtype
-) -> None:
-    chunks = [megatron.chunk_from_json(json_chunk) for name in files for json_chunk in staging.recorded(name)]
-    megatron.write_index(staging.path, chunks)
-    (staging.path / "hf").mkdir(exist_ok=True)
-    copy_companions(source_path, staging.path / "hf", DTYPE_NAMES[dtype])
-    checkpoint_folder.write_progress(staging.path, shape, {"step": 0, "optimizer": False})
-    staging.finish()

@@ -32,16 +32,20 @@ _SIZES = (
     "num_experts",
     "expert_ffn_size",
     "shared_expert_ffn_size",
+    "attention_out_bias",
+    "sparse_layers",
 )
 
 
-def write_progress(directory: Path, shape: ModelShape, facts: Mapping[str, Any]) -> None:
+def write_progress(
+    directory: Path, shape: ModelShape, facts: Mapping[str, Any], known_sizes: Mapping[str, int] | None = None
+) -> None:
     """Write progress.json, last of a checkpoint's files: `facts`, the model's sizes and the files' sizes in bytes.
 
-    Of the facts a checkpoint must have `step` and `optimizer`: whether it holds the optimizer's state.
+    Of the facts a checkpoint must have `step` and `optimizer`: whether it holds the optimizer's state. `known_sizes`
+    are those of files that another host wrote, of which this one may see an older state.
     """
-    sizes = {name: getattr(shape, name) for name in _SIZES}
-    content = {**facts, "model": sizes, "files": _files(directory)}
+    content = {**facts, "model": _sizes(shape), "files": _files(directory) | dict(known_sizes or {})}
     (directory / "progress.json").write_text(json.dumps(content))
 
 
@@ -52,13 +56,20 @@ def read_progress(directory: Path) -> dict[str, Any]:
 
 def check_model(directory: Path, progress: Mapping[str, Any], shape: ModelShape) -> None:
     """Raise `Refusal` where a checkpoint is of another model."""
+    own = _sizes(shape)
     for name, size in progress["model"].items():
-        if getattr(shape, name) != size:
+        if own[name] != size:
             raise Refusal(
                 f"{directory} of a model with {name}={size}",
-                f"must be of the run's model, which has {name}={getattr(shape, name)}",
-                "set model.path to the model that the checkpoint was trained from",
+                f"must be of the model in config.json, which has {name}={own[name]}",
+                "use the config.json that the checkpoint was made with (a run's model.path)",
             )
+
+
+def _sizes(shape: ModelShape) -> dict[str, Any]:
+    """As they are read from JSON again."""
+    found = {name: getattr(shape, name) for name in _SIZES}
+    return found | {"sparse_layers": list(shape.sparse_layers)}
 
 
 def check_whole(directory: Path) -> None:
@@ -87,6 +98,21 @@ def find(path: str | Path) -> Path | None:
         if damage is None:
             return candidate
     raise _refusal(str(candidates[0]), damages[0] or "")
+
+
+def newest(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the one that its `latest` (or that of its checkpoints/) names.
+
+    Raises `Refusal` where it is damaged, whatever there is beside it. A folder without megarl's notes is itself.
+    """
+    path = Path(path)
+    for root in (path, path / "checkpoints"):
+        if (root / "latest").is_file():
+            path = root / (root / "latest").read_text().strip()
+            break
+    if (path / "progress.json").is_file():
+        check_whole(path)
+    return path
 
 
 def require(path: str | Path, setting: str) -> Path:

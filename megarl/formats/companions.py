@@ -17,6 +17,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    # Mistral's own forms of the tokenizer.
+    "tokenizer.model.v3",
+    "tekken.json",
 )
 COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 

@@ -23,8 +23,15 @@ from megarl.reshard.boxes import Box
 #: safetensors' names of the types of weights, and theirs in torch and in config.json.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 INDEX = "model.safetensors.index.json"
+
+#: Bytes of a file at most, as transformers writes them.
+FILE_BYTES = 5_000_000_000
+
+#: Bytes of a tensor's entry in a header beside its name, at most.
+ENTRY_BYTES = 160
 
 #: Bytes read through one mapping of a file. Pages stay in memory as long as the mapping that they were read through.
 MAPPED_BYTES = 256 << 20
@@ -60,9 +67,16 @@ class HfCheckpoint:
 
     def _find_tensors(self) -> dict[str, Stored]:
         index = self.path / INDEX
+        single = (self.path / "model.safetensors").is_file()
+        if index.is_file() and single:
+            raise Refusal(
+                f"{self.path} with model.safetensors and {INDEX}",
+                "must hold one of them: libraries differ in which they read",
+                "remove the one that is left over from an earlier save",
+            )
         if index.is_file():
-            named = _weight_map(index)
-        elif (self.path / "model.safetensors").is_file():
+            named = read_weight_map(index)
+        elif single:
             named = {}
         else:
             raise Refusal(
@@ -111,7 +125,8 @@ class HfCheckpoint:
         return found
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, from an index. Raises `Refusal` where it cannot be read."""
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
@@ -136,7 +151,8 @@ class HfFiles:
         groups: list[dict[str, tuple[int, ...]]] = [{}]
         filled = 0
         for name, shape in tensors.items():
-            size = prod(shape) * dtype.itemsize
+            # With its entry in the header.
+            size = prod(shape) * dtype.itemsize + len(name) + ENTRY_BYTES
             if groups[-1] and filled + size > file_bytes:
                 groups.append({})
                 filled = 0
@@ -151,12 +167,11 @@ class HfFiles:
 
     def _lay_out(self, file: str, tensors: Mapping[str, tuple[int, ...]]) -> None:
         """The format: 8 bytes with the header's length, the header (JSON, padded to 8 bytes), the tensors' bytes."""
-        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in tensors.items():
             size = prod(shape) * self.dtype.itemsize
-            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            header[name] = {"dtype": CODES[self.dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -171,33 +186,41 @@ class HfFiles:
         """Of all files together."""
         return sum(self._sizes.values())
 
+    def complete(self, directory: Path) -> bool:
+        """Whether all files are there in their full size, as `create` made them."""
+        sizes = {file: (directory / file).stat().st_size for file in self._sizes if (directory / file).is_file()}
+        return sizes == self._sizes
+
     def create(self, directory: Path) -> None:
-        """Make the files with their headers and full size, and the index; what is there already stays."""
+        """Make the files with their headers and full size, and the index."""
         for file, header in self._headers.items():
-            with open(directory / file, "r+b" if (directory / file).exists() else "w+b") as stream:
+            with open(directory / file, "wb") as stream:
                 stream.write(header)
                 stream.truncate(self._sizes[file])
         if len(self._headers) > 1:
+            total = self.total_bytes - sum(map(len, self._headers.values()))
             weight_map = {name: place.file for name, place in self._places.items()}
-            write_index(directory, weight_map, self.total_bytes - sum(map(len, self._headers.values())))
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (directory / INDEX).write_text(json.dumps(content, indent=1))
 
     def write(self, directory: Path, name: str, box: Box, data: torch.Tensor) -> None:
         """Put the rows `box` of a tensor, whole in all dimensions but the first, at their place."""
         place = self._places[name]
         assert all(span == (0, length) for span, length in zip(box[1:], place.shape[1:], strict=True))
         row_bytes = prod(place.shape[1:]) * self.dtype.itemsize
-        with open(directory / place.file, "r+b") as stream:
-            stream.seek(place.offset + box[0][0] * row_bytes)
-            stream.write(data.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+        left = memoryview(data.to(self.dtype).contiguous().view(torch.uint8).flatten().numpy().data)
+        offset = place.offset + box[0][0] * row_bytes
+        # Not opened for reading: a network file system would fetch the pages at both ends, and write them back whole.
+        file = os.open(directory / place.file, os.O_WRONLY)
+        try:
+            while left:
+                written = os.pwrite(file, left, offset)
+                left, offset = left[written:], offset + written
+        finally:
+            os.close(file)
 
     def sync(self, directory: Path, names: Iterable[str]) -> None:
         """Put what was written of these tensors on the disk."""
         for file in sorted({self._places[name].file for name in names}):
             with open(directory / file, "r+b") as stream:
                 os.fsync(stream.fileno())
-
-
-def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """Write the index of a checkpoint of several files."""
-    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
-    (directory / INDEX).write_text(json.dumps(content, indent=1))

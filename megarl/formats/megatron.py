@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -63,12 +63,7 @@ class DistributedCheckpoint:
                 "give a checkpoints/step_... directory, or one that tools/convert_hf_to_megatron.py wrote",
             )
         self._reader = FileSystemReader(self.path)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise Refusal(
-                f"{self.path}/.metadata", f"cannot be read ({type(error).__name__})", "copy the checkpoint again"
-            ) from None
+        self._metadata = _read_metadata(self.path / ".metadata")
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._found = {
             key: entry
@@ -77,18 +72,21 @@ class DistributedCheckpoint:
         }
         self.tensors = {key: (tuple(entry.size), entry.properties.dtype) for key, entry in self._found.items()}
 
-    def check_whole(self, keys: Iterable[str]) -> None:
-        """Raise `Refusal` where a file is missing or cut short, or a tensor of `keys` lacks a part."""
+    def damages(self, keys: Iterable[str]) -> Iterator[Refusal]:
+        """Files that are missing or cut short, and tensors of `keys` that lack a part."""
+        ends: dict[str, int] = {}
         for place in (self._metadata.storage_data or {}).values():
-            file = self.path / place.relative_path
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            file = self.path / name
             if not file.is_file():
-                raise Refusal(str(file), "is named in .metadata and missing", "copy the checkpoint again")
-            if file.stat().st_size < place.offset + place.length:
-                raise Refusal(str(file), "is shorter than .metadata says", "copy the checkpoint again")
+                yield Refusal(str(file), "is named in .metadata and missing", "copy the checkpoint again")
+            elif file.stat().st_size < end:
+                yield Refusal(str(file), "is shorter than .metadata says", "copy the checkpoint again")
         for key in keys:
             wanted, held = prod(self.tensors[key][0]), sum(map(numel, self.boxes(key)))
             if held != wanted:
-                raise Refusal(
+                yield Refusal(
                     f"{key} in {self.path}",
                     f"must have all of its {wanted} elements, but {held} are there",
                     "copy the checkpoint again",
@@ -123,8 +121,55 @@ class DistributedCheckpoint:
             )
         planner = DefaultLoadPlanner()
         planner.set_up_planner({key: target}, self._metadata, is_coordinator=True)
-        self._reader.read_data(LoadPlan(items), planner).wait()
+        try:
+            self._reader.read_data(LoadPlan(items), planner).wait()
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AssertionError) as error:
+            raise Refusal(
+                f"{key} in {self.path}",
+                f"cannot be read ({' '.join(str(error).split())[:200]})",
+                "copy the checkpoint again",
+            ) from None
         return target
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Of all that a pickle may name, only what an index is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "MCoreMetadata":  # Megatron's own, with one more field
+            return Metadata
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_type or module in _PICKLED_MODULES or (module, name) in _PICKLED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
+
+
+#: What an index is made of, beside types.
+_PICKLED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+_PICKLED = {
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+}
+
+
+def _read_metadata(file: Path) -> Metadata:
+    try:
+        with open(file, "rb") as stream:
+            found = _MetadataUnpickler(stream).load()
+    except Exception as error:  # a damaged pickle ends in whatever it stumbles over
+        raise Refusal(
+            str(file), f"cannot be read ({type(error).__name__}: {error})", "copy the checkpoint again"
+        ) from None
+    if not isinstance(found, Metadata):
+        raise Refusal(str(file), f"must be an index, not a {type(found).__name__}", "copy the checkpoint again")
+    if getattr(found, "storage_meta", None) is None:
+        found.storage_meta = None
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +184,10 @@ class Chunk:
     file: str
     start: int
     size: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
 
 
 def write_file(path: Path, boxes: Iterable[tuple[str, tuple[int, ...], Box, torch.Tensor]]) -> list[Chunk]:
@@ -159,9 +208,12 @@ def write_file(path: Path, boxes: Iterable[tuple[str, tuple[int, ...], Box, torc
 
 def write_index(directory: Path, chunks: Iterable[Chunk]) -> None:
     """Write what makes `.distcp` files a checkpoint of weights alone: .metadata, metadata.json and common.pt."""
+    # Pickle writes an object that it meets again as a reference; of chunks that came other ways others are the same
+    # objects. Made anew alike, the same chunks give the same bytes.
+    raw = json.loads(json.dumps([chunk_to_json(chunk) for chunk in chunks]))
     tensors: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for chunk in chunks:
+    for chunk in map(chunk_from_json, raw):
         properties = TensorProperties(dtype=getattr(torch, chunk.dtype))
         entry = tensors.setdefault(chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.shape), []))
         offsets, lengths = torch.Size(chunk.offsets), torch.Size(chunk.lengths)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 
 from megarl.errors import Refusal
-from megarl.formats.huggingface import DTYPES, Stored
+from megarl.formats.huggingface import CODES, Stored, read_weight_map
 from megarl.reshard.boxes import Box
 
 
@@ -22,9 +21,8 @@ class PickleCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._loaded: tuple[str, dict[str, torch.Tensor]] = ("", {})
-        codes = {dtype: code for code, dtype in DTYPES.items()}
         self.tensors = {
-            name: Stored(file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+            name: Stored(file, tuple(tensor.shape), CODES.get(tensor.dtype, str(tensor.dtype)))
             for file in self._files()
             for name, tensor in self._load(file).items()
         }
@@ -32,20 +30,33 @@ class PickleCheckpoint:
     def _files(self) -> list[str]:
         index = self.path / "pytorch_model.bin.index.json"
         if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return sorted(set(read_weight_map(index).values()))
         return ["pytorch_model.bin"]
 
     def _load(self, file: str) -> dict[str, torch.Tensor]:
         if self._loaded[0] != file:
+            path = self.path / file
             try:
-                self._loaded = (file, torch.load(self.path / file, map_location="cpu", mmap=True, weights_only=True))
+                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
                 raise Refusal(
-                    str(self.path / file),
+                    str(path),
                     f"must be a whole file of pickled weights ({' '.join(str(error).split())[:200]})",
                     "copy it again, or convert the checkpoint to safetensors",
                 ) from None
+            strange = (
+                loaded if not isinstance(loaded, dict) else [k for k, v in loaded.items() if not torch.is_tensor(v)]
+            )
+            if strange:
+                what = f"not {strange[:3]}" if isinstance(loaded, dict) else f"not a {type(loaded).__name__}"
+                raise Refusal(str(path), f"must be a record of tensors, {what}", "save the model's state_dict alone")
+            self._loaded = (file, loaded)
         return self._loaded[1]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor in the checkpoint."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A copy of one box of one tensor."""

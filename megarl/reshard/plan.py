@@ -240,9 +240,7 @@ def make_plan(
             load = sent[cell.kind]
             _, rank, index, source_box = min((load[rank], rank, index, box) for rank, index, box in cell.holders)
             load[rank] += numel(cell.target_box)
-            transfers.append(
-                Transfer(rank, need.rank, holders[index].tensor, source_box, need.tensor, cell.target_box)
-            )
+            transfers.append(Transfer(rank, need.rank, holders[index].tensor, source_box, need.tensor, cell.target_box))
     return Plan(tuple(transfers), tuple(node_of_rank))
 
 

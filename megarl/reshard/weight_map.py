@@ -71,17 +71,23 @@ def _with_experts(rows: list[Row], experts: int) -> Iterator[tuple[Row, int]]:
 
 
 def check_hf_shapes(shape: ModelShape, found: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Check the tensors of a checkpoint against the model.
+    """Raise the first of `hf_problems`."""
+    for refusal in hf_problems(shape, found, origin):
+        raise refusal
 
-    Tables of rotary angles, and an output layer beside tied embeddings, are passed over as transformers does. Raises
-    `Refusal` naming the first tensor of `origin` that is missing, has another shape, or is none of the model's.
+
+def hf_problems(shape: ModelShape, found: Mapping[str, tuple[int, ...]], origin: str) -> Iterator[Refusal]:
+    """Each tensor of the checkpoint `origin` that is missing, has another shape, or is none of the model's.
+
+    `found`: shapes by name. Tables of rotary angles, and an output layer beside tied embeddings, are passed over as
+    transformers does.
     """
     expected = hf_tensors(shape)
     for name, wanted in expected.items():
         if name not in found:
-            raise Refusal(f"{origin} without {name}", "must hold every tensor of the model", "restore the checkpoint")
-        if tuple(found[name]) != wanted:
-            raise Refusal(
+            yield Refusal(f"{origin} without {name}", "must hold every tensor of the model", "restore the checkpoint")
+        elif tuple(found[name]) != wanted:
+            yield Refusal(
                 f"{name} of shape {tuple(found[name])} in {origin}",
                 f"must have shape {wanted} by config.json",
                 "use the config.json that belongs to these weights",
@@ -89,7 +95,7 @@ def check_hf_shapes(shape: ModelShape, found: Mapping[str, tuple[int, ...]], ori
     for name in found:
         known = name in expected or name.endswith("rotary_emb.inv_freq")
         if not known and not (shape.tied_embeddings and name == OUTPUT_LAYER):
-            raise Refusal(
+            yield Refusal(
                 f"{name} in {origin}",
                 f"is no tensor of a {shape.family} model with this config.json",
                 "use the config.json that belongs to these weights, or remove the tensor",

@@ -10,20 +10,9 @@ import torch
 from vllm import ModelRegistry
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from megarl.config.model_shape import ModelShape
+from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
-
-#: vLLM's model classes by family: module and name. Only the one of the run is imported; those with experts take 0.5 s.
-MODEL_CLASSES: dict[str, tuple[str, str]] = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "mistral": ("mistral", "MistralForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
-    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
-    "mixtral": ("mixtral", "MixtralForCausalLM"),
-}
 
 GIB = 1 << 30
 CPU_KV_CACHE_GIB = 0.25
@@ -135,6 +124,9 @@ def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def register_model_class(family: str) -> None:
-    """Tell vLLM the model's class, which it would otherwise inspect in a subprocess that takes seconds to start."""
-    module, name = MODEL_CLASSES[family]
-    ModelRegistry.register_model(name, getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name))
+    """Tell vLLM the model's class, which it would otherwise inspect in a subprocess that takes seconds to start.
+
+    vLLM's modules have the names of Hugging Face's model types. Only the run's is imported: some take 0.5 s.
+    """
+    name = FAMILIES[family].architecture
+    ModelRegistry.register_model(name, getattr(importlib.import_module(f"vllm.model_executor.models.{family}"), name))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from megarl.formats.companions import copy_companions
-from megarl.formats.huggingface import DTYPE_NAMES, write_index
+from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
 from megarl.policy.policy import Policy
+from megarl.reshard.boxes import whole
 from megarl.reshard.plan import make_plan
 from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors
 from megarl.weights.layouts import policy_tensors
@@ -47,30 +46,18 @@ def export_hf(policy: Policy, directory: Path, original: Path) -> None:
         {name: p.detach() for name, p in policy.named_parameters()}, mine
     )
     partial = directory.with_name(directory.name + ".partial")
+    files = HfFiles(hf_tensors(policy.shape), dtype, FILE_BYTES)
     if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        files.create(partial)
     dist.barrier()
-    if mine.tensors:
-        save_file(mine.tensors, partial / _file_name(world.rank, world.size), metadata={"format": "pt"})
+    for name, tensor in mine.tensors.items():
+        files.write(partial, name, whole(tensor.shape), tensor)
+    files.sync(partial, mine.tensors)
     dist.barrier()
     if world.is_first:
-        _write_index(policy, partial, targets)
         copy_companions(original, partial, DTYPE_NAMES[dtype])
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     dist.barrier()
-
-
-def _file_name(rank: int, size: int) -> str:
-    return "model.safetensors" if size == 1 else f"model-{rank + 1:05d}-of-{size:05d}.safetensors"
-
-
-def _write_index(policy: Policy, directory: Path, targets: list[dict]) -> None:
-    size = policy.world.size
-    if size == 1:
-        return
-    file_of = {name: _file_name(rank, size) for rank, tensors in enumerate(targets) for name in tensors}
-    shapes = hf_tensors(policy.shape)
-    total = sum(prod(shape) for shape in shapes.values()) * policy.megatron_config.params_dtype.itemsize
-    write_index(directory, {name: file_of[name] for name in shapes}, total)
