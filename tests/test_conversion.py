@@ -38,7 +38,7 @@ LAYOUTS = [
     for tensor in (1, 2, 4)
     for pipeline in (1, 2)
     for expert in (1, 2)
-]
+] + [ParallelSettings(pipeline=3)]
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +564,7 @@ def test_a_full_disk_is_refused_before_writing(models: Path, tmp_path: Path, mon
     ("layout", "message"),
     [
         ({"tensor": 3}, r"parallel\.tensor=3: must divide the model's 4 attention heads"),
-        ({"pipeline": 3}, r"parallel\.pipeline=3: must divide the model's 4 layers"),
+        ({"pipeline": 5}, r"parallel\.pipeline=5: must be at most the model's 4 layers"),
         ({"expert": 2}, r"parallel\.expert=2: is for mixtures of experts, and a qwen2 model is dense"),
     ],
 )

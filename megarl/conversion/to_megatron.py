@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from megarl.config import splits
-from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.sections import ParallelSettings
 from megarl.conversion.ranks import Ranks
 from megarl.conversion.source import Source, check_finite, check_source, identity, open_source
+from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, megatron
 from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES
@@ -64,7 +64,9 @@ def convert(
         shape = read_model_shape(source_path)
         for refusal in splits.policy_refusals(shape, layout):
             raise refusal
-        layers_of_chunks(shape.num_layers, layout)
+        if layout.pipeline > shape.num_layers:
+            rule = f"must be at most the model's {shape.num_layers} layers"
+            raise Refusal(f"parallel.pipeline={layout.pipeline}", rule, "use fewer stages")
         check_absent(out)
         return check_source(open_source(source_path, allow_pickle=allow_pickle), shape, dtype)
 
@@ -116,18 +118,21 @@ def _recorded(staging: Staging, name: str) -> list[megatron.Chunk] | None:
 def plan_files(
     shape: ModelShape, layout: ParallelSettings, dtype: torch.dtype, file_bytes: int
 ) -> dict[str, list[Piece]]:
-    """The pieces of each file: of one pipeline stage, tensor-parallel rank and expert-parallel rank, in model order."""
-    counts = layers_of_chunks(shape.num_layers, layout)
-    stage_of_layer = [stage for stage, count in enumerate(counts) for _ in range(count)]
+    """The pieces of each file: of one pipeline stage, tensor-parallel rank and expert-parallel rank, in model order.
+
+    Layers that do not divide by the stages are shared out as evenly as can be: a run may cut them otherwise, as every
+    layer is stored by itself.
+    """
     groups: dict[tuple[int, int, int], list[Piece]] = {}
     for parameter in stored_parameters(shape, layout.tensor):
-        ends = {"first": 0, "last": len(counts) - 1, "layer": stage_of_layer[parameter.layer]}
+        stage_of_layer = parameter.layer * layout.pipeline // shape.num_layers
+        stage = {"first": 0, "layer": stage_of_layer, "last": layout.pipeline - 1}[parameter.stage]
         expert = 0 if parameter.expert is None else parameter.expert * layout.expert // shape.num_experts
         shards = layout.tensor
         if parameter.expert is not None:
             shards = layout.expert_tensor or layout.tensor
         for rank, box in _shards(parameter, shards):
-            groups.setdefault((ends[parameter.stage], rank, expert), []).append(Piece(parameter, box))
+            groups.setdefault((stage, rank, expert), []).append(Piece(parameter, box))
     files: list[list[Piece]] = []
     for _, pieces in sorted(groups.items()):
         filled = file_bytes
