@@ -31,6 +31,7 @@ TINY = ("qwen2", 128, 4, 4, 2, 384, 320, 2048)
 #: Experts, experts per token, an expert's MLP, of the mixtures of experts.
 EXPERTS = {"Qwen3-30B-A3B": (128, 8, 768), "model": (8, 2, 128)}
 LAPTOP_MODELS = {
+    "configs/models/qwen2_307m": ("qwen2", 1024, 20, 16, 4, 3072, 32000, 2048),
     "data/bench/model": ("qwen2", 256, 4, 8, 2, 768, 512, 2048),
     "data/quickstart_moe/model": ("qwen3_moe", 128, 4, 4, 2, 128, 320, 2048),
 }

@@ -1,4 +1,4 @@
-"""`megarl bench step|rollout CONFIG [key=value ...] [--json]`"""
+"""`megarl bench step|rollout|reshard CONFIG [key=value ...] [--json]`"""
 
 from __future__ import annotations
 
@@ -26,5 +26,16 @@ def rollout(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     require_rollouts(settings)
     with reserved_stdout(as_json) as stream:
         from megarl.train.bench import bench_rollout as worker
+
+        show(run(worker, settings, processes=settings.parallel.processes), stream, as_json)
+
+
+@bench.command()
+def reshard(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """The weight push beside one that gathers every tensor on every rank: seconds, bytes, memory."""
+    settings = prepare(config, overrides)
+    require_rollouts(settings)
+    with reserved_stdout(as_json) as stream:
+        from megarl.train.bench_reshard import bench_reshard as worker
 
         show(run(worker, settings, processes=settings.parallel.processes), stream, as_json)

@@ -112,6 +112,21 @@ def overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     return None
 
 
+def missing_elements(wanted: Iterable[LocalTensor], held: Iterable[LocalTensor]) -> int:
+    """How many elements of the checkpoint `wanted` have that `held` do not: what must be sent at the least."""
+    here: dict[str, list[Box]] = {}
+    for tensor in held:
+        for region in tensor.regions:
+            here.setdefault(region.hf_name, []).append(region.hf_box)
+    missing = 0
+    for tensor in wanted:
+        for region in tensor.regions:
+            own = here.get(region.hf_name, [])
+            parts = cells(region.hf_box, own)
+            missing += sum(numel(part) for part in parts if not any(contains(box, part) for box in own))
+    return missing
+
+
 def padding_boxes(tensor: LocalTensor) -> tuple[Box, ...]:
     """The boxes of a local tensor that no region covers: disjoint, to be filled with zeros."""
     covered = [region.local_box for region in tensor.regions]

@@ -57,6 +57,17 @@ class Fillable(Protocol):
     def weights_changed(self) -> None: ...
 
 
+def load_by_name(engine: Fillable, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Fill an engine by vLLM's own loader, with whole tensors by their names in a Hugging Face checkpoint.
+
+    vLLM restores its layers to what they were before packing, loads, and packs them again. Raises `PhaseError` where
+    the engine's weights sleep.
+    """
+    engine.phases.require(Part.ENGINE_WEIGHTS)
+    engine.call_worker(lambda worker: worker.model_runner.reload_weights(weights_iterator=tensors))
+    engine.weights_changed()
+
+
 class EngineWeights:
     """The destination of a push: `begin`, then `buffer` for every slot and `finish` for complete layers, then `end`.
 

@@ -34,6 +34,8 @@ class Mover:
 
     def __init__(self, plan: Plan, rank: int, *, bucket_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rank, self.dtype, self.device = rank, dtype, device
+        #: Bytes that arrived from other ranks in the last run.
+        self.received_bytes = 0
         element = torch.empty((), dtype=dtype).element_size()
         self.buckets = [_Bucket(part, rank) for part in plan.buckets(max(1, bucket_bytes // element))]
         self._pieces: dict[str, int] = defaultdict(int)
@@ -44,6 +46,7 @@ class Mover:
     def run(self, sources: Mapping[str, torch.Tensor], target: Target) -> None:
         """Move everything once; called by all ranks together."""
         left = dict(self._pieces)
+        self.received_bytes = 0
         with torch.no_grad():
             for bucket in self.buckets:
                 self._run_bucket(bucket, sources, target)
@@ -69,6 +72,7 @@ class Mover:
         for request in requests:
             request.wait()
         for peer, transfers in bucket.receives.items():
+            self.received_bytes += incoming[peer].nbytes
             parts = incoming[peer].split([t.numel for t in transfers])
             for t, part in zip(transfers, parts, strict=True):
                 view = box_view(target.buffer(t.target_name), t.target_box)

@@ -1,0 +1,115 @@
+"""The weight push beside one that gathers: seconds, bytes received, memory, and whether both fill the engine alike."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megarl.config.model_shape import read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.parallel import bootstrap
+from megarl.parallel.cpu_platform import has_cuda
+from megarl.parallel.exchange import gather_all
+from megarl.parallel.groups import form_grid
+from megarl.policy.hf_weights import draw_random_weights
+from megarl.policy.policy import Policy
+from megarl.reshard.boxes import missing_elements
+from megarl.rollout import environment
+from megarl.rollout.engine import Engine
+from megarl.weights.gather import GatherPush
+from megarl.weights.layouts import engine_tensors, policy_tensors
+from megarl.weights.push import Push
+
+environment.preload()
+
+
+def bench_reshard(config: RunConfig) -> dict[str, Any]:
+    """Push by the plan and by gathering, in turns, `config.steps` times after one of each; medians of seconds.
+
+    Weights are drawn from the seed. Returns `seconds` and `gather_seconds` (until the slowest rank is done), their
+    `ratios` turn by turn, `bytes_received_max_rank` and `gather_bytes_received_max_rank` as counted where they arrive,
+    `bytes_lower_bound_max_rank` (what the rank that lacks most needs and does not hold), `peak_extra_bytes` and
+    `gather_peak_extra_bytes` (the largest process's memory above what it had before), `bucket_bytes`, `bitwise_equal`:
+    whether engines that either has filled hold the same bits, on every rank.
+    """
+    world = bootstrap.join()
+    grid = form_grid(config.parallel, config.seed)
+    shape = read_model_shape(config.model.path)
+    engine = Engine(config, shape, eos_token_ids=shape.eos_token_ids, rank=world.rank, world_size=world.size)
+    engine.sleep()
+    policy = Policy(config, shape, world, grid, step_budget=1)
+    draw_random_weights(policy, config.seed)
+    push, gather = Push(policy, engine), GatherPush(policy, engine)
+    engine.wake_weights()
+    hashes: list[str] = []
+    for fill in (push.run, gather.run):
+        fill()
+        hashes.append(push.engine_weights.checksum())
+    seconds: dict[str, list[float]] = {"push": [], "gather": []}
+    peaks: dict[str, int] = {"push": 0, "gather": 0}
+    for turn in range(config.steps):
+        if world.is_first:
+            print(f"turn {turn + 1} of {config.steps}", file=sys.stderr, flush=True)
+        for name, fill in (("push", push.run), ("gather", gather.run)):
+            spent, peak = _measured(fill)
+            seconds[name].append(spent)
+            peaks[name] = max(peaks[name], *gather_all(peak))
+    element = policy.megatron_config.params_dtype.itemsize
+    needs = missing_elements(
+        engine_tensors(config, shape, world.rank).values(),
+        policy_tensors(config.parallel, shape, world.size)[world.rank].values(),
+    )
+    report = {
+        "seconds": round(statistics.median(seconds["push"]), 4),
+        "gather_seconds": round(statistics.median(seconds["gather"]), 4),
+        "ratios": [round(slow / fast, 2) for fast, slow in zip(*seconds.values(), strict=True)],
+        "bytes_received_max_rank": max(gather_all(push.mover.received_bytes)),
+        "gather_bytes_received_max_rank": max(gather_all(gather.received_bytes)),
+        "bytes_lower_bound_max_rank": max(gather_all(needs * element)),
+        "peak_extra_bytes": peaks["push"],
+        "gather_peak_extra_bytes": peaks["gather"],
+        "bucket_bytes": int(config.weights.bucket_mib * 2**20),
+        "bitwise_equal": all(gather_all(hashes[0] == hashes[1])),
+    }
+    engine.close()
+    bootstrap.leave()
+    return report
+
+
+def _measured(work: Callable[[], None]) -> tuple[float, int]:
+    """Seconds until the slowest rank has done `work`, and this process's most memory above what it had before."""
+    _forget_peak()
+    before = _memory("VmRSS")
+    dist.barrier()
+    start = time.perf_counter()
+    work()
+    dist.barrier()
+    return time.perf_counter() - start, _memory("VmHWM") - before
+
+
+def _forget_peak() -> None:
+    """Give freed memory back, so that it is not counted, and begin a new peak."""
+    if has_cuda():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(kind: str) -> int:
+    """Bytes resident now (VmRSS) or at most (VmHWM); on a GPU, bytes of tensors there."""
+    if has_cuda():
+        return torch.cuda.memory_allocated() if kind == "VmRSS" else torch.cuda.max_memory_allocated()
+    found = re.search(rf"{kind}:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
