@@ -337,7 +337,8 @@ class LoggingSettings(Settings):
 
 class WeightsSettings(Settings):
     bucket_mib: PositiveFloat = Field(
-        default=256.0, description="Most a rank sends, and receives, in one round of a weight push, in MiB."
+        default=256.0,
+        description="Most a rank sends and receives in one round of a weight push, in MiB; two are under way.",
     )
 
 

@@ -99,7 +99,7 @@ class Plan:
         return tuple(self._by_rank[2].get(rank, ()))
 
     def buckets(self, max_elements: int) -> tuple[tuple[Transfer, ...], ...]:
-        """Consecutive groups of transfers in which no rank sends, and none receives, more than `max_elements`.
+        """Consecutive groups of transfers in which no rank sends and receives more than `max_elements` together.
 
         A transfer between ranks that alone exceeds the bound is cut into several; copies within a
         rank need no staging and do not count. Raises `ValueError` unless `max_elements` ≥ 1.
@@ -108,22 +108,20 @@ class Plan:
             raise ValueError(f"max_elements={max_elements}: must be at least 1")
         groups: list[tuple[Transfer, ...]] = []
         group: list[Transfer] = []
-        sent: dict[int, int] = defaultdict(int)
-        received: dict[int, int] = defaultdict(int)
+        moved: dict[int, int] = defaultdict(int)
         for whole_transfer in self.transfers:
             if whole_transfer.source == whole_transfer.target:
                 group.append(whole_transfer)
                 continue
             for transfer in _slabs(whole_transfer, max_elements):
                 size = transfer.numel
-                if max(sent[transfer.source], received[transfer.target]) + size > max_elements:
+                if max(moved[transfer.source], moved[transfer.target]) + size > max_elements:
                     groups.append(tuple(group))
                     group = []
-                    sent.clear()
-                    received.clear()
+                    moved.clear()
                 group.append(transfer)
-                sent[transfer.source] += size
-                received[transfer.target] += size
+                moved[transfer.source] += size
+                moved[transfer.target] += size
         if group:
             groups.append(tuple(group))
         return tuple(groups)

@@ -79,6 +79,8 @@ class EngineWeights:
         self._model: nn.Module = engine.call_worker(lambda worker: worker.get_model())
         self._slots, self._places = _find_slots(self._model)
         self._staged: dict[str, torch.Tensor] = {}
+        # Staging tensors that were packed, for the next layer of their shape: fresh memory costs more than the copy.
+        self._spare: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
         self._written: set[str] = set()
         self._finished: set[str] = set()
         self._open = False
@@ -93,6 +95,7 @@ class EngineWeights:
         self._written.clear()
         self._finished.clear()
         self._staged.clear()
+        self._spare.clear()
         self._open = True
 
     def buffer(self, name: str) -> torch.Tensor:
@@ -107,21 +110,25 @@ class EngineWeights:
         self._written.add(name)
         if slot.staged:
             if name not in self._staged:
-                self._staged[name] = torch.zeros(slot.shape, dtype=slot.dtype, device=self._live(name).device)
-            return self._staged[name]
-        live = self._live(name).data
+                spare = self._spare.get((slot.shape, slot.dtype))
+                device = self._live(name).device
+                self._staged[name] = spare.pop() if spare else torch.empty(slot.shape, dtype=slot.dtype, device=device)
+            found = self._staged[name]
+        else:
+            found = self._live(name).data
         if first and slot.num_rows < slot.shape[0]:
-            live[slot.num_rows :].zero_()
-        return live
+            found[slot.num_rows :].zero_()
+        return found
 
     def finish(self, names: Iterable[str]) -> None:
-        """Declare slots complete: vLLM packs their layers again and the staging tensors are freed.
+        """Declare slots complete: vLLM packs their layers again, and other layers take the staging tensors.
 
         A layer's weight and bias are finished together; the two stacks of a layer's experts are packed when both
         are finished. Calling it layer by layer bounds the memory of a push; what is not finished by then is
         finished by `end`.
         """
         modules: dict[int, nn.Module] = {}
+        packed: list[tuple[_Place, torch.Tensor]] = []
         for name in names:
             self._finished.add(name)
             place = self._places[name]
@@ -129,6 +136,8 @@ class EngineWeights:
                 self._finish_experts(name)
                 continue
             staged = self._staged.pop(name, None)
+            if staged is not None:
+                packed.append((place, staged))
             for module in place.modules:
                 if staged is not None:
                     _replace(module, place.attribute, staged)
@@ -136,7 +145,13 @@ class EngineWeights:
                     modules[id(module)] = module
         with torch.no_grad():
             for module in modules.values():
+                # The old copy goes before the new one is made.
+                cast("Any", module).cpu_linear = None
                 cast("Any", module.quant_method).process_weights_after_loading(module)
+        for place, staged in packed:
+            # Packing empties the parameter; where it did not, the tensor is the engine's now.
+            if all(getattr(module, place.attribute).numel() == 0 for module in place.modules):
+                self._spare.setdefault((tuple(staged.shape), staged.dtype), []).append(staged)
 
     def _finish_experts(self, name: str) -> None:
         """Pack a layer's experts if `name` was the last of its stacks."""
@@ -152,6 +167,7 @@ class EngineWeights:
         if missing:
             raise MegarlError(f"weight push incomplete: {len(missing)} engine weights not written, first {missing[0]}")
         self.finish([name for name in self._slots if name not in self._finished])
+        self._spare.clear()
         self._open = False
         self._engine.weights_changed()
 

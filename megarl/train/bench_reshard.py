@@ -31,6 +31,9 @@ from megarl.weights.push import Push
 
 environment.preload()
 
+#: glibc's name for the size from which it maps blocks by themselves (malloc.h).
+M_MMAP_THRESHOLD = -3
+
 
 def bench_reshard(config: RunConfig) -> dict[str, Any]:
     """Push by the plan and by gathering, in turns, `config.steps` times after one of each; medians of seconds.
@@ -55,14 +58,14 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
         fill()
         hashes.append(push.engine_weights.checksum())
     seconds: dict[str, list[float]] = {"push": [], "gather": []}
-    peaks: dict[str, int] = {"push": 0, "gather": 0}
     for turn in range(config.steps):
         if world.is_first:
             print(f"turn {turn + 1} of {config.steps}", file=sys.stderr, flush=True)
         for name, fill in (("push", push.run), ("gather", gather.run)):
-            spent, peak = _measured(fill)
-            seconds[name].append(spent)
-            peaks[name] = max(peaks[name], *gather_all(peak))
+            seconds[name].append(_seconds(fill))
+    # Apart from the clock: memory that is given back at once is fetched from the system again.
+    _return_freed_memory()
+    peaks = {name: max(gather_all(_extra(fill))) for name, fill in (("push", push.run), ("gather", gather.run))}
     element = policy.megatron_config.params_dtype.itemsize
     needs = missing_elements(
         engine_tensors(config, shape, world.rank).values(),
@@ -85,25 +88,34 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     return report
 
 
-def _measured(work: Callable[[], None]) -> tuple[float, int]:
-    """Seconds until the slowest rank has done `work`, and this process's most memory above what it had before."""
-    _forget_peak()
-    before = _memory("VmRSS")
+def _seconds(work: Callable[[], None]) -> float:
+    """Seconds until the slowest rank has done `work`."""
     dist.barrier()
     start = time.perf_counter()
     work()
     dist.barrier()
-    return time.perf_counter() - start, _memory("VmHWM") - before
+    return time.perf_counter() - start
 
 
-def _forget_peak() -> None:
-    """Give freed memory back, so that it is not counted, and begin a new peak."""
+def _extra(work: Callable[[], None]) -> int:
+    """This process's most memory during `work` above what it had before, in bytes."""
     if has_cuda():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmRSS")
+    dist.barrier()
+    work()
+    dist.barrier()
+    return _memory("VmHWM") - before
+
+
+def _return_freed_memory() -> None:
+    """Have glibc map every larger block by itself: freed ones that it keeps would count as if they were in use."""
+    if not has_cuda():
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _memory(kind: str) -> int:

@@ -1,14 +1,15 @@
 """Executes a reshard plan: boxes of source tensors travel point to point into boxes of target tensors.
 
-Transfers go in buckets of bounded size, in layer order; the pieces for one peer travel together in one
-flat message. No rank ever holds more than one bucket beside its own tensors.
+Transfers go in rounds of bounded size, in layer order; the pieces for one peer travel together in one flat message.
+While a round travels, the one before it is copied to its place: a rank never holds more than two rounds beside its
+own tensors.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,69 +31,100 @@ class Target(Protocol):
 
 
 class Mover:
-    """Runs one plan again and again; `dtype` is the type that travels: sources are cast before sending."""
+    """Runs one plan again and again; `dtype` is the type that travels: sources are cast before sending.
+
+    `bucket_bytes` bounds what a rank sends and receives in one round.
+    """
 
     def __init__(self, plan: Plan, rank: int, *, bucket_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rank, self.dtype, self.device = rank, dtype, device
         #: Bytes that arrived from other ranks in the last run.
         self.received_bytes = 0
-        element = torch.empty((), dtype=dtype).element_size()
-        self.buckets = [_Bucket(part, rank) for part in plan.buckets(max(1, bucket_bytes // element))]
+        self.rounds = [_Round(part, rank) for part in plan.buckets(max(1, bucket_bytes // dtype.itemsize))]
         self._pieces: dict[str, int] = defaultdict(int)
-        for bucket in self.buckets:
-            for transfer in bucket.arriving():
+        for one in self.rounds:
+            for transfer in one.arriving():
                 self._pieces[transfer.target_name] += 1
 
     def run(self, sources: Mapping[str, torch.Tensor], target: Target) -> None:
         """Move everything once; called by all ranks together."""
         left = dict(self._pieces)
         self.received_bytes = 0
+        largest = max((one.size for one in self.rounds), default=0)
+        buffers = [torch.empty(largest, dtype=self.dtype, device=self.device) for _ in range(min(2, len(self.rounds)))]
+        before: tuple[_Round, torch.Tensor, list[Any]] | None = None
         with torch.no_grad():
-            for bucket in self.buckets:
-                self._run_bucket(bucket, sources, target)
-                for transfer in bucket.arriving():
-                    left[transfer.target_name] -= 1
-                    if left[transfer.target_name] == 0:
-                        target.complete(transfer.target_name)
+            for number, one in enumerate(self.rounds):
+                buffer = buffers[number % 2]
+                requests = self._start(one, sources, buffer)
+                if before is not None:
+                    self._land(*before, sources, target, left)
+                before = one, buffer, requests
+            if before is not None:
+                self._land(*before, sources, target, left)
 
-    def _run_bucket(self, bucket: _Bucket, sources: Mapping[str, torch.Tensor], target: Target) -> None:
+    def _start(self, one: _Round, sources: Mapping[str, torch.Tensor], buffer: torch.Tensor) -> list[Any]:
+        """Pack and post a round. Its messages lie in `buffer` one after another, first those to receive."""
         operations: list[dist.P2POp] = []
-        incoming: dict[int, torch.Tensor] = {}
-        for peer, transfers in bucket.sends.items():
-            pieces = [box_view(sources[t.source_name], t.source_box).reshape(-1).to(self.dtype) for t in transfers]
-            operations.append(dist.P2POp(dist.isend, torch.cat(pieces), peer))
-        for peer, transfers in bucket.receives.items():
+        offset = 0
+        for peer, transfers in one.receives.items():
             size = sum(t.numel for t in transfers)
-            incoming[peer] = torch.empty(size, dtype=self.dtype, device=self.device)
-            operations.append(dist.P2POp(dist.irecv, incoming[peer], peer))
-        requests = dist.batch_isend_irecv(operations) if operations else []
-        # What is already here is copied while the rest travels.
-        for t in bucket.local:
+            operations.append(dist.P2POp(dist.irecv, buffer[offset : offset + size], peer))
+            offset += size
+        for peer, transfers in one.sends.items():
+            start = offset
+            for t in transfers:
+                piece = box_view(sources[t.source_name], t.source_box)
+                buffer[offset : offset + t.numel].view(piece.shape).copy_(piece)
+                offset += t.numel
+            operations.append(dist.P2POp(dist.isend, buffer[start:offset], peer))
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def _land(
+        self,
+        one: _Round,
+        buffer: torch.Tensor,
+        requests: list[Any],
+        sources: Mapping[str, torch.Tensor],
+        target: Target,
+        left: dict[str, int],
+    ) -> None:
+        """Copy a round's pieces to their places, first those that were here all along."""
+        for t in one.local:
             copy_box(target.buffer(t.target_name), t.target_box, sources[t.source_name].to(self.dtype), t.source_box)
         for request in requests:
             request.wait()
-        for peer, transfers in bucket.receives.items():
-            self.received_bytes += incoming[peer].nbytes
-            parts = incoming[peer].split([t.numel for t in transfers])
-            for t, part in zip(transfers, parts, strict=True):
+        offset = 0
+        for transfers in one.receives.values():
+            for t in transfers:
                 view = box_view(target.buffer(t.target_name), t.target_box)
-                view.copy_(part.view(view.shape))
+                view.copy_(buffer[offset : offset + t.numel].view(view.shape))
+                offset += t.numel
+        self.received_bytes += offset * self.dtype.itemsize
+        for t in one.arriving():
+            left[t.target_name] -= 1
+            if left[t.target_name] == 0:
+                target.complete(t.target_name)
 
 
-class _Bucket:
-    """One bucket as this rank sees it: what it sends and receives by peer, and what it copies."""
+class _Round:
+    """One round as this rank sees it: what it sends and receives by peer, and what it copies. `size`: elements in
+    messages."""
 
     def __init__(self, transfers: tuple[Transfer, ...], rank: int) -> None:
         self.sends: dict[int, list[Transfer]] = defaultdict(list)
         self.receives: dict[int, list[Transfer]] = defaultdict(list)
         self.local: list[Transfer] = []
+        self.size = 0
         for transfer in transfers:
             if transfer.source == transfer.target == rank:
                 self.local.append(transfer)
             elif transfer.source == rank:
                 self.sends[transfer.target].append(transfer)
+                self.size += transfer.numel
             elif transfer.target == rank:
                 self.receives[transfer.source].append(transfer)
+                self.size += transfer.numel
 
     def arriving(self) -> list[Transfer]:
         """Pieces written on this rank, in layer order within each origin."""
