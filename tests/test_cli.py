@@ -40,7 +40,8 @@ def megarl(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize(
-    "command", [["train"], ["evaluate"], ["generate"], ["check"], ["bench", "step"], ["bench", "rollout"]]
+    "command",
+    [["train"], ["evaluate"], ["generate"], ["check"], ["bench", "step"], ["bench", "rollout"], ["bench", "reshard"]],
 )
 def test_every_command_refuses_in_one_line(tmp_path: Path, command: list[str]) -> None:
     write_case(tmp_path)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from megarl.errors import MegarlError
+from megarl.errors import MegarlError, Refusal
 from megarl.rollout import experts
 from megarl.rollout.phases import Part, Phases
 
@@ -55,6 +55,18 @@ class Fillable(Protocol):
     def call_worker(self, function: Callable[..., T]) -> T: ...
 
     def weights_changed(self) -> None: ...
+
+
+def check_reloadable(engine: Fillable) -> None:
+    """Raise `Refusal` where vLLM's own loader cannot fill an engine again."""
+    model: nn.Module = engine.call_worker(lambda worker: worker.get_model())
+    packed = next((path for path, module in model.named_modules() if experts.are_packed(module)), None)
+    if packed is not None:
+        raise Refusal(
+            packed,
+            "is packed by this backend in a way that vLLM's reload does not undo",
+            "compare on a dense model, or on a backend that keeps experts as they are loaded",
+        )
 
 
 def load_by_name(engine: Fillable, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -63,8 +63,11 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
             print(f"turn {turn + 1} of {config.steps}", file=sys.stderr, flush=True)
         for name, fill in (("push", push.run), ("gather", gather.run)):
             seconds[name].append(_seconds(fill))
-    # Apart from the clock: memory that is given back at once is fetched from the system again.
+    # Apart from the clock: memory that is given back at once is fetched from the system again. Once unmeasured, for
+    # what lies among the blocks of before.
     _return_freed_memory()
+    push.run()
+    gather.run()
     peaks = {name: max(gather_all(_extra(fill))) for name, fill in (("push", push.run), ("gather", gather.run))}
     element = policy.megatron_config.params_dtype.itemsize
     needs = missing_elements(

@@ -16,14 +16,18 @@ from megarl.reshard.boxes import numel
 from megarl.reshard.copying import box_view, copy_box
 from megarl.reshard.plan import Transfer, make_plan
 from megarl.reshard.weight_map import checkpoint_tensors
-from megarl.rollout.weights import Fillable, load_by_name
+from megarl.rollout.weights import Fillable, check_reloadable, load_by_name
 from megarl.weights.layouts import policy_tensors
 
 
 class GatherPush:
-    """`run` fills the engine with the policy's weights; `received_bytes` counts what this rank was sent meanwhile."""
+    """`run` fills the engine with the policy's weights; `received_bytes` counts what this rank was sent meanwhile.
+
+    Raises `Refusal` for an engine that vLLM's loader cannot fill twice.
+    """
 
     def __init__(self, policy: Policy, engine: Fillable) -> None:
+        check_reloadable(engine)
         self.policy, self.engine = policy, engine
         self.received_bytes = 0
         world = policy.world

@@ -1,0 +1,51 @@
+"""`megarl bench reshard` on tiny models: the least traffic is counted, and both pushes fill the engine alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"hidden_size": 128, "head_dim": 32}
+
+
+def bench(tmp_path: Path, model: str, layout: str) -> subprocess.CompletedProcess[str]:
+    path = parity.write_model(tmp_path, model, **SIZES)
+    command = [
+        sys.executable,
+        "-m",
+        "megarl",
+        "bench",
+        "reshard",
+        str(ROOT / "configs" / "bench_reshard.yaml"),
+        "--json",
+    ]
+    settings = f"model.path={path} steps=1 parallel.processes=4 weights.bucket_mib=0.05 {layout}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *settings.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_least_traffic_and_the_same_bits(tmp_path: Path):
+    done = bench(tmp_path, "qwen2-untied", "parallel.tensor=2 parallel.pipeline=2 rollout.tensor=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["bitwise_equal"] is True
+    assert found["bytes_received_max_rank"] == found["bytes_lower_bound_max_rank"] > 0
+    assert found["gather_bytes_received_max_rank"] > found["bytes_received_max_rank"]
+    assert found["seconds"] > 0 and found["gather_seconds"] > 0 and len(found["ratios"]) == 1
+    assert found["bucket_bytes"] == int(0.05 * 2**20)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU backend")
+def test_a_mixture_that_vllm_cannot_load_twice_is_refused(tmp_path: Path):
+    done = bench(tmp_path, "qwen3-moe", "parallel.tensor=1 parallel.expert=2 parallel.pipeline=2 rollout.tensor=4")
+    assert done.returncode == 2 and "is packed by this backend in a way that vLLM's reload does not undo" in done.stderr
