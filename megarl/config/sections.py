@@ -340,6 +340,10 @@ class WeightsSettings(Settings):
         default=256.0,
         description="Most a rank sends and receives in one round of a weight push, in MiB; two are under way.",
     )
+    checksum: Literal["every", "first", "never"] = Field(
+        default="first",
+        description="Which weight pushes compare sums of what was sent and of what lies in the engine.",
+    )
 
 
 class RunSettings(Settings):

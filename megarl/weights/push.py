@@ -38,6 +38,7 @@ class Push:
     def __init__(self, policy: Policy, engine: Fillable) -> None:
         self.policy = policy
         self.engine_weights = EngineWeights(engine)
+        self._pushed = False
         targets = engine_tensors(policy.config, policy.shape, policy.world.rank)
         _check_slots(self.engine_weights, targets)
         # A rank late in a large group may hold padding rows of the vocabulary alone: nothing arrives for those tensors.
@@ -51,13 +52,19 @@ class Push:
         )
 
     def run(self) -> None:
-        """Fill the engine with the policy's current weights. Collective; the engine's weights must be awake."""
+        """Fill the engine with the policy's current weights. Collective; the engine's weights must be awake.
+
+        Raises `PushError` where checksums are compared (`weights.checksum`) and differ.
+        """
         self.engine_weights.begin()
         layers = _Layers(self.engine_weights)
         for name in self._padding:
             layers.buffer(name)
             layers.complete(name)
-        self.mover.run({name: p.detach() for name, p in self.policy.named_parameters()}, layers)
+        # The first push of a process shows whether the links and the plan are sound.
+        verify = {"every": True, "first": not self._pushed, "never": False}[self.policy.config.weights.checksum]
+        self.mover.run({name: p.detach() for name, p in self.policy.named_parameters()}, layers, verify=verify)
+        self._pushed = True
         self.engine_weights.end()
 
 

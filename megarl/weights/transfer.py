@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megarl.errors import MegarlError
+from megarl.parallel.exchange import gather_all
 from megarl.reshard.copying import box_view, copy_box
 from megarl.reshard.plan import Plan, Transfer
 
@@ -30,6 +32,10 @@ class Target(Protocol):
         ...
 
 
+class PushError(MegarlError):
+    """What arrived differs from what was sent; names both ranks."""
+
+
 class Mover:
     """Runs one plan again and again; `dtype` is the type that travels: sources are cast before sending.
 
@@ -41,15 +47,22 @@ class Mover:
         #: Bytes that arrived from other ranks in the last run.
         self.received_bytes = 0
         self.rounds = [_Round(part, rank) for part in plan.buckets(max(1, bucket_bytes // dtype.itemsize))]
+        # Bits sent to, and arrived from, each rank; the own one for copies. None where nobody asks.
+        self._sums: tuple[dict[int, int], dict[int, int]] | None = None
         self._pieces: dict[str, int] = defaultdict(int)
         for one in self.rounds:
             for transfer in one.arriving():
                 self._pieces[transfer.target_name] += 1
 
-    def run(self, sources: Mapping[str, torch.Tensor], target: Target) -> None:
-        """Move everything once; called by all ranks together."""
+    def run(self, sources: Mapping[str, torch.Tensor], target: Target, *, verify: bool = False) -> None:
+        """Move everything once; called by all ranks together.
+
+        With `verify` sums over the bits that leave and over those that lie in their places are compared, pair by pair
+        of ranks. Raises `PushError` on all ranks where they differ.
+        """
         left = dict(self._pieces)
         self.received_bytes = 0
+        self._sums = (defaultdict(int), defaultdict(int)) if verify else None
         largest = max((one.size for one in self.rounds), default=0)
         buffers = [torch.empty(largest, dtype=self.dtype, device=self.device) for _ in range(min(2, len(self.rounds)))]
         before: tuple[_Round, torch.Tensor, list[Any]] | None = None
@@ -62,6 +75,8 @@ class Mover:
                 before = one, buffer, requests
             if before is not None:
                 self._land(*before, sources, target, left)
+        if self._sums is not None:
+            _compare([(dict(sent), dict(arrived)) for sent, arrived in gather_all(self._sums)])
 
     def _start(self, one: _Round, sources: Mapping[str, torch.Tensor], buffer: torch.Tensor) -> list[Any]:
         """Pack and post a round. Its messages lie in `buffer` one after another, first those to receive."""
@@ -77,7 +92,12 @@ class Mover:
                 piece = box_view(sources[t.source_name], t.source_box)
                 buffer[offset : offset + t.numel].view(piece.shape).copy_(piece)
                 offset += t.numel
+            if self._sums is not None:
+                self._sums[0][peer] += _sum(buffer[start:offset])
             operations.append(dist.P2POp(dist.isend, buffer[start:offset], peer))
+        return self._post(operations)
+
+    def _post(self, operations: list[dist.P2POp]) -> list[Any]:
         return dist.batch_isend_irecv(operations) if operations else []
 
     def _land(
@@ -91,20 +111,46 @@ class Mover:
     ) -> None:
         """Copy a round's pieces to their places, first those that were here all along."""
         for t in one.local:
-            copy_box(target.buffer(t.target_name), t.target_box, sources[t.source_name].to(self.dtype), t.source_box)
+            source, found = sources[t.source_name].to(self.dtype), target.buffer(t.target_name)
+            copy_box(found, t.target_box, source, t.source_box)
+            if self._sums is not None and found.dtype == self.dtype:
+                self._sums[0][self.rank] += _sum(box_view(source, t.source_box))
+                self._sums[1][self.rank] += _sum(box_view(found, t.target_box))
         for request in requests:
             request.wait()
         offset = 0
-        for transfers in one.receives.values():
+        for peer, transfers in one.receives.items():
             for t in transfers:
                 view = box_view(target.buffer(t.target_name), t.target_box)
-                view.copy_(buffer[offset : offset + t.numel].view(view.shape))
+                part = buffer[offset : offset + t.numel]
+                view.copy_(part.view(view.shape))
                 offset += t.numel
+                if self._sums is not None:
+                    # A tensor of another type has other bits: there what arrived counts.
+                    self._sums[1][peer] += _sum(view if view.dtype == self.dtype else part)
         self.received_bytes += offset * self.dtype.itemsize
         for t in one.arriving():
             left[t.target_name] -= 1
             if left[t.target_name] == 0:
                 target.complete(t.target_name)
+
+
+def _sum(tensor: torch.Tensor) -> int:
+    """The sum of the elements' bits, read as whole numbers."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return int(tensor.view(kind).sum(dtype=torch.int64))
+
+
+def _compare(ranks: list[tuple[dict[int, int], dict[int, int]]]) -> None:
+    """Raise `PushError` for the first pair of ranks whose sums differ; `ranks`: sent and arrived, by peer, of each."""
+    for source, (sent, _) in enumerate(ranks):
+        for target, (_, arrived) in enumerate(ranks):
+            if sent.get(target, 0) != arrived.get(source, 0):
+                raise PushError(
+                    f"weight push: what rank {source} sent to rank {target} is not what lies in rank {target}'s "
+                    "engine. The policy's weights are unharmed. Fix: start again from the last checkpoint, without the "
+                    "host of one of the two ranks if it happens again"
+                )
 
 
 class _Round:
