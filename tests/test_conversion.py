@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -33,6 +34,7 @@ from megarl.reshard.boxes import extents, whole
 from megarl.reshard.weight_map import hf_tensors
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tools"))
 LAYOUTS = [
     ParallelSettings(tensor=tensor, pipeline=pipeline, expert=expert)
     for tensor in (1, 2, 4)
@@ -188,18 +190,6 @@ sys.exit(module.main(sys.argv[3:]))
 """
 
 
-#: A conversion that says at the end how much memory was resident at most, in KiB, what it maps of files included.
-PEAK = """
-import re, sys
-sys.path.insert(0, "tools")
-import {tool}
-
-code = {tool}.main(sys.argv[1:])
-print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-sys.exit(code)
-"""
-
-
 def convert_in_pieces(tool: str, kill_after: int, *arguments: Any, processes: int = 1) -> subprocess.CompletedProcess:
     launcher = [] if processes == 1 else ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(processes)]
     command = [*launcher, sys.executable, "-c", SMALL, tool, str(kill_after), *map(str, arguments)]
@@ -324,16 +314,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path):
     tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(tensors, source / "model.safetensors")
     allowed = 3 * 24576 * 1024 * 2 + 10**9
-    for tool, arguments in (
-        ("convert_hf_to_megatron", ("--hf", source, "--out", tmp_path / "megatron")),
-        ("convert_megatron_to_hf", ("--megatron", tmp_path / "megatron", "--out", tmp_path / "back")),
+    measure = importlib.import_module("measure_conversion").convert
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    for tool, arguments, out in (
+        ("convert_hf_to_megatron", ["--hf", source], megatron),
+        ("convert_megatron_to_hf", ["--megatron", megatron], back),
     ):
-        peaks = PEAK.format(tool=tool)
-        command = [sys.executable, "-c", peaks, *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout.split()[-1]) * 1024 < allowed
+        _, peak = measure(tool, arguments, out, 1)
+        assert peak < allowed
     assert_same(tmp_path / "back", source)
 
 

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from megarl.config.sections import ParallelSettings
     from megarl.conversion import to_megatron
-    from megarl.conversion.source import DTYPE_OPTIONS
+    from megarl.formats.huggingface import PRECISIONS
 
     layout = ParallelSettings(
         tensor=options.tensor,
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                     options.out,
                     layout,
                     ranks,
-                    dtype=DTYPE_OPTIONS.get(options.dtype),
+                    dtype=PRECISIONS.get(options.dtype),
                     allow_pickle=options.allow_pickle,
                     progress=progress,
                 ),

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     from megarl.conversion import to_hf
-    from megarl.conversion.source import DTYPE_OPTIONS
+    from megarl.formats.huggingface import PRECISIONS
 
     return command.run(
         lambda ranks: command.convert(
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.out,
                 ranks,
                 hf_config=options.hf_config,
-                dtype=DTYPE_OPTIONS.get(options.dtype),
+                dtype=PRECISIONS.get(options.dtype),
                 file_bytes=options.max_file_size,
                 progress=progress,
             ),

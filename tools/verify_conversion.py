@@ -151,8 +151,8 @@ def verify(options: argparse.Namespace) -> int:
     from megarl.config.model_shape import read_model_shape
     from megarl.conversion import command
     from megarl.conversion.compare import compare
-    from megarl.conversion.source import DTYPE_OPTIONS
     from megarl.formats import checkpoint_folder
+    from megarl.formats.huggingface import PRECISIONS
 
     shape = read_model_shape(options.hf)
     answers = not options.tensors_only and fits(shape)
@@ -162,7 +162,7 @@ def verify(options: argparse.Namespace) -> int:
         found = compare(
             options.hf,
             options.megatron,
-            dtype=DTYPE_OPTIONS.get(options.dtype),
+            dtype=PRECISIONS.get(options.dtype),
             allow_pickle=options.allow_pickle,
             progress=progress,
         )

@@ -14,13 +14,10 @@ import megarl
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
 from megarl.formats.companions import stated_dtype
-from megarl.formats.huggingface import DTYPE_NAMES, DTYPES, INDEX, HfCheckpoint, Stored
+from megarl.formats.huggingface import DTYPE_NAMES, DTYPES, INDEX, PRECISIONS, HfCheckpoint, Stored
 from megarl.formats.pickled import PickleCheckpoint
 from megarl.reshard.boxes import Box
 from megarl.reshard.weight_map import OUTPUT_LAYER, check_hf_shapes, hf_tensors
-
-#: Names of types as the command lines take them.
-DTYPE_OPTIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: Elements compared at a time where two tensors must be equal.
 COMPARED_ELEMENTS = 16 << 20
@@ -42,17 +39,16 @@ class Source(Protocol):
 
 def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
     """Open the weights in `path`. Raises `Refusal` where there are none; pickled ones are read with `allow_pickle`."""
-    if any((path / name).is_file() for name in (INDEX, "model.safetensors")):
+    safetensors = any((path / name).is_file() for name in (INDEX, "model.safetensors"))
+    if safetensors or not any(path.glob("pytorch_model*.bin")):
         return HfCheckpoint(path)
-    if any(path.glob("pytorch_model*.bin")):
-        if not allow_pickle:
-            raise Refusal(
-                f"{path} with pickled weights",
-                "is not read unless asked for: a pickle can hold more than weights",
-                "convert it to safetensors, or add --allow-pickle, which loads weights alone",
-            )
-        return PickleCheckpoint(path)
-    return HfCheckpoint(path)
+    if not allow_pickle:
+        raise Refusal(
+            f"{path} with pickled weights",
+            "is not read unless asked for: a pickle can hold more than weights",
+            "convert it to safetensors, or add --allow-pickle, which loads weights alone",
+        )
+    return PickleCheckpoint(path)
 
 
 def check_source(source: Source, shape: ModelShape, dtype: torch.dtype | None) -> torch.dtype:
@@ -80,7 +76,7 @@ def check_source(source: Source, shape: ModelShape, dtype: torch.dtype | None) -
                 "use the checkpoint's original files, or convert all weights by --dtype bf16 or fp32",
             )
     written = dtype or DTYPES[own]
-    if written not in DTYPE_OPTIONS.values():
+    if written not in PRECISIONS.values():
         raise Refusal(f"{source.path} of type {own}", "is no type that a policy has", "add --dtype bf16 or fp32")
     return written
 

@@ -10,11 +10,11 @@ import torch
 
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.conversion.ranks import Ranks
-from megarl.conversion.source import DTYPE_OPTIONS, check_finite, identity
+from megarl.conversion.source import check_finite, identity
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.formats.companions import copy_companions
-from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
+from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, PRECISIONS, HfFiles
 from megarl.formats.megatron import DistributedCheckpoint
 from megarl.formats.staging import Staging, check_absent
 from megarl.reshard.boxes import Box, whole
@@ -135,7 +135,7 @@ class ParameterReader:
                     f"must be of type {expected}, as {first} is",
                     "convert all weights to one type by --dtype bf16 or fp32",
                 )
-        if expected not in DTYPE_OPTIONS.values():
+        if expected not in PRECISIONS.values():
             raise Refusal(f"{self.source.path} of type {expected}", "is no type of weights", "add --dtype bf16 or fp32")
         return expected
 

@@ -77,18 +77,19 @@ def convert(
     options = {"layout": str(layout), "dtype": str(written), "file_bytes": file_bytes}
     staging = Staging(out, identity(source_path, {stored.file for stored in source.tensors.values()}, options))
     ranks.once(lambda: staging.begin(total + total // 100))
-    chunks = {name: _recorded(staging, name) for name in ranks.share(list(files))}
-    left = [name for name, found in chunks.items() if found is None]
+    mine = ranks.share(list(files))
+    chunks = {name: found for name in mine if (found := _recorded(staging, name))}
+    left = [name for name in mine if name not in chunks]
     own_total, done = sum(_elements(files[name]) for name in left) * written.itemsize, 0
     for name in left:
         boxes = _boxes(source, files[name], written, lambda size, before=done: progress(before + size, own_total))
         chunks[name] = megatron.write_file(staging.path / name, boxes)
-        staging.record(name, [megatron.chunk_to_json(chunk) for chunk in chunks[name] or []])
+        staging.record(name, [megatron.chunk_to_json(chunk) for chunk in chunks[name]])
         done += _elements(files[name]) * written.itemsize
     gathered = ranks.gather(chunks)
 
     def finish() -> None:
-        found = {name: made or [] for part in gathered for name, made in part.items()}
+        found = {name: made for part in gathered for name, made in part.items()}
         megatron.write_index(staging.path, [chunk for name in files for chunk in found[name]])
         (staging.path / "hf").mkdir(exist_ok=True)
         copy_companions(source_path, staging.path / "hf", DTYPE_NAMES[written])

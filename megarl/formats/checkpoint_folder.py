@@ -88,11 +88,11 @@ def find(path: str | Path) -> Path | None:
     if (path / "progress.json").is_file() or (path.name.startswith("step_") and path.is_dir()):
         candidates = [path]
     else:
-        root = next((r for r in (path, path / "checkpoints") if (r / "latest").is_file()), None)
-        if root is None:
+        named = _named(path)
+        if named is None:
             return None
-        named = (root / "latest").read_text().strip()
-        candidates = sorted((d for d in _finished(root) if d.name <= named), reverse=True) or [root / named]
+        earlier = (directory for directory in _finished(named.parent) if directory.name <= named.name)
+        candidates = sorted(earlier, reverse=True) or [named]
     damages = [_damage(candidate) for candidate in candidates]
     for candidate, damage in zip(candidates, damages, strict=True):
         if damage is None:
@@ -105,14 +105,16 @@ def newest(path: str | Path) -> Path:
 
     Raises `Refusal` where it is damaged, whatever there is beside it. A folder without megarl's notes is itself.
     """
-    path = Path(path)
-    for root in (path, path / "checkpoints"):
-        if (root / "latest").is_file():
-            path = root / (root / "latest").read_text().strip()
-            break
+    path = _named(Path(path)) or Path(path)
     if (path / "progress.json").is_file():
         check_whole(path)
     return path
+
+
+def _named(path: Path) -> Path | None:
+    """The checkpoint that the `latest` in `path`, or in its checkpoints/, names, whether it is there or not."""
+    root = next((r for r in (path, path / "checkpoints") if (r / "latest").is_file()), None)
+    return None if root is None else root / (root / "latest").read_text().strip()
 
 
 def require(path: str | Path, setting: str) -> Path:

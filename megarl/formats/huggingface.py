@@ -25,6 +25,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+#: The types that a policy's weights have, by their names in a run's configuration and on command lines.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 INDEX = "model.safetensors.index.json"
 
 #: Bytes of a file at most, as transformers writes them.

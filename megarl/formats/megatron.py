@@ -167,8 +167,6 @@ def _read_metadata(file: Path) -> Metadata:
         ) from None
     if not isinstance(found, Metadata):
         raise Refusal(str(file), f"must be an index, not a {type(found).__name__}", "copy the checkpoint again")
-    if getattr(found, "storage_meta", None) is None:
-        found.storage_meta = None
     return found
 
 

@@ -15,15 +15,14 @@ from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import ParallelSettings, RecomputeSettings
+from megarl.formats.huggingface import PRECISIONS
 from megarl.parallel.cpu_platform import has_cuda
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfig:
     """Megatron's configuration of a run; `config.megatron` may add fields, not change those set here."""
     parallel = config.parallel
-    dtype = DTYPES[config.precision]
+    dtype = PRECISIONS[config.precision]
     fields: dict[str, Any] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -141,7 +140,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         "adam_eps": settings.epsilon,
         "clip_grad": settings.clip_grad,
         "bf16": config.precision == "bf16",
-        "params_dtype": DTYPES[config.precision],
+        "params_dtype": PRECISIONS[config.precision],
         "use_distributed_optimizer": True,
     }
     return OptimizerConfig(**(fields | fields_of(OptimizerConfig, config.megatron)))
