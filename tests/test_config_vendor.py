@@ -116,8 +116,7 @@ def test_passed_through(table: str, name: str, value: object) -> None:
             "vllm",
             "enable_expert_parallel",
             True,
-            "vllm.enable_expert_parallel: is set by megarl. Fix: remove it; the engine splits every expert over the "
-            "rollout.tensor ranks.",
+            "vllm.enable_expert_parallel: is set by megarl. Fix: set rollout.expert_parallel.",
         ),
         ("vllm", "dtype", "auto", "vllm.dtype: is set by megarl. Fix: set precision."),
         (

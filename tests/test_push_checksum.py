@@ -7,6 +7,7 @@ from typing import Any
 import parity
 import torch
 from reshard_reference import make_shape, random_checkpoint, rank_tensors, slice_reader
+from reshard_worlds import layout_of, plan_of
 
 PRELOAD = "megarl.weights.transfer"
 SHAPE = make_shape(num_layers=2)
@@ -21,14 +22,13 @@ def push(world: Any, dtype: torch.dtype, bad_rank: int | None) -> str:
     import torch.distributed as dist
 
     from megarl.reshard.copying import read_local
-    from megarl.reshard.plan import make_plan
     from megarl.reshard.weight_map import vllm_tensors
     from megarl.weights.transfer import Mover, PushError
 
     class Flipping(Mover):
         def _post(self, operations: list[dist.P2POp]) -> list[Any]:
             sent = [operation for operation in operations if operation.op is dist.isend]
-            if self.rank == bad_rank and sent:
+            if self.plan.rank == bad_rank and sent:
                 sent[0].tensor.view(torch.int16)[3] ^= 4
             return super()._post(operations)
 
@@ -47,10 +47,9 @@ def push(world: Any, dtype: torch.dtype, bad_rank: int | None) -> str:
     targets = [vllm_tensors(SHAPE, tensor=1, tensor_rank=0) for _ in range(2)]
     reader = slice_reader(random_checkpoint(SHAPE))
     mine = {name: read_local(one, reader, dtype) for name, one in sources[world.rank].items()}
-    mover = Flipping(
-        make_plan(sources, targets, [0, 0]), world.rank, bucket_bytes=600, dtype=dtype, device=torch.device("cpu")
-    )
-    assert len(mover.rounds) > 3
+    plan = plan_of(world.rank, layout_of(sources), layout_of(targets), [0, 0], None, 600 // dtype.itemsize)
+    mover = Flipping(plan, dtype=dtype, device=torch.device("cpu"))
+    assert len(plan.rounds) > 3
     try:
         mover.run(mine, Tensors(), verify=True)
     except PushError as error:

@@ -23,7 +23,6 @@ from megarl.errors import Refusal
 from megarl.reshard.copying import read_local
 from megarl.reshard.weight_map import (
     check_hf_shapes,
-    checkpoint_tensors,
     hf_tensors,
     padded_vocab_size,
     vllm_tensors,
@@ -112,22 +111,6 @@ def test_vllm_shards_equal_chunks_of_the_whole_tensors(shape, tensor, data):
     for name, value in expected.items():
         assert layout[name].shape == tuple(value.shape), name
         assert torch.equal(read_local(layout[name], slice_reader(checkpoint), torch.float64), value), name
-
-
-@settings(deadline=None)
-@given(shapes(), st.integers(1, 5))
-def test_checkpoint_shares_hold_every_tensor_once_in_order(shape, writers):
-    shares = [checkpoint_tensors(shape, writers=writers, writer=writer) for writer in range(writers)]
-    assert [name for share in shares for name in share] == list(hf_tensors(shape))
-    assert all(tensor.shape == hf_tensors(shape)[name] for share in shares for name, tensor in share.items())
-
-
-def test_checkpoint_shares_are_nearly_equal():
-    shape = make_shape(num_layers=40)
-    sizes = [torch.Size(dims).numel() for dims in hf_tensors(shape).values()]
-    for writer in range(4):
-        share = checkpoint_tensors(shape, writers=4, writer=writer)
-        assert abs(sum(torch.Size(t.shape).numel() for t in share.values()) - sum(sizes) / 4) <= max(sizes)
 
 
 def test_padded_vocabulary_does_not_depend_on_a_power_of_two():

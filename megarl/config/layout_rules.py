@@ -75,7 +75,7 @@ def of_model(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
         yield refusal
     else:
         yield from _recompute(config, shape, fewest=min(chunks))
-    yield from splits.engine_refusals(shape, config.rollout.tensor)
+    yield from splits.engine_refusals(shape, config.rollout.tensor, config.rollout.expert_parallel)
 
 
 def _attention(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:

@@ -98,6 +98,11 @@ class MoeSettings(Settings):
 
 class RolloutSettings(Settings):
     tensor: PositiveInt = Field(default=1, description="Tensor-parallel size of each engine replica.")
+    expert_parallel: bool = Field(
+        default=False,
+        description="Each rank of a replica has its share of the experts (vLLM's expert parallelism), instead of a "
+        "share of every expert.",
+    )
     group_size: PositiveInt = Field(default=8, description="Samples per prompt (G).")
     temperature: PositiveFloat = Field(
         default=1.0, description="Sampling temperature; the policy's log-probs use the same."

@@ -61,11 +61,23 @@ def of_mixtures(value: str, shape: ModelShape) -> Refusal:
     return Refusal(value, rule, f"remove {value.partition('=')[0]}")
 
 
-def engine_refusals(shape: ModelShape, tensor: int) -> Iterator[Refusal]:
-    """What an engine of `tensor` ranks, each with its share of every weight, cannot cut of `shape`."""
+def engine_refusals(shape: ModelShape, tensor: int, expert_parallel: bool = False) -> Iterator[Refusal]:
+    """What an engine of `tensor` ranks, each with its share of every weight, cannot cut of `shape`.
+
+    With `expert_parallel` a rank has its share of the experts instead of a share of each.
+    """
     value = f"rollout.tensor={tensor}"
     yield from _dense(value, tensor, shape)
-    if shape.is_moe and shape.expert_ffn_size % tensor:
+    if expert_parallel:
+        if not shape.is_moe:
+            yield Refusal("rollout.expert_parallel=true", "needs a mixture of experts", "remove it")
+        elif shape.num_experts % tensor:
+            yield Refusal(
+                value,
+                f"must divide the model's {shape.num_experts} experts with rollout.expert_parallel",
+                f"use {divisors(shape.num_heads, shape.num_experts)}",
+            )
+    elif shape.is_moe and shape.expert_ffn_size % tensor:
         yield Refusal(
             value,
             f"must divide the {shape.expert_ffn_size} rows of an expert's MLP",

@@ -74,9 +74,10 @@ OWNED: dict[str, dict[str, str]] = {
         "max_num_seqs": "set rollout.max_concurrent",
         "gpu_memory_utilization": "set rollout.gpu_memory_fraction",
         "kv_cache_memory_bytes": "set rollout.kv_cache_gib",
+        "enable_expert_parallel": "set rollout.expert_parallel",
         **dict.fromkeys(
-            ("enable_expert_parallel", "enable_eplb", "eplb_config", "enable_elastic_ep"),
-            "remove it; the engine splits every expert over the rollout.tensor ranks",
+            ("enable_eplb", "eplb_config", "enable_elastic_ep"),
+            "remove it; pushes go to experts that stay where they are",
         ),
         **dict.fromkeys(
             (

@@ -86,6 +86,14 @@ def to_local(region_hf_box: Box, region_local_box: Box, part: Box) -> Box:
     return region_local_box[:leading] + inner
 
 
+def narrow(box: Box, axis: int, start: int, stop: int) -> Box:
+    """`box` with dimension `axis` narrowed to [start, stop) of itself."""
+    spans = list(box)
+    origin = spans[axis][0]
+    spans[axis] = (origin + start, origin + stop)
+    return tuple(spans)
+
+
 def cells(box: Box, cuts: Iterable[Box]) -> list[Box]:
     """Split `box` so that each part lies wholly inside or wholly outside every box of `cuts`.
 

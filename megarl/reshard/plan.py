@@ -1,40 +1,32 @@
-"""The reshard plan: which box of which rank's tensor goes into which box of which rank's tensor.
+"""The reshard plan of one rank: which box of whose tensor goes into which box of whose tensor, and when.
 
-Computed once, by every rank alike, from the layouts alone; no communication, no tensors. What a rank
-holds itself it copies; what it lacks it receives once, from the nearest holder, and holders that are
-equally near share the sending evenly. Nothing whole is ever gathered.
+It follows from the layouts alone; no communication, no tensors, and no other rank's plan. What a rank holds itself it
+copies; what it lacks it receives once, from the nearest holder, and holders that are equally near share the sending
+evenly. Nothing whole is ever gathered.
+
+Layers come in order, but not all ranks begin with the same one: each begins with its own lane, a pipeline stage, and
+goes on with the next, so that at any time each stage sends to one other and none waits for its turn to send.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from megarl.errors import MegarlError
-from megarl.reshard.boxes import (
-    Box,
-    LocalTensor,
-    Region,
-    cells,
-    contains,
-    extents,
-    intersect,
-    numel,
-    overlap,
-    to_local,
-    whole,
-)
-from megarl.reshard.table import layer_of
+from megarl.reshard.boxes import Box, extents, narrow, numel, overlap
+from megarl.reshard.layout import Layout
+from megarl.reshard.matching import Cell, Matched, PlanError, match
+
+#: Messages are at most this part of a bucket, so that buckets fill well.
+MESSAGES_PER_BUCKET = 4
+
+#: Boxes of at least that many elements travel alone: they may need no copy at either end.
+ALONE = 1 << 18
 
 
-class PlanError(MegarlError):
-    """The layouts do not fit: names the tensor that is not covered, covered twice, or out of bounds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One box copied from a tensor of rank `source` to a tensor of rank `target`.
 
     Both boxes have the same extents, leading dimensions of extent 1 aside.
@@ -53,100 +45,149 @@ class Transfer:
         return numel(self.target_box)
 
 
+class Message(NamedTuple):
+    """Boxes that travel together between a rank and its `peer`, `numel` elements in one piece."""
+
+    peer: int
+    incoming: bool
+    transfers: tuple[Transfer, ...]
+    numel: int
+
+
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes that a plan moves: within ranks, between ranks of a node, between nodes; at the busiest rank; by link.
+class Round:
+    """Messages that are under way together, and the copies within the rank that are due with them."""
 
-    `by_link` has the ranks (source, target) as keys.
-    """
+    messages: tuple[Message, ...]
+    local: tuple[Transfer, ...]
 
-    local: int
-    same_node: int
-    cross_node: int
-    most_sent: int
-    most_received: int
-    by_link: dict[tuple[int, int], int]
+    @property
+    def numel(self) -> int:
+        """Elements sent and received."""
+        return sum(message.numel for message in self.messages)
+
+    def arriving(self) -> Iterator[Transfer]:
+        """What comes from other ranks."""
+        return (transfer for message in self.messages if message.incoming for transfer in message.transfers)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All transfers, in the order of the layers, the same on every rank. `node_of_rank` as given."""
+    """The rounds of one rank, in order.
 
-    transfers: tuple[Transfer, ...]
-    node_of_rank: tuple[int, ...]
+    All ranks have the messages between them in one order, which no rank's rounds break: as long as every rank posts a
+    round before it waits for a later one, all arrive. Where one round ends and the next begins is each rank's own.
+    """
 
-    @cached_property
-    def _by_rank(self) -> tuple[dict[int, list[Transfer]], dict[int, list[Transfer]], dict[int, list[Transfer]]]:
-        local, sends, receives = defaultdict(list), defaultdict(list), defaultdict(list)
-        for transfer in self.transfers:
-            if transfer.source == transfer.target:
-                local[transfer.source].append(transfer)
-            else:
-                sends[transfer.source].append(transfer)
-                receives[transfer.target].append(transfer)
-        return dict(local), dict(sends), dict(receives)
+    rank: int
+    rounds: tuple[Round, ...]
 
-    def local(self, rank: int) -> tuple[Transfer, ...]:
+    def local(self) -> list[Transfer]:
         """Copies within the rank."""
-        return tuple(self._by_rank[0].get(rank, ()))
+        return [transfer for one in self.rounds for transfer in one.local]
 
-    def sends(self, rank: int) -> tuple[Transfer, ...]:
-        """What the rank sends to others, in the order of the layers."""
-        return tuple(self._by_rank[1].get(rank, ()))
+    def receives(self) -> list[Transfer]:
+        """What the rank receives from others."""
+        return [transfer for one in self.rounds for transfer in one.arriving()]
 
-    def receives(self, rank: int) -> tuple[Transfer, ...]:
-        """What the rank receives from others, in the order of the layers."""
-        return tuple(self._by_rank[2].get(rank, ()))
+    def sends(self) -> list[Transfer]:
+        """What the rank sends to others."""
+        return [t for one in self.rounds for message in one.messages if not message.incoming for t in message.transfers]
 
-    def buckets(self, max_elements: int) -> tuple[tuple[Transfer, ...], ...]:
-        """Consecutive groups of transfers in which no rank sends and receives more than `max_elements` together.
 
-        A transfer between ranks that alone exceeds the bound is cut into several; copies within a
-        rank need no staging and do not count. Raises `ValueError` unless `max_elements` ≥ 1.
-        """
-        if max_elements < 1:
-            raise ValueError(f"max_elements={max_elements}: must be at least 1")
-        groups: list[tuple[Transfer, ...]] = []
-        group: list[Transfer] = []
-        moved: dict[int, int] = defaultdict(int)
-        for whole_transfer in self.transfers:
-            if whole_transfer.source == whole_transfer.target:
-                group.append(whole_transfer)
-                continue
-            for transfer in _slabs(whole_transfer, max_elements):
-                size = transfer.numel
-                if max(moved[transfer.source], moved[transfer.target]) + size > max_elements:
-                    groups.append(tuple(group))
-                    group = []
-                    moved.clear()
-                group.append(transfer)
-                moved[transfer.source] += size
-                moved[transfer.target] += size
-        if group:
-            groups.append(tuple(group))
-        return tuple(groups)
+def make_plan(
+    rank: int,
+    sources: Layout,
+    targets: Layout,
+    *,
+    node_of_rank: Sequence[int],
+    lane_of_rank: Sequence[int],
+    bucket_elements: int,
+) -> Plan:
+    """Plan a rank's part in filling every target tensor from the source tensors.
 
-    def summary(self, bytes_per_element: int) -> Traffic:
-        """The traffic of one execution of the plan, in bytes."""
-        by_link: dict[tuple[int, int], int] = defaultdict(int)
-        sent: dict[int, int] = defaultdict(int)
-        received: dict[int, int] = defaultdict(int)
-        local = same_node = cross_node = 0
-        for transfer in self.transfers:
-            size = transfer.numel * bytes_per_element
-            source, target = transfer.source, transfer.target
-            if source == target:
-                local += size
-                continue
-            by_link[source, target] += size
-            sent[source] += size
-            received[target] += size
-            if self.node_of_rank[source] == self.node_of_rank[target]:
-                same_node += size
+    `node_of_rank` says which ranks share a node, `lane_of_rank` which hold the same layers (numbers from 0). A round
+    sends and receives at most `bucket_elements` together; larger boxes are cut.
+
+    Raises `PlanError` where the sources do not cover a target and where two boxes would be written to one place of the
+    rank's own tensors, `ValueError` unless `bucket_elements` ≥ 1.
+    """
+    if bucket_elements < 1:
+        raise ValueError(f"bucket_elements={bucket_elements}: must be at least 1")
+    limit = max(1, bucket_elements // MESSAGES_PER_BUCKET)
+    steps = _steps(sources, targets, lane_of_rank, limit)
+    lanes = max(lane_of_rank, default=0) + 1
+    streams: dict[_Stream, list[Transfer]] = defaultdict(list)
+    local: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+    for one in match(sources, targets, node_of_rank):
+        lane, step = steps[one.name]
+        for transfer in _transfers(rank, one):
+            due = (lane - lane_of_rank[transfer.target]) % lanes, step
+            if transfer.source == transfer.target:
+                local[due].append(transfer)
             else:
-                cross_node += size
-        most_sent, most_received = max(sent.values(), default=0), max(received.values(), default=0)
-        return Traffic(local, same_node, cross_node, most_sent, most_received, dict(by_link))
+                streams[_Stream(*due, transfer.source, transfer.target)].extend(_slabs(transfer, limit))
+    rounds = _rounds(rank, _ordered(streams, len(node_of_rank), limit), local, bucket_elements)
+    plan = Plan(rank, tuple(rounds))
+    _check_written_once(plan)
+    return plan
+
+
+class _Stream(NamedTuple):
+    """What goes from one rank to another in a step of a phase: when the target takes tensors of a further lane."""
+
+    phase: int
+    step: int
+    source: int
+    target: int
+
+
+def _steps(
+    sources: Layout, targets: Layout, lane_of_rank: Sequence[int], limit: int
+) -> dict[str, tuple[int, int]]:
+    """The lane of every tensor, and its step there: consecutive tensors of which no rank needs more than `limit`."""
+    steps: dict[str, tuple[int, int]] = {}
+    ends: dict[int, tuple[int, int]] = {}
+    for name in sources:
+        if name in targets:
+            lane = lane_of_rank[sources[name][0].split.places[0].ranks[0]]
+            size = sum(spread.split.most_elements for spread in targets[name])
+            step, elements = ends.get(lane, (0, 0))
+            if elements and elements + size > limit:
+                step, elements = step + 1, 0
+            steps[name] = lane, step
+            ends[lane] = step, elements + size
+    return steps
+
+
+def _transfers(rank: int, one: Matched) -> Iterator[Transfer]:
+    """What a rank copies, receives and sends of one tensor; for every pair of ranks in the same order on both."""
+    sources, target = one.sources, one.target
+    for cell, deal in one.match.received_by(rank):
+        if deal is None:
+            origin, box = cell.origins[rank]
+            held = sources[origin]
+            yield Transfer(rank, rank, held.tensor, held.box(box), target.tensor, target.box(cell.box))
+            continue
+        for holder, needer, part, parts in deal.received(one.number, rank):
+            yield _dealt(one, cell, holder, needer, part, parts)
+    for cell, deal in one.match.sent_by(rank):
+        for holder, needer, part, parts in deal.sent(one.number, rank):
+            yield _dealt(one, cell, holder, needer, part, parts)
+
+
+def _dealt(one: Matched, cell: Cell, source: int, target: int, part: int, parts: int) -> Transfer:
+    """Part number `part` of `parts` of a cell, which is cut along its longest dimension."""
+    origin, source_box = cell.origins[source]
+    held, target_box = one.sources[origin], cell.box
+    if parts > 1:
+        lengths = extents(target_box)
+        axis = lengths.index(max(lengths))
+        span = lengths[axis] * part // parts, lengths[axis] * (part + 1) // parts
+        source_box, target_box = narrow(source_box, axis, *span), narrow(target_box, axis, *span)
+    return Transfer(
+        source, target, held.tensor, held.box(source_box), one.target.tensor, one.target.box(target_box)
+    )
 
 
 def _slabs(transfer: Transfer, max_elements: int) -> list[Transfer]:
@@ -160,153 +201,71 @@ def _slabs(transfer: Transfer, max_elements: int) -> list[Transfer]:
     slabs: list[Transfer] = []
     for start in range(0, length, step):
         stop = min(start + step, length)
-        slab = replace(
-            transfer,
-            source_box=_narrow(transfer.source_box, axis, start, stop),
-            target_box=_narrow(box, axis, start, stop),
+        slab = transfer._replace(
+            source_box=narrow(transfer.source_box, axis, start, stop), target_box=narrow(box, axis, start, stop)
         )
         # A single row can still be too long: it is cut along the next dimension.
         slabs.extend(_slabs(slab, max_elements))
     return slabs
 
 
-def _narrow(box: Box, axis: int, start: int, stop: int) -> Box:
-    """`box` with dimension `axis` (negative) narrowed to [start, stop) of itself."""
-    spans = list(box)
-    origin = spans[axis][0]
-    spans[axis] = (origin + start, origin + stop)
-    return tuple(spans)
+def _ordered(
+    streams: Mapping[_Stream, list[Transfer]], world: int, limit: int
+) -> list[tuple[_Stream, tuple[Transfer, ...], int]]:
+    """The streams cut into messages of at most `limit` elements, in the order that all ranks have in common.
 
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A region and where it is."""
-
-    rank: int
-    tensor: str
-    region: Region
-
-
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    """A box that one target region needs, and who can provide it, best kind of holder only.
-
-    `need` indexes the regions that need; `holders` are (rank, index of the region held, box in its
-    tensor). `kind` is 0 for the target rank itself, 1 for ranks of its node, 2 for others.
+    In each step a rank sends to the next one while it receives from the one before, then the next but one, and so on.
     """
-
-    need: int
-    target_box: Box
-    kind: int
-    holders: tuple[tuple[int, int, Box], ...]
-
-
-def make_plan(
-    sources: Sequence[Mapping[str, LocalTensor]],
-    targets: Sequence[Mapping[str, LocalTensor]],
-    node_of_rank: Sequence[int],
-) -> Plan:
-    """Plan the copies that fill every target tensor from the source tensors.
-
-    `sources` and `targets` have one mapping per rank (empty where the rank takes no part);
-    `node_of_rank` says which ranks share a node. The result depends on nothing else, so every rank
-    computes the same plan.
-
-    Raises `PlanError` where the sources do not cover a target, where two regions of a target
-    overlap or leave its shape, and where the three sequences differ in length.
-    """
-    if not len(sources) == len(targets) == len(node_of_rank):
-        raise PlanError(
-            f"the plan got {len(sources)} source ranks, {len(targets)} target ranks and {len(node_of_rank)} nodes: "
-            "one of each per rank is needed"
-        )
-    _check_regions(targets)
-    held = _by_hf_name(sources)
-    needed = _by_hf_name(targets)
-    # The layers of a model differ in nothing but names: their geometry is computed once.
-    geometry: dict[tuple[object, object], list[_Cell]] = {}
-    # NVLink and the network are different resources: even shares are kept on each.
-    sent: dict[int, list[int]] = {kind: [0] * len(sources) for kind in (0, 1, 2)}
-    transfers: list[Transfer] = []
-    for hf_name in sorted(needed, key=layer_of):
-        holders, needs = held.get(hf_name, []), needed[hf_name]
-        key = (_signature(holders), _signature(needs))
-        if key not in geometry:
-            geometry[key] = _cover(holders, needs, node_of_rank)
-        for cell in geometry[key]:
-            need = needs[cell.need]
-            load = sent[cell.kind]
-            _, rank, index, source_box = min((load[rank], rank, index, box) for rank, index, box in cell.holders)
-            load[rank] += numel(cell.target_box)
-            transfers.append(Transfer(rank, need.rank, holders[index].tensor, source_box, need.tensor, cell.target_box))
-    return Plan(tuple(transfers), tuple(node_of_rank))
+    found: list[tuple[tuple[int, ...], _Stream, tuple[Transfer, ...], int]] = []
+    for stream, transfers in streams.items():
+        message: list[Transfer] = []
+        size = number = 0
+        for transfer in transfers:
+            if message and (size + transfer.numel > limit or max(transfer.numel, message[0].numel) >= ALONE):
+                found.append((_place(stream, number, world), stream, tuple(message), size))
+                message, size, number = [], 0, number + 1
+            message.append(transfer)
+            size += transfer.numel
+        found.append((_place(stream, number, world), stream, tuple(message), size))
+    found.sort(key=lambda one: one[0])
+    return [one[1:] for one in found]
 
 
-def _by_hf_name(ranks: Sequence[Mapping[str, LocalTensor]]) -> dict[str, list[_Held]]:
-    """All regions of all ranks, by checkpoint tensor, in order of first appearance."""
-    found: dict[str, list[_Held]] = {}
-    for rank, tensors in enumerate(ranks):
-        for name, tensor in tensors.items():
-            for region in tensor.regions:
-                found.setdefault(region.hf_name, []).append(_Held(rank, name, region))
-    return found
+def _place(stream: _Stream, number: int, world: int) -> tuple[int, ...]:
+    distance = (stream.target - stream.source) % world
+    return stream.phase, stream.step, number, distance, stream.target
 
 
-def _signature(held: Sequence[_Held]) -> tuple[tuple[int, Box, Box], ...]:
-    return tuple((one.rank, one.region.hf_box, one.region.local_box) for one in held)
+def _rounds(
+    rank: int,
+    messages: Sequence[tuple[_Stream, tuple[Transfer, ...], int]],
+    local: Mapping[tuple[int, int], list[Transfer]],
+    bucket_elements: int,
+) -> Iterator[Round]:
+    """Messages in rounds, each as full as the bound allows; copies in the round of their step, or the one before."""
+    waiting = sorted(local)
+    group: list[Message] = []
+    copies: list[Transfer] = []
+    size = 0
+    for stream, transfers, elements in messages:
+        if group and size + elements > bucket_elements:
+            yield Round(tuple(group), tuple(copies))
+            group, copies, size = [], [], 0
+        while waiting and waiting[0] <= stream[:2]:
+            copies.extend(local[waiting.pop(0)])
+        incoming = stream.target == rank
+        group.append(Message(stream.source if incoming else stream.target, incoming, transfers, elements))
+        size += elements
+    copies.extend(transfer for due in waiting for transfer in local[due])
+    if group or copies:
+        yield Round(tuple(group), tuple(copies))
 
 
-def _check_regions(ranks: Sequence[Mapping[str, LocalTensor]]) -> None:
-    """Refuse regions that overlap, leave their tensor, or whose two boxes have different extents."""
-    checked: set[tuple[object, ...]] = set()
-    for rank, tensors in enumerate(ranks):
-        for name, tensor in tensors.items():
-            key = (tensor.shape, tuple((region.hf_box, region.local_box) for region in tensor.regions))
-            if key in checked:
-                continue
-            checked.add(key)
-            for region in tensor.regions:
-                inside = len(region.local_box) == len(tensor.shape) and contains(whole(tensor.shape), region.local_box)
-                leading = len(region.local_box) - len(region.hf_box)
-                if not inside or extents(region.local_box) != (1,) * leading + extents(region.hf_box):
-                    raise PlanError(
-                        f"{name} on rank {rank}: box {region.local_box} does not fit shape {tensor.shape} and "
-                        f"box {region.hf_box} of {region.hf_name}"
-                    )
-            twice = overlap([region.local_box for region in tensor.regions])
-            if twice:
-                raise PlanError(f"{name} on rank {rank}: boxes {twice[0]} and {twice[1]} would both be written")
-
-
-def _cover(holders: Sequence[_Held], needs: Sequence[_Held], node_of_rank: Sequence[int]) -> list[_Cell]:
-    """Cut each needed region at the borders of the held ones and find the nearest holders of each part."""
-    by_box: dict[Box, list[int]] = {}
-    for index, one in enumerate(holders):
-        by_box.setdefault(one.region.hf_box, []).append(index)
-    covered: list[_Cell] = []
-    for index, need in enumerate(needs):
-        wanted = need.region.hf_box
-        near = [box for box in by_box if intersect(box, wanted) is not None]
-        for part in cells(wanted, near):
-            found = [holder for box in near if contains(box, part) for holder in by_box[box]]
-            if not found:
-                raise PlanError(
-                    f"{need.tensor} on rank {need.rank}: no source rank holds box {part} of {need.region.hf_name}"
-                )
-            distance = [_distance(holders[holder].rank, need.rank, node_of_rank) for holder in found]
-            kind = min(distance)
-            nearest: list[tuple[int, int, Box]] = []
-            for holder, far in zip(found, distance, strict=True):
-                if far == kind:
-                    one = holders[holder]
-                    box = to_local(one.region.hf_box, one.region.local_box, part)
-                    nearest.append((one.rank, holder, box))
-            covered.append(_Cell(index, to_local(wanted, need.region.local_box, part), kind, tuple(nearest)))
-    return covered
-
-
-def _distance(source: int, target: int, node_of_rank: Sequence[int]) -> int:
-    """0 within a rank, 1 within a node, 2 across nodes."""
-    if source == target:
-        return 0
-    return 1 if node_of_rank[source] == node_of_rank[target] else 2
+def _check_written_once(plan: Plan) -> None:
+    written: dict[str, list[Box]] = defaultdict(list)
+    for transfer in (*plan.local(), *plan.receives()):
+        written[transfer.target_name].append(transfer.target_box)
+    for name, boxes in written.items():
+        twice = overlap(boxes)
+        if twice:
+            raise PlanError(f"{name} on rank {plan.rank}: boxes {twice[0]} and {twice[1]} would both be written")

@@ -9,7 +9,6 @@ the linear layer after it), of experts with its grouped ones. vLLM's are those o
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -305,15 +304,3 @@ def axis_sizes(shape: ModelShape) -> dict[str, int]:
         "shared_ffn": shape.shared_expert_ffn_size,
         "one": 1,
     }
-
-
-def layer_of(hf_name: str) -> int:
-    """The layer a checkpoint tensor belongs to: -1 for the embedding, a number past any layer for the head.
-
-    >>> layer_of("model.embed_tokens.weight"), layer_of("model.layers.12.mlp.up_proj.weight")
-    (-1, 12)
-    """
-    if hf_name == _EMBEDDING[0][0]:
-        return -1
-    found = re.match(r"model\.layers\.(\d+)\.", hf_name)
-    return int(found[1]) if found else 1 << 30

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import lcm, prod
+from math import lcm
+from typing import NamedTuple
 
 from megarl.config import splits
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
 from megarl.errors import Refusal
-from megarl.reshard.boxes import LocalTensor, Region, extents, whole
+from megarl.reshard.boxes import Box, LocalTensor, Region, extents, whole
 from megarl.reshard.table import Layout, Row, Stage, axis_sizes, rows_of
 
 #: The checkpoint's name of the output layer.
@@ -27,7 +28,7 @@ Span = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
+class Cut:
     """How one rank of a tensor-parallel group cuts the rows: what differs between Megatron and vLLM.
 
     `vocabulary`: padded vocabulary in rows; `qkv`: the spans of query (0), key (1) and value (2)
@@ -47,14 +48,14 @@ def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """
     sizes = axis_sizes(shape)
     tensors: dict[str, tuple[int, ...]] = {}
-    for rows, layer in _forward_order(rows_of(shape, pipelined=False), range(shape.num_layers), shape):
-        for row, expert in _with_experts(rows, shape.num_experts):
+    for rows, layer in forward_order(rows_of(shape, pipelined=False), range(shape.num_layers), shape):
+        for row, expert in with_experts(rows, shape.num_experts):
             for name, axes in row.parts:
                 tensors[name.format(layer=layer, expert=expert)] = tuple(sizes[axis] for axis in axes)
     return tensors
 
 
-def _forward_order(rows: Iterable[Row], layers: range, shape: ModelShape) -> Iterator[tuple[list[Row], int]]:
+def forward_order(rows: Iterable[Row], layers: range, shape: ModelShape) -> Iterator[tuple[list[Row], int]]:
     """The rows before the layers, those of each layer, those after them, each group with its layer (0 outside)."""
     rows = tuple(rows)
     yield [row for row in rows if row.stage == "first"], 0
@@ -63,7 +64,7 @@ def _forward_order(rows: Iterable[Row], layers: range, shape: ModelShape) -> Ite
     yield [row for row in rows if row.stage == "last"], 0
 
 
-def _with_experts(rows: list[Row], experts: int) -> Iterator[tuple[Row, int]]:
+def with_experts(rows: list[Row], experts: int) -> Iterator[tuple[Row, int]]:
     """Rows with the number of an expert, 0 for rows that are not an expert's; all rows of an expert together."""
     for own, group in groupby(rows, key=lambda row: row.experts):
         found = list(group)
@@ -135,8 +136,8 @@ def megatron_tensors(
     for refusal in splits.policy_refusals(shape, parallel):
         raise refusal
     vocabulary = padded_vocab_size(shape.vocab_size, tensor, vocab_multiple)
-    cut = _Cut(tensor, grid.tensor_rank, vocabulary, _megatron_qkv)
-    expert_cut = _Cut(grid.expert_tensor, grid.expert_tensor_rank, vocabulary, _megatron_qkv)
+    cut = Cut(tensor, grid.tensor_rank, vocabulary, megatron_qkv)
+    expert_cut = Cut(grid.expert_tensor, grid.expert_tensor_rank, vocabulary, megatron_qkv)
     experts = shape.num_experts // grid.expert
     chunks = chunks_of_stage(shape.num_layers, parallel, grid.pipeline_rank)
     tensors: dict[str, LocalTensor] = {}
@@ -144,11 +145,11 @@ def megatron_tensors(
         prefix = chunk_prefix(number, len(chunks))
         stages = {"first": chunk.first, "layer": True, "last": chunk.last}
         present = [row for row in rows_of(shape, pipelined=grid.pipeline > 1) if stages[row.stage]]
-        for rows, layer in _forward_order(present, chunk.layers, shape):
-            for row, local in _with_experts(rows, experts):
+        for rows, layer in forward_order(present, chunk.layers, shape):
+            for row, local in with_experts(rows, experts):
                 name = prefix + row.megatron.format(layer=layer - chunk.layers.start, expert=local)
-                place = _Place(layer, grid.expert_rank * experts + local)
-                tensors[name] = _local_tensor(row, name, place, shape, expert_cut if row.experts else cut)
+                own_cut, expert = (expert_cut, grid.expert_rank * experts + local) if row.experts else (cut, 0)
+                tensors[name] = _local_tensor(row, name, shape, own_cut, layer, expert)
     return tensors
 
 
@@ -195,12 +196,12 @@ def stored_parameters(shape: ModelShape, tensor: int = 1, vocab_multiple: int = 
     `sharded_state_dict` methods of its GPTModel, with every layer under a name of its own.
     """
     vocabulary = padded_vocab_size(shape.vocab_size, tensor, vocab_multiple)
-    cut = _Cut(1, 0, vocabulary, _megatron_qkv)
+    cut = Cut(1, 0, vocabulary, megatron_qkv)
     found: list[StoredParameter] = []
-    for rows, layer in _forward_order(rows_of(shape, pipelined=False), range(shape.num_layers), shape):
-        for row, expert in _with_experts(rows, shape.num_experts):
+    for rows, layer in forward_order(rows_of(shape, pipelined=False), range(shape.num_layers), shape):
+        for row, expert in with_experts(rows, shape.num_experts):
             name = row.megatron.format(layer=layer, expert=expert)
-            whole_tensor = _local_tensor(row, name, _Place(layer, expert), shape, cut)
+            whole_tensor = _local_tensor(row, name, shape, cut, layer, expert)
             key, lengths, index = name, whole_tensor.shape, ()
             if row.experts:
                 # Megatron's names end in the expert's number; its keys have one experts module more.
@@ -212,14 +213,13 @@ def stored_parameters(shape: ModelShape, tensor: int = 1, vocab_multiple: int = 
     return found
 
 
-def vllm_tensors(shape: ModelShape, *, tensor: int, tensor_rank: int) -> dict[str, LocalTensor]:
-    """The parameters of vLLM's model class on one rank of an engine, before any packing.
+def vllm_rows(shape: ModelShape, *, tensor: int, expert_parallel: bool) -> tuple[Row, ...]:
+    """The rows that an engine has a parameter for, in the order of the forward pass.
 
-    Key-value heads are repeated over ranks where there are fewer of them than ranks; tied models
-    have no `lm_head.weight`. Raises `Refusal` where sizes do not divide, and where vLLM's class has
-    no parameter for one of the checkpoint's tensors.
+    Raises `Refusal` where sizes do not divide, and where vLLM's class has no parameter for one of the checkpoint's
+    tensors.
     """
-    for refusal in splits.engine_refusals(shape, tensor):
+    for refusal in splits.engine_refusals(shape, tensor, expert_parallel):
         raise refusal
     rows = rows_of(shape, pipelined=False)
     for row in rows:
@@ -229,16 +229,40 @@ def vllm_tensors(shape: ModelShape, *, tensor: int, tensor_rank: int) -> dict[st
                 f"has no place in vLLM's class for {shape.family}",
                 "use a model without it",
             )
-    cut = _Cut(tensor, tensor_rank, splits.vllm_vocabulary(shape), _vllm_qkv)
+    return rows
+
+
+def vllm_cuts(shape: ModelShape, *, tensor: int, tensor_rank: int, expert_parallel: bool) -> tuple[Cut, Cut, range]:
+    """How an engine's rank cuts the rows, how those of experts, and which experts it has."""
+    cut = Cut(tensor, tensor_rank, splits.vllm_vocabulary(shape), vllm_qkv)
+    if not expert_parallel:
+        return cut, cut, range(shape.num_experts)
+    share = shape.num_experts // tensor
+    return cut, replace(cut, shards=1, rank=0), range(tensor_rank * share, (tensor_rank + 1) * share)
+
+
+def vllm_tensors(
+    shape: ModelShape, *, tensor: int, tensor_rank: int, expert_parallel: bool = False
+) -> dict[str, LocalTensor]:
+    """The parameters of vLLM's model class on one rank of an engine, before any packing.
+
+    Key-value heads are repeated over ranks where there are fewer of them than ranks; tied models have no
+    `lm_head.weight`. With `expert_parallel` each rank has whole experts, `num_experts` ÷ `tensor` consecutive ones.
+    Raises `Refusal` as `vllm_rows` does.
+    """
+    rows = vllm_rows(shape, tensor=tensor, expert_parallel=expert_parallel)
+    cut, expert_cut, own = vllm_cuts(shape, tensor=tensor, tensor_rank=tensor_rank, expert_parallel=expert_parallel)
     tensors: dict[str, LocalTensor] = {}
-    for present, layer in _forward_order(rows, range(shape.num_layers), shape):
+    for present, layer in forward_order(rows, range(shape.num_layers), shape):
         for row in present:
             if row.vllm is None:
                 continue
             name = row.vllm.format(layer=layer)
-            copies = shape.num_experts if row.experts else 1
-            found = [_local_tensor(row, name, _Place(layer, expert), shape, cut) for expert in range(copies)]
-            tensors[name] = _stacked(found) if row.experts else found[0]
+            if row.experts:
+                stack = [_local_tensor(row, name, shape, expert_cut, layer, expert) for expert in own]
+                tensors[name] = _stacked(stack)
+            else:
+                tensors[name] = _local_tensor(row, name, shape, cut, layer, 0)
     return tensors
 
 
@@ -252,25 +276,7 @@ def _stacked(tensors: Sequence[LocalTensor]) -> LocalTensor:
     return LocalTensor(tensors[0].name, (len(tensors), *tensors[0].shape), regions)
 
 
-def checkpoint_tensors(shape: ModelShape, *, writers: int = 1, writer: int = 0) -> dict[str, LocalTensor]:
-    """The share of one writer of a Hugging Face checkpoint: whole tensors, consecutive, of nearly equal size.
-
-    A plan with these as targets is an export; each of the `writers` shares becomes one file.
-    """
-    tensors = hf_tensors(shape)
-    sizes = {name: prod(dims) for name, dims in tensors.items()}
-    total = sum(sizes.values())
-    share: dict[str, LocalTensor] = {}
-    before = 0
-    for name, dims in tensors.items():
-        # The file in which the tensor's middle falls.
-        if (2 * before + sizes[name]) * writers // (2 * total) == writer:
-            share[name] = LocalTensor(name, dims, (Region(name, whole(dims), whole(dims)),))
-        before += sizes[name]
-    return share
-
-
-def _megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
+def megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
     """Megatron's order: for each key-value head its query heads, its key, its value; then an even cut.
 
     Where there are fewer key-value heads than ranks, the cut falls inside a group, possibly inside a head.
@@ -292,7 +298,7 @@ def _megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
     return spans
 
 
-def _vllm_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
+def vllm_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
     """vLLM's order: this rank's query heads, its key heads, its value heads.
 
     Where there are fewer key-value heads than ranks, consecutive ranks hold the same one.
@@ -306,7 +312,7 @@ def _vllm_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
     ]
 
 
-def _spans(row: Row, shape: ModelShape, cut: _Cut, rows: int) -> tuple[list[Span], int]:
+def _spans(row: Row, shape: ModelShape, cut: Cut, rows: int) -> tuple[list[Span], int]:
     """The checkpoint rows of a fused tensor on this rank in local order, and the local tensor's number of rows.
 
     `rows` is the length of dimension 0 of each part, where the layout has equal parts.
@@ -325,15 +331,16 @@ def _spans(row: Row, shape: ModelShape, cut: _Cut, rows: int) -> tuple[list[Span
     return spans, sum(stop - start for _, start, stop in spans)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A layer and an expert of the whole model; 0 where a row has none."""
+class PartBox(NamedTuple):
+    """Where a box of one of a row's checkpoint tensors, number `part`, lies in the row's local tensor."""
 
-    layer: int
-    expert: int
+    part: int
+    hf_box: Box
+    local_box: Box
 
 
-def _local_tensor(row: Row, name: str, place: _Place, shape: ModelShape, cut: _Cut) -> LocalTensor:
+def cut_row(row: Row, shape: ModelShape, cut: Cut) -> tuple[tuple[int, ...], list[PartBox]]:
+    """The shape of a row's tensor on one rank, and the boxes in it, in local order."""
     sizes = axis_sizes(shape)
     dims = [sizes[axis] for axis in row.parts[0][1]]
     columns = whole(dims[1:])
@@ -341,11 +348,20 @@ def _local_tensor(row: Row, name: str, place: _Place, shape: ModelShape, cut: _C
         share = dims[1] // cut.shards
         columns = ((cut.rank * share, (cut.rank + 1) * share),)
     spans, rows = _spans(row, shape, cut, dims[0])
-    regions: list[Region] = []
+    boxes: list[PartBox] = []
     offset = 0
     for part, start, stop in spans:
-        box = ((offset, offset + stop - start), *whole(extents(columns)))
-        hf_name = row.parts[part][0].format(layer=place.layer, expert=place.expert)
-        regions.append(Region(hf_name, ((start, stop), *columns), box))
+        local_box = ((offset, offset + stop - start), *whole(extents(columns)))
+        boxes.append(PartBox(part, ((start, stop), *columns), local_box))
         offset += stop - start
-    return LocalTensor(name, (rows, *extents(columns)), tuple(regions))
+    return (rows, *extents(columns)), boxes
+
+
+def _local_tensor(row: Row, name: str, shape: ModelShape, cut: Cut, layer: int, expert: int) -> LocalTensor:
+    """A row's tensor of one layer and expert of the whole model, 0 where a row has none."""
+    local_shape, boxes = cut_row(row, shape, cut)
+    regions = (
+        Region(row.parts[part][0].format(layer=layer, expert=expert), hf_box, local_box)
+        for part, hf_box, local_box in boxes
+    )
+    return LocalTensor(name, local_shape, tuple(regions))

@@ -23,16 +23,18 @@ from megarl.parallel.groups import form_grid
 from megarl.policy.hf_weights import draw_random_weights
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import missing_elements
+from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout import environment
 from megarl.rollout.engine import Engine
 from megarl.weights.gather import GatherPush
-from megarl.weights.layouts import engine_tensors, policy_tensors
+from megarl.weights.layouts import engine_tensors
 from megarl.weights.push import Push
 
 environment.preload()
 
-#: glibc's name for the size from which it maps blocks by themselves (malloc.h).
-M_MMAP_THRESHOLD = -3
+#: glibc's names for the size from which it maps blocks by themselves, and for the free memory at the heap's end from
+#: which it gives that back (malloc.h).
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 
 
 def bench_reshard(config: RunConfig) -> dict[str, Any]:
@@ -45,6 +47,8 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     whether engines that either has filled hold the same bits, on every rank.
     """
     world = bootstrap.join()
+    # For the measurement of memory: what glibc keeps of freed blocks would count as if it were in use.
+    _set_glibc(map_from=1 << 16)
     grid = form_grid(config.parallel, config.seed)
     shape = read_model_shape(config.model.path)
     engine = Engine(config, shape, eos_token_ids=shape.eos_token_ids, rank=world.rank, world_size=world.size)
@@ -53,26 +57,26 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     draw_random_weights(policy, config.seed)
     push, gather = Push(policy, engine), GatherPush(policy, engine)
     engine.wake_weights()
+    fills = {"push": push.run, "gather": gather.run}
     hashes: list[str] = []
-    for fill in (push.run, gather.run):
+    for fill in fills.values():
         fill()
         hashes.append(push.engine_weights.checksum())
-    seconds: dict[str, list[float]] = {"push": [], "gather": []}
-    for turn in range(config.steps):
+    peaks = {name: max(gather_all(_extra(fill))) for name, fill in fills.items()}
+    # For that of time: as glibc is by itself where large blocks come and go.
+    _set_glibc(map_from=32 << 20)
+    seconds: dict[str, list[float]] = {name: [] for name in fills}
+    for turn in range(config.steps + 1):
         if world.is_first:
-            print(f"turn {turn + 1} of {config.steps}", file=sys.stderr, flush=True)
-        for name, fill in (("push", push.run), ("gather", gather.run)):
+            print(f"turn {turn} of {config.steps}", file=sys.stderr, flush=True)
+        for name, fill in fills.items():
             seconds[name].append(_seconds(fill))
-    # Apart from the clock: memory that is given back at once is fetched from the system again. Once unmeasured, for
-    # what lies among the blocks of before.
-    _return_freed_memory()
-    push.run()
-    gather.run()
-    peaks = {name: max(gather_all(_extra(fill))) for name, fill in (("push", push.run), ("gather", gather.run))}
+    # The first turn warms up.
+    seconds = {name: values[1:] for name, values in seconds.items()}
     element = policy.megatron_config.params_dtype.itemsize
     needs = missing_elements(
         engine_tensors(config, shape, world.rank).values(),
-        policy_tensors(config.parallel, shape, world.size)[world.rank].values(),
+        megatron_tensors(shape, config.parallel, grid).values(),
     )
     report = {
         "seconds": round(statistics.median(seconds["push"]), 4),
@@ -115,10 +119,12 @@ def _extra(work: Callable[[], None]) -> int:
     return _memory("VmHWM") - before
 
 
-def _return_freed_memory() -> None:
-    """Have glibc map every larger block by itself: freed ones that it keeps would count as if they were in use."""
+def _set_glibc(map_from: int) -> None:
+    """Have glibc map blocks from that size on by themselves, and give them back when they are freed."""
     if not has_cuda():
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, map_from)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * map_from)
 
 
 def _memory(kind: str) -> int:

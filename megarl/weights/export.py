@@ -12,10 +12,13 @@ from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import whole
+from megarl.reshard.model_layouts import checkpoint_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
-from megarl.reshard.weight_map import checkpoint_tensors, hf_tensors
-from megarl.weights.layouts import policy_tensors
+from megarl.reshard.weight_map import hf_tensors
 from megarl.weights.transfer import Mover
+
+#: What a rank sends and receives together at a time.
+BUCKET_BYTES = 256 << 20
 
 
 class _HostTensors:
@@ -37,16 +40,23 @@ def export_hf(policy: Policy, directory: Path, original: Path) -> None:
     The directory appears under its name only when it is complete.
     """
     world = policy.world
-    parts = policy_tensors(policy.config.parallel, policy.shape, world.size)
-    targets = [checkpoint_tensors(policy.shape, writers=world.size, writer=rank) for rank in range(world.size)]
-    plan = make_plan(parts, targets, world.node_of_rank)
     dtype = policy.megatron_config.params_dtype
-    mine = _HostTensors(dtype, {name: t.shape for name, t in targets[world.rank].items()})
-    Mover(plan, world.rank, bucket_bytes=256 * 2**20, dtype=dtype, device=world.device).run(
-        {name: p.detach() for name, p in policy.named_parameters()}, mine
+    targets = checkpoint_layout(policy.shape, range(world.size))
+    plan = make_plan(
+        world.rank,
+        policy_layout(policy.shape, policy.config.parallel, world.size),
+        targets,
+        node_of_rank=world.node_of_rank,
+        lane_of_rank=lanes(policy.config.parallel, world.size),
+        bucket_elements=BUCKET_BYTES // dtype.itemsize,
     )
+    shapes = hf_tensors(policy.shape)
+    mine = _HostTensors(
+        dtype, {name: shape for name, shape in shapes.items() if world.rank in targets[name][0].split.of_rank}
+    )
+    Mover(plan, dtype=dtype, device=world.device).run({name: p.detach() for name, p in policy.named_parameters()}, mine)
     partial = directory.with_name(directory.name + ".partial")
-    files = HfFiles(hf_tensors(policy.shape), dtype, FILE_BYTES)
+    files = HfFiles(shapes, dtype, FILE_BYTES)
     if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

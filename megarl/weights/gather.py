@@ -12,12 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megarl.policy.policy import Policy
-from megarl.reshard.boxes import numel
-from megarl.reshard.copying import box_view, copy_box
-from megarl.reshard.plan import Transfer, make_plan
-from megarl.reshard.weight_map import checkpoint_tensors
+from megarl.reshard.copying import box_view
+from megarl.reshard.model_layouts import policy_layout
+from megarl.reshard.weight_map import hf_tensors
 from megarl.rollout.weights import Fillable, check_reloadable, load_by_name
-from megarl.weights.layouts import policy_tensors
 
 
 class GatherPush:
@@ -30,16 +28,10 @@ class GatherPush:
         check_reloadable(engine)
         self.policy, self.engine = policy, engine
         self.received_bytes = 0
-        world = policy.world
-        whole = checkpoint_tensors(policy.shape)
-        self._shapes = {name: tensor.shape for name, tensor in whole.items()}
-        # One holder of every part of every tensor: who would send it to a rank that has nothing.
-        nobody: list[dict] = [{} for _ in range(world.size)]
-        sources = [*policy_tensors(policy.config.parallel, policy.shape, world.size), {}]
-        plan = make_plan(sources, [*nobody, whole], [*world.node_of_rank, -1])
-        self._parts: dict[str, list[Transfer]] = {name: [] for name in whole}
-        for transfer in plan.transfers:
-            self._parts[transfer.target_name].append(transfer)
+        self._shapes = hf_tensors(policy.shape)
+        layout = policy_layout(policy.shape, policy.config.parallel, policy.world.size)
+        # Every part of every tensor comes from the first rank that holds it.
+        self._parts = {name: (layout[name][0].tensor, layout[name][0].split.places) for name in self._shapes}
 
     def run(self) -> None:
         """Collective; the engine's weights must be awake."""
@@ -51,15 +43,15 @@ class GatherPush:
         parameters = {name: parameter.detach() for name, parameter in self.policy.named_parameters()}
         rank, device = self.policy.world.rank, self.policy.world.device
         dtype = self.policy.megatron_config.params_dtype
-        for name, parts in self._parts.items():
+        for name, (parameter, places) in self._parts.items():
             tensor = torch.empty(self._shapes[name], dtype=dtype, device=device)
-            for part in parts:
-                piece = torch.empty(numel(part.target_box), dtype=dtype, device=device)
-                view = piece.view(box_view(tensor, part.target_box).shape)
-                if part.source == rank:
-                    view.copy_(box_view(parameters[part.source_name], part.source_box).reshape(view.shape))
+            for place in places:
+                part = box_view(tensor, place.hf_box)
+                piece = torch.empty(part.shape, dtype=dtype, device=device)
+                if place.ranks[0] == rank:
+                    piece.copy_(box_view(parameters[parameter], place.local_box))
                 else:
                     self.received_bytes += piece.nbytes
-                dist.broadcast(piece, src=part.source)
-                copy_box(tensor, part.target_box, view, tuple((0, length) for length in view.shape))
+                dist.broadcast(piece, src=place.ranks[0])
+                part.copy_(piece)
             yield name, tensor

@@ -1,21 +1,25 @@
-"""The layouts that plans go between, as lists by rank: the policy's shards and the engines' tensors."""
+"""The layouts that a run's pushes go between: the policy's shards and the engines' tensors."""
 
 from __future__ import annotations
 
-from megarl.config.grid import grid_of_rank
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.config.sections import ParallelSettings
 from megarl.reshard.boxes import LocalTensor
-from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
+from megarl.reshard.layout import Layout
+from megarl.reshard.model_layouts import engine_layout, policy_layout
+from megarl.reshard.weight_map import vllm_tensors
 
 
-def policy_tensors(parallel: ParallelSettings, shape: ModelShape, world_size: int) -> list[dict[str, LocalTensor]]:
-    """The policy's tensors on every rank."""
-    return [megatron_tensors(shape, parallel, grid_of_rank(rank, world_size, parallel)) for rank in range(world_size)]
+def push_layouts(config: RunConfig, shape: ModelShape, world: int) -> tuple[Layout, Layout]:
+    """Where every tensor lies on all `world` ranks before and after a push."""
+    rollout = config.rollout
+    engines = engine_layout(shape, tensor=rollout.tensor, world=world, expert_parallel=rollout.expert_parallel)
+    return policy_layout(shape, config.parallel, world), engines
 
 
 def engine_tensors(config: RunConfig, shape: ModelShape, rank: int) -> dict[str, LocalTensor]:
-    """The engine's tensors on a rank, as the plan sees them."""
-    tensor = config.rollout.tensor
-    return vllm_tensors(shape, tensor=tensor, tensor_rank=rank % tensor)
+    """The engine's tensors on a rank, as plans see them."""
+    rollout = config.rollout
+    return vllm_tensors(
+        shape, tensor=rollout.tensor, tensor_rank=rank % rollout.tensor, expert_parallel=rollout.expert_parallel
+    )

@@ -1,23 +1,23 @@
 """Executes a reshard plan: boxes of source tensors travel point to point into boxes of target tensors.
 
-Transfers go in rounds of bounded size, in layer order; the pieces for one peer travel together in one flat message.
-While a round travels, the one before it is copied to its place: a rank never holds more than two rounds beside its
-own tensors.
+Transfers go in rounds of bounded size; pieces for one peer travel together in flat messages. While a round travels,
+the one before it is copied to its place: a rank never holds more than two rounds beside its own tensors.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 from megarl.errors import MegarlError
 from megarl.parallel.exchange import gather_all
-from megarl.reshard.copying import box_view, copy_box
-from megarl.reshard.plan import Plan, Transfer
+from megarl.reshard.copying import box_view
+from megarl.reshard.plan import Message, Plan, Round, Transfer
 
 
 class Target(Protocol):
@@ -37,22 +37,17 @@ class PushError(MegarlError):
 
 
 class Mover:
-    """Runs one plan again and again; `dtype` is the type that travels: sources are cast before sending.
+    """Runs one rank's plan again and again; `dtype` is the type that travels: sources are cast before sending."""
 
-    `bucket_bytes` bounds what a rank sends and receives in one round.
-    """
-
-    def __init__(self, plan: Plan, rank: int, *, bucket_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rank, self.dtype, self.device = rank, dtype, device
-        #: Bytes that arrived from other ranks in the last run.
-        self.received_bytes = 0
-        self.rounds = [_Round(part, rank) for part in plan.buckets(max(1, bucket_bytes // dtype.itemsize))]
+    def __init__(self, plan: Plan, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan, self.dtype, self.device = plan, dtype, device
+        #: Bytes that arrived from other ranks, and that went to them, in the last run.
+        self.received_bytes = self.sent_bytes = 0
         # Bits sent to, and arrived from, each rank; the own one for copies. None where nobody asks.
         self._sums: tuple[dict[int, int], dict[int, int]] | None = None
-        self._pieces: dict[str, int] = defaultdict(int)
-        for one in self.rounds:
-            for transfer in one.arriving():
-                self._pieces[transfer.target_name] += 1
+        arriving = [t for one in plan.rounds for t in (*one.local, *one.arriving())]
+        self._pieces = Counter(t.target_name for t in arriving)
+        self._order = {name: number for number, name in enumerate(self._pieces)}
 
     def run(self, sources: Mapping[str, torch.Tensor], target: Target, *, verify: bool = False) -> None:
         """Move everything once; called by all ranks together.
@@ -61,78 +56,133 @@ class Mover:
         of ranks. Raises `PushError` on all ranks where they differ.
         """
         left = dict(self._pieces)
-        self.received_bytes = 0
+        self.received_bytes = self.sent_bytes = 0
         self._sums = (defaultdict(int), defaultdict(int)) if verify else None
-        largest = max((one.size for one in self.rounds), default=0)
-        buffers = [torch.empty(largest, dtype=self.dtype, device=self.device) for _ in range(min(2, len(self.rounds)))]
-        before: tuple[_Round, torch.Tensor, list[Any]] | None = None
+        buffers = [_Buffer(self.dtype, self.device) for _ in range(2)]
+        before: _Travelling | None = None
         with torch.no_grad():
-            for number, one in enumerate(self.rounds):
-                buffer = buffers[number % 2]
-                requests = self._start(one, sources, buffer)
+            for number, one in enumerate(self.plan.rounds):
+                travelling = self._start(one, sources, target, buffers[number % 2])
                 if before is not None:
-                    self._land(*before, sources, target, left)
-                before = one, buffer, requests
+                    self._land(before, sources, target, left)
+                before = travelling
             if before is not None:
-                self._land(*before, sources, target, left)
+                self._land(before, sources, target, left)
         if self._sums is not None:
             _compare([(dict(sent), dict(arrived)) for sent, arrived in gather_all(self._sums)])
 
-    def _start(self, one: _Round, sources: Mapping[str, torch.Tensor], buffer: torch.Tensor) -> list[Any]:
-        """Pack and post a round. Its messages lie in `buffer` one after another, first those to receive."""
+    def _start(self, one: Round, sources: Mapping[str, torch.Tensor], target: Target, buffer: _Buffer) -> _Travelling:
+        """Pack and post a round. What cannot leave or arrive in place goes through `buffer`."""
+        messages = [(message, self._in_place(message, sources, target)) for message in one.messages]
+        buffer.hold(sum(message.numel for message, flat in messages if flat is None))
         operations: list[dist.P2POp] = []
-        offset = 0
-        for peer, transfers in one.receives.items():
-            size = sum(t.numel for t in transfers)
-            operations.append(dist.P2POp(dist.irecv, buffer[offset : offset + size], peer))
-            offset += size
-        for peer, transfers in one.sends.items():
-            start = offset
-            for t in transfers:
-                piece = box_view(sources[t.source_name], t.source_box)
-                buffer[offset : offset + t.numel].view(piece.shape).copy_(piece)
-                offset += t.numel
-            if self._sums is not None:
-                self._sums[0][peer] += _sum(buffer[start:offset])
-            operations.append(dist.P2POp(dist.isend, buffer[start:offset], peer))
-        return self._post(operations)
+        pieces = [_Piece(transfer, None, False) for transfer in one.local]
+        for message, place in messages:
+            flat = buffer.take(message.numel) if place is None else place
+            parts = zip(message.transfers, flat.split([t.numel for t in message.transfers]), strict=True)
+            if message.incoming:
+                pieces.extend(_Piece(transfer, part, place is not None) for transfer, part in parts)
+                self.received_bytes += flat.nbytes
+            else:
+                if place is None:
+                    for transfer, part in parts:
+                        view = box_view(sources[transfer.source_name], transfer.source_box)
+                        part.view(view.shape).copy_(view)
+                if self._sums is not None:
+                    self._sums[0][message.peer] += _sum(flat)
+                self.sent_bytes += flat.nbytes
+            operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
+        # Tensor by tensor, so that few are begun and not complete.
+        pieces.sort(key=lambda piece: self._order[piece.transfer.target_name])
+        return _Travelling(self._post(operations), pieces)
+
+    def _in_place(self, message: Message, sources: Mapping[str, torch.Tensor], target: Target) -> torch.Tensor | None:
+        """The memory of a message's box on this rank, where that is one piece of it and of the type that travels."""
+        transfer, *further = message.transfers
+        if further:
+            return None
+        if message.incoming:
+            view = box_view(target.buffer(transfer.target_name), transfer.target_box)
+        else:
+            view = box_view(sources[transfer.source_name], transfer.source_box)
+        return view.view(-1) if view.is_contiguous() and view.dtype == self.dtype else None
 
     def _post(self, operations: list[dist.P2POp]) -> list[Any]:
         return dist.batch_isend_irecv(operations) if operations else []
 
     def _land(
         self,
-        one: _Round,
-        buffer: torch.Tensor,
-        requests: list[Any],
+        one: _Travelling,
         sources: Mapping[str, torch.Tensor],
         target: Target,
         left: dict[str, int],
     ) -> None:
-        """Copy a round's pieces to their places, first those that were here all along."""
-        for t in one.local:
-            source, found = sources[t.source_name].to(self.dtype), target.buffer(t.target_name)
-            copy_box(found, t.target_box, source, t.source_box)
-            if self._sums is not None and found.dtype == self.dtype:
-                self._sums[0][self.rank] += _sum(box_view(source, t.source_box))
-                self._sums[1][self.rank] += _sum(box_view(found, t.target_box))
-        for request in requests:
-            request.wait()
-        offset = 0
-        for peer, transfers in one.receives.items():
-            for t in transfers:
-                view = box_view(target.buffer(t.target_name), t.target_box)
-                part = buffer[offset : offset + t.numel]
-                view.copy_(part.view(view.shape))
-                offset += t.numel
+        """Copy a round's pieces to their places."""
+        arrived = False
+        for transfer, part, landed in one.pieces:
+            if part is not None and not arrived:
+                one.wait()
+                arrived = True
+            view = box_view(target.buffer(transfer.target_name), transfer.target_box)
+            if part is None:
+                part = box_view(sources[transfer.source_name], transfer.source_box).to(self.dtype)
                 if self._sums is not None:
-                    # A tensor of another type has other bits: there what arrived counts.
-                    self._sums[1][peer] += _sum(view if view.dtype == self.dtype else part)
-        self.received_bytes += offset * self.dtype.itemsize
-        for t in one.arriving():
-            left[t.target_name] -= 1
-            if left[t.target_name] == 0:
-                target.complete(t.target_name)
+                    self._sums[0][transfer.source] += _sum(part)
+            if not landed:
+                view.copy_(part.reshape(view.shape))
+            if self._sums is not None:
+                # A tensor of another type has other bits: there what arrived counts.
+                self._sums[1][transfer.source] += _sum(view if view.dtype == self.dtype else part)
+            left[transfer.target_name] -= 1
+            if left[transfer.target_name] == 0:
+                target.complete(transfer.target_name)
+        if not arrived:
+            one.wait()
+
+
+class _Buffer:
+    """Memory for the messages of a round, one after another; kept for the next round."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = torch.empty(0, dtype=dtype, device=device)
+        self._taken = 0
+
+    def hold(self, elements: int) -> None:
+        """Begin anew, with room for so many elements."""
+        self._taken = 0
+        if elements > self._flat.numel():
+            # The old memory goes before the new comes.
+            self._flat = self._flat.new_empty(0)
+            self._flat = self._flat.new_empty(elements)
+
+    def take(self, elements: int) -> torch.Tensor:
+        """The next elements."""
+        self._taken += elements
+        return self._flat[self._taken - elements : self._taken]
+
+
+class _Piece(NamedTuple):
+    """A transfer to this rank and the memory it arrives in; None: it is copied from the rank's own.
+
+    `landed`: that memory is its place.
+    """
+
+    transfer: Transfer
+    part: torch.Tensor | None
+    landed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Travelling:
+    """A round under way: what to wait for, and the pieces that are then written, in order."""
+
+    requests: list[Any]
+    pieces: list[_Piece]
+
+    def wait(self) -> None:
+        """Until all messages of the round have left or come."""
+        for request in self.requests:
+            request.wait()
 
 
 def _sum(tensor: torch.Tensor) -> int:
@@ -151,27 +201,3 @@ def _compare(ranks: list[tuple[dict[int, int], dict[int, int]]]) -> None:
                     "engine. The policy's weights are unharmed. Fix: start again from the last checkpoint, without the "
                     "host of one of the two ranks if it happens again"
                 )
-
-
-class _Round:
-    """One round as this rank sees it: what it sends and receives by peer, and what it copies. `size`: elements in
-    messages."""
-
-    def __init__(self, transfers: tuple[Transfer, ...], rank: int) -> None:
-        self.sends: dict[int, list[Transfer]] = defaultdict(list)
-        self.receives: dict[int, list[Transfer]] = defaultdict(list)
-        self.local: list[Transfer] = []
-        self.size = 0
-        for transfer in transfers:
-            if transfer.source == transfer.target == rank:
-                self.local.append(transfer)
-            elif transfer.source == rank:
-                self.sends[transfer.target].append(transfer)
-                self.size += transfer.numel
-            elif transfer.target == rank:
-                self.receives[transfer.source].append(transfer)
-                self.size += transfer.numel
-
-    def arriving(self) -> list[Transfer]:
-        """Pieces written on this rank, in layer order within each origin."""
-        return [*self.local, *(t for transfers in self.receives.values() for t in transfers)]

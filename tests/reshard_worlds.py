@@ -1,0 +1,202 @@
+"""Test helpers: random worlds of a policy and its engines, and plans executed in one process, round by round."""
+
+from collections import defaultdict, deque
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from reshard_reference import make_shape, shapes
+
+from megarl.config.grid import grid_of_rank
+from megarl.config.model_shape import ModelShape
+from megarl.config.sections import ParallelSettings
+from megarl.config.splits import engine_refusals, policy_refusals
+from megarl.reshard.copying import box_view, copy_box
+from megarl.reshard.layout import Place, Split, Spread
+from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
+from megarl.reshard.plan import make_plan
+from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the policy's layout of it, engines of `engine` ranks, on `world` ranks, `per_node` to a node."""
+
+    shape: ModelShape
+    parallel: ParallelSettings
+    engine: int
+    expert_parallel: bool
+    world: int
+    per_node: int
+
+    @property
+    def nodes(self):
+        return [rank // self.per_node for rank in range(self.world)]
+
+    def grid(self, rank):
+        return grid_of_rank(rank, self.world, self.parallel)
+
+    def policy(self, rank):
+        return megatron_tensors(self.shape, self.parallel, self.grid(rank))
+
+    def engine_of(self, rank):
+        return vllm_tensors(
+            self.shape, tensor=self.engine, tensor_rank=rank % self.engine, expert_parallel=self.expert_parallel
+        )
+
+    def layouts(self):
+        sources = policy_layout(self.shape, self.parallel, self.world)
+        return sources, engine_layout(
+            self.shape, tensor=self.engine, world=self.world, expert_parallel=self.expert_parallel
+        )
+
+    def plan(self, rank, bucket_elements=10**9):
+        return plan_of(rank, *self.layouts(), self.nodes, lanes(self.parallel, self.world), bucket_elements)
+
+    def plans(self, bucket_elements=10**9):
+        return [self.plan(rank, bucket_elements) for rank in range(self.world)]
+
+
+def plan_of(rank, sources, targets, nodes, lane_of_rank=None, bucket_elements=10**9):
+    return make_plan(
+        rank,
+        sources,
+        targets,
+        node_of_rank=nodes,
+        lane_of_rank=lane_of_rank or [0] * len(nodes),
+        bucket_elements=bucket_elements,
+    )
+
+
+def moe_shape(family="qwen3_moe", **changes):
+    """A tiny mixture: 4 experts of 8 in every layer, 2 layers."""
+    fields = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 8, "sparse_layers": (True, True)}
+    fields |= {"shared_expert_ffn_size": 8} if family == "qwen2_moe" else {}
+    fields |= {"qkv_bias": family == "qwen2_moe", "qk_norm": family == "qwen3_moe"}
+    return replace(make_shape("llama"), family=family, **(fields | changes))
+
+
+@st.composite
+def mixtures(draw):
+    layers = draw(st.sampled_from([2, 4]))
+    family = draw(st.sampled_from(["qwen2_moe", "qwen3_moe", "mixtral"]))
+    sparse = (*(family == "mixtral" or draw(st.booleans()) for _ in range(layers - 1)), True)
+    return moe_shape(
+        family,
+        num_layers=layers,
+        sparse_layers=sparse,
+        num_experts=draw(st.sampled_from([4, 8])),
+        num_kv_heads=draw(st.sampled_from([1, 2, 4])),
+        tied_embeddings=draw(st.booleans()),
+        vocab_size=draw(st.integers(1, 300)),
+    )
+
+
+@st.composite
+def cases(draw):
+    """Grids of TP, PP, VPP, uneven stages, CP, EP, ETP and DP up to 8 ranks, with engines of every size they allow."""
+    shape = draw(st.one_of(shapes(), mixtures()))
+    world = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    tensor = draw(st.sampled_from(divisors))
+    pipeline = draw(st.sampled_from([n for n in divisors if (world // tensor) % n == 0]))
+    context = draw(st.sampled_from([n for n in divisors if (world // tensor // pipeline) % n == 0]))
+    settings = {"tensor": tensor, "pipeline": pipeline, "context": context}
+    if shape.is_moe:
+        expert = draw(st.sampled_from([n for n in divisors if shape.num_experts % n == 0]))
+        settings |= {"expert": expert, "expert_tensor": draw(st.sampled_from(divisors))}
+        assume((world // pipeline) % (expert * settings["expert_tensor"]) == 0)
+    virtual = draw(st.sampled_from([1, 2])) if pipeline > 1 else 1
+    chunks = pipeline * virtual
+    assume(shape.num_layers >= chunks)
+    if virtual > 1:
+        settings["virtual_pipeline"] = virtual
+    if shape.num_layers % chunks or draw(st.booleans()):
+        counts = [1] * chunks
+        for _ in range(shape.num_layers - chunks):
+            counts[draw(st.integers(0, chunks - 1))] += 1
+        settings["stage_layers"] = tuple(counts)
+    parallel = ParallelSettings(**settings)
+    engine, expert_parallel = draw(st.sampled_from(divisors)), shape.is_moe and draw(st.booleans())
+    assume(not list(policy_refusals(shape, parallel)))
+    assume(not list(engine_refusals(shape, engine, expert_parallel)))
+    return Case(shape, parallel, engine, expert_parallel, world, draw(st.sampled_from([1, 2, 3, 4, 8])))
+
+
+def layout_of(ranks):
+    """The layout of given tensors, one mapping per rank, in order of appearance."""
+    found = {}
+    for rank, tensors in enumerate(ranks):
+        for name, tensor in tensors.items():
+            for region in tensor.regions:
+                leading = len(region.local_box) - len(region.hf_box)
+                index = tuple(start for start, _ in region.local_box[:leading])
+                places = found.setdefault((region.hf_name, name, index), {})
+                places.setdefault((region.hf_box, region.local_box[leading:]), []).append(rank)
+    splits, layout = {}, {}
+    for (hf_name, name, index), boxes in found.items():
+        places = tuple(Place(tuple(owners), *pair) for pair, owners in boxes.items())
+        layout.setdefault(hf_name, []).append(Spread(name, index, splits.setdefault(places, Split(places))))
+    return layout
+
+
+def execute(plans, sources, targets):
+    """Run the plans of all ranks as the mover does, a round posted before the one before it is waited for.
+
+    `sources`: tensors by rank and name, `targets` likewise, filled in place: what is written must hold -1 before.
+    Messages between two ranks match in the order in which both post them. Fails where ranks wait for each other.
+    """
+    posted = defaultdict(int)
+    landed = defaultdict(int)
+    queues = defaultdict(deque)
+    counts = defaultdict(int)
+    due = {}
+    while any(landed[plan.rank] < len(plan.rounds) for plan in plans):
+        progress = False
+        for plan in plans:
+            rank = plan.rank
+            if posted[rank] < min(len(plan.rounds), landed[rank] + 2):
+                waits = []
+                for message in plan.rounds[posted[rank]].messages:
+                    pair = (message.peer, rank) if message.incoming else (rank, message.peer)
+                    if not message.incoming:
+                        queues[pair].append(message)
+                    counts[rank, pair] += 1
+                    waits.append((message, pair, counts[rank, pair]))
+                due[rank, posted[rank]] = waits
+                posted[rank] += 1
+                progress = True
+            elif landed[rank] < posted[rank]:
+                waits = due[rank, landed[rank]]
+                if all(counts[message.peer, pair] >= number for message, pair, number in waits):
+                    _land(plan.rounds[landed[rank]], queues, rank, sources, targets)
+                    landed[rank] += 1
+                    progress = True
+        assert progress, "all ranks wait"
+    assert not any(queues.values())
+
+
+def _land(one, queues, rank, sources, targets):
+    for transfer in one.local:
+        assert transfer.source == transfer.target == rank
+        _write(transfer, sources, targets)
+    for message in one.messages:
+        if message.incoming:
+            sent = queues[message.peer, rank].popleft()
+            assert sent.transfers == message.transfers and sent.numel == message.numel
+            assert message.numel == sum(transfer.numel for transfer in message.transfers)
+            for transfer in message.transfers:
+                assert (transfer.source, transfer.target) == (message.peer, rank)
+                _write(transfer, sources, targets)
+
+
+def _write(transfer, sources, targets):
+    target = targets[transfer.target][transfer.target_name]
+    assert (box_view(target, transfer.target_box) == -1).all(), f"{transfer} writes twice"
+    copy_box(target, transfer.target_box, sources[transfer.source][transfer.source_name], transfer.source_box)
+
+
+def blank(tensors):
+    """Tensors of a rank in which nothing is written: -1."""
+    return {name: torch.full(tensor.shape, -1.0, dtype=torch.float64) for name, tensor in tensors.items()}
