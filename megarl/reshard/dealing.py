@@ -29,6 +29,10 @@ class Turn(NamedTuple):
     part: int
     parts: int
 
+    def span(self, length: int) -> tuple[int, int]:
+        """The part of the box's longest dimension, of `length` elements."""
+        return length * self.part // self.parts, length * (self.part + 1) // self.parts
+
 
 def groups(holders: Sequence[int], needers: Sequence[int], node_of_rank: Sequence[int]) -> list[Group]:
     """The groups of a box: one for each node with both, and one of all whose nodes have no holder.
@@ -81,6 +85,17 @@ class Deal:
             yield Turn(rank, needers[unit - start], 0, 1)
         for unit in range(max(start, self._even), stop):
             yield from (turn for turn in self._turns(unit, needers[unit - start]) if turn.holder == rank)
+
+    @property
+    def whole(self) -> int:
+        """How many needs each holder serves by sending the whole box, the same number for all."""
+        return self._even // len(self.group.holders)
+
+    def rest(self) -> Iterator[Turn]:
+        """The turns of the needs beyond."""
+        needers = self.group.needers
+        for unit in range(self._even, self.count * len(needers)):
+            yield from self._turns(unit, needers[unit % len(needers)])
 
     @property
     def _even(self) -> int:

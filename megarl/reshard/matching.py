@@ -47,7 +47,8 @@ class Match:
         self, sources: Sequence[Split], target: Split, nodes: Sequence[int], *, count: int, first: int, name: str
     ) -> None:
         self.sources, self.target = tuple(sources), target
-        self._nodes, self._count, self._first, self._name = nodes, count, first, name
+        self.count = count
+        self._nodes, self._first, self._name = nodes, first, name
         self._cells: dict[int, tuple[Cell, ...]] = {}
         self._received: dict[int, list[tuple[Cell, Deal | None]]] = {}
         self._sent: dict[int, list[tuple[Cell, Deal]]] = {}
@@ -112,7 +113,7 @@ class Match:
         # What is left over of different cells goes to different holders.
         first = self._first + part[0][0]
         found = groups(tuple(origins), place.ranks, self._nodes)
-        return tuple(Deal(group, self._count, max(1, min(most, len(group.holders))), first) for group in found)
+        return tuple(Deal(group, self.count, max(1, min(most, len(group.holders))), first) for group in found)
 
 
 class Matched(NamedTuple):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megarl.reshard.boxes import Box, extents, narrow, numel, overlap
+from megarl.reshard.dealing import Turn
 from megarl.reshard.layout import Layout
 from megarl.reshard.matching import Cell, Matched, PlanError, match
 
@@ -169,24 +170,24 @@ def _transfers(rank: int, one: Matched) -> Iterator[Transfer]:
             held = sources[origin]
             yield Transfer(rank, rank, held.tensor, held.box(box), target.tensor, target.box(cell.box))
             continue
-        for holder, needer, part, parts in deal.received(one.number, rank):
-            yield _dealt(one, cell, holder, needer, part, parts)
+        for turn in deal.received(one.number, rank):
+            yield _dealt(one, cell, turn)
     for cell, deal in one.match.sent_by(rank):
-        for holder, needer, part, parts in deal.sent(one.number, rank):
-            yield _dealt(one, cell, holder, needer, part, parts)
+        for turn in deal.sent(one.number, rank):
+            yield _dealt(one, cell, turn)
 
 
-def _dealt(one: Matched, cell: Cell, source: int, target: int, part: int, parts: int) -> Transfer:
-    """Part number `part` of `parts` of a cell, which is cut along its longest dimension."""
-    origin, source_box = cell.origins[source]
+def _dealt(one: Matched, cell: Cell, turn: Turn) -> Transfer:
+    """What is sent in a turn: a cell, or a part of it along its longest dimension."""
+    origin, source_box = cell.origins[turn.holder]
     held, target_box = one.sources[origin], cell.box
-    if parts > 1:
+    if turn.parts > 1:
         lengths = extents(target_box)
         axis = lengths.index(max(lengths))
-        span = lengths[axis] * part // parts, lengths[axis] * (part + 1) // parts
+        span = turn.span(lengths[axis])
         source_box, target_box = narrow(source_box, axis, *span), narrow(target_box, axis, *span)
     return Transfer(
-        source, target, held.tensor, held.box(source_box), one.target.tensor, one.target.box(target_box)
+        turn.holder, turn.needer, held.tensor, held.box(source_box), one.target.tensor, one.target.box(target_box)
     )
 
 
