@@ -24,7 +24,22 @@ MIXTURE_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"expert": 2},
     {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
 )
+ENGINES_OF_MIXTURES: tuple[dict[str, Any], ...] = ({"tensor": 1}, {"tensor": 2}, {"tensor": 2, "expert_parallel": True})
 PUSHES = 3
+#: Model, layout of the policy, engine.
+GRIDS_OF_8: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("qwen3-untied", {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, {"tensor": 4}),
+    (
+        "qwen3-moe",
+        {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2, "expert_tensor": 2},
+        {"tensor": 4, "expert_parallel": True},
+    ),
+    (
+        "qwen2-moe",
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "expert": 4, "expert_tensor": 1},
+        {"tensor": 4},
+    ),
+)
 PROMPTS = 12
 
 
@@ -37,11 +52,11 @@ class Outcome:
     log_probs: dict[int, np.ndarray]
 
 
-def config_for(path: Path, parallel: dict[str, Any], engine_tensor: int) -> Any:
+def config_for(path: Path, parallel: dict[str, Any], engine: dict[str, Any]) -> Any:
     return parity.run_config(
         path,
         parallel=parallel,
-        rollout={"tensor": engine_tensor, "max_tokens": 16, "kv_cache_gib": 0.01},
+        rollout={"max_tokens": 16, "kv_cache_gib": 0.01} | engine,
         data={"max_prompt_tokens": 32},
         batch={"tokens_per_microbatch": 128, "logprob_chunk": 7},
         # Small enough for several bucket rounds per push.
@@ -110,27 +125,29 @@ def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
     return found
 
 
-def pushes(world: Any, folder: Path, engine_tensor: int, models: list[str], layouts: list[dict]) -> dict[str, Any]:
-    """Of each model and layout: three updates with a push after each, and what vLLM loads from the last export."""
+def pushes(
+    world: Any, folder: Path, settings: dict[str, Any], models: list[str], layouts: list[dict], updates: int
+) -> dict[str, Any]:
+    """Of each model and layout: updates with a push after each, and what vLLM loads from the last export."""
     from megarl.weights.push import Push
 
     found = {}
     for model in models:
-        engine = engine_of(config_for(folder / model, {}, engine_tensor), world)
+        engine = engine_of(config_for(folder / model, {}, settings), world)
         engine.sleep()
         for number, parallel in enumerate(layouts):
-            config = config_for(folder / model, parallel, engine_tensor)
-            exported = folder / f"{model}-{engine_tensor}-{number}"
+            config = config_for(folder / model, parallel, settings)
+            exported = folder / f"{model}-{'-'.join(map(str, settings.values()))}-{number}"
             with parity.policy_of(config, world) as policy:
                 push = Push(policy, engine)
                 rounds = []
-                for seed in range(PUSHES):
+                for seed in range(updates):
                     batch = parity.mini_batch(seed, vocab=policy.shape.vocab_size)
                     values = [np.full(s.response_length, -4.8) for s in batch]
                     parity.update(policy, parity.grpo(config), parity.with_old_log_probs(batch, values, seed))
                     rounds.append(push_and_measure(policy, push, engine))
                 parity.exported(policy, exported)
-            loader = engine_of(config_for(exported, {}, engine_tensor), world, load_weights=True)
+            loader = engine_of(config_for(exported, {}, settings), world, load_weights=True)
             found[model, number] = rounds, read_back(loader), generate(loader, policy.shape.vocab_size)
     return found
 
@@ -146,18 +163,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine_tensor", [1, 2])
 def test_engine_holds_what_vllm_loads_from_the_exported_checkpoint(folder: Path, engine_tensor: int):
     """Bitwise, as its kernels use the weights, under every layout of the policy; and so are its answers."""
-    ranks = parity.run_world("test_push", "pushes", 4, folder, engine_tensor, list(MODELS), list(LAYOUTS))
-    check(ranks, {(model, number) for model in MODELS for number in range(len(LAYOUTS))})
+    engine = {"tensor": engine_tensor}
+    ranks = parity.run_world("test_push", "pushes", 4, folder, engine, list(MODELS), list(LAYOUTS), PUSHES)
+    check(ranks, {(model, number) for model in MODELS for number in range(len(LAYOUTS))}, PUSHES)
 
 
-@pytest.mark.parametrize("engine_tensor", [1, 2])
-def test_engine_of_a_mixture_of_experts(folder: Path, engine_tensor: int):
-    """As for dense models, with the experts spread over ranks in the policy and split in the engine."""
+@pytest.mark.parametrize("engine", ENGINES_OF_MIXTURES)
+def test_engine_of_a_mixture_of_experts(folder: Path, engine: dict[str, Any]):
+    """As for dense models, with the experts spread over ranks in the policy and split, or spread too, in the engine."""
     for model in MIXTURES:
         parity.write_model(folder, model, **SIZES)
     layouts = list(MIXTURE_LAYOUTS)
-    ranks = parity.run_world("test_push", "pushes", 2, folder, engine_tensor, list(MIXTURES), layouts)
-    check(ranks, {(model, number) for model in MIXTURES for number in range(len(layouts))})
+    ranks = parity.run_world("test_push", "pushes", 2, folder, engine, list(MIXTURES), layouts, PUSHES)
+    check(ranks, {(model, number) for model in MIXTURES for number in range(len(layouts))}, PUSHES)
     for rank in ranks:
         for rounds, _, _ in rank.values():
             # Every token but the last of each answer has its experts.
@@ -167,13 +185,22 @@ def test_engine_of_a_mixture_of_experts(folder: Path, engine_tensor: int):
                 )
 
 
+@pytest.mark.parametrize("model, parallel, engine", GRIDS_OF_8)
+def test_grids_of_eight_processes(tmp_path: Path, model: str, parallel: dict[str, Any], engine: dict[str, Any]):
+    """TP, PP, interleaved stages, EP, ETP and DP together, onto engines of four ranks."""
+    parity.write_model(tmp_path, model, **SIZES)
+    ranks = parity.run_world("test_push", "pushes", 8, tmp_path, engine, [model], [parallel], 1)
+    check(ranks, {(model, 0)}, 1)
+
+
 def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):
     """65 rows are padded to 128: of four ranks the third has one row and the fourth none; it pads with zeros."""
     for model in ("qwen2-tied", "qwen3-untied"):
         parity.write_model(tmp_path, model, **SIZES | {"vocab_size": 65})
     cases = {("qwen2-tied", 0), ("qwen3-untied", 0)}
-    ranks = parity.run_world("test_push", "pushes", 4, tmp_path, 4, [model for model, _ in cases], [{"tensor": 2}])
-    check(ranks, cases)
+    models = [model for model, _ in cases]
+    ranks = parity.run_world("test_push", "pushes", 4, tmp_path, {"tensor": 4}, models, [{"tensor": 2}], PUSHES)
+    check(ranks, cases, PUSHES)
     for (model, _), (rounds, _, _) in ranks[3].items():
         for outcome in rounds:
             rows = [value for name, value in outcome.engine.items() if "embed_tokens" in name or "lm_head" in name]
@@ -186,7 +213,7 @@ def refused(world: Any, folder: Path) -> str:
     from megarl.errors import Refusal
     from megarl.weights.push import Push
 
-    config = config_for(folder / "qwen2-tied", {}, 1)
+    config = config_for(folder / "qwen2-tied", {}, {})
     engine = engine_of(config, world)
     with parity.policy_of(config, world) as policy, pytest.raises(Refusal) as refusal:
         Push(policy, engine)
@@ -200,13 +227,13 @@ def test_model_that_vllm_builds_otherwise_is_refused(tmp_path: Path):
     assert "self_attn.o_proj.weight of shape (128, 128) in vLLM: must have shape (128, 256)" in said
 
 
-def check(ranks: list[dict], cases: set) -> None:
+def check(ranks: list[dict], cases: set, updates: int) -> None:
     """Every push changed every weight; log-probs agree after each; after the last, weights are the loader's."""
     for rank in ranks:
         assert set(rank) == cases
         for case, (rounds, loaded, loader_completions) in rank.items():
             last = rounds[-1]
-            assert len(rounds) == PUSHES
+            assert len(rounds) == updates
             assert set(last.engine) == set(loaded)
             assert not [name for name in loaded if not np.array_equal(last.engine[name], loaded[name])], case
             assert last.completions == [c for _, c in loader_completions], case
@@ -217,6 +244,6 @@ def check(ranks: list[dict], cases: set) -> None:
                 for index, log_probs in outcome.log_probs.items():
                     np.testing.assert_allclose(log_probs, outcome.completions[index].log_probs, rtol=0, atol=1e-4)
     for case in cases:
-        for number in range(PUSHES):
+        for number in range(updates):
             compared = {index for rank in ranks for index in rank[case][0][number].log_probs}
             assert compared == set(range(PROMPTS))

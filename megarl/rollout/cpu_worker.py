@@ -14,9 +14,11 @@ import torch.distributed as dist
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from megarl.parallel import cpu_platform
+from megarl.rollout import experts
 
 # Importing vLLM's worker has put other stand-ins in the place of torch.cuda's streams.
 cpu_platform.redirect_streams()
+experts.number_locally()
 
 
 class Worker(CPUWorker):

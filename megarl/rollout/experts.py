@@ -9,6 +9,8 @@ once; Triton's never does.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any, cast
 
 import torch
@@ -63,6 +65,32 @@ def unpack(module: nn.Module) -> dict[str, torch.Tensor]:
         "w13_weight": w13.view(experts, 2, -1, hidden)[:, :, :width].reshape(experts, 2 * width, hidden),
         "w2_weight": w2[..., :width].contiguous(),
     }
+
+
+def number_locally() -> None:
+    """Make the CPU's experts keep to those of their rank under expert parallelism; idempotent.
+
+    vLLM 0.32's CPU kernel takes the numbers of experts over the whole model for those in the rank's own stack, and
+    reads past its end. Here other ranks' experts become the first of the own with weight 0, as the sum over ranks wants.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    kernel = CPUUnquantizedExperts.apply
+    if hasattr(kernel, "__wrapped__"):
+        return
+
+    @functools.wraps(kernel)
+    def apply(self: Any, *given: Any, **named: Any) -> None:
+        call = signature.bind(self, *given, **named)
+        numbers, of_rank = call.arguments["topk_ids"], call.arguments["expert_map"]
+        if of_rank is not None:
+            own = of_rank[numbers.long()].to(numbers.dtype)
+            call.arguments["topk_weights"] = call.arguments["topk_weights"] * (own >= 0)
+            call.arguments["topk_ids"] = own.clamp(min=0)
+        kernel(*call.args, **call.kwargs)
+
+    signature = inspect.signature(kernel)
+    CPUUnquantizedExperts.apply = apply
 
 
 def _in_loaded_order(packed: torch.Tensor, isa: str) -> torch.Tensor:
