@@ -28,7 +28,7 @@ class Cluster(Settings):
     hbm_bytes_per_second: PositiveFloat = Field(description="Of a GPU's own memory.")
     message_seconds: NonNegativeFloat = Field(description="What a message takes beside its bytes.")
     reserved_gib: NonNegativeFloat = Field(
-        description="GPU memory in GiB that is nobody's tensor: CUDA's context, communication buffers, captured graphs, "
+        description="GPU memory in GiB of no tensor: CUDA's context, communication buffers, captured graphs, "
         "fragmentation."
     )
 

@@ -20,7 +20,7 @@ from megarl.config.sections import RecomputeSettings
 #: Bytes of an element by `precision`.
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
-#: Tokens of the busiest expert-parallel rank / the mean. Our assumption: no token is ever dropped, and what routers
+#: Tokens of the busiest of several expert-parallel ranks / the mean. Our assumption: no token is ever dropped, and what routers
 #: choose is not known before they are trained.
 EXPERT_LOAD = 1.5
 
@@ -69,12 +69,15 @@ def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
     t, s = config.parallel.tensor, _sequence_parallel(config)
     expert_tensor = config.parallel.expert_tensor or t
     # Copies of tokens that arrive at a rank, per token: each goes to k experts, and to all ranks that share an expert.
-    copies = EXPERT_LOAD * k * expert_tensor / s
+    copies = (EXPERT_LOAD if config.parallel.expert > 1 else 1) * k * expert_tensor / s
     ffn = shape.expert_ffn_size / expert_tensor
     again = frozenset({"moe"})
     router = {"fp32": 4, "fp64": 8}[config.moe.router_dtype]
     yield Term("the mixture's norm", e * h / s, frozenset({"layernorm"}), mlp=True)
-    yield Term("router's logits and probabilities, chosen experts", (2 * router + 1) * shape.num_experts / s, again)
+    # The softmax over the chosen experts, or over all; two indices of each chosen one; a weight and a mark for every one.
+    softmax = k if shape.normalize_topk else shape.num_experts
+    routing = router * softmax + 16 * k + (router + 1) * shape.num_experts
+    yield Term("the router's softmax and choices", routing / s, again)
     yield Term("tokens at their experts, input of gate and up", e * h * copies, again, mlp=True)
     yield Term("gate and up of the experts", e * 2 * ffn * copies, again, mlp=True)
     yield Term("SiLU(gate) x up of the experts", e * ffn * copies, again | {"moe_act"}, mlp=True)
@@ -104,8 +107,8 @@ def chunk_activations(config: RunConfig, shape: ModelShape, chunk: Chunk) -> Chu
     terms = {sparse: layer_terms(config, shape, sparse=sparse) for sparse in (False, True)}
     layers = [terms[shape.is_sparse(layer)] for layer in chunk.layers]
     kept, again = _under(config.recompute, layers)
-    # The final norm keeps its input and output; a chunk before the last keeps what it sent on.
-    kept += e * h / s * (2 if chunk.last else 1)
+    # The input of the final norm, or what a chunk before the last has sent on.
+    kept += e * h / s
     # The gradient of an MLP's tensors, and of its input on all ranks before they share it out.
     moving = max(sum(term.bytes for term in layer if term.mlp) + e * h for layer in layers)
     return ChunkActivations(kept, again, moving)

@@ -93,9 +93,7 @@ def _short(run: Run, phases: tuple[PhaseMemory, ...]) -> PhaseMemory | None:
     return worst if _lacking(run, worst) > 0 else None
 
 
-def _verdict(
-    run: Run, phases: tuple[PhaseMemory, ...], short: PhaseMemory | None, host: HostMemory, world: int
-) -> str:
+def _verdict(run: Run, phases: tuple[PhaseMemory, ...], short: PhaseMemory | None, host: HostMemory, world: int) -> str:
     if short is not None:
         lacking = _lacking(run, short)
         need, there = (short.limit + lacking) / GIB, short.limit / GIB

@@ -43,9 +43,7 @@ def print_report(report: Report, stream: TextIO | None = None) -> None:
             f"{cache.sequences:,} sequences of {cache.sequence_tokens:,} tokens at once"
         )
     host = ", ".join(f"{amount.kind} {_gib(amount.bytes)}" for amount in report.host.amounts) or "nothing"
-    console.print(
-        f"[bold]Host[/bold] of a node: {_gib(report.host.used)} of {_gib(report.host.limit)} GiB ({host})"
-    )
+    console.print(f"[bold]Host[/bold] of a node: {_gib(report.host.used)} of {_gib(report.host.limit)} GiB ({host})")
     for note in report.notes:
         console.print(f"[yellow]Note[/yellow]: {note}", soft_wrap=True)
     colour = "green" if report.fits else "red"

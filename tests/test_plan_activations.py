@@ -1,0 +1,120 @@
+"""The formulas of what layers keep, against what the real layers save on the CPU.
+
+The layers for the CPU save more than Transformer Engine's, each tensor of it known: `beyond` lists it. Formula and list
+together must be what PyTorch's hooks count, to the byte; so every term of the formula is a tensor that is really kept.
+What Transformer Engine's layers keep is not measured here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import parity
+import pytest
+import saved_tensors
+
+from megarl.config.grid import chunks_of_stage
+from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.rehearsal.activations import chunk_activations
+
+FP32 = 4
+SP = {"tensor": 2, "sequence": True}
+BOTH = {"kind": "selective", "modules": ("core_attn", "mlp")}
+CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
+    1: [
+        ("qwen2-untied", {}),
+        ("qwen3-untied", {}),
+        ("qwen3-moe", {}),
+        ("qwen2-moe", {}),
+        ("qwen3-moe", {"recompute": {"kind": "full"}}),
+        ("qwen2-untied", {"recompute": {"kind": "full", "layers": 2}}),
+        ("qwen2-untied", {"recompute": {"kind": "full", "method": "block", "layers": 3}}),
+        ("qwen2-untied", {"recompute": BOTH}),
+        ("qwen3-moe", {"recompute": {"kind": "selective", "modules": ("moe",)}}),
+    ],
+    2: [
+        ("qwen2-untied", {"parallel": {"tensor": 2}}),
+        ("qwen2-untied", {"parallel": SP}),
+        ("qwen3-moe", {"parallel": SP | {"expert_tensor": 1}}),
+        ("qwen3-moe", {"parallel": SP}),
+    ],
+}
+
+
+def measured(world: Any, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[float]:
+    """Saved bytes per token in every case, on this rank."""
+    found = []
+    for name, changes in cases:
+        with parity.policy_of(parity.run_config(Path(folder, name), **changes), world, weights=False) as policy:
+            for parameter in policy.chunks[0].parameters():
+                parameter.data.normal_(std=0.02)
+            found.append(saved_tensors.saved_bytes_per_token(policy))
+    return found
+
+
+@pytest.mark.parametrize("processes", CASES)
+def test_what_layers_save_is_the_formula_and_what_is_known_beyond(processes: int, tmp_path: Path) -> None:
+    for name in {name for name, _ in CASES[processes]}:
+        parity.write_model(tmp_path, name)
+    ranks = parity.run_world("test_plan_activations", "measured", processes, str(tmp_path), CASES[processes])
+    for (name, changes), *found in zip(CASES[processes], *ranks, strict=True):
+        config = parity.run_config(tmp_path / name, **changes)
+        shape = read_model_shape(tmp_path / name)
+        (chunk,) = chunks_of_stage(shape.num_layers, config.parallel, 0)
+        formula = chunk_activations(config, shape, chunk).kept
+        assert found == [formula + beyond(config, shape)] * processes, (name, changes)
+        assert formula > sum(found) / processes / 2
+
+
+def beyond(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes per token that the CPU's layers keep beyond the formula."""
+    recompute = config.recompute
+    count = shape.num_layers
+    if recompute.kind == "full":
+        count = 0 if recompute.method == "uniform" else shape.num_layers - recompute.layers
+    layers = range(shape.num_layers - count, shape.num_layers)
+    # The embedding of a part of the vocabulary keeps which ids are others', and the ids without them.
+    embedding = 9 if config.parallel.tensor > 1 else 0
+    found = sum(beyond_layer(config, shape, layer) for layer in layers)
+    return found + beyond_norm(config, shape.hidden_size) + embedding
+
+
+def beyond_norm(config: RunConfig, width: int, heads: float = 1) -> float:
+    """A norm that is not fused keeps its input over the root mean square, and that."""
+    return FP32 * (width + heads) / (config.parallel.tensor if config.parallel.sequence else 1)
+
+
+def beyond_layer(config: RunConfig, shape: ModelShape, layer: int) -> float:
+    again = config.recompute.modules if config.recompute.kind == "selective" else ()
+    sparse, tensor = shape.is_sparse(layer), config.parallel.tensor
+    query, key = (heads * shape.head_dim / tensor for heads in (shape.num_heads, shape.num_kv_heads))
+    found = beyond_norm(config, shape.hidden_size)
+    if "core_attn" in again:
+        # The unrotated queries, of which keys and values are no part, and a flag for the random state.
+        found += FP32 * (query + 1 / saved_tensors.TOKENS)
+    else:
+        # Keys and values repeated for every query head, and the output in the layout of the attention.
+        found += FP32 * (2 * (query - key) + query)
+    if shape.qk_norm:
+        # Keys before their norm are part of the fused tensor, which stays as a whole, and so are queries where there is
+        # one key-value head; then what the norms keep.
+        found += FP32 * (query + key - (query if shape.num_kv_heads == tensor else 0))
+        found += FP32 * (query + key + (shape.num_heads + shape.num_kv_heads) / tensor)
+    if sparse and "moe" in again:
+        return found + beyond_norm(config, shape.hidden_size)
+    if not sparse and "mlp" in again:
+        return found
+    found += beyond_norm(config, shape.hidden_size)
+    if not sparse:
+        # SiLU(gate), and up plus nothing.
+        return found + FP32 * 2 * shape.ffn_size / tensor
+    expert_tensor = config.parallel.expert_tensor or tensor
+    copies = shape.experts_per_token * expert_tensor / (tensor if config.parallel.sequence else 1)
+    # The same, and their product before the experts' weights.
+    found += FP32 * 3 * shape.expert_ffn_size / expert_tensor * copies
+    if shape.shared_expert_ffn_size:
+        # The shared expert's, and the gate of its output.
+        found += FP32 * (2 * shape.shared_expert_ffn_size / tensor + 1)
+    return found
