@@ -38,8 +38,7 @@ def plan(
         raise Refusal(f"--gpus {gpus}", "must be at least 1", "give the number of GPUs of the run")
     settings = load_config(config, overrides or ())
     machines = read_cluster(cluster, gpu_memory_gib)
-    print("megarl: building every stage's shard without memory", file=sys.stderr)
-    report = rehearse(settings, machines, gpus)
+    report = rehearse(settings, machines, gpus, status=lambda text: print(f"megarl: {text}", file=sys.stderr))
     if as_json:
         print(json.dumps(report.as_table()))
     else:

@@ -61,7 +61,7 @@ def read_cluster(name: str, gpu_memory_gib: float | None = None) -> Cluster:
             raise Refusal(
                 f"--cluster {name}",
                 "is neither the name of a cluster nor a file",
-                f"use {' or '.join(known)}, or the path of a YAML file like {FOLDER.name}/{known[0]}.yaml",
+                f"use {' or '.join(known)}, or the path of a YAML file like configs/clusters/{known[0]}.yaml",
             )
     table = read_table(path, needed=", ".join(Cluster.model_fields))
     if gpu_memory_gib is not None:

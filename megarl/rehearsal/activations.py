@@ -20,8 +20,8 @@ from megarl.config.sections import RecomputeSettings
 #: Bytes of an element by `precision`.
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
-#: Tokens of the busiest of several expert-parallel ranks / the mean. Our assumption: no token is ever dropped, and what routers
-#: choose is not known before they are trained.
+#: Tokens of the busiest of several expert-parallel ranks / the mean. Our assumption: no token is ever dropped, and what
+#: routers choose is not known before they are trained.
 EXPERT_LOAD = 1.5
 
 
@@ -74,7 +74,7 @@ def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
     again = frozenset({"moe"})
     router = {"fp32": 4, "fp64": 8}[config.moe.router_dtype]
     yield Term("the mixture's norm", e * h / s, frozenset({"layernorm"}), mlp=True)
-    # The softmax over the chosen experts, or over all; two indices of each chosen one; a weight and a mark for every one.
+    # The softmax over the chosen experts, or over all; two indices of each chosen one; a weight and a mark for all.
     softmax = k if shape.normalize_topk else shape.num_experts
     routing = router * softmax + 16 * k + (router + 1) * shape.num_experts
     yield Term("the router's softmax and choices", routing / s, again)

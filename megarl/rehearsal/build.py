@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megarl import algorithms
 from megarl.algorithms.base import AlgorithmContext, Needs
 from megarl.config import rules
-from megarl.config.cluster import Cluster
+from megarl.config.cluster import GIB, Cluster
 from megarl.config.grid import grid_of_rank
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
@@ -17,8 +17,6 @@ from megarl.rehearsal.changes import Change, changes_for
 from megarl.rehearsal.memory import Run, host_of, phases_of
 from megarl.rehearsal.report import HostMemory, PhaseMemory, Report
 from megarl.rehearsal.shards import count_parameters, shards_of
-
-GIB = 1 << 30
 
 
 def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> Report:
@@ -30,8 +28,7 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
     check_rotary_on_gpu(shape)
     run = _run(config, shape, cluster, world)
     shards = shards_of(config, shape, world)
-    cache = engine.kv_cache(config, shape, cluster) if run.generates else None
-    phases = tuple(phases_of(run, shards, cache))
+    phases = tuple(phases_of(run, shards))
     host = host_of(run, shards, world)
     short = _short(run, phases)
     return Report(
@@ -41,7 +38,7 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
         parameters=count_parameters(shape, shards),
         work=run.work,
         phases=phases,
-        kv_cache=cache,
+        kv_cache=None if run.engine is None else run.engine.cache,
         host=host,
         fits=short is None and host.used <= host.limit,
         verdict=_verdict(run, phases, short, host, world),
@@ -55,7 +52,14 @@ def _run(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> 
     evaluation = config.evaluation
     evaluates = bool(evaluation.every) or evaluation.start or evaluation.end
     generates = evaluates or (config.algorithm.generates and config.rollout.replay is None)
-    return Run(config, shape, cluster, needs, grid_of_rank(0, world, config.parallel).data, generates)
+    return Run(
+        config,
+        shape,
+        cluster,
+        needs,
+        replicas=grid_of_rank(0, world, config.parallel).data,
+        engine=engine.engine_memory(config, shape, cluster) if generates else None,
+    )
 
 
 def _layout(config: RunConfig, shape: ModelShape, world: int) -> dict[str, int]:
@@ -95,14 +99,12 @@ def _short(run: Run, phases: tuple[PhaseMemory, ...]) -> PhaseMemory | None:
 
 def _verdict(run: Run, phases: tuple[PhaseMemory, ...], short: PhaseMemory | None, host: HostMemory, world: int) -> str:
     if short is not None:
-        lacking = _lacking(run, short)
-        need, there = (short.limit + lacking) / GIB, short.limit / GIB
+        lacking, what, there = _lacking(run, short), "a GPU has", short.limit
         if short.phase == "rollout" and run.config.rollout.kv_cache_gib is None:
-            there *= run.config.rollout.gpu_memory_fraction
-            need = there + lacking / GIB
+            what, there = "the engine's share of a GPU is", int(there * run.config.rollout.gpu_memory_fraction)
         return (
-            f"does not fit: {short.phase} on pipeline stage {short.stage} needs {need:.1f} GiB of a GPU and has "
-            f"{there:.1f} GiB. {_advice(run, short, world)}"
+            f"does not fit: {short.phase} on pipeline stage {short.stage} needs {(there + lacking) / GIB:.1f} GiB, and "
+            f"{what} {there / GIB:.1f} GiB. {_advice(run, short, world)}"
         )
     if host.used > host.limit:
         return (
@@ -120,12 +122,11 @@ def _advice(run: Run, short: PhaseMemory, world: int) -> str:
     """The setting most worth changing: the first with which all fits, else the one that brings the phase nearest."""
     nearest: tuple[int, Change] | None = None
     for change in changes_for(run.config, run.shape, short.phase, world):
-        trial = _run(change.config, run.shape, run.cluster, change.world)
         if any(rules.broken_setting_rules(change.config, run.shape, change.world)):
             continue
+        trial = _run(change.config, run.shape, run.cluster, change.world)
         shards = shards_of(change.config, run.shape, change.world)
-        cache = engine.kv_cache(change.config, run.shape, run.cluster) if trial.generates else None
-        lacking = max(_lacking(trial, phase) for phase in phases_of(trial, shards, cache))
+        lacking = max(_lacking(trial, phase) for phase in phases_of(trial, shards))
         if lacking <= 0:
             return f"Fix: {change.text}, with which it fits."
         if nearest is None or lacking < nearest[0]:

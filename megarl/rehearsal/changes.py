@@ -43,10 +43,10 @@ def changes_for(config: RunConfig, shape: ModelShape, phase: str, world: int) ->
         least = _least_tokens(config)
         if least < config.batch.tokens_per_microbatch:
             yield changed("batch", tokens_per_microbatch=least)
-        if config.recompute.kind != "full":
-            yield changed("recompute", kind="full")
         if parallel.tensor > 1 and not parallel.sequence:
             yield changed("parallel", sequence=True)
+        if config.recompute.kind != "full":
+            yield changed("recompute", kind="full")
         yield changed("parallel", context=2 * parallel.context)
     if phase != "rollout":
         if shape.is_moe:

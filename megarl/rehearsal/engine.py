@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from megarl.config.cluster import GIB, Cluster
@@ -50,14 +51,28 @@ def kv_bytes_per_token(config: RunConfig, shape: ModelShape) -> int:
     return 2 * shape.num_layers * heads * shape.head_dim * ELEMENT_BYTES[config.precision]
 
 
-def kv_cache(config: RunConfig, shape: ModelShape, cluster: Cluster) -> KvCache:
-    """The cache: as large as configured, else what is left of the engine's share of the GPU; 0 where nothing is."""
-    per_token = kv_bytes_per_token(config, shape)
-    if config.rollout.kv_cache_gib is not None:
-        size = int(config.rollout.kv_cache_gib * GIB)
-    else:
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """An engine's bytes on one of its GPUs, awake: `weights`, what it takes to compute, and its cache."""
+
+    weights: int
+    working: int
+    cache: KvCache
+
+
+def engine_memory(config: RunConfig, shape: ModelShape, cluster: Cluster) -> EngineMemory:
+    """The engine of a run. Raises `Refusal` like `vllm_tensors`."""
+    weights, working = engine_weights(config, shape), working_bytes(config, shape)
+    size = int((config.rollout.kv_cache_gib or 0) * GIB)
+    if config.rollout.kv_cache_gib is None:
+        # What is left of the engine's share of the GPU.
         share = int(config.rollout.gpu_memory_fraction * cluster.gpu_memory)
-        size = max(0, share - cluster.reserved - engine_weights(config, shape) - working_bytes(config, shape))
-    blocks = size // (BLOCK_TOKENS * per_token)
-    longest = longest_sequence(config)
-    return KvCache(size, per_token, blocks * BLOCK_TOKENS, longest, blocks // -(-longest // BLOCK_TOKENS))
+        size = max(0, share - cluster.reserved - weights - working)
+    return EngineMemory(weights, working, kv_cache(config, shape, size))
+
+
+def kv_cache(config: RunConfig, shape: ModelShape, size: int, block: int = BLOCK_TOKENS) -> KvCache:
+    """A cache of `size` bytes in blocks of `block` tokens."""
+    per_token, longest = kv_bytes_per_token(config, shape), longest_sequence(config)
+    blocks = size // (block * per_token)
+    return KvCache(size, per_token, blocks * block, longest, blocks // -(-longest // block))

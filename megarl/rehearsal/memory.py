@@ -14,9 +14,10 @@ from megarl.config.cluster import Cluster
 from megarl.config.grid import sequence_multiple
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.rehearsal import activations, engine
+from megarl.rehearsal import activations
 from megarl.rehearsal.activations import ELEMENT_BYTES
-from megarl.rehearsal.report import Amount, HostMemory, KvCache, PhaseMemory, Work
+from megarl.rehearsal.engine import EngineMemory
+from megarl.rehearsal.report import Amount, HostMemory, PhaseMemory, Work
 from megarl.rehearsal.schedule import peak_of_chunks
 from megarl.rehearsal.shards import Shard
 
@@ -26,14 +27,14 @@ OPTIMIZER_ELEMENT = 4
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the memory follows from. `replicas`: data-parallel size; `generates`: whether there is an engine."""
+    """What the memory follows from. `replicas`: data-parallel size; `engine`: None where the run never generates."""
 
     config: RunConfig
     shape: ModelShape
     cluster: Cluster
     needs: Needs
     replicas: int
-    generates: bool
+    engine: EngineMemory | None
 
     @property
     def work(self) -> Work:
@@ -62,15 +63,15 @@ def _longest(config: RunConfig) -> int:
     return -(-(config.data.max_prompt_tokens + config.rollout.max_tokens) // multiple) * multiple
 
 
-def phases_of(run: Run, shards: list[Shard], cache: KvCache | None) -> list[PhaseMemory]:
-    """Every phase of every stage. `cache`: the engine's, where there is an engine."""
+def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
+    """Every phase of every stage."""
     found: list[PhaseMemory] = []
     for shard in shards:
         amounts = {"train": _train(run, shard)}
         if run.needs.reference_log_probs or (run.needs.old_log_probs and run.config.batch.updates > 1):
             amounts["log-probs"] = _log_probs(run, shard)
-        if cache is not None:
-            amounts |= {"push": _push(run, shard), "rollout": _rollout(run, cache)}
+        if run.engine is not None:
+            amounts |= {"push": _push(run, run.engine, shard), "rollout": _rollout(run, run.engine)}
         for phase in ("log-probs", "train", "push", "rollout"):
             if phase in amounts:
                 own = tuple(amount for amount in amounts[phase] if amount.bytes)
@@ -153,22 +154,22 @@ def _batches(run: Run, sequences: int) -> int:
     return int(sequences * _longest(config) * (own / config.parallel.context + 8 + 8 + 4 * 4))
 
 
-def _push(run: Run, shard: Shard) -> Iterator[Amount]:
+def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
     yield Amount("policy weights", weights(shard), True)
     responder = run.needs.responder
     others = run.needs.rollout_weights == "initial" or (responder is not None and responder.weights == "initial")
     if others or run.config.evaluation.consumer is not None:
         yield Amount("weight set", weight_set(run, shard), True)
-    yield Amount("engine weights", engine.engine_weights(run.config, run.shape), True)
+    yield Amount("engine weights", engine.weights, True)
     yield Amount("push buckets", 2 * int(run.config.weights.bucket_mib * 2**20), True)
     yield Amount("reserved", run.cluster.reserved, False)
 
 
-def _rollout(run: Run, cache: KvCache) -> Iterator[Amount]:
-    yield Amount("engine weights", engine.engine_weights(run.config, run.shape), True)
-    yield Amount("KV cache", cache.bytes, run.config.rollout.kv_cache_gib is not None)
-    yield Amount("engine's work", engine.working_bytes(run.config, run.shape), False)
+def _rollout(run: Run, engine: EngineMemory) -> Iterator[Amount]:
+    yield Amount("engine weights", engine.weights, True)
+    yield Amount("KV cache", engine.cache.bytes, run.config.rollout.kv_cache_gib is not None)
+    yield Amount("engine's work", engine.working, False)
     yield Amount("reserved", run.cluster.reserved, False)
 
 
@@ -180,7 +181,7 @@ def host_of(run: Run, shards: list[Shard], processes: int) -> HostMemory:
     found: list[HostMemory] = []
     for shard in shards:
         amounts = [Amount("weight sets", gpus * sets * weight_set(run, shard), True)]
-        if run.generates:
+        if run.engine is not None:
             amounts.append(Amount("policy weights", gpus * weights(shard), True))
             amounts.append(Amount("optimizer", gpus * optimizer(shard), True))
         found.append(HostMemory(tuple(amount for amount in amounts if amount.bytes), run.cluster.host_memory))

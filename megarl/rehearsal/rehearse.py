@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +27,12 @@ from megarl.rehearsal.report import Report
 _HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def rehearse(config: RunConfig, cluster: Cluster, processes: int | None = None) -> Report:
+def rehearse(
+    config: RunConfig, cluster: Cluster, processes: int | None = None, status: Callable[[str], None] = lambda _: None
+) -> Report:
     """Rehearse `config` on `processes` GPUs (default: parallel.processes) of `cluster`.
+
+    `status` is told what takes a while, in a sentence.
 
     Everything is checked that a start checks and that needs no file but the model's config.json; what is missing on
     this machine's disk is among the report's notes, since a plan may be made elsewhere. Raises `Refusal` for the first
@@ -42,6 +46,7 @@ def rehearse(config: RunConfig, cluster: Cluster, processes: int | None = None) 
     shape = read_model_shape(config.model.path)
     for refusal in _broken(config, world):
         raise refusal
+    status(f"building the shards of {parallel.pipeline} pipeline stage(s), without memory")
     report = _in_a_process_of_its_own(config, shape, cluster, world)
     missing = tuple(f"a start here would be refused: {refusal}" for refusal in files.refusals(config))
     return replace(report, notes=(*report.notes, *missing))

@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megarl.config.cluster import GIB
 from megarl.rehearsal.report import Amount, PhaseMemory, Report
 
-GIB = 1 << 30
 PHASES = ("log-probs", "train", "push", "rollout")
 
 

@@ -1,8 +1,9 @@
-"""The formulas of what layers keep, against what the real layers save on the CPU.
+"""What a rehearsal says of the policy against a real policy of one and two processes on the CPU.
 
-The layers for the CPU save more than Transformer Engine's, each tensor of it known: `beyond` lists it. Formula and list
-together must be what PyTorch's hooks count, to the byte; so every term of the formula is a tensor that is really kept.
-What Transformer Engine's layers keep is not measured here.
+Weights, gradients and the optimizer's state are those of Megatron's real buffers, to the byte. The formulas of what
+layers keep are compared with what the real layers save. The layers for the CPU save more than Transformer Engine's,
+each tensor of it known: `beyond` lists it. Formula and list together must be what PyTorch's hooks count, to the byte;
+so every term of the formula is a tensor that is really kept. What Transformer Engine's layers keep is not measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import saved_tensors
 from megarl.config.grid import chunks_of_stage
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
+from megarl.rehearsal import memory
 from megarl.rehearsal.activations import chunk_activations
+from megarl.rehearsal.shards import shards_of
 
 FP32 = 4
 SP = {"tensor": 2, "sequence": True}
@@ -43,6 +46,64 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
 }
 
 
+#: Elements at most: every parameter begins at a multiple of 64 in its buffer.
+PADDING = 64 * 60
+#: Two processes whose buffers and optimizers are looked at.
+BUFFERS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2-untied", {}),
+    ("qwen2-untied", {"precision": "bf16"}),
+    ("qwen2-tied", {"precision": "bf16", "parallel": {"pipeline": 2}}),
+    ("qwen3-moe", {"precision": "bf16", "parallel": {"expert": 2}}),
+    ("qwen3-moe", {"parallel": {"expert_tensor": 2}}),
+]
+
+
+def held(world: Any, folder: str) -> list[tuple[int, int, int]]:
+    """Bytes of weights, gradients and optimizer state on this rank, in every case of `BUFFERS`, after an update."""
+    found = []
+    for name, changes in BUFFERS:
+        config = parity.run_config(Path(folder, name), algorithm={"name": "grpo"}, **changes)
+        with parity.policy_of(config, world) as policy:
+            batch = parity.mini_batch(0)
+            parity.update(policy, parity.grpo(config), batch)
+            buffers = [b for chunk in policy.wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+            weights = sum(buffer.param_data.nbytes for buffer in buffers)
+            found.append((weights, sum(buffer.grad_data.nbytes for buffer in buffers), optimizer_bytes(policy)))
+    return found
+
+
+def optimizer_bytes(policy: Any) -> int:
+    """Bytes of the moments, and of the fp32 copies of weights in another type, in the real optimizers."""
+    total = 0
+    for one in policy.optimizer.chained_optimizers:
+        total += sum(p.nbytes for group in one.shard_fp32_from_float16_groups for p in group)
+        states = one.optimizer.state.values()
+        total += sum(state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq"))
+    return total
+
+
+def test_buffers_and_optimizer_are_those_of_a_real_policy(tmp_path: Path) -> None:
+    for name in {name for name, _ in BUFFERS}:
+        parity.write_model(tmp_path, name)
+    ranks = parity.run_world("test_plan_measured", "held", 2, str(tmp_path))
+    for (name, changes), *found in zip(BUFFERS, *ranks, strict=True):
+        config = parity.run_config(tmp_path / name, **changes)
+        shards = shards_of(config, read_model_shape(tmp_path / name), 2)
+        in_stage = 2 // len(shards)
+        for rank, (weights, gradients, optimizer) in enumerate(found):
+            shard = shards[rank // in_stage]
+            assert weights == memory.weights(shard), (name, changes)
+            assert gradients == sum(one.numel * one.gradient_bytes for one in shard.buffers), (name, changes)
+            assert optimizer <= memory.optimizer(shard), (name, changes)
+        each = 12 if config.precision == "bf16" else 8
+        for shard in shards:
+            # Experts are each rank's own here; the rest is spread over the ranks of the stage. Padding has no state.
+            experts = shard.by_kind.get("experts", 0)
+            state = each * (shard.parameters - experts + in_stage * experts)
+            assert sum(found[shard.stage * in_stage + rank][2] for rank in range(in_stage)) == state, (name, changes)
+            assert in_stage * memory.optimizer(shard) - state < each * in_stage * PADDING, (name, changes)
+
+
 def measured(world: Any, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[float]:
     """Saved bytes per token in every case, on this rank."""
     found = []
@@ -58,7 +119,7 @@ def measured(world: Any, folder: str, cases: list[tuple[str, dict[str, Any]]]) -
 def test_what_layers_save_is_the_formula_and_what_is_known_beyond(processes: int, tmp_path: Path) -> None:
     for name in {name for name, _ in CASES[processes]}:
         parity.write_model(tmp_path, name)
-    ranks = parity.run_world("test_plan_activations", "measured", processes, str(tmp_path), CASES[processes])
+    ranks = parity.run_world("test_plan_measured", "measured", processes, str(tmp_path), CASES[processes])
     for (name, changes), *found in zip(CASES[processes], *ranks, strict=True):
         config = parity.run_config(tmp_path / name, **changes)
         shape = read_model_shape(tmp_path / name)
