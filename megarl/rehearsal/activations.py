@@ -141,17 +141,16 @@ def forward_bytes(config: RunConfig, shape: ModelShape, chunk: Chunk) -> float:
 def head_bytes(config: RunConfig, shape: ModelShape, tokens: int, *, backward: bool, entropy_gradient: bool) -> int:
     """What turns `tokens` hidden states into log-probs (`megarl.parallel.vocab`) takes at its peak.
 
-    One chunk of logits: the product, then in fp32 the logits and their exponentials; in the backward pass also the
-    gradient, once more as an element, two more with the entropy's. Beside it the hidden states on every rank, the rows
-    of them that predict, and backward the gradients of both and of the weight.
+    Four tensors in fp32 of one chunk of logits, the one before it included while its names still stand; two more with
+    the entropy's gradient. Beside them the hidden states on every rank and the rows of them that predict; backward the
+    rows, the gradients of both, and that of the weight.
     """
     e, h = ELEMENT_BYTES[config.precision], shape.hidden_size
     rows = -(-shape.vocab_size // config.parallel.tensor)
-    chunk = min(config.batch.logprob_chunk, tokens)
+    logits = 16 * min(config.batch.logprob_chunk, tokens) * rows
     if not backward:
-        return chunk * rows * (e + 8) + tokens * 2 * e * h
-    logits = chunk * rows * (12 + e + (8 if entropy_gradient else 0))
-    return logits + tokens * 3 * e * h + rows * e * h
+        return logits + tokens * 2 * e * h
+    return logits + (logits // 2 if entropy_gradient else 0) + tokens * 3 * e * h + rows * e * h
 
 
 def _sequence_parallel(config: RunConfig) -> int:
