@@ -133,7 +133,7 @@ def _advice(run: Run, short: PhaseMemory, world: int) -> str:
             nearest = lacking, change
     if nearest is None:
         return "Fix: use GPUs with more memory."
-    return f"Fix: begin with {nearest[1].text}, with which {nearest[0] / GIB:.1f} GiB are lacking."
+    return f"Fix: {nearest[1].text} first, with which {nearest[0] / GIB:.1f} GiB are still lacking."
 
 
 def _notes(config: RunConfig, cluster: Cluster, world: int) -> Iterator[str]:

@@ -37,6 +37,8 @@ def changes_for(config: RunConfig, shape: ModelShape, phase: str, world: int) ->
             yield changed("rollout", gpu_memory_fraction=0.85)
         if rollout.max_concurrent > 64:
             yield changed("rollout", max_concurrent=64)
+    if phase == "push" and config.weights.bucket_mib > 64:
+        yield changed("weights", bucket_mib=64.0)
     if phase in ("push", "rollout"):
         yield changed("rollout", tensor=2 * rollout.tensor)
     if phase in ("train", "log-probs"):
@@ -65,4 +67,4 @@ def _least_tokens(config: RunConfig) -> int:
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
