@@ -176,7 +176,7 @@ def test_the_fake_world_leaves_nothing_behind() -> None:
 
 
 def test_a_process_of_a_real_world_is_left_alone(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         with (
             pytest.raises(MegarlError, match="has not joined a world"),

@@ -111,10 +111,13 @@ def _verdict(run: Run, phases: tuple[PhaseMemory, ...], short: PhaseMemory | Non
             f"does not fit: a node's host must keep {host.used / GIB:.0f} GiB and has {host.limit / GIB:.0f} GiB. "
             "Fix: use more GPUs (--gpus), over which the optimizer's state is spread."
         )
-    tightest = min(phases, key=lambda phase: phase.margin)
+    # A cache that takes what is left of its share says nothing by its size.
+    fills = run.config.rollout.kv_cache_gib is None
+    tightest = min((p for p in phases if not (p.phase == "rollout" and fills)), key=lambda phase: phase.margin)
+    cache = "" if run.engine is None else f"; {run.engine.cache.sequences:,} of the longest sequences fit the cache"
     return (
         f"fits: the tightest is {tightest.phase} on pipeline stage {tightest.stage}, with "
-        f"{tightest.margin / GIB:.1f} of {tightest.limit / GIB:.1f} GiB left"
+        f"{tightest.margin / GIB:.1f} of {tightest.limit / GIB:.1f} GiB left{cache}"
     )
 
 

@@ -42,11 +42,11 @@ def changes_for(config: RunConfig, shape: ModelShape, phase: str, world: int) ->
     if phase in ("push", "rollout"):
         yield changed("rollout", tensor=2 * rollout.tensor)
     if phase in ("train", "log-probs"):
+        if parallel.tensor > 1 and not parallel.sequence:
+            yield changed("parallel", sequence=True)
         least = _least_tokens(config)
         if least < config.batch.tokens_per_microbatch:
             yield changed("batch", tokens_per_microbatch=least)
-        if parallel.tensor > 1 and not parallel.sequence:
-            yield changed("parallel", sequence=True)
         if config.recompute.kind != "full":
             yield changed("recompute", kind="full")
         yield changed("parallel", context=2 * parallel.context)
