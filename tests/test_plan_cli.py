@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from test_cli import CLEAN, ROOT, megarl
 
 from megarl.config.cluster import GIB, Cluster, read_cluster
 from megarl.config.load import load_config
+from megarl.config.model_shape import read_model_shape
 from megarl.errors import Refusal
-from megarl.rehearsal.rehearse import rehearse
+from megarl.rehearsal.shards import shards_of
 
 CLUSTER = {
     "gpus_per_node": 4,
@@ -51,19 +51,35 @@ def refused(*arguments: str, folder: Path) -> str:
     return result.stderr
 
 
-def test_a_plan_is_printed_and_fits(case: Path) -> None:
-    result = megarl(case, "plan", "run.yaml", "--gpus", "4", "--cluster", "mine.yaml", RANK="0", WORLD_SIZE="2")
+def test_the_largest_recipe_is_planned_in_a_minute_and_little_memory() -> None:
+    """And a launcher's variables are passed over."""
+    recipe = ("configs/grpo_qwen3_235b_a22b.yaml", "model.path=configs/models/qwen3_235b_a22b")
+    started = time.perf_counter()
+    result = megarl(ROOT, "plan", *recipe, "--gpus", "256", RANK="0", WORLD_SIZE="2")
+    seconds = time.perf_counter() - started
     assert result.returncode == 0, result.stderr
-    assert "case on 4 GPUs: tensor 2, pipeline 2" in result.stdout
-    assert "fits: the tightest is " in result.stdout
-    assert "a start here would be refused: model.path=model: must hold weights as *.safetensors" in result.stdout
-    assert result.stderr == "megarl: building the shards of 2 pipeline stage(s), without memory\n"
+    assert "grpo_qwen3_235b_a22b on 256 GPUs: tensor 4, pipeline 8" in result.stdout
+    assert "235,093,634,560 by config.json, 235,093,634,560 in the shards" in result.stdout
+    assert "a start here would be refused: model.path=configs/models/qwen3_235b_a22b: must hold w" in result.stdout
+    assert "fits: the tightest is push on pipeline stage 1" in result.stdout
+    assert result.stderr == "megarl: building the shards of 8 pipeline stage(s), without memory\n"
+    assert seconds < 60
+    # Of the largest child of this process so far, in KiB.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 8 * 2**20
+
+
+def test_json_is_one_line_with_every_figure_and_this_process_stays_free_of_torch(case: Path) -> None:
+    code = (
+        "import sys; from megarl.cli import main\n"
+        "sys.argv = ['megarl', 'plan', 'run.yaml', 'parallel.processes=8', '--cluster', 'mine.yaml', '--json']\n"
+        "try: main.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'megatron', 'vllm'} & set(sys.modules)"
+    )
+    environment = CLEAN | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=case, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert not (case / "runs").exists()
-
-
-def test_json_is_one_line_with_every_figure(case: Path) -> None:
-    result = megarl(case, "plan", "run.yaml", "parallel.processes=8", "--cluster", "mine.yaml", "--json")
-    assert result.returncode == 0, result.stderr
     (line,) = result.stdout.splitlines()
     report = json.loads(line)
     assert report["processes"] == 8
@@ -105,8 +121,9 @@ def test_what_is_refused(case: Path) -> None:
 
 
 def test_what_megatrons_configuration_refuses_is_one_sentence(case: Path) -> None:
+    config = load_config("run.yaml", ["megatron.cpu_offloading=true"])
     with pytest.raises(Refusal, match="is refused by Megatron"):
-        rehearse(load_config("run.yaml", ["megatron.cpu_offloading=true"]), read_cluster("mine.yaml"), 4)
+        shards_of(config, read_model_shape("model"), 4)
 
 
 @pytest.mark.parametrize(
@@ -134,31 +151,3 @@ def test_clusters_that_have_names() -> None:
     assert h200.gpu_memory == 100 * GIB
     assert read_cluster("h200") == h200.model_copy(update={"gpu_memory_gib": 139.8})
     assert Cluster.model_validate(CLUSTER).reserved == GIB
-
-
-def test_the_largest_recipe_is_planned_in_a_minute_and_little_memory() -> None:
-    command = [sys.executable, "-m", "megarl", "plan", "configs/grpo_qwen3_235b_a22b.yaml", "--gpus", "256", "--json"]
-    command.append("model.path=configs/models/qwen3_235b_a22b")
-    started = time.perf_counter()
-    ended = subprocess.run(command, cwd=ROOT, env=CLEAN | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
-    seconds = time.perf_counter() - started
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout)["parameters"]["counted"] == 235_093_634_560
-    assert seconds < 60
-    # Of the largest child of this process so far, in KiB.
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 8 * 2**20
-    assert os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-
-
-def test_planning_is_free_of_torch_in_the_callers_process(case: Path) -> None:
-    code = (
-        "import sys\n"
-        "from megarl.config.cluster import read_cluster\n"
-        "from megarl.config.load import load_config\n"
-        "from megarl.rehearsal.rehearse import rehearse\n"
-        "assert rehearse(load_config('run.yaml'), read_cluster('mine.yaml'), 4).fits\n"
-        "print({'torch', 'megatron', 'vllm'} & set(sys.modules))\n"
-    )
-    environment = CLEAN | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=case, env=environment, capture_output=True, text=True)
-    assert result.stdout == "set()\n", result.stderr

@@ -58,6 +58,25 @@ BUFFERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in {name for cases in (*CASES.values(), BUFFERS) for name, _ in cases}:
+        parity.write_model(folder, name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[tuple[list[tuple[int, int, int]], list[float]]]:
+    """Of both ranks of a world what `held` and `measured` find."""
+    return parity.run_world("test_plan_measured", "both", 2, str(folder))
+
+
+def both(world: Any, folder: str) -> tuple[list[tuple[int, int, int]], list[float]]:
+    return held(world, folder), measured(world, folder)
+
+
 def held(world: Any, folder: str) -> list[tuple[int, int, int]]:
     """Bytes of weights, gradients and optimizer state on this rank, in every case of `BUFFERS`, after an update."""
     found = []
@@ -82,13 +101,10 @@ def optimizer_bytes(policy: Any) -> int:
     return total
 
 
-def test_buffers_and_optimizer_are_those_of_a_real_policy(tmp_path: Path) -> None:
-    for name in {name for name, _ in BUFFERS}:
-        parity.write_model(tmp_path, name)
-    ranks = parity.run_world("test_plan_measured", "held", 2, str(tmp_path))
-    for (name, changes), *found in zip(BUFFERS, *ranks, strict=True):
-        config = parity.run_config(tmp_path / name, **changes)
-        shards = shards_of(config, read_model_shape(tmp_path / name), 2)
+def test_buffers_and_optimizer_are_those_of_a_real_policy(folder: Path, two: list[Any]) -> None:
+    for (name, changes), *found in zip(BUFFERS, *(ranks[0] for ranks in two), strict=True):
+        config = parity.run_config(folder / name, **changes)
+        shards = shards_of(config, read_model_shape(folder / name), 2)
         in_stage = 2 // len(shards)
         for rank, (weights, gradients, optimizer) in enumerate(found):
             shard = shards[rank // in_stage]
@@ -104,10 +120,10 @@ def test_buffers_and_optimizer_are_those_of_a_real_policy(tmp_path: Path) -> Non
             assert in_stage * memory.optimizer(shard) - state < each * in_stage * PADDING, (name, changes)
 
 
-def measured(world: Any, folder: str, cases: list[tuple[str, dict[str, Any]]]) -> list[float]:
-    """Saved bytes per token in every case, on this rank."""
+def measured(world: Any, folder: str) -> list[float]:
+    """Saved bytes per token in every case of `CASES`, on this rank."""
     found = []
-    for name, changes in cases:
+    for name, changes in CASES[world.size]:
         with parity.policy_of(parity.run_config(Path(folder, name), **changes), world, weights=False) as policy:
             for parameter in policy.chunks[0].parameters():
                 parameter.data.normal_(std=0.02)
@@ -115,18 +131,16 @@ def measured(world: Any, folder: str, cases: list[tuple[str, dict[str, Any]]]) -
     return found
 
 
-@pytest.mark.parametrize("processes", CASES)
-def test_what_layers_save_is_the_formula_and_what_is_known_beyond(processes: int, tmp_path: Path) -> None:
-    for name in {name for name, _ in CASES[processes]}:
-        parity.write_model(tmp_path, name)
-    ranks = parity.run_world("test_plan_measured", "measured", processes, str(tmp_path), CASES[processes])
-    for (name, changes), *found in zip(CASES[processes], *ranks, strict=True):
-        config = parity.run_config(tmp_path / name, **changes)
-        shape = read_model_shape(tmp_path / name)
-        (chunk,) = chunks_of_stage(shape.num_layers, config.parallel, 0)
-        formula = chunk_activations(config, shape, chunk).kept
-        assert found == [formula + beyond(config, shape)] * processes, (name, changes)
-        assert formula > sum(found) / processes / 2
+def test_what_layers_save_is_the_formula_and_what_is_known_beyond(folder: Path, two: list[Any]) -> None:
+    alone = parity.run_world("test_plan_measured", "measured", 1, str(folder))
+    for processes, ranks in ((1, alone), (2, [saved for _, saved in two])):
+        for (name, changes), *found in zip(CASES[processes], *ranks, strict=True):
+            config = parity.run_config(folder / name, **changes)
+            shape = read_model_shape(folder / name)
+            (chunk,) = chunks_of_stage(shape.num_layers, config.parallel, 0)
+            formula = chunk_activations(config, shape, chunk).kept
+            assert found == [formula + beyond(config, shape)] * processes, (name, changes)
+            assert formula > found[0] / 2
 
 
 def beyond(config: RunConfig, shape: ModelShape) -> float:

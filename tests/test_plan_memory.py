@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from live_bytes import LiveBytes
@@ -17,9 +20,11 @@ from megarl.config.load import load_config
 from megarl.config.model_shape import model_shape_from_hf, read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.parallel.vocab import token_log_probs, vocabulary_shard
+from megarl.policy.batch import lay_out
+from megarl.records import Sequence
 from megarl.rehearsal.activations import head_bytes, layer_terms
 from megarl.rehearsal.build import build_report
-from megarl.rehearsal.memory import work_of
+from megarl.rehearsal.memory import micro_batch_bytes, work_of
 from megarl.rehearsal.report import Report
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -32,6 +37,7 @@ RECIPES = [
 ]
 
 
+@cache
 def plan(*overrides: str, name: str = "grpo_qwen2.5_32b_16k", model: str = "qwen2.5_32b", world: int = 64) -> Report:
     given = [f"model.path={CONFIGS}/models/{model}", f"parallel.processes={world}", *overrides]
     config = load_config(CONFIGS / f"{name}.yaml", given)
@@ -126,6 +132,34 @@ def test_work_of_an_update() -> None:
     # 5 prompts x 4 samples over 3 replicas; three sequences of 150 tokens fit a micro-batch.
     work = work_of(config, needs, replicas=3)
     assert (work.sequences, work.micro_batches) == (7, 3)
+
+
+def test_micro_batches_hold_no_more_than_the_formula_says() -> None:
+    """Sequences of 64 tokens, all but the first of them trained, with every value that a sequence can carry."""
+    shape = model_shape_from_hf(MODELS["qwen3-moe"])
+    lengths = {"rollout": {"max_tokens": 63}, "data": {"path": "unused", "max_prompt_tokens": 1}}
+    config = run_of(moe={"routing_replay": "on"}, **lengths)
+    values = np.zeros(63, np.float32)
+    routed = np.zeros((63, sum(shape.sparse_layers), shape.experts_per_token), np.int16)
+    sequences = [
+        Sequence(
+            tokens=np.arange(64, dtype=np.int32),
+            prompt_length=1,
+            advantages=values,
+            rollout_log_probs=values,
+            old_log_probs=values,
+            reference_log_probs=values,
+            routed_experts=routed,
+            group=0,
+            sample=index,
+        )
+        for index in range(5)
+    ]
+    batch = lay_out(sequences, packed=True)
+    fields = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    tensors = [one for field in fields for one in (field if isinstance(field, tuple) else [field])]
+    real = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
+    assert real == pytest.approx(micro_batch_bytes(config, shape, 5), rel=0.02)
 
 
 def test_supervised_training_has_no_engine() -> None:

@@ -97,7 +97,7 @@ def _train(run: Run, shard: Shard) -> Iterator[Amount]:
     yield from _trained(run, shard)
     yield Amount("activations", int(kept * tokens), False)
     yield Amount("backward pass", int(max(layer, head)), False)
-    yield Amount("micro-batches", _batches(run, run.work.sequences), False)
+    yield Amount("micro-batches", micro_batch_bytes(config, shape, run.work.sequences), False)
 
 
 def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
@@ -112,7 +112,9 @@ def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
     if run.needs.reference_log_probs:
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("forward pass", int(max(layer, head)), False)
-    yield Amount("micro-batches", _batches(run, run.work.sequences * config.batch.updates), False)
+    yield Amount(
+        "micro-batches", micro_batch_bytes(config, run.shape, run.work.sequences * config.batch.updates), False
+    )
 
 
 def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
@@ -140,14 +142,14 @@ def weight_set(run: Run, shard: Shard) -> int:
     return shard.parameters * ELEMENT_BYTES[run.config.precision]
 
 
-def _batches(run: Run, sequences: int) -> int:
-    """The micro-batches of a pass, all on the device at once: the fields of `megarl.policy.batch.MicroBatch`.
+def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> int:
+    """The micro-batches of a pass over the longest sequences, all on the device at once.
 
+    The fields of `megarl.policy.batch.MicroBatch`.
     Per token of a context-parallel rank: id, position and padding, the row and id of a token to predict, and the
     engine's experts of every sparse layer where they are replayed. Per token of the whole: its place and sequence, four
     numbers in fp32.
     """
-    config, shape = run.config, run.shape
     own = 8 + 8 + 1 + 8 + 8
     if config.moe.routing_replay != "off":
         own += 2 * sum(shape.sparse_layers) * shape.experts_per_token
