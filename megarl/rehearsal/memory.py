@@ -143,12 +143,11 @@ def weight_set(run: Run, shard: Shard) -> int:
 
 
 def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> int:
-    """The micro-batches of a pass over the longest sequences, all on the device at once.
+    """The micro-batches of a pass over the longest sequences, which lie on the device all at once.
 
-    The fields of `megarl.policy.batch.MicroBatch`.
-    Per token of a context-parallel rank: id, position and padding, the row and id of a token to predict, and the
-    engine's experts of every sparse layer where they are replayed. Per token of the whole: its place and sequence, four
-    numbers in fp32.
+    Their tensors are the fields of `megarl.policy.batch.MicroBatch`. Per token of a context-parallel rank: id, position
+    and padding, the row and id of a token to predict, and the engine's experts of every sparse layer where they are
+    replayed. Per token of the whole: its place and sequence, four numbers in fp32.
     """
     own = 8 + 8 + 1 + 8 + 8
     if config.moe.routing_replay != "off":
