@@ -21,15 +21,17 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int, int]] = {
     "Qwen2.5-Math-7B": ("qwen2", 3584, 28, 28, 4, 18944, 152064, 4096),
     "Qwen2.5-32B": ("qwen2", 5120, 64, 40, 8, 27648, 152064, 131072),
+    "Qwen2.5-72B": ("qwen2", 8192, 80, 64, 8, 29568, 152064, 131072),
     "Qwen2.5-3B-Instruct": ("qwen2", 2048, 36, 16, 2, 11008, 151936, 32768),
     "Qwen3-8B": ("qwen3", 4096, 36, 32, 8, 12288, 151936, 40960),
     "Qwen3-32B": ("qwen3", 5120, 64, 64, 8, 25600, 151936, 40960),
     "Qwen3-30B-A3B": ("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, 40960),
+    "Qwen3-235B-A22B": ("qwen3_moe", 4096, 94, 64, 4, 12288, 151936, 40960),
 }
 #: The tiny models of the runs that fit a laptop, as launch/quickstart.sh and the files' comments make them.
 TINY = ("qwen2", 128, 4, 4, 2, 384, 320, 2048)
 #: Experts, experts per token, an expert's MLP, of the mixtures of experts.
-EXPERTS = {"Qwen3-30B-A3B": (128, 8, 768), "model": (8, 2, 128)}
+EXPERTS = {"Qwen3-30B-A3B": (128, 8, 768), "Qwen3-235B-A22B": (128, 8, 1536), "model": (8, 2, 128)}
 LAPTOP_MODELS = {
     "configs/models/qwen2_307m": ("qwen2", 1024, 20, 16, 4, 3072, 32000, 2048),
     "data/bench/model": ("qwen2", 256, 4, 8, 2, 768, 512, 2048),
@@ -44,6 +46,8 @@ PROCESSES = {
     "start_qwen3_32b": 64,
     "grpo_qwen3_30b_a3b": 32,
     "grpo_qwen2.5_32b_16k": 64,
+    "grpo_qwen2.5_72b": 128,
+    "grpo_qwen3_235b_a22b": 256,
 }
 
 

@@ -11,6 +11,7 @@ from megarl.cli.bench import bench
 from megarl.cli.check import check
 from megarl.cli.evaluate import evaluate
 from megarl.cli.generate import generate
+from megarl.cli.plan import plan
 from megarl.cli.train import train
 from megarl.errors import MegarlError
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, generate, check):
+for _command in (train, evaluate, generate, check, plan):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

@@ -42,7 +42,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read_with_base(path: Path) -> dict[str, Any]:
-    table = _read_table(path)
+    table = read_table(path)
     if "base" not in table:
         return table
     base = table.pop("base")
@@ -51,7 +51,7 @@ def _read_with_base(path: Path) -> dict[str, Any]:
             f"base={base!r} in {path}", "must be the path of one YAML file", "name a single file, relative to this one"
         )
     base_path = path.parent / base
-    base_table = _read_table(base_path)
+    base_table = read_table(base_path)
     if "base" in base_table:
         raise Refusal(
             f"base={base} in {path}",
@@ -61,8 +61,11 @@ def _read_with_base(path: Path) -> dict[str, Any]:
     return _merge(base_table, table)
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    """One YAML file as a table. Raises `Refusal` where it is missing, unreadable, empty or no table."""
+def read_table(path: Path, needed: str = "name, steps, model, algorithm and data") -> dict[str, Any]:
+    """One YAML file as a table; `needed` names its keys to whoever gave an empty one.
+
+    Raises `Refusal` where it is missing, unreadable, empty or no table.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -73,7 +76,7 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise Refusal(str(path), f"cannot be read as text ({error})", "give the path of a YAML file") from None
     table = _parse(text, str(path))
     if table is None:
-        raise Refusal(str(path), "is empty", "write at least name, steps, model, algorithm and data")
+        raise Refusal(str(path), "is empty", f"write at least {needed}")
     if not isinstance(table, dict):
         raise Refusal(str(path), "must be a table of keys", "write one `key: value` per line")
     return table

@@ -44,6 +44,14 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
     `shape` is the model's (default: read from model.path; raises `Refusal` where that fails);
     `processes` the world that a launcher started (default: parallel.processes, or 1).
     """
+    yield from broken_setting_rules(config, shape, processes)
+    yield from files.refusals(config)
+
+
+def broken_setting_rules(
+    config: RunConfig, shape: ModelShape | None = None, processes: int | None = None
+) -> Iterator[Refusal]:
+    """As `broken_rules`, without what must be on disk: for a run that is planned where its files are not."""
     world = processes or config.parallel.processes or 1
     if config.parallel.processes not in (None, world):
         yield Refusal(
@@ -61,7 +69,6 @@ def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: 
     yield from _consumer(config)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
-    yield from files.refusals(config)
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:

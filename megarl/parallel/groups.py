@@ -12,9 +12,10 @@ from megarl.config.sections import ParallelSettings
 from megarl.errors import MegarlError
 
 
-def form_grid(parallel: ParallelSettings, seed: int) -> Grid:
+def form_grid(parallel: ParallelSettings, seed: int, *, host_groups: bool = True) -> Grid:
     """Initialise Megatron's groups over the default process group and seed its random states.
 
+    `host_groups`: also the groups over gloo that checkpoints travel in, which a fake process group cannot have.
     Raises `MegarlError` where Megatron places this rank elsewhere than `grid_of_rank`, on which plans rest.
     """
     if not parallel_state.is_initialized():
@@ -26,6 +27,7 @@ def form_grid(parallel: ParallelSettings, seed: int) -> Grid:
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=host_groups,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     grid, found = grid_of_rank(dist.get_rank(), dist.get_world_size(), parallel), _grid_of_megatron()

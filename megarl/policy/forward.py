@@ -24,12 +24,7 @@ class ForwardArguments:
         self.config = config
         self.inverse_frequencies, self.scaling = rotary_frequencies(shape)
         if has_cuda():
-            if self.scaling != 1.0:
-                raise Refusal(
-                    f"rope_scaling {shape.rope_scaling}",
-                    "scales cosine and sine, which Transformer Engine's rotary embedding does not",
-                    "use a model without yarn on GPUs",
-                )
+            check_rotary_on_gpu(shape)
             # Megatron knows fewer rope scalings than Hugging Face; the frequencies are ours in every case.
             for chunk in chunks:
                 chunk.rotary_pos_emb.inv_freq = self.inverse_frequencies.cuda()
@@ -57,6 +52,17 @@ class ForwardArguments:
             cu_seqlens_kv=batch.boundaries,
             max_seqlen_q=batch.longest,
             max_seqlen_kv=batch.longest,
+        )
+
+
+def check_rotary_on_gpu(shape: ModelShape) -> None:
+    """Raise `Refusal` for a rotary embedding that Transformer Engine does not have."""
+    _, scaling = rotary_frequencies(shape)
+    if scaling != 1.0:
+        raise Refusal(
+            f"rope_scaling {shape.rope_scaling}",
+            "scales cosine and sine, which Transformer Engine's rotary embedding does not",
+            "use a model without yarn on GPUs",
         )
 
 

@@ -24,11 +24,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megarl.algorithms.base import Algorithm, BatchTotals, LossInputs, LossTerms
+from megarl.config import gpu_rules
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.data.packing import microbatches, padded_microbatches
-from megarl.errors import Refusal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.context import whole_sequences
 from megarl.parallel.cpu_platform import has_cuda
@@ -89,12 +89,9 @@ class Policy:
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
         self.temperature = config.rollout.temperature if temperature is None else temperature
-        if has_cuda() and config.precision == "fp32" and config.batch.packed:
-            raise Refusal(
-                "precision=fp32 with batch.packed=true on a GPU",
-                "has no attention kernel in Transformer Engine",
-                "set precision=bf16 or batch.packed=false",
-            )
+        if has_cuda():
+            for refusal in gpu_rules.of_policy(config):
+                raise refusal
         self.megatron_config = transformer_config(config, shape)
         # The routers' configuration carries another one during a pass, see `Experts`.
         coefficient: Any = self.megatron_config.moe_aux_loss_coeff

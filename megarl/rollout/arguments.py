@@ -10,6 +10,7 @@ import torch
 from vllm import ModelRegistry
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from megarl.config import gpu_rules
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -62,12 +63,8 @@ def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str
             "leave the routing of a dense model alone",
         )
     if torch.cuda.is_available():
-        if arguments.get("enable_prefix_caching") is False:
-            raise Refusal(
-                "vllm.enable_prefix_caching=false",
-                "must be left on where routing is recorded, which vLLM keeps by cached block",
-                "remove it, or do not record the routing",
-            )
+        for refusal in gpu_rules.of_recorded_routing(arguments):
+            raise refusal
         return {"enable_return_routed_experts": True}
     if not arguments["enforce_eager"]:
         raise Refusal(

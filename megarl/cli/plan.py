@@ -1,0 +1,47 @@
+"""`megarl plan CONFIG [key=value ...] [--gpus N] [--gpu-memory-gib G] [--cluster NAME_OR_FILE] [--json]`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from megarl.cli.start import AsJson, ConfigPath, Overrides
+from megarl.config.cluster import read_cluster
+from megarl.config.load import load_config
+from megarl.errors import Refusal
+from megarl.rehearsal.rehearse import rehearse
+from megarl.rehearsal.table import print_report
+
+Gpus = Annotated[int | None, typer.Option("--gpus", help="World size; default: parallel.processes.")]
+GpuMemory = Annotated[float | None, typer.Option("--gpu-memory-gib", help="Memory of a GPU; default: the cluster's.")]
+ClusterName = Annotated[
+    str, typer.Option("--cluster", help="Name in configs/clusters/, or a YAML file like those there.")
+]
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    gpu_memory_gib: GpuMemory = None,
+    cluster: ClusterName = "h100",
+    as_json: AsJson = False,
+) -> None:
+    """Rehearse the run of CONFIG at full size on this machine: every rule, and the memory of every phase.
+
+    Ends with code 0 where it fits, 1 where it does not, 2 where a rule is broken.
+    """
+    if gpus is not None and gpus < 1:
+        raise Refusal(f"--gpus {gpus}", "must be at least 1", "give the number of GPUs of the run")
+    settings = load_config(config, overrides or ())
+    machines = read_cluster(cluster, gpu_memory_gib)
+    report = rehearse(settings, machines, gpus, status=lambda text: print(f"megarl: {text}", file=sys.stderr))
+    if as_json:
+        print(json.dumps(report.as_table()))
+    else:
+        print_report(report)
+    if not report.fits:
+        raise typer.Exit(1)

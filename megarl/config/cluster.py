@@ -1,0 +1,72 @@
+"""The machines that a run is planned for: sizes and link speeds, read from a small YAML file. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from megarl.config.base import Settings
+from megarl.config.explain import explain
+from megarl.config.load import read_table
+from megarl.errors import Refusal
+
+GIB = 1 << 30
+
+#: Where clusters have names.
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "clusters"
+
+
+class Cluster(Settings):
+    """Nodes that are all alike. Speeds in bytes per second, of one GPU in one direction."""
+
+    gpus_per_node: PositiveInt = Field(description="GPUs of a node, which its fast links join.")
+    gpu_memory_gib: PositiveFloat = Field(description="Memory of a GPU in GiB, as a program finds it.")
+    host_memory_gib: PositiveFloat = Field(description="Host memory of a node in GiB.")
+    nvlink_bytes_per_second: PositiveFloat = Field(description="Between the GPUs of a node.")
+    network_bytes_per_second: PositiveFloat = Field(description="Between nodes.")
+    hbm_bytes_per_second: PositiveFloat = Field(description="Of a GPU's own memory.")
+    message_seconds: NonNegativeFloat = Field(description="What a message takes beside its bytes.")
+    reserved_gib: NonNegativeFloat = Field(
+        description="GPU memory in GiB of no tensor: CUDA's context, communication buffers, captured graphs, "
+        "fragmentation."
+    )
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of a GPU."""
+        return int(self.gpu_memory_gib * GIB)
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of a node's host."""
+        return int(self.host_memory_gib * GIB)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of a GPU that are nobody's tensor."""
+        return int(self.reserved_gib * GIB)
+
+
+def read_cluster(name: str, gpu_memory_gib: float | None = None) -> Cluster:
+    """The cluster of a name in configs/clusters/, or of a YAML file; `gpu_memory_gib` replaces the file's.
+
+    Raises `Refusal` for an unknown name, and for a file like `load_config`.
+    """
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+        if not path.is_file():
+            known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+            raise Refusal(
+                f"--cluster {name}",
+                "is neither the name of a cluster nor a file",
+                f"use {' or '.join(known)}, or the path of a YAML file like configs/clusters/{known[0]}.yaml",
+            )
+    table = read_table(path, needed=", ".join(Cluster.model_fields))
+    if gpu_memory_gib is not None:
+        table["gpu_memory_gib"] = gpu_memory_gib
+    try:
+        return Cluster.model_validate(table)
+    except ValidationError as error:
+        raise explain(error, Cluster) from None

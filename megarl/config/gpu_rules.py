@@ -1,0 +1,36 @@
+"""Rules that hold on a GPU alone. Torch-free: a run is checked for its cluster on a machine without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
+
+
+def refusals(config: RunConfig) -> Iterator[Refusal]:
+    """What `config` asks for and a GPU cannot do."""
+    yield from of_policy(config)
+    if config.moe.routing_replay != "off":
+        yield from of_recorded_routing(config.vllm)
+
+
+def of_policy(config: RunConfig) -> Iterator[Refusal]:
+    """What Transformer Engine's layers cannot do."""
+    if config.precision == "fp32" and config.batch.packed:
+        yield Refusal(
+            "precision=fp32 with batch.packed=true on a GPU",
+            "has no attention kernel in Transformer Engine",
+            "set precision=bf16 or batch.packed=false",
+        )
+
+
+def of_recorded_routing(engine_arguments: Mapping[str, Any]) -> Iterator[Refusal]:
+    """What stands in the way of recording the experts of every token; `engine_arguments`: fields of EngineArgs."""
+    if engine_arguments.get("enable_prefix_caching") is False:
+        yield Refusal(
+            "vllm.enable_prefix_caching=false",
+            "must be left on where routing is recorded, which vLLM keeps by cached block",
+            "remove it, or do not record the routing",
+        )

@@ -1,0 +1,157 @@
+"""What a layer keeps for its backward pass, term by term, in bytes per token.
+
+After Korthikanti et al. 2022 (arXiv 2205.05198), sections 4 and 5, for the layers that megarl builds on a GPU: gated
+MLPs, grouped key-value heads, RMSNorm, no dropout, no biases outside of attention, and attention that keeps no scores
+(FlashAttention, arXiv 2205.14135). Transformer Engine's layers keep the input of a norm and its output, which is the
+input of the linear layer after it. Notation as there: h hidden size, t tensor parallelism, e bytes of an element; s is
+t with sequence parallelism, else 1. A token is one of a micro-batch on one context-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megarl.config.grid import Chunk
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.config.sections import RecomputeSettings
+
+#: Bytes of an element by `precision`.
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+
+#: Tokens of the busiest of several expert-parallel ranks / the mean. Our assumption: no token is ever dropped, and what
+#: routers choose is not known before they are trained.
+EXPERT_LOAD = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One tensor that a layer keeps: bytes per token, and the selective recomputations that make it anew instead."""
+
+    what: str
+    bytes: float
+    dropped_by: frozenset[str] = frozenset()
+    mlp: bool = False
+
+
+def layer_terms(config: RunConfig, shape: ModelShape, *, sparse: bool) -> tuple[Term, ...]:
+    """All that one layer keeps without recomputation; `sparse`: one with a mixture of experts."""
+    return (*_attention(config, shape), *(_experts(config, shape) if sparse else _dense_mlp(config, shape)))
+
+
+def _attention(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
+    e, h = ELEMENT_BYTES[config.precision], shape.hidden_size
+    t, s = config.parallel.tensor, _sequence_parallel(config)
+    query = shape.num_heads * shape.head_dim / t
+    # Where ranks are more than key-value heads, each attends with a whole one.
+    key_value = max(1.0, shape.num_kv_heads / t) * shape.head_dim
+    yield Term("the layer's input", e * h / s)
+    yield Term("its norm, input of queries, keys and values", e * h / s)
+    yield Term("queries, keys and values, rotated", e * (query + 2 * key_value))
+    if shape.qk_norm:
+        yield Term("queries and keys before their norms", e * (query + key_value))
+    yield Term("attention's output, input of its projection", e * query)
+    yield Term("attention's log-sum-exp, fp32", 4 * shape.num_heads / t, frozenset({"core_attn"}))
+    yield Term("sum with the residual, input of the MLP's norm", e * h / s)
+
+
+def _dense_mlp(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
+    e, h, ffn = ELEMENT_BYTES[config.precision], shape.hidden_size, shape.ffn_size / config.parallel.tensor
+    again = frozenset({"mlp"})
+    yield Term("the MLP's norm, input of gate and up", e * h / _sequence_parallel(config), again, mlp=True)
+    yield Term("gate and up", e * 2 * ffn, again, mlp=True)
+    yield Term("SiLU(gate) x up, input of down", e * ffn, again, mlp=True)
+
+
+def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
+    e, h, k = ELEMENT_BYTES[config.precision], shape.hidden_size, shape.experts_per_token
+    t, s = config.parallel.tensor, _sequence_parallel(config)
+    expert_tensor = config.parallel.expert_tensor or t
+    # Copies of tokens that arrive at a rank, per token: each goes to k experts, and to all ranks that share an expert.
+    copies = (EXPERT_LOAD if config.parallel.expert > 1 else 1) * k * expert_tensor / s
+    ffn = shape.expert_ffn_size / expert_tensor
+    again = frozenset({"moe"})
+    router = {"fp32": 4, "fp64": 8}[config.moe.router_dtype]
+    yield Term("the mixture's norm", e * h / s, frozenset({"layernorm"}), mlp=True)
+    # The softmax over the chosen experts, or over all; two indices of each chosen one; a weight and a mark for all.
+    softmax = k if shape.normalize_topk else shape.num_experts
+    routing = router * softmax + 16 * k + (router + 1) * shape.num_experts
+    yield Term("the router's softmax and choices", routing / s, again)
+    yield Term("tokens at their experts, input of gate and up", e * h * copies, again, mlp=True)
+    yield Term("gate and up of the experts", e * 2 * ffn * copies, again, mlp=True)
+    yield Term("SiLU(gate) x up of the experts", e * ffn * copies, again | {"moe_act"}, mlp=True)
+    yield Term("weights of the experts, fp32", 4 * copies, again)
+    if shape.shared_expert_ffn_size:
+        shared = 3 * shape.shared_expert_ffn_size / t
+        yield Term("gate, up and product of the shared expert", e * shared, again | {"shared_experts"}, mlp=True)
+        yield Term("its output, times its gate", e * h / s, again, mlp=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkActivations:
+    """Bytes per token of one pass through a model chunk.
+
+    `kept` until the backward pass; `again`: the most that is made anew at a time in the backward pass; `moving`: the
+    most that the gradients of one layer take.
+    """
+
+    kept: float
+    again: float
+    moving: float
+
+
+def chunk_activations(config: RunConfig, shape: ModelShape, chunk: Chunk) -> ChunkActivations:
+    """A chunk under the run's recomputation; `chunk` has a layer."""
+    e, h, s = ELEMENT_BYTES[config.precision], shape.hidden_size, _sequence_parallel(config)
+    terms = {sparse: layer_terms(config, shape, sparse=sparse) for sparse in (False, True)}
+    layers = [terms[shape.is_sparse(layer)] for layer in chunk.layers]
+    kept, again = _under(config.recompute, layers)
+    # The input of the final norm, or what a chunk before the last has sent on.
+    kept += e * h / s
+    # The gradient of an MLP's tensors, and of its input on all ranks before they share it out.
+    moving = max(sum(term.bytes for term in layer if term.mlp) + e * h for layer in layers)
+    return ChunkActivations(kept, again, moving)
+
+
+def _under(recompute: RecomputeSettings, layers: list[tuple[Term, ...]]) -> tuple[float, float]:
+    """Bytes per token that layers keep, and the most that a backward pass makes anew at a time."""
+    whole = [sum(term.bytes for term in layer) for layer in layers]
+    inputs = [layer[0].bytes for layer in layers]
+    if recompute.kind == "none":
+        return sum(whole), 0.0
+    if recompute.kind == "selective":
+        modules = frozenset(recompute.modules)
+        dropped = [sum(term.bytes for term in layer if term.dropped_by & modules) for layer in layers]
+        return sum(whole) - sum(dropped), max(dropped)
+    count = recompute.layers
+    if recompute.method == "uniform":
+        groups = [slice(start, start + count) for start in range(0, len(layers), count)]
+        return sum(inputs[group.start] for group in groups), max(sum(whole[group]) for group in groups)
+    return sum(inputs[:count]) + sum(whole[count:]), max(whole[:count])
+
+
+def forward_bytes(config: RunConfig, shape: ModelShape, chunk: Chunk) -> float:
+    """Bytes per token of a pass without a gradient: at most what one layer would keep, and its input once more."""
+    kinds = {shape.is_sparse(layer) for layer in chunk.layers}
+    e = ELEMENT_BYTES[config.precision]
+    return max(sum(t.bytes for t in layer_terms(config, shape, sparse=kind)) for kind in kinds) + e * shape.hidden_size
+
+
+def head_bytes(config: RunConfig, shape: ModelShape, tokens: int, *, backward: bool, entropy_gradient: bool) -> int:
+    """What turns `tokens` hidden states into log-probs (`megarl.parallel.vocab`) takes at its peak.
+
+    Four tensors in fp32 of one chunk of logits, the one before it included while its names still stand; two more with
+    the entropy's gradient. Beside them the hidden states on every rank and the rows of them that predict; backward the
+    rows, the gradients of both, and that of the weight.
+    """
+    e, h = ELEMENT_BYTES[config.precision], shape.hidden_size
+    rows = -(-shape.vocab_size // config.parallel.tensor)
+    logits = 16 * min(config.batch.logprob_chunk, tokens) * rows
+    if not backward:
+        return logits + tokens * 2 * e * h
+    return logits + (logits // 2 if entropy_gradient else 0) + tokens * 3 * e * h + rows * e * h
+
+
+def _sequence_parallel(config: RunConfig) -> int:
+    return config.parallel.tensor if config.parallel.sequence else 1

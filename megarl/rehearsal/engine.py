@@ -1,0 +1,78 @@
+"""What the engine takes of a GPU: weights, keys and values, and what it needs while it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from megarl.config.cluster import GIB, Cluster
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.rehearsal.activations import ELEMENT_BYTES
+from megarl.rehearsal.report import KvCache
+from megarl.reshard.weight_map import vllm_tensors
+
+#: Tokens of a block of vLLM's cache on a GPU.
+BLOCK_TOKENS = 16
+#: vLLM's max_num_batched_tokens, where neither `vllm:` nor a larger max_num_seqs says otherwise.
+BATCHED_TOKENS = 2048
+
+
+def engine_weights(config: RunConfig, shape: ModelShape) -> int:
+    """Bytes of the engine's parameters on one of its ranks, all of which are alike. Raises `Refusal` like
+    `vllm_tensors`."""
+    tensors = vllm_tensors(shape, tensor=config.rollout.tensor, tensor_rank=0)
+    return sum(prod(tensor.shape) for tensor in tensors.values()) * ELEMENT_BYTES[config.precision]
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """vLLM's max_model_len, as `megarl.rollout.arguments` sets it."""
+    return config.algorithm.longest_prompt(config) + max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
+
+
+def working_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """What vLLM takes while it computes: the widest layer of its largest batch, and the logits of all sequences.
+
+    Hidden states and residual; of an MLP gate, up and product, of a mixture also the tokens at their experts. Logits,
+    processed log-probs and probabilities in fp32. vLLM measures the real figure when it starts.
+    """
+    e, h, t = ELEMENT_BYTES[config.precision], shape.hidden_size, config.rollout.tensor
+    tokens = int(config.vllm.get("max_num_batched_tokens") or max(BATCHED_TOKENS, config.rollout.max_concurrent))
+    attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / t
+    dense = 0.0 if shape.is_moe and all(shape.sparse_layers) else 3 * shape.ffn_size / t
+    experts = shape.experts_per_token * (3 * shape.expert_ffn_size / t + h)
+    widest = max(attention, dense, experts + 3 * shape.shared_expert_ffn_size / t)
+    return int(tokens * e * (2 * h + widest)) + 12 * config.rollout.max_concurrent * shape.vocab_size
+
+
+def kv_bytes_per_token(config: RunConfig, shape: ModelShape) -> int:
+    """Keys and values of all layers on one rank; heads are copied where ranks are more."""
+    heads = max(1, shape.num_kv_heads // config.rollout.tensor)
+    return 2 * shape.num_layers * heads * shape.head_dim * ELEMENT_BYTES[config.precision]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """An engine's bytes on one of its GPUs, awake: `weights`, what it takes to compute, and its cache."""
+
+    weights: int
+    working: int
+    cache: KvCache
+
+
+def engine_memory(config: RunConfig, shape: ModelShape, cluster: Cluster) -> EngineMemory:
+    """The engine of a run. Raises `Refusal` like `vllm_tensors`."""
+    weights, working = engine_weights(config, shape), working_bytes(config, shape)
+    size = int((config.rollout.kv_cache_gib or 0) * GIB)
+    if config.rollout.kv_cache_gib is None:
+        # What is left of the engine's share of the GPU.
+        share = int(config.rollout.gpu_memory_fraction * cluster.gpu_memory)
+        size = max(0, share - cluster.reserved - weights - working)
+    return EngineMemory(weights, working, kv_cache(config, shape, size))
+
+
+def kv_cache(config: RunConfig, shape: ModelShape, size: int, block: int = BLOCK_TOKENS) -> KvCache:
+    """A cache of `size` bytes in blocks of `block` tokens."""
+    per_token, longest = kv_bytes_per_token(config, shape), longest_sequence(config)
+    blocks = size // (block * per_token)
+    return KvCache(size, per_token, blocks * block, longest, blocks // -(-longest // block))

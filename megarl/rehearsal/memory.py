@@ -1,0 +1,189 @@
+"""The memory of every phase of a step, from the shards, the settings and the formulas of the activations.
+
+What is resident when follows `megarl.policy.residence` and `megarl.rollout.phases`: the optimizer and the gradients
+train alone, the policy's weights are there for training and pushing, the engine's for a push and generating.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megarl.algorithms.base import Needs
+from megarl.config.cluster import Cluster
+from megarl.config.grid import sequence_multiple
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.rehearsal import activations
+from megarl.rehearsal.activations import ELEMENT_BYTES
+from megarl.rehearsal.engine import EngineMemory
+from megarl.rehearsal.report import Amount, HostMemory, PhaseMemory, Work
+from megarl.rehearsal.schedule import peak_of_chunks
+from megarl.rehearsal.shards import Shard
+
+#: Bytes of one of AdamW's two moments, and of the optimizer's own copy of a weight: fp32.
+OPTIMIZER_ELEMENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the memory follows from. `replicas`: data-parallel size; `engine`: None where the run never generates."""
+
+    config: RunConfig
+    shape: ModelShape
+    cluster: Cluster
+    needs: Needs
+    replicas: int
+    engine: EngineMemory | None
+
+    @property
+    def work(self) -> Work:
+        """An update of a replica."""
+        return work_of(self.config, self.needs, self.replicas)
+
+
+def work_of(config: RunConfig, needs: Needs, replicas: int) -> Work:
+    """Sequences and micro-batches of a replica's update, where all sequences are the longest."""
+    batch, algorithm = config.batch, config.algorithm
+    per_prompt = config.rollout.group_size if algorithm.generates else 1
+    if needs.explanations is not None:
+        per_prompt += needs.explanations.per_prompt
+    sequences = -(-(batch.prompts // batch.updates * per_prompt) // replicas)
+    in_one = max(1, batch.tokens_per_microbatch // _longest(config))
+    count = -(-sequences // in_one)
+    if (config.parallel.virtual_pipeline or 1) > 1:
+        # The interleaved schedule wants a multiple of the stages.
+        count = -(-count // config.parallel.pipeline) * config.parallel.pipeline
+    return Work(sequences, count, batch.tokens_per_microbatch)
+
+
+def _longest(config: RunConfig) -> int:
+    """Tokens that the longest sequence takes in a micro-batch."""
+    multiple = sequence_multiple(config.parallel.context)
+    return -(-(config.data.max_prompt_tokens + config.rollout.max_tokens) // multiple) * multiple
+
+
+def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
+    """Every phase of every stage."""
+    found: list[PhaseMemory] = []
+    for shard in shards:
+        amounts = {"train": _train(run, shard)}
+        if run.needs.reference_log_probs or (run.needs.old_log_probs and run.config.batch.updates > 1):
+            amounts["log-probs"] = _log_probs(run, shard)
+        if run.engine is not None:
+            amounts |= {"push": _push(run, run.engine, shard), "rollout": _rollout(run, run.engine)}
+        for phase in ("log-probs", "train", "push", "rollout"):
+            if phase in amounts:
+                own = tuple(amount for amount in amounts[phase] if amount.bytes)
+                found.append(PhaseMemory(phase, shard.stage, own, run.cluster.gpu_memory))
+    return found
+
+
+def _train(run: Run, shard: Shard) -> Iterator[Amount]:
+    """An update at the most that its micro-batches in flight keep, in the backward pass of a layer or of the head."""
+    config, shape = run.config, run.shape
+    tokens = run.config.batch.tokens_per_microbatch / config.parallel.context
+    chunks = [activations.chunk_activations(config, shape, chunk) for chunk in shard.chunks]
+    kept = peak_of_chunks(
+        [chunk.kept for chunk in chunks], config.parallel.pipeline, shard.stage, run.work.micro_batches
+    )
+    layer = max(chunk.again + chunk.moving for chunk in chunks) * tokens
+    # Gradients of a layer's weights are added to the buffers when they are complete.
+    layer += shard.largest_layer * ELEMENT_BYTES[config.precision]
+    head = 0
+    if shard.chunks[-1].last:
+        entropy = run.needs.entropy_gradient
+        head = activations.head_bytes(config, shape, int(tokens), backward=True, entropy_gradient=entropy)
+    yield from _trained(run, shard)
+    yield Amount("activations", int(kept * tokens), False)
+    yield Amount("backward pass", int(max(layer, head)), False)
+    yield Amount("micro-batches", micro_batch_bytes(config, shape, run.work.sequences), False)
+
+
+def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
+    """Passes without a gradient, under the reference's weights where these are needed."""
+    config = run.config
+    tokens = config.batch.tokens_per_microbatch / config.parallel.context
+    layer = max(activations.forward_bytes(config, run.shape, chunk) for chunk in shard.chunks) * tokens
+    head = 0
+    if shard.chunks[-1].last:
+        head = activations.head_bytes(config, run.shape, int(tokens), backward=False, entropy_gradient=False)
+    yield from _trained(run, shard)
+    if run.needs.reference_log_probs:
+        yield Amount("weight set", weight_set(run, shard), True)
+    yield Amount("forward pass", int(max(layer, head)), False)
+    yield Amount(
+        "micro-batches", micro_batch_bytes(config, run.shape, run.work.sequences * config.batch.updates), False
+    )
+
+
+def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
+    yield Amount("policy weights", weights(shard), True)
+    yield Amount("gradients", sum(one.numel * one.gradient_bytes for one in shard.buffers), True)
+    yield Amount("optimizer", optimizer(shard), True)
+    yield Amount("reserved", run.cluster.reserved, False)
+
+
+def weights(shard: Shard) -> int:
+    """Bytes of the policy's weights on a rank, padding of Megatron's buffers included."""
+    return sum(one.numel * one.parameter_bytes for one in shard.buffers)
+
+
+def optimizer(shard: Shard) -> int:
+    """Bytes of the optimizer's state on a rank: two moments and, beside bf16 weights, weights in fp32."""
+    return sum(
+        one.numel // one.shards * OPTIMIZER_ELEMENT * (2 if one.parameter_bytes == OPTIMIZER_ELEMENT else 3)
+        for one in shard.buffers
+    )
+
+
+def weight_set(run: Run, shard: Shard) -> int:
+    """Bytes of a named copy of the weights (`megarl.policy.weight_sets`)."""
+    return shard.parameters * ELEMENT_BYTES[run.config.precision]
+
+
+def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> int:
+    """The micro-batches of a pass over the longest sequences, which lie on the device all at once.
+
+    Their tensors are the fields of `megarl.policy.batch.MicroBatch`. Per token of a context-parallel rank: id, position
+    and padding, the row and id of a token to predict, and the engine's experts of every sparse layer where they are
+    replayed. Per token of the whole: its place and sequence, four numbers in fp32.
+    """
+    own = 8 + 8 + 1 + 8 + 8
+    if config.moe.routing_replay != "off":
+        own += 2 * sum(shape.sparse_layers) * shape.experts_per_token
+    return int(sequences * _longest(config) * (own / config.parallel.context + 8 + 8 + 4 * 4))
+
+
+def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
+    """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
+    yield Amount("policy weights", weights(shard), True)
+    responder = run.needs.responder
+    others = run.needs.rollout_weights == "initial" or (responder is not None and responder.weights == "initial")
+    if others or run.config.evaluation.consumer is not None:
+        yield Amount("weight set", weight_set(run, shard), True)
+    yield Amount("engine weights", engine.weights, True)
+    yield Amount("push buckets", 2 * int(run.config.weights.bucket_mib * 2**20), True)
+    yield Amount("reserved", run.cluster.reserved, False)
+
+
+def _rollout(run: Run, engine: EngineMemory) -> Iterator[Amount]:
+    yield Amount("engine weights", engine.weights, True)
+    yield Amount("KV cache", engine.cache.bytes, run.config.rollout.kv_cache_gib is not None)
+    yield Amount("engine's work", engine.working, False)
+    yield Amount("reserved", run.cluster.reserved, False)
+
+
+def host_of(run: Run, shards: list[Shard], processes: int) -> HostMemory:
+    """What a node's host keeps: the busiest rank's share, for all of the node's GPUs."""
+    gpus = min(run.cluster.gpus_per_node, processes)
+    sets = int(run.needs.initial_weights) + int(run.config.evaluation.consumer not in (None, "initial"))
+    sets += int(run.config.evaluation.consumer == "initial" and not run.needs.initial_weights)
+    found: list[HostMemory] = []
+    for shard in shards:
+        amounts = [Amount("weight sets", gpus * sets * weight_set(run, shard), True)]
+        if run.engine is not None:
+            amounts.append(Amount("policy weights", gpus * weights(shard), True))
+            amounts.append(Amount("optimizer", gpus * optimizer(shard), True))
+        found.append(HostMemory(tuple(amount for amount in amounts if amount.bytes), run.cluster.host_memory))
+    return max(found, key=lambda host: host.used)

@@ -1,0 +1,76 @@
+"""`rehearse`: a run's rules and its rehearsal, from a process that stays free of torch.
+
+The shards are built in a process of their own: Megatron's globals, a fake world and its platform without CUDA must not
+meet a caller's real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import megarl
+from megarl.config import files, gpu_rules, rules
+from megarl.config.cluster import Cluster
+from megarl.config.model_shape import read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.errors import MegarlError, Refusal
+from megarl.rehearsal.report import Report
+
+#: Variables by which a launcher, or a GPU, would be found.
+_HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rehearse(
+    config: RunConfig, cluster: Cluster, processes: int | None = None, status: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Rehearse `config` on `processes` GPUs (default: parallel.processes) of `cluster`.
+
+    `status` is told what takes a while, in a sentence.
+
+    Everything is checked that a start checks and that needs no file but the model's config.json; what is missing on
+    this machine's disk is among the report's notes, since a plan may be made elsewhere. Raises `Refusal` for the first
+    rule that is broken, and where the number of GPUs is not known.
+    """
+    world = processes or config.parallel.processes
+    if world is None:
+        raise Refusal("parallel.processes", "must be known to plan a run", "give --gpus N, or set parallel.processes")
+    parallel = config.parallel.model_copy(update={"processes": world})
+    config = config.model_copy(update={"parallel": parallel})
+    shape = read_model_shape(config.model.path)
+    for refusal in _broken(config, world):
+        raise refusal
+    status(f"building the shards of {parallel.pipeline} pipeline stage(s), without memory")
+    report = _in_a_process_of_its_own(config, shape, cluster, world)
+    missing = tuple(f"a start here would be refused: {refusal}" for refusal in files.refusals(config))
+    return replace(report, notes=(*report.notes, *missing))
+
+
+def _broken(config: RunConfig, world: int) -> Iterator[Refusal]:
+    yield from rules.broken_setting_rules(config, processes=world)
+    yield from gpu_rules.refusals(config)
+
+
+def _in_a_process_of_its_own(*arguments: object) -> Report:
+    root = str(Path(megarl.__file__).parents[1])
+    environment = {name: value for name, value in os.environ.items() if name not in _HIDDEN}
+    paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "report"
+        command = [sys.executable, "-m", "megarl.rehearsal.child", str(answer)]
+        ended = subprocess.run(
+            command, input=pickle.dumps(arguments), stdout=sys.stderr.fileno(), env=environment, check=False
+        )
+        if not answer.is_file():
+            raise MegarlError(f"the rehearsal's process ended with code {ended.returncode}; its error is above")
+        found = pickle.loads(answer.read_bytes())
+    if isinstance(found, MegarlError):
+        raise found
+    return found

@@ -1,0 +1,212 @@
+"""The memory of phases, by hand; the head's formula against the bytes that are really alive."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from live_bytes import LiveBytes
+from test_plan_shards import MODELS
+
+from megarl import algorithms
+from megarl.algorithms.base import AlgorithmContext
+from megarl.config.cluster import GIB, read_cluster
+from megarl.config.load import load_config
+from megarl.config.model_shape import model_shape_from_hf, read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.parallel.vocab import token_log_probs, vocabulary_shard
+from megarl.policy.batch import lay_out
+from megarl.records import Sequence
+from megarl.rehearsal.activations import head_bytes, layer_terms
+from megarl.rehearsal.build import build_report
+from megarl.rehearsal.memory import micro_batch_bytes, work_of
+from megarl.rehearsal.report import Report
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+#: Runs that are to fit nodes of H100 with 80 GB, their model's sizes and their GPUs.
+RECIPES = [
+    ("grpo_qwen2.5_32b_16k", "qwen2.5_32b", 64),
+    ("grpo_qwen2.5_72b", "qwen2.5_72b", 128),
+    ("grpo_qwen3_30b_a3b", "qwen3_30b_a3b", 32),
+    ("grpo_qwen3_235b_a22b", "qwen3_235b_a22b", 256),
+]
+
+
+@cache
+def plan(*overrides: str, name: str = "grpo_qwen2.5_32b_16k", model: str = "qwen2.5_32b", world: int = 64) -> Report:
+    given = [f"model.path={CONFIGS}/models/{model}", f"parallel.processes={world}", *overrides]
+    config = load_config(CONFIGS / f"{name}.yaml", given)
+    return build_report(config, read_model_shape(config.model.path), read_cluster("h100"), world)
+
+
+def run_of(**sections: Any) -> RunConfig:
+    base: dict[str, Any] = {"name": "case", "steps": 1, "model": {"path": "unused"}, "data": {"path": "unused"}}
+    return RunConfig.model_validate(base | {"algorithm": {"name": "grpo"}} | sections)
+
+
+@pytest.mark.parametrize(("name", "model", "world"), RECIPES)
+def test_recipes_fit_their_gpus(name: str, model: str, world: int) -> None:
+    report = plan(name=name, model=model, world=world)
+    assert report.fits, report.verdict
+    assert report.verdict.startswith("fits: the tightest is ")
+    assert min(phase.margin for phase in report.phases) > 2 * GIB
+    assert report.kv_cache is not None and report.kv_cache.sequences >= 16
+
+
+def test_states_of_a_dense_model_by_hand() -> None:
+    """18 bytes per parameter, 12 of them over the 4 ranks that share the parameters of a stage."""
+    report = plan()
+    for phase in report.phases:
+        if phase.phase != "train":
+            continue
+        (own,) = (one for one in report.parameters.stages if phase.stage in one.stages)
+        assert phase.of("policy weights") == pytest.approx(2 * own.total, rel=1e-4)
+        assert phase.of("gradients") == 2 * phase.of("policy weights")
+        assert phase.of("optimizer") == pytest.approx(12 * own.total / 4, rel=1e-4)
+    # 4 ranks share an engine's weights, which are not padded here but for the vocabulary.
+    (push,) = {phase.of("engine weights") for phase in report.phases if phase.phase == "push"}
+    assert push == pytest.approx(2 * report.parameters.exact / 4, rel=1e-3)
+    assert all(phase.of("push buckets") == 2 * 256 * 2**20 for phase in report.phases if phase.phase == "push")
+
+
+def test_experts_have_data_parallel_ranks_of_their_own() -> None:
+    report = plan(name="grpo_qwen3_30b_a3b", model="qwen3_30b_a3b", world=32)
+    train = report.busiest("train")
+    assert train is not None
+    own = report.parameters.stages[train.stage]
+    # 16 ranks of a stage: the experts' weights are on 8 of them, twice; all others on 2, eight times.
+    experts = own.by_kind["experts"]
+    assert train.of("optimizer") == pytest.approx(12 * (experts / 2 + (own.total - experts) / 8), rel=1e-4)
+
+
+def test_a_dense_layer_is_the_sum_of_korthikanti_adapted() -> None:
+    """Per token 8 h for norms and residual, what attention and a gated MLP keep, and attention's log-sum-exp."""
+    shape = read_model_shape(CONFIGS / "models" / "qwen2.5_72b")
+    h, ffn, query, key = 8192, 29568, 8192, 1024
+    whole = sum(term.bytes for term in layer_terms(run_of(), shape, sparse=False))
+    assert whole == 2 * (4 * h + (query + 2 * key) + query + 3 * ffn) + 4 * 64
+    split = run_of(parallel={"tensor": 8, "sequence": True})
+    assert sum(term.bytes for term in layer_terms(split, shape, sparse=False)) == whole / 8
+    norms_whole = run_of(parallel={"tensor": 8})
+    apart = sum(term.bytes for term in layer_terms(norms_whole, shape, sparse=False))
+    assert apart == whole / 8 + 2 * 4 * h * 7 / 8
+
+
+def test_activations_shrink_with_context_and_recomputation() -> None:
+    def activations(*overrides: str) -> int:
+        phase = plan(*overrides).busiest("train")
+        assert phase is not None
+        return phase.of("activations")
+
+    # The lengths of micro-batches are bounded in whole tokens; each of the context-parallel ranks has its part.
+    plain = activations("parallel.context=1")
+    assert activations() == pytest.approx(plain / 2, rel=1e-6)
+    # What stays with full recomputation is the input of every layer: 2 h / t of 2 (8 h + ...) / t.
+    assert activations("recompute.kind=full") < activations() / 10
+
+
+def test_passes_without_gradient_stand_apart_where_they_are_needed() -> None:
+    assert plan().busiest("log-probs") is None
+    reference = plan("algorithm.kl_coefficient=0.01").busiest("log-probs")
+    several = plan("batch.updates=2").busiest("log-probs")
+    assert reference is not None and several is not None
+    # A copy of the weights takes part in the one, not in the other.
+    assert reference.of("weight set") == pytest.approx(reference.of("policy weights"), rel=1e-4)
+    assert several.of("weight set") == 0
+    assert plan("algorithm.kl_coefficient=0.01").host.used > plan().host.used
+
+
+def test_work_of_an_update() -> None:
+    config = run_of(
+        batch={"prompts": 10, "updates": 2, "tokens_per_microbatch": 500},
+        rollout={"max_tokens": 100, "group_size": 4},
+        data={"path": "unused", "max_prompt_tokens": 50},
+    )
+    context = AlgorithmContext(100, 4)
+    needs = algorithms.build(config.algorithm, context).needs
+    # 5 prompts x 4 samples over 3 replicas; three sequences of 150 tokens fit a micro-batch.
+    work = work_of(config, needs, replicas=3)
+    assert (work.sequences, work.micro_batches) == (7, 3)
+
+
+def test_micro_batches_hold_no_more_than_the_formula_says() -> None:
+    """Sequences of 64 tokens, all but the first of them trained, with every value that a sequence can carry."""
+    shape = model_shape_from_hf(MODELS["qwen3-moe"])
+    lengths = {"rollout": {"max_tokens": 63}, "data": {"path": "unused", "max_prompt_tokens": 1}}
+    config = run_of(moe={"routing_replay": "on"}, **lengths)
+    values = np.zeros(63, np.float32)
+    routed = np.zeros((63, sum(shape.sparse_layers), shape.experts_per_token), np.int16)
+    sequences = [
+        Sequence(
+            tokens=np.arange(64, dtype=np.int32),
+            prompt_length=1,
+            advantages=values,
+            rollout_log_probs=values,
+            old_log_probs=values,
+            reference_log_probs=values,
+            routed_experts=routed,
+            group=0,
+            sample=index,
+        )
+        for index in range(5)
+    ]
+    batch = lay_out(sequences, packed=True)
+    fields = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    tensors = [one for field in fields for one in (field if isinstance(field, tuple) else [field])]
+    real = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
+    assert real == pytest.approx(micro_batch_bytes(config, shape, 5), rel=0.02)
+
+
+def test_supervised_training_has_no_engine() -> None:
+    report = plan("algorithm={name: sft}", "data.solution_column=solution")
+    assert {phase.phase for phase in report.phases} == {"train"}
+    assert report.kv_cache is None
+    assert report.host.used == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_head_takes_what_the_formula_says(dtype: torch.dtype, entropy: bool) -> None:
+    tokens, vocabulary, chunk = 256, 2048, 64
+    shape = model_shape_from_hf(MODELS["llama"] | {"vocab_size": vocabulary})
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    config = run_of(precision=precision, batch={"logprob_chunk": chunk})
+    hidden = torch.randn(tokens, shape.hidden_size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, shape.hidden_size, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (tokens,))
+    with LiveBytes(hidden, weight) as live:
+        rows = hidden.index_select(0, torch.arange(tokens))
+        shard = vocabulary_shard(vocabulary, vocabulary, 0, None)
+        log_probs, entropies = token_log_probs(
+            rows, weight, targets, shard, temperature=0.7, chunk=chunk, entropy_gradient=entropy
+        )
+        # The hidden states themselves are not new here.
+        forward = live.peak + hidden.nbytes
+        (log_probs.sum() + (entropies.sum() if entropy else 0)).backward()
+    computed = [
+        head_bytes(config, shape, tokens, backward=backward, entropy_gradient=entropy) for backward in (False, True)
+    ]
+    assert forward == pytest.approx(computed[0], rel=0.05)
+    assert live.peak == pytest.approx(computed[1], rel=0.05)
+
+
+def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
+    report = plan("recompute.kind=none", "parallel.context=1")
+    assert not report.fits
+    assert report.verdict.startswith("does not fit: train on pipeline stage 1 needs ")
+    assert "and a GPU has 79.1 GiB. Fix: set recompute.kind=full, with which it fits." in report.verdict
+    assert plan("recompute.kind=full", "parallel.context=1").fits
+
+
+def test_an_engine_without_room_for_one_sequence_does_not_fit() -> None:
+    report = plan("rollout.gpu_memory_fraction=0.2")
+    assert not report.fits
+    assert "rollout" in report.verdict and "the engine's share of a GPU is 15.8 GiB" in report.verdict
+    assert "Fix: set rollout.gpu_memory_fraction=0.85, with which it fits." in report.verdict
+    small = plan("rollout.kv_cache_gib=0.5")
+    assert not small.fits and small.kv_cache is not None and small.kv_cache.sequences == 0
