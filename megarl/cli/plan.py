@@ -1,4 +1,4 @@
-"""`megarl plan CONFIG [key=value ...] [--gpus N] [--gpu-memory-gib G] [--cluster NAME_OR_FILE] [--json]`"""
+"""`megarl plan CONFIG [key=value ...] [options]`: a run rehearsed at full size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from megarl.cli.start import AsJson, ConfigPath, Overrides
 from megarl.config.cluster import read_cluster
 from megarl.config.load import load_config
 from megarl.errors import Refusal
-from megarl.rehearsal.rehearse import rehearse
+from megarl.rehearsal import rehearse as rehearsal
 from megarl.rehearsal.table import print_report
 
 Gpus = Annotated[int | None, typer.Option("--gpus", help="World size; default: parallel.processes.")]
 GpuMemory = Annotated[float | None, typer.Option("--gpu-memory-gib", help="Memory of a GPU; default: the cluster's.")]
 ClusterName = Annotated[
     str, typer.Option("--cluster", help="Name in configs/clusters/, or a YAML file like those there.")
+]
+Schedule = Annotated[
+    int | None, typer.Option("--schedule", help="Print that rank's schedule of a weight push instead, a line a box.")
 ]
 
 
@@ -28,6 +31,7 @@ def plan(
     gpus: Gpus = None,
     gpu_memory_gib: GpuMemory = None,
     cluster: ClusterName = "h100",
+    schedule: Schedule = None,
     as_json: AsJson = False,
 ) -> None:
     """Rehearse the run of CONFIG at full size on this machine: every rule, and the memory of every phase.
@@ -38,7 +42,11 @@ def plan(
         raise Refusal(f"--gpus {gpus}", "must be at least 1", "give the number of GPUs of the run")
     settings = load_config(config, overrides or ())
     machines = read_cluster(cluster, gpu_memory_gib)
-    report = rehearse(settings, machines, gpus, status=lambda text: print(f"megarl: {text}", file=sys.stderr))
+    if schedule is not None:
+        for line in rehearsal.schedule(settings, machines, gpus, schedule):
+            print(line)
+        return
+    report = rehearsal.rehearse(settings, machines, gpus, status=lambda text: print(f"megarl: {text}", file=sys.stderr))
     if as_json:
         print(json.dumps(report.as_table()))
     else:

@@ -15,6 +15,7 @@ from megarl.policy.forward import check_rotary_on_gpu
 from megarl.rehearsal import engine
 from megarl.rehearsal.changes import Change, changes_for
 from megarl.rehearsal.memory import Run, host_of, phases_of
+from megarl.rehearsal.push import push_traffic
 from megarl.rehearsal.report import HostMemory, PhaseMemory, Report
 from megarl.rehearsal.shards import count_parameters, shards_of
 
@@ -43,6 +44,7 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
         fits=short is None and host.used <= host.limit,
         verdict=_verdict(run, phases, short, host, world),
         notes=tuple(_notes(config, cluster, world)),
+        push=None if run.engine is None else push_traffic(config, shape, cluster, world),
     )
 
 

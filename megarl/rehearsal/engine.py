@@ -10,7 +10,7 @@ from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.rehearsal.activations import ELEMENT_BYTES
 from megarl.rehearsal.report import KvCache
-from megarl.reshard.weight_map import vllm_tensors
+from megarl.weights.plan import engine_tensors
 
 #: Tokens of a block of vLLM's cache on a GPU.
 BLOCK_TOKENS = 16
@@ -20,8 +20,8 @@ BATCHED_TOKENS = 2048
 
 def engine_weights(config: RunConfig, shape: ModelShape) -> int:
     """Bytes of the engine's parameters on one of its ranks, all of which are alike. Raises `Refusal` like
-    `vllm_tensors`."""
-    tensors = vllm_tensors(shape, tensor=config.rollout.tensor, tensor_rank=0)
+    `engine_tensors`."""
+    tensors = engine_tensors(config, shape, 0)
     return sum(prod(tensor.shape) for tensor in tensors.values()) * ELEMENT_BYTES[config.precision]
 
 
@@ -40,6 +40,7 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
     tokens = int(config.vllm.get("max_num_batched_tokens") or max(BATCHED_TOKENS, config.rollout.max_concurrent))
     attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / t
     dense = 0.0 if shape.is_moe and all(shape.sparse_layers) else 3 * shape.ffn_size / t
+    # With expert parallelism a rank has whole experts and, evenly loaded, its share of the tokens at them.
     experts = shape.experts_per_token * (3 * shape.expert_ffn_size / t + h)
     widest = max(attention, dense, experts + 3 * shape.shared_expert_ffn_size / t)
     return int(tokens * e * (2 * h + widest)) + 12 * config.rollout.max_concurrent * shape.vocab_size
@@ -61,7 +62,7 @@ class EngineMemory:
 
 
 def engine_memory(config: RunConfig, shape: ModelShape, cluster: Cluster) -> EngineMemory:
-    """The engine of a run. Raises `Refusal` like `vllm_tensors`."""
+    """The engine of a run. Raises `Refusal` like `engine_tensors`."""
     weights, working = engine_weights(config, shape), working_bytes(config, shape)
     size = int((config.rollout.kv_cache_gib or 0) * GIB)
     if config.rollout.kv_cache_gib is None:

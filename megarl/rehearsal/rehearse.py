@@ -38,18 +38,34 @@ def rehearse(
     this machine's disk is among the report's notes, since a plan may be made elsewhere. Raises `Refusal` for the first
     rule that is broken, and where the number of GPUs is not known.
     """
-    world = processes or config.parallel.processes
-    if world is None:
-        raise Refusal("parallel.processes", "must be known to plan a run", "give --gpus N, or set parallel.processes")
-    parallel = config.parallel.model_copy(update={"processes": world})
-    config = config.model_copy(update={"parallel": parallel})
+    config, world = _checked(config, processes)
     shape = read_model_shape(config.model.path)
-    for refusal in _broken(config, world):
-        raise refusal
-    status(f"building the shards of {parallel.pipeline} pipeline stage(s), without memory")
+    status(f"building the shards of {config.parallel.pipeline} pipeline stage(s), without memory")
     report = _in_a_process_of_its_own(config, shape, cluster, world)
     missing = tuple(f"a start here would be refused: {refusal}" for refusal in files.refusals(config))
     return replace(report, notes=(*report.notes, *missing))
+
+
+def schedule(config: RunConfig, cluster: Cluster, processes: int | None, rank: int) -> Iterator[str]:
+    """The lines of a rank's schedule of a weight push. Raises `Refusal` as `rehearse` does, and for no such rank."""
+    config, world = _checked(config, processes)
+    if not 0 <= rank < world:
+        raise Refusal(f"--schedule {rank}", f"must be a rank of the {world} GPUs", f"give 0 to {world - 1}")
+    # Brings torch in.
+    from megarl.rehearsal.push import push_plan_of
+
+    return push_plan_of(config, read_model_shape(config.model.path), cluster, world, rank).lines()
+
+
+def _checked(config: RunConfig, processes: int | None) -> tuple[RunConfig, int]:
+    """The configuration with its number of GPUs, and that number. Raises `Refusal` for what cannot run."""
+    world = processes or config.parallel.processes
+    if world is None:
+        raise Refusal("parallel.processes", "must be known to plan a run", "give --gpus N, or set parallel.processes")
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"processes": world})})
+    for refusal in _broken(config, world):
+        raise refusal
+    return config, world
 
 
 def _broken(config: RunConfig, world: int) -> Iterator[Refusal]:

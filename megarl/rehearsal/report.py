@@ -97,11 +97,40 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkBytes:
+    """What a kind of link carries in a push: of all ranks, and into and out of the rank where that is most."""
+
+    total: int
+    most_received: int
+    most_sent: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushTraffic:
+    """A weight push. `network`: between nodes; `nvlink`: within nodes; `copied_bytes`: within ranks, of all.
+
+    `received_bytes_max_rank`: of the rank to which most comes; `lower_bound_max_rank`: what it needs and does not hold;
+    `gathered_bytes`: all weights, as a push that gathers puts them together on every rank. `rounds` and `messages` are
+    those of `busiest_rank`. `seconds` follows from the cluster's speeds.
+    """
+
+    network: LinkBytes
+    nvlink: LinkBytes
+    copied_bytes: int
+    received_bytes_max_rank: int
+    lower_bound_max_rank: int
+    gathered_bytes: int
+    busiest_rank: int
+    rounds: int
+    messages: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A rehearsal. `fits`: whether every phase of every stage has the memory; `verdict` says it in a sentence.
 
-    `notes` are what could not be checked or is not modelled. `push` is the traffic of a weight push, None where it was
-    not planned.
+    `notes` are what could not be checked or is not modelled. `push` is None where nothing is generated.
     """
 
     name: str
@@ -115,7 +144,7 @@ class Report:
     fits: bool
     verdict: str
     notes: tuple[str, ...]
-    push: dict[str, Any] | None = None
+    push: PushTraffic | None
 
     def busiest(self, phase: str) -> PhaseMemory | None:
         """The stage with the least memory left in a phase; None where the run has no such phase."""

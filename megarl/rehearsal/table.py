@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarl.config.cluster import GIB
-from megarl.rehearsal.report import Amount, PhaseMemory, Report
+from megarl.rehearsal.report import Amount, PhaseMemory, PushTraffic, Report
 
 PHASES = ("log-probs", "train", "push", "rollout")
 
@@ -42,6 +42,8 @@ def print_report(report: Report, stream: TextIO | None = None) -> None:
             f"[bold]KV cache[/bold]: {cache.tokens:,} tokens of {cache.bytes_per_token:,} bytes on a GPU, "
             f"{cache.sequences:,} sequences of {cache.sequence_tokens:,} tokens at once"
         )
+    if report.push is not None:
+        console.print(_push_table(report.push))
     host = ", ".join(f"{amount.kind} {_gib(amount.bytes)}" for amount in report.host.amounts) or "nothing"
     console.print(f"[bold]Host[/bold] of a node: {_gib(report.host.used)} of {_gib(report.host.limit)} GiB ({host})")
     for note in report.notes:
@@ -80,6 +82,27 @@ def _stage_table(report: Report) -> Table:
     return table
 
 
+def _push_table(push: PushTraffic) -> Table:
+    """The links of a push, and what it comes to."""
+    least = push.lower_bound_max_rank / push.received_bytes_max_rank if push.received_bytes_max_rank else 1.0
+    table = Table(
+        "GB",
+        title=f"Weight push: {push.seconds:.2f} s by the links' speeds *",
+        caption=f"most received by a rank {_gb(push.received_bytes_max_rank)}, of which it needs and lacks "
+        f"{least:.0%}; a push that gathers puts {_gb(push.gathered_bytes)} together on every rank\n"
+        f"rank {push.busiest_rank}, the busiest: {push.messages:,} messages in {push.rounds:,} rounds",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("all ranks", "most into a rank", "most out of a rank"):
+        table.add_column(name, justify="right")
+    for name, link in (("between nodes", push.network), ("within nodes", push.nvlink)):
+        table.add_row(name, _gb(link.total), _gb(link.most_received), _gb(link.most_sent))
+    table.add_row("within ranks", _gb(push.copied_bytes), "-", "-")
+    return table
+
+
 def _kinds(phases: Iterable[PhaseMemory]) -> list[str]:
     """All kinds in the order in which they appear, what is reserved last."""
     kinds = dict.fromkeys(amount.kind for phase in phases for amount in phase.amounts)
@@ -88,6 +111,10 @@ def _kinds(phases: Iterable[PhaseMemory]) -> list[str]:
 
 def _cell(amounts: list[Amount]) -> str:
     return "".join(f"{_gib(amount.bytes)}{'' if amount.counted else ' *'}" for amount in amounts) or "-"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f}"
 
 
 def _gib(size: int) -> str:

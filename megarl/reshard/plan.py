@@ -95,6 +95,21 @@ class Plan:
         """What the rank sends to others."""
         return [t for one in self.rounds for message in one.messages if not message.incoming for t in message.transfers]
 
+    def lines(self) -> Iterator[str]:
+        """The schedule as text: a line for every box, with its round, the other rank, both places, and its elements."""
+        for number, one in enumerate(self.rounds):
+            for transfer in one.local:
+                yield f"round {number} copy {_line(transfer)}"
+            for message in one.messages:
+                way = "from" if message.incoming else "to"
+                yield from (f"round {number} {way} {message.peer} {_line(transfer)}" for transfer in message.transfers)
+
+
+def _line(transfer: Transfer) -> str:
+    places = ((transfer.source_name, transfer.source_box), (transfer.target_name, transfer.target_box))
+    source, target = (f"{name}[{', '.join(f'{a}:{b}' for a, b in box)}]" for name, box in places)
+    return f"{source} -> {target} {transfer.numel}"
+
 
 def make_plan(
     rank: int,

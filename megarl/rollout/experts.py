@@ -71,7 +71,7 @@ def number_locally() -> None:
     """Make the CPU's experts keep to those of their rank under expert parallelism; idempotent.
 
     vLLM 0.32's CPU kernel takes the numbers of experts over the whole model for those in the rank's own stack, and
-    reads past its end. Here other ranks' experts become the first of the own with weight 0, as the sum over ranks wants.
+    reads past its end. Here experts of other ranks become the first of the own, with weight 0: ranks are added up.
     """
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 

@@ -27,7 +27,7 @@ from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout import environment
 from megarl.rollout.engine import Engine
 from megarl.weights.gather import GatherPush
-from megarl.weights.layouts import engine_tensors
+from megarl.weights.plan import engine_tensors
 from megarl.weights.push import Push
 
 environment.preload()

@@ -7,40 +7,15 @@ has; no whole tensor is put together anywhere.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 
-from megarl.config.model_shape import ModelShape
-from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
-from megarl.formats.huggingface import PRECISIONS
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import LocalTensor
-from megarl.reshard.model_layouts import lanes
-from megarl.reshard.plan import Plan, make_plan
 from megarl.rollout.weights import EngineWeights, Fillable
-from megarl.weights.layouts import engine_tensors, push_layouts
+from megarl.weights.plan import engine_tensors, push_plan
 from megarl.weights.transfer import Mover
-
-
-def push_plan(config: RunConfig, shape: ModelShape, rank: int, node_of_rank: Sequence[int]) -> Plan:
-    """A rank's part in the push from the policy's layout to that of the engine replicas."""
-    world = len(node_of_rank)
-    sources, targets = push_layouts(config, shape, world)
-    return make_plan(
-        rank,
-        sources,
-        targets,
-        node_of_rank=node_of_rank,
-        lane_of_rank=lanes(config.parallel, world),
-        bucket_elements=bucket_elements(config),
-    )
-
-
-def bucket_elements(config: RunConfig) -> int:
-    """Elements that a rank sends and receives together in one round of a push."""
-    return max(1, int(config.weights.bucket_mib * 2**20) // PRECISIONS[config.precision].itemsize)
 
 
 class Push:

@@ -1,0 +1,71 @@
+"""What a weight push moves, and how long its links take for it."""
+
+from __future__ import annotations
+
+from math import prod
+
+from megarl.config.cluster import Cluster
+from megarl.config.grid import grid_of_rank
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.formats.huggingface import PRECISIONS
+from megarl.rehearsal.report import LinkBytes, PushTraffic
+from megarl.reshard.boxes import missing_elements
+from megarl.reshard.plan import Plan
+from megarl.reshard.traffic import Traffic, count_traffic
+from megarl.reshard.weight_map import hf_tensors, megatron_tensors
+from megarl.weights.plan import engine_tensors, push_layouts, push_plan
+
+
+def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> PushTraffic:
+    """The push of a run on `world` GPUs: bytes of all ranks, the plan of the busiest, seconds by the links' speeds.
+
+    The seconds are those of the rank that takes longest: its network and its NVLink work side by side, each in both
+    directions at once; copies within the rank read and write its memory; messages come one after another. What packs
+    weights in the engine is not in them.
+    """
+    nodes = _nodes(cluster, world)
+    element = PRECISIONS[config.precision].itemsize
+    sources, targets = push_layouts(config, shape, world)
+    traffic = count_traffic(sources, targets, nodes)
+    busiest = max(range(world), key=lambda rank: traffic.received(rank) + traffic.sent(rank))
+    neediest = max(range(world), key=traffic.received)
+    plan = push_plan_of(config, shape, cluster, world, busiest)
+    messages = sum(len(one.messages) for one in plan.rounds)
+    least = missing_elements(
+        engine_tensors(config, shape, neediest).values(),
+        megatron_tensors(shape, config.parallel, grid_of_rank(neediest, world, config.parallel)).values(),
+    )
+    moving = max(_seconds(traffic, rank, element, cluster) for rank in range(world))
+    return PushTraffic(
+        network=_link(traffic.received_far, traffic.sent_far, element),
+        nvlink=_link(traffic.received_near, traffic.sent_near, element),
+        copied_bytes=sum(traffic.local) * element,
+        received_bytes_max_rank=traffic.received(neediest) * element,
+        lower_bound_max_rank=least * element,
+        gathered_bytes=sum(map(prod, hf_tensors(shape).values())) * element,
+        busiest_rank=busiest,
+        rounds=len(plan.rounds),
+        messages=messages,
+        seconds=moving + messages * cluster.message_seconds,
+    )
+
+
+def push_plan_of(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int, rank: int) -> Plan:
+    """The part of a rank in the push of a run on `world` GPUs."""
+    return push_plan(config, shape, rank, _nodes(cluster, world))
+
+
+def _nodes(cluster: Cluster, world: int) -> list[int]:
+    """The node of every rank where nodes are filled one after another."""
+    return [rank // cluster.gpus_per_node for rank in range(world)]
+
+
+def _link(received: list[int], sent: list[int], element: int) -> LinkBytes:
+    return LinkBytes(sum(received) * element, max(received) * element, max(sent) * element)
+
+
+def _seconds(traffic: Traffic, rank: int, element: int, cluster: Cluster) -> float:
+    network = max(traffic.received_far[rank], traffic.sent_far[rank]) * element / cluster.network_bytes_per_second
+    nvlink = max(traffic.received_near[rank], traffic.sent_near[rank]) * element / cluster.nvlink_bytes_per_second
+    return max(network, nvlink) + 2 * traffic.local[rank] * element / cluster.hbm_bytes_per_second

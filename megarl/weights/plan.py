@@ -1,0 +1,42 @@
+"""The plan of a run's weight push, from its settings: the layouts that it goes between, and a rank's part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.formats.huggingface import PRECISIONS
+from megarl.reshard.boxes import LocalTensor
+from megarl.reshard.layout import Layout
+from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
+from megarl.reshard.plan import Plan, make_plan
+from megarl.reshard.weight_map import vllm_tensors
+
+
+def push_layouts(config: RunConfig, shape: ModelShape, world: int) -> tuple[Layout, Layout]:
+    """Where every tensor lies on all `world` ranks: the policy's shards, and the engines' tensors."""
+    rollout = config.rollout
+    engines = engine_layout(shape, tensor=rollout.tensor, world=world, expert_parallel=rollout.expert_parallel)
+    return policy_layout(shape, config.parallel, world), engines
+
+
+def push_plan(config: RunConfig, shape: ModelShape, rank: int, node_of_rank: Sequence[int]) -> Plan:
+    """A rank's part in the push."""
+    sources, targets = push_layouts(config, shape, len(node_of_rank))
+    return make_plan(
+        rank,
+        sources,
+        targets,
+        node_of_rank=node_of_rank,
+        lane_of_rank=lanes(config.parallel, len(node_of_rank)),
+        bucket_elements=max(1, int(config.weights.bucket_mib * 2**20) // PRECISIONS[config.precision].itemsize),
+    )
+
+
+def engine_tensors(config: RunConfig, shape: ModelShape, rank: int) -> dict[str, LocalTensor]:
+    """The engine's tensors on a rank, as the plan sees them."""
+    rollout = config.rollout
+    return vllm_tensors(
+        shape, tensor=rollout.tensor, tensor_rank=rank % rollout.tensor, expert_parallel=rollout.expert_parallel
+    )
