@@ -26,11 +26,11 @@ def push(world: Any, dtype: torch.dtype, bad_rank: int | None) -> str:
     from megarl.weights.transfer import Mover, PushError
 
     class Flipping(Mover):
-        def _post(self, operations: list[dist.P2POp]) -> list[Any]:
+        def _post(self, operations: list[dist.P2POp], messages: Any) -> list[Any]:
             sent = [operation for operation in operations if operation.op is dist.isend]
             if self.plan.rank == bad_rank and sent:
                 sent[0].tensor.view(torch.int16)[3] ^= 4
-            return super()._post(operations)
+            return super()._post(operations, messages)
 
     class Tensors:
         def __init__(self) -> None:

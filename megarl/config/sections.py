@@ -349,6 +349,9 @@ class WeightsSettings(Settings):
         default="first",
         description="Which weight pushes compare sums of what was sent and of what lies in the engine.",
     )
+    time_limit: PositiveFloat = Field(
+        default=600.0, description="Seconds that a rank waits for others in a weight push before it names the missing."
+    )
 
 
 class RunSettings(Settings):

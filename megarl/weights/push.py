@@ -36,6 +36,7 @@ class Push:
             push_plan(policy.config, policy.shape, policy.world.rank, policy.world.node_of_rank),
             dtype=policy.megatron_config.params_dtype,
             device=policy.world.device,
+            time_limit=policy.config.weights.time_limit,
         )
 
     def run(self) -> None:

@@ -6,9 +6,11 @@ the one before it is copied to its place: a rank never holds more than two round
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from megarl.errors import MegarlError
 from megarl.parallel.exchange import gather_all
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
+from megarl.weights.absence import find_absent
 
 
 class Target(Protocol):
@@ -33,14 +36,18 @@ class Target(Protocol):
 
 
 class PushError(MegarlError):
-    """What arrived differs from what was sent; names both ranks."""
+    """A push that failed: what arrived differs from what was sent, or a rank is gone or silent. Names the ranks."""
 
 
 class Mover:
-    """Runs one rank's plan again and again; `dtype` is the type that travels: sources are cast before sending."""
+    """Runs one rank's plan again and again; `dtype` is the type that travels: sources are cast before sending.
 
-    def __init__(self, plan: Plan, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.plan, self.dtype, self.device = plan, dtype, device
+    `time_limit`: seconds that a rank waits for a round.
+    """
+
+    def __init__(self, plan: Plan, *, dtype: torch.dtype, device: torch.device, time_limit: float = 600.0) -> None:
+        self.plan, self.dtype, self.device, self.time_limit = plan, dtype, device, time_limit
+        self._runs = 0
         #: Bytes that arrived from other ranks, and that went to them, in the last run.
         self.received_bytes = self.sent_bytes = 0
         # Bits sent to, and arrived from, each rank; the own one for copies. None where nobody asks.
@@ -53,8 +60,10 @@ class Mover:
         """Move everything once; called by all ranks together.
 
         With `verify` sums over the bits that leave and over those that lie in their places are compared, pair by pair
-        of ranks. Raises `PushError` on all ranks where they differ.
+        of ranks. Raises `PushError` on all ranks where they differ, and where one is gone or takes no part within the
+        time limit. Sources are read, never written.
         """
+        self._runs += 1
         left = dict(self._pieces)
         self.received_bytes = self.sent_bytes = 0
         self._sums = (defaultdict(int), defaultdict(int)) if verify else None
@@ -94,7 +103,7 @@ class Mover:
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
         # Tensor by tensor, so that few are begun and not complete.
         pieces.sort(key=lambda piece: self._order[piece.transfer.target_name])
-        return _Travelling(self._post(operations), pieces)
+        return _Travelling(self._post(operations, one.messages), one.messages, pieces)
 
     def _in_place(self, message: Message, sources: Mapping[str, torch.Tensor], target: Target) -> torch.Tensor | None:
         """The memory of a message's box on this rank, where that is one piece of it and of the type that travels."""
@@ -107,8 +116,17 @@ class Mover:
             view = box_view(sources[transfer.source_name], transfer.source_box)
         return view.view(-1) if view.is_contiguous() and view.dtype == self.dtype else None
 
-    def _post(self, operations: list[dist.P2POp]) -> list[Any]:
-        return dist.batch_isend_irecv(operations) if operations else []
+    def _post(self, operations: list[dist.P2POp], messages: Sequence[Message]) -> list[Any]:
+        """Start the messages of a round, one request for each; NCCL has one for all."""
+        if self.device.type == "cuda":
+            return dist.batch_isend_irecv(operations) if operations else []
+        requests: list[Any] = []
+        for operation, message in zip(operations, messages, strict=True):
+            try:
+                requests.append(operation.op(operation.tensor, operation.peer))
+            except RuntimeError as error:
+                raise self._absence(message, gone=True) from error
+        return requests
 
     def _land(
         self,
@@ -121,7 +139,7 @@ class Mover:
         arrived = False
         for transfer, part, landed in one.pieces:
             if part is not None and not arrived:
-                one.wait()
+                self._wait(one)
                 arrived = True
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
             if part is None:
@@ -137,7 +155,32 @@ class Mover:
             if left[transfer.target_name] == 0:
                 target.complete(transfer.target_name)
         if not arrived:
-            one.wait()
+            self._wait(one)
+
+    def _wait(self, one: _Travelling) -> None:
+        """Until all messages of a round have left or come. Raises `PushError` naming the rank that fails to."""
+        start = time.monotonic()
+        # NCCL has one request for all messages of a round.
+        for request, message in zip(one.requests, one.messages, strict=False):
+            left = max(0.001, self.time_limit - (time.monotonic() - start))
+            try:
+                request.wait(timedelta(seconds=left))
+            except RuntimeError as error:
+                raise self._absence(message, gone=time.monotonic() - start < self.time_limit) from error
+
+    def _absence(self, message: Message, *, gone: bool) -> PushError:
+        """The error that names who is missing, after a wait for `message` failed; `gone`: its connection broke."""
+        absent = find_absent(f"push/{self._runs}", message.peer, gone=gone)
+        many = len(absent) > 1
+        who = f"rank{'s' if many else ''} {', '.join(map(str, absent))}"
+        silent = f"took no part for {self.time_limit:g} s (weights.time_limit)"
+        what = f"{'are' if many else 'is'} gone" if gone else silent
+        way = "waited for {} from" if message.incoming else "had {} for"
+        return PushError(
+            f"weight push: {who} {what}; rank {self.plan.rank} {way.format(message.transfers[0].target_name)} rank "
+            f"{message.peer}. The policy's weights are unharmed. Fix: look at the end of the log of {who}, and start "
+            "again from the last checkpoint"
+        )
 
 
 class _Buffer:
@@ -177,12 +220,8 @@ class _Travelling:
     """A round under way: what to wait for, and the pieces that are then written, in order."""
 
     requests: list[Any]
+    messages: tuple[Message, ...]
     pieces: list[_Piece]
-
-    def wait(self) -> None:
-        """Until all messages of the round have left or come."""
-        for request in self.requests:
-            request.wait()
 
 
 def _sum(tensor: torch.Tensor) -> int:
