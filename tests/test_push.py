@@ -45,8 +45,11 @@ PROMPTS = 12
 
 @dataclass
 class Outcome:
-    """One rank's findings after one push."""
+    """One rank's findings after one push. `received`, `sent`: bytes; `least`: bytes that it needs and does not hold."""
 
+    received: int
+    sent: int
+    least: int
     engine: dict[str, np.ndarray]
     completions: list[Any]
     log_probs: dict[int, np.ndarray]
@@ -100,6 +103,17 @@ def generate(engine: Any, vocab: int) -> list[Any]:
     return [(r.prompt_token_ids, c) for r, c in zip(requests, engine.generate(requests, Sampling(16)), strict=True)]
 
 
+def least(policy: Any) -> int:
+    """Bytes that must come to this rank: what its engine needs and its policy does not hold."""
+    from megarl.reshard.boxes import missing_elements
+    from megarl.reshard.weight_map import megatron_tensors
+    from megarl.weights.plan import engine_tensors
+
+    needed = engine_tensors(policy.config, policy.shape, policy.world.rank)
+    held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
+    return missing_elements(needed.values(), held.values()) * policy.megatron_config.params_dtype.itemsize
+
+
 def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
     engine.wake_weights()
     push.run()
@@ -117,6 +131,9 @@ def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
     mine = parity.share(sequences, policy.grid)
     log_probs = policy.log_probs([sequences[i] for i in mine])
     found = Outcome(
+        received=push.mover.received_bytes,
+        sent=push.mover.sent_bytes,
+        least=least(policy),
         engine=read_back(engine),
         completions=[c for _, c in completions],
         log_probs={} if log_probs is None else dict(zip(mine, log_probs, strict=True)),
@@ -228,7 +245,8 @@ def test_model_that_vllm_builds_otherwise_is_refused(tmp_path: Path):
 
 
 def check(ranks: list[dict], cases: set, updates: int) -> None:
-    """Every push changed every weight; log-probs agree after each; after the last, weights are the loader's."""
+    """Every push changed every weight with the fewest bytes; log-probs agree after each; after the last, weights are
+    the loader's."""
     for rank in ranks:
         assert set(rank) == cases
         for case, (rounds, loaded, loader_completions) in rank.items():
@@ -241,9 +259,12 @@ def check(ranks: list[dict], cases: set, updates: int) -> None:
                 same = [n for n in loaded if loaded[n].any() and np.array_equal(before.engine[n], after.engine[n])]
                 assert not same, f"{case}: a push changed nothing in {same}"
             for outcome in rounds:
+                assert outcome.received == outcome.least, case
                 for index, log_probs in outcome.log_probs.items():
                     np.testing.assert_allclose(log_probs, outcome.completions[index].log_probs, rtol=0, atol=1e-4)
     for case in cases:
         for number in range(updates):
+            outcomes = [rank[case][0][number] for rank in ranks]
+            assert sum(one.sent for one in outcomes) == sum(one.received for one in outcomes) > 0 or len(ranks) == 1
             compared = {index for rank in ranks for index in rank[case][0][number].log_probs}
             assert compared == set(range(PROMPTS))
