@@ -177,6 +177,38 @@ def execute(plans, sources, targets):
     assert not any(queues.values())
 
 
+def execute_in_calls(plans):
+    """Run all ranks' turns as NCCL may at worst: one call after another, each until all its messages are through.
+
+    A message is through when both its ranks are in the calls that have it. Fails where ranks wait for each other.
+    """
+    calls = {}
+    for plan in plans:
+        numbers, turns = defaultdict(int), {}
+        for message in (message for one in plan.rounds for message in one.messages):
+            pair = (message.peer, plan.rank) if message.incoming else (plan.rank, message.peer)
+            turns.setdefault(message.turn, []).append((*pair, numbers[pair]))
+            numbers[pair] += 1
+        assert list(turns) == sorted(turns)
+        # At most one message out and one in.
+        assert all(len({source == plan.rank for source, *_ in call}) == len(call) for call in turns.values())
+        calls[plan.rank] = deque(map(set, turns.values()))
+    while any(calls.values()):
+        through = [
+            (source, target, number)
+            for rank, queue in calls.items()
+            for source, target, number in (queue[0] if queue else ())
+            if rank == source and calls[target] and (source, target, number) in calls[target][0]
+        ]
+        assert through, "all ranks wait"
+        for source, target, number in through:
+            for rank in (source, target):
+                calls[rank][0].discard((source, target, number))
+        for queue in calls.values():
+            while queue and not queue[0]:
+                queue.popleft()
+
+
 def _land(one, queues, rank, sources, targets):
     for transfer in one.local:
         assert transfer.source == transfer.target == rank

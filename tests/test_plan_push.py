@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megarl.config.cluster import Cluster
 from megarl.config.load import load_config
 from megarl.config.model_shape import read_model_shape
 from megarl.rehearsal.push import push_traffic
+from megarl.reshard.weight_map import hf_tensors
 
 WORLD = 8
 
@@ -64,7 +66,6 @@ def test_bytes_and_seconds_are_those_of_the_ranks_schedules(folder: Path):
     received = [near + far for near, far in zip(of("nvlink in"), of("network in"), strict=True)]
     assert push.received_bytes_max_rank == push.lower_bound_max_rank == max(received)
     assert push.copied_bytes == sum(of("local"))
-    assert push.messages == sum(len(one.messages) for one in plans[push.busiest_rank].rounds)
     links = [
         max(
             max(moved["network in", rank], moved["network out", rank]) / CLUSTER["network_bytes_per_second"],
@@ -73,6 +74,10 @@ def test_bytes_and_seconds_are_those_of_the_ranks_schedules(folder: Path):
         + 2 * moved["local", rank] / CLUSTER["hbm_bytes_per_second"]
         for rank in range(WORLD)
     ]
+    assert push.slowest_rank == links.index(max(links))
+    assert push.messages == sum(len(one.messages) for one in plans[push.slowest_rank].rounds)
+    assert push.rounds == len(plans[push.slowest_rank].rounds)
+    assert push.gathered_bytes == 2 * sum(prod(dims) for dims in hf_tensors(case.shape).values())
     assert push.seconds == pytest.approx(max(links) + push.messages * CLUSTER["message_seconds"])
 
 

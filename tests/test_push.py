@@ -107,7 +107,7 @@ def least(policy: Any) -> int:
     """Bytes that must come to this rank: what its engine needs and its policy does not hold."""
     from megarl.reshard.boxes import missing_elements
     from megarl.reshard.weight_map import megatron_tensors
-    from megarl.weights.plan import engine_tensors
+    from megarl.weights.push_plan import engine_tensors
 
     needed = engine_tensors(policy.config, policy.shape, policy.world.rank)
     held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)

@@ -48,7 +48,7 @@ def push(world: Any, dtype: torch.dtype, bad_rank: int | None) -> str:
     reader = slice_reader(random_checkpoint(SHAPE))
     mine = {name: read_local(one, reader, dtype) for name, one in sources[world.rank].items()}
     plan = plan_of(world.rank, layout_of(sources), layout_of(targets), [0, 0], None, 600 // dtype.itemsize)
-    mover = Flipping(plan, dtype=dtype, device=torch.device("cpu"))
+    mover = Flipping(plan, dtype=dtype, device=torch.device("cpu"), time_limit=60.0)
     assert len(plan.rounds) > 3
     try:
         mover.run(mine, Tensors(), verify=True)

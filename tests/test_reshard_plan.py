@@ -2,13 +2,14 @@
 
 import cProfile
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reshard_reference import make_shape, megatron_reference, random_checkpoint, slice_reader, vllm_reference
-from reshard_worlds import Case, blank, cases, execute, layout_of, moe_shape, plan_of
+from reshard_worlds import Case, blank, cases, execute, execute_in_calls, layout_of, moe_shape, plan_of
 
 from megarl.config.sections import ParallelSettings
 from megarl.reshard import matching
@@ -32,8 +33,13 @@ def pushed(case, bucket_elements, checkpoint):
     return targets
 
 
+#: Each rank has one whole expert.
+ONE_EXPERT_EACH = Case(moe_shape("mixtral"), ParallelSettings(expert=4), 4, True, 4, 2)
+
+
 @settings(deadline=None, max_examples=150)
 @given(cases(), st.integers(1, 3000))
+@example(ONE_EXPERT_EACH, 3000)
 def test_every_engine_element_gets_its_own_value_once(case, bucket_elements):
     checkpoint = random_checkpoint(case.shape)
     for rank, tensors in enumerate(pushed(case, bucket_elements, checkpoint)):
@@ -63,7 +69,7 @@ def test_shards_cut_by_hand_become_shards_cut_by_hand(tensor, pipeline, engine):
 
 @settings(deadline=None, max_examples=40)
 @given(cases(), st.integers(1, 3))
-def test_checkpoint_to_policy_to_checkpoint_is_the_identity(case, writers):
+def test_policy_to_checkpoint_gives_the_checkpoint(case, writers):
     checkpoint = random_checkpoint(case.shape)
     sources = policy_layout(case.shape, case.parallel, case.world)
     shares = checkpoint_layout(case.shape, range(min(writers, case.world)))
@@ -94,6 +100,22 @@ def test_each_rank_receives_exactly_what_it_needs_and_lacks_from_the_nearest_nod
         on_node = [t for other in range(case.world) if nodes[other] == nodes[rank] for t in policy[other].values()]
         from_afar = sum(one.numel for one in plan.receives() if nodes[one.source] != nodes[rank])
         assert from_afar == missing_elements(engine.values(), on_node)
+
+
+@settings(deadline=None, max_examples=80)
+@given(cases(), st.sampled_from([1, 50, 400, 3000, 10**9]))
+def test_nobody_waits_for_ever_where_a_turn_is_a_call_and_calls_follow_each_other(case, bound):
+    execute_in_calls(case.plans(bound))
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.integers(8, 400))
+def test_rounds_are_as_full_as_the_bound_allows(case, bound):
+    for plan in case.plans(bound):
+        for one, after in pairwise(plan.rounds):
+            assert one.numel + after.messages[0].numel > bound
+            # So that there is always another message to come.
+            assert all(message.numel <= max(1, bound // 4) for message in one.messages)
 
 
 @settings(deadline=None, max_examples=40)
@@ -154,16 +176,64 @@ def test_stages_send_all_the_time():
             assert layers == sorted(layers)
 
 
+def test_few_tensors_are_begun_at_a_time():
+    """Copies are due with what arrives, and steps end: beside the tensors of a step only what is cut is open."""
+    shape = make_shape(num_layers=8, hidden_size=48)
+    case = Case(shape, ParallelSettings(tensor=4), 2, False, 4, 4)
+    for bucket, most in ((4000, 4), (40_000, 12)):
+        for plan in case.plans(bucket):
+            left = Counter(one.target_name for one in (*plan.local(), *plan.receives()))
+            begun = set()
+            for one in plan.rounds:
+                for transfer in (*one.local, *one.arriving()):
+                    left[transfer.target_name] -= 1
+                    begun.add(transfer.target_name)
+                begun -= {name for name in begun if not left[name]}
+                assert len(begun) <= most
+            assert not begun
+
+
+def test_what_turns_leave_over_goes_to_different_holders():
+    """Three ranks hold all and one lacks it: a tensor that is too small to be shared comes from one of them, tensors of
+    different cuts from different ones."""
+    weights = {
+        f"w{n}": LocalTensor(f"w{n}", (n, 5), (Region(f"w{n}", ((0, n), (0, 5)), ((0, n), (0, 5))),)) for n in (4, 5, 6)
+    }
+    sources, targets = layout_of([weights] * 3 + [{}]), layout_of([{}] * 3 + [weights])
+    plan = plan_of(3, sources, targets, [0] * 4)
+    assert {one.source for one in plan.receives()} == {0, 1, 2} and len(plan.receives()) == 3
+
+
+def test_large_leftovers_are_shared_by_all_holders():
+    """The same with one tensor that is large: a third from each."""
+    rows = 3 * matching.LEAST_PART
+    weight = {"w": LocalTensor("w", (rows,), (Region("w", ((0, rows),), ((0, rows),)),))}
+    plan = plan_of(3, layout_of([weight] * 3 + [{}]), layout_of([{}] * 3 + [weight]), [0] * 4)
+    assert sorted((one.source, one.numel) for one in plan.receives()) == [(rank, rows // 3) for rank in range(3)]
+    small = {"w": LocalTensor("w", (rows // 3 - 1,), (Region("w", ((0, rows // 3 - 1),), ((0, rows // 3 - 1),)),))}
+    plan = plan_of(3, layout_of([small] * 3 + [{}]), layout_of([{}] * 3 + [small]), [0] * 4)
+    assert len(plan.receives()) == 1
+
+
+def test_a_rank_sends_to_the_next_then_to_the_next_but_one():
+    case = Case(make_shape(), ParallelSettings(tensor=4), 1, False, 4, 4)
+    for plan in case.plans():
+        sends = [message.peer for one in plan.rounds for message in one.messages if not message.incoming]
+        assert list(dict.fromkeys(sends)) == [(plan.rank + step) % 4 for step in (1, 2, 3)]
+
+
 def test_large_boxes_travel_alone_and_small_ones_together():
     shape = make_shape(hidden_size=512, ffn_size=2048, head_dim=64, vocab_size=2000)
     case = Case(shape, ParallelSettings(pipeline=2), 1, False, 2, 2)
     messages = [message for one in case.plan(0).rounds for message in one.messages]
-    sizes = {len(message.transfers): message.numel for message in messages}
-    assert sizes[1] >= 1 << 18 and max(sizes) > 1
-    assert (
-        len({name for message in messages for name in (one.target_name for one in message.transfers)})
-        > len(messages) / 2
-    )
+    assert {len(message.transfers) for message in messages} > {1}
+    for message in messages:
+        large = [transfer for transfer in message.transfers if transfer.numel >= 1 << 18]
+        assert not large or len(message.transfers) == 1
+        # Nothing small is left alone between large ones but what has no neighbour.
+    boxes = sum(len(message.transfers) for message in messages)
+    alone = sum(message.numel >= 1 << 18 for message in messages)
+    assert alone >= 8 and len(messages) - alone < (boxes - alone) / 1.5
 
 
 def test_experts_of_a_stack_are_planned_like_matrices():
@@ -192,6 +262,11 @@ BAD_PLANS = {
         LocalTensor("t", (2, 3), (ONE, Region("h", ((0, 1), (0, 1)), ((1, 2), (2, 3))))),
         r"t on rank 0: boxes .* would both be written",
     ),
+    "written twice from afar": (
+        LocalTensor("s", (2, 3), ()),
+        LocalTensor("t", (2, 3), (ONE, Region("h", ((0, 1), (0, 1)), ((1, 2), (2, 3))))),
+        r"t on rank 0: boxes .* would both be written",
+    ),
     "another name": (
         LocalTensor("s", (2, 3), (Region("other", *[((0, 2), (0, 3))] * 2),)),
         LocalTensor("t", (2, 3), (ONE,)),
@@ -203,8 +278,10 @@ BAD_PLANS = {
 @pytest.mark.parametrize("case", BAD_PLANS)
 def test_layouts_that_do_not_fit_are_named(case):
     source, target, message = BAD_PLANS[case]
+    # Another rank has all, in the case that the rank itself has nothing.
+    other = {} if source.regions else {"all": LocalTensor("all", (2, 3), (ONE,))}
     with pytest.raises(PlanError, match=message):
-        plan_of(0, layout_of([{"s": source}]), layout_of([{"t": target}]), [0])
+        plan_of(0, layout_of([{"s": source}, other]), layout_of([{"t": target}, {}]), [0, 0])
 
 
 def test_a_bucket_holds_at_least_an_element():

@@ -42,6 +42,8 @@ def plan(
         raise Refusal(f"--gpus {gpus}", "must be at least 1", "give the number of GPUs of the run")
     settings = load_config(config, overrides or ())
     machines = read_cluster(cluster, gpu_memory_gib)
+    if schedule is not None and as_json:
+        raise Refusal("--schedule with --json", "is text, a line for every box", "leave one of them out")
     if schedule is not None:
         for line in rehearsal.schedule(settings, machines, gpus, schedule):
             print(line)

@@ -341,8 +341,9 @@ class LoggingSettings(Settings):
 
 
 class WeightsSettings(Settings):
-    bucket_mib: PositiveFloat = Field(
+    bucket_mib: float = Field(
         default=256.0,
+        ge=0.01,
         description="Most a rank sends and receives in one round of a weight push, in MiB; two are under way.",
     )
     checksum: Literal["every", "first", "never"] = Field(
@@ -350,7 +351,7 @@ class WeightsSettings(Settings):
         description="Which weight pushes compare sums of what was sent and of what lies in the engine.",
     )
     time_limit: PositiveFloat = Field(
-        default=600.0, description="Seconds that a rank waits for others in a weight push before it names the missing."
+        default=600.0, description="Seconds that a rank waits for others in a push or an export; then it names them."
     )
 
 

@@ -10,7 +10,7 @@ from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.rehearsal.activations import ELEMENT_BYTES
 from megarl.rehearsal.report import KvCache
-from megarl.weights.plan import engine_tensors
+from megarl.weights.push_plan import engine_tensors
 
 #: Tokens of a block of vLLM's cache on a GPU.
 BLOCK_TOKENS = 16
@@ -40,8 +40,9 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
     tokens = int(config.vllm.get("max_num_batched_tokens") or max(BATCHED_TOKENS, config.rollout.max_concurrent))
     attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / t
     dense = 0.0 if shape.is_moe and all(shape.sparse_layers) else 3 * shape.ffn_size / t
-    # With expert parallelism a rank has whole experts and, evenly loaded, its share of the tokens at them.
-    experts = shape.experts_per_token * (3 * shape.expert_ffn_size / t + h)
+    # vLLM's two workspaces of experts, for all tokens on every rank; with expert parallelism of whole experts.
+    pair = 2 * shape.expert_ffn_size / (1 if config.rollout.expert_parallel else t)
+    experts = shape.experts_per_token * (max(pair, h) + max(pair / 2, h))
     widest = max(attention, dense, experts + 3 * shape.shared_expert_ffn_size / t)
     return int(tokens * e * (2 * h + widest)) + 12 * config.rollout.max_concurrent * shape.vocab_size
 

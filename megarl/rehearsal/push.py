@@ -14,29 +14,29 @@ from megarl.reshard.boxes import missing_elements
 from megarl.reshard.plan import Plan
 from megarl.reshard.traffic import Traffic, count_traffic
 from megarl.reshard.weight_map import hf_tensors, megatron_tensors
-from megarl.weights.plan import engine_tensors, push_layouts, push_plan
+from megarl.weights.push_plan import engine_tensors, push_layouts, push_plan
 
 
 def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> PushTraffic:
-    """The push of a run on `world` GPUs: bytes of all ranks, the plan of the busiest, seconds by the links' speeds.
+    """The push of a run on `world` GPUs: bytes of all ranks, the plan of the slowest, seconds by the links' speeds.
 
-    The seconds are those of the rank that takes longest: its network and its NVLink work side by side, each in both
-    directions at once; copies within the rank read and write its memory; messages come one after another. What packs
-    weights in the engine is not in them.
+    The seconds are those of the rank whose bytes take longest: its network and its NVLink work side by side, each in
+    both directions at once; copies within the rank read and write its memory; messages come one after another. Copies
+    into and out of a round's buffers are not in them, nor what packs weights in the engine.
     """
     nodes = _nodes(cluster, world)
     element = PRECISIONS[config.precision].itemsize
     sources, targets = push_layouts(config, shape, world)
     traffic = count_traffic(sources, targets, nodes)
-    busiest = max(range(world), key=lambda rank: traffic.received(rank) + traffic.sent(rank))
+    moving = [_seconds(traffic, rank, element, cluster) for rank in range(world)]
+    slowest = moving.index(max(moving))
     neediest = max(range(world), key=traffic.received)
-    plan = push_plan_of(config, shape, cluster, world, busiest)
+    plan = push_plan_of(config, shape, cluster, world, slowest)
     messages = sum(len(one.messages) for one in plan.rounds)
     least = missing_elements(
         engine_tensors(config, shape, neediest).values(),
         megatron_tensors(shape, config.parallel, grid_of_rank(neediest, world, config.parallel)).values(),
     )
-    moving = max(_seconds(traffic, rank, element, cluster) for rank in range(world))
     return PushTraffic(
         network=_link(traffic.received_far, traffic.sent_far, element),
         nvlink=_link(traffic.received_near, traffic.sent_near, element),
@@ -44,10 +44,10 @@ def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
         received_bytes_max_rank=traffic.received(neediest) * element,
         lower_bound_max_rank=least * element,
         gathered_bytes=sum(map(prod, hf_tensors(shape).values())) * element,
-        busiest_rank=busiest,
+        slowest_rank=slowest,
         rounds=len(plan.rounds),
         messages=messages,
-        seconds=moving + messages * cluster.message_seconds,
+        seconds=moving[slowest] + messages * cluster.message_seconds,
     )
 
 

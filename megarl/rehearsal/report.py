@@ -111,7 +111,7 @@ class PushTraffic:
 
     `received_bytes_max_rank`: of the rank to which most comes; `lower_bound_max_rank`: what it needs and does not hold;
     `gathered_bytes`: all weights, as a push that gathers puts them together on every rank. `rounds` and `messages` are
-    those of `busiest_rank`. `seconds` follows from the cluster's speeds.
+    those of `slowest_rank`. `seconds` follows from the cluster's speeds.
     """
 
     network: LinkBytes
@@ -120,7 +120,7 @@ class PushTraffic:
     received_bytes_max_rank: int
     lower_bound_max_rank: int
     gathered_bytes: int
-    busiest_rank: int
+    slowest_rank: int
     rounds: int
     messages: int
     seconds: float

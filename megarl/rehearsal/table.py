@@ -90,7 +90,7 @@ def _push_table(push: PushTraffic) -> Table:
         title=f"Weight push: {push.seconds:.2f} s by the links' speeds *",
         caption=f"most received by a rank {_gb(push.received_bytes_max_rank)}, of which it needs and lacks "
         f"{least:.0%}; a push that gathers puts {_gb(push.gathered_bytes)} together on every rank\n"
-        f"rank {push.busiest_rank}, the busiest: {push.messages:,} messages in {push.rounds:,} rounds",
+        f"rank {push.slowest_rank}, the slowest: {push.messages:,} messages in {push.rounds:,} rounds",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -47,7 +47,7 @@ def read_local(tensor: LocalTensor, reader: Reader, dtype: torch.dtype | None = 
                 "use the config.json that belongs to these weights",
             )
         if extents(region.local_box) == tensor.shape:
-            return data.to(dtype or data.dtype)
+            return data.reshape(tensor.shape).to(dtype or data.dtype)
         if local is None:
             local = torch.zeros(tensor.shape, dtype=dtype or data.dtype)
         target = box_view(local, region.local_box)

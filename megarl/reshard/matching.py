@@ -56,7 +56,7 @@ class Match:
     def cells(self, place: int) -> tuple[Cell, ...]:
         """The cells of a place of the target, disjoint, in order. Raises `PlanError` for one without holder."""
         if place not in self._cells:
-            self._cells[place] = tuple(self._cover(self.target.places[place]))
+            self._cells[place] = tuple(self._cover(place))
         return self._cells[place]
 
     def received_by(self, rank: int) -> list[tuple[Cell, Deal | None]]:
@@ -89,7 +89,8 @@ class Match:
             ]
         return self._sent[rank]
 
-    def _cover(self, place: Place) -> Iterator[Cell]:
+    def _cover(self, number: int) -> Iterator[Cell]:
+        place = self.target.places[number]
         wanted = place.hf_box
         near = [
             (source, held)
@@ -97,7 +98,7 @@ class Match:
             for held in split.places
             if intersect(held.hf_box, wanted) is not None
         ]
-        for part in cells(wanted, [held.hf_box for _, held in near]):
+        for place_of_cell, part in enumerate(cells(wanted, [held.hf_box for _, held in near]), number):
             origins: dict[int, tuple[int, Box]] = {}
             for source, held in near:
                 if contains(held.hf_box, part):
@@ -106,12 +107,12 @@ class Match:
                         origins.setdefault(rank, (source, box))
             if not origins:
                 raise PlanError(f"no rank holds box {part} of {self._name}, which rank {place.ranks[0]} needs")
-            yield Cell(to_local(wanted, place.local_box, part), origins, self._deals(origins, place, part))
+            # What is left over of different tensors and cells goes to different holders.
+            deals = self._deals(origins, place, part, self._first + place_of_cell)
+            yield Cell(to_local(wanted, place.local_box, part), origins, deals)
 
-    def _deals(self, origins: dict[int, tuple[int, Box]], place: Place, part: Box) -> tuple[Deal, ...]:
+    def _deals(self, origins: dict[int, tuple[int, Box]], place: Place, part: Box, first: int) -> tuple[Deal, ...]:
         most = min(numel(part) // LEAST_PART, max(extents(part)))
-        # What is left over of different cells goes to different holders.
-        first = self._first + part[0][0]
         found = groups(tuple(origins), place.ranks, self._nodes)
         return tuple(Deal(group, self.count, max(1, min(most, len(group.holders))), first) for group in found)
 

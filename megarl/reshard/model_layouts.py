@@ -93,6 +93,7 @@ def engine_layout(shape: ModelShape, *, tensor: int, world: int, expert_parallel
         for group, layer in forward_order(rows, range(shape.num_layers), shape):
             for row in group:
                 name = (row.vllm or "").format(layer=layer)
+                # What is no expert's comes once, with the first ranks' experts.
                 for expert in own if row.experts else range(own.start == 0):
                     for (part, _), split in zip(row.parts, (experts if row.experts else dense)[row], strict=True):
                         hf_name = part.format(layer=layer, expert=expert)
@@ -140,6 +141,4 @@ def _splits(row: Row, shape: ModelShape, shards: Iterable[tuple[Cut, Sequence[in
     for cut, ranks in shards:
         for part, hf_box, local_box in cut_row(row, shape, cut)[1]:
             owners[part].setdefault((hf_box, local_box), []).extend(ranks)
-    return [
-        Split(tuple(Place(tuple(sorted(ranks)), *boxes) for boxes, ranks in found.items())) for found in owners
-    ]
+    return [Split(tuple(Place(tuple(sorted(ranks)), *boxes) for boxes, ranks in found.items())) for found in owners]

@@ -47,8 +47,13 @@ class Transfer(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Boxes that travel together between a rank and its `peer`, `numel` elements in one piece."""
+    """Boxes that travel together between a rank and its `peer`, `numel` elements in one piece.
 
+    `turn`: its place in the order that all ranks have in common. In a turn a rank sends at most one message, and
+    receives at most one.
+    """
+
+    turn: tuple[int, ...]
     peer: int
     incoming: bool
     transfers: tuple[Transfer, ...]
@@ -76,8 +81,9 @@ class Round:
 class Plan:
     """The rounds of one rank, in order.
 
-    All ranks have the messages between them in one order, which no rank's rounds break: as long as every rank posts a
-    round before it waits for a later one, all arrive. Where one round ends and the next begins is each rank's own.
+    All ranks have their messages in one order, which rounds do not break; where a round ends is each rank's own. If
+    every rank starts its turns one after another, and a round before it waits for the one before, all messages arrive:
+    of those that are not through, the one whose turn is first has been started by both of its ranks.
     """
 
     rank: int
@@ -158,10 +164,11 @@ class _Stream(NamedTuple):
     target: int
 
 
-def _steps(
-    sources: Layout, targets: Layout, lane_of_rank: Sequence[int], limit: int
-) -> dict[str, tuple[int, int]]:
-    """The lane of every tensor, and its step there: consecutive tensors of which no rank needs more than `limit`."""
+def _steps(sources: Layout, targets: Layout, lane_of_rank: Sequence[int], limit: int) -> dict[str, tuple[int, int]]:
+    """The lane of every tensor, and its step there: consecutive tensors of which no rank needs more than `limit`.
+
+    The sum of what each tensor's neediest ranks need stands for what one rank needs, and may be more than that.
+    """
     steps: dict[str, tuple[int, int]] = {}
     ends: dict[int, tuple[int, int]] = {}
     for name in sources:
@@ -227,8 +234,8 @@ def _slabs(transfer: Transfer, max_elements: int) -> list[Transfer]:
 
 def _ordered(
     streams: Mapping[_Stream, list[Transfer]], world: int, limit: int
-) -> list[tuple[_Stream, tuple[Transfer, ...], int]]:
-    """The streams cut into messages of at most `limit` elements, in the order that all ranks have in common.
+) -> list[tuple[tuple[int, ...], _Stream, tuple[Transfer, ...], int]]:
+    """The streams cut into messages of at most `limit` elements, with their turns, in the order that all ranks share.
 
     In each step a rank sends to the next one while it receives from the one before, then the next but one, and so on.
     """
@@ -238,23 +245,23 @@ def _ordered(
         size = number = 0
         for transfer in transfers:
             if message and (size + transfer.numel > limit or max(transfer.numel, message[0].numel) >= ALONE):
-                found.append((_place(stream, number, world), stream, tuple(message), size))
+                found.append((_turn(stream, number, world), stream, tuple(message), size))
                 message, size, number = [], 0, number + 1
             message.append(transfer)
             size += transfer.numel
-        found.append((_place(stream, number, world), stream, tuple(message), size))
-    found.sort(key=lambda one: one[0])
-    return [one[1:] for one in found]
+        found.append((_turn(stream, number, world), stream, tuple(message), size))
+    # Of the two messages that a rank has in a turn, the one to the lower rank is first.
+    found.sort(key=lambda one: (one[0], one[1].target))
+    return found
 
 
-def _place(stream: _Stream, number: int, world: int) -> tuple[int, ...]:
-    distance = (stream.target - stream.source) % world
-    return stream.phase, stream.step, number, distance, stream.target
+def _turn(stream: _Stream, number: int, world: int) -> tuple[int, ...]:
+    return stream.phase, stream.step, number, (stream.target - stream.source) % world
 
 
 def _rounds(
     rank: int,
-    messages: Sequence[tuple[_Stream, tuple[Transfer, ...], int]],
+    messages: Sequence[tuple[tuple[int, ...], _Stream, tuple[Transfer, ...], int]],
     local: Mapping[tuple[int, int], list[Transfer]],
     bucket_elements: int,
 ) -> Iterator[Round]:
@@ -263,14 +270,14 @@ def _rounds(
     group: list[Message] = []
     copies: list[Transfer] = []
     size = 0
-    for stream, transfers, elements in messages:
+    for turn, stream, transfers, elements in messages:
         if group and size + elements > bucket_elements:
             yield Round(tuple(group), tuple(copies))
             group, copies, size = [], [], 0
         while waiting and waiting[0] <= stream[:2]:
             copies.extend(local[waiting.pop(0)])
         incoming = stream.target == rank
-        group.append(Message(stream.source if incoming else stream.target, incoming, transfers, elements))
+        group.append(Message(turn, stream.source if incoming else stream.target, incoming, transfers, elements))
         size += elements
     copies.extend(transfer for due in waiting for transfer in local[due])
     if group or copies:

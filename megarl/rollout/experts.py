@@ -2,7 +2,8 @@
 
 vLLM holds the experts of a layer in two stacks: `w13_weight` (experts, 2 * width, hidden), on each rank its
 share of the gate projection and then its share of the up projection, and `w2_weight` (experts, hidden,
-width), with `width` the rank's share of an expert's size. All experts are on every rank.
+width), with `width` the rank's share of an expert's size. All experts are on every rank; with expert
+parallelism only its share of them, each whole.
 After loading, a backend may pad and reorder the stacks. The CPU's does so only while it builds its kernel,
 once; Triton's never does.
 """

@@ -27,8 +27,8 @@ from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout import environment
 from megarl.rollout.engine import Engine
 from megarl.weights.gather import GatherPush
-from megarl.weights.plan import engine_tensors
 from megarl.weights.push import Push
+from megarl.weights.push_plan import engine_tensors
 
 environment.preload()
 
@@ -60,6 +60,10 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     fills = {"push": push.run, "gather": gather.run}
     hashes: list[str] = []
     for fill in fills.values():
+        # Other weights first, so that no fill can leave any of the last one's.
+        _negate(policy)
+        push.run()
+        _negate(policy)
         fill()
         hashes.append(push.engine_weights.checksum())
     peaks = {name: max(gather_all(_extra(fill))) for name, fill in fills.items()}
@@ -93,6 +97,12 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     engine.close()
     bootstrap.leave()
     return report
+
+
+def _negate(policy: Policy) -> None:
+    with torch.no_grad():
+        for _, parameter in policy.named_parameters():
+            parameter.neg_()
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -54,7 +54,10 @@ def export_hf(policy: Policy, directory: Path, original: Path) -> None:
     mine = _HostTensors(
         dtype, {name: shape for name, shape in shapes.items() if world.rank in targets[name][0].split.of_rank}
     )
-    Mover(plan, dtype=dtype, device=world.device).run({name: p.detach() for name, p in policy.named_parameters()}, mine)
+    mover = Mover(
+        plan, dtype=dtype, device=world.device, time_limit=policy.config.weights.time_limit, occasion="export"
+    )
+    mover.run({name: p.detach() for name, p in policy.named_parameters()}, mine)
     partial = directory.with_name(directory.name + ".partial")
     files = HfFiles(shapes, dtype, FILE_BYTES)
     if world.is_first:

@@ -14,7 +14,7 @@ from megarl.errors import Refusal
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import LocalTensor
 from megarl.rollout.weights import EngineWeights, Fillable
-from megarl.weights.plan import engine_tensors, push_plan
+from megarl.weights.push_plan import engine_tensors, push_plan
 from megarl.weights.transfer import Mover
 
 

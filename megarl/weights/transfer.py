@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count, groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from megarl.errors import MegarlError
 from megarl.parallel.exchange import gather_all
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
-from megarl.weights.absence import find_absent
+from megarl.weights.absence import find_absent, meet
 
 
 class Target(Protocol):
@@ -39,15 +40,28 @@ class PushError(MegarlError):
     """A push that failed: what arrived differs from what was sent, or a rank is gone or silent. Names the ranks."""
 
 
+#: Elements that a checksum adds up at a time.
+SUMMED_ELEMENTS = 1 << 20
+
+#: Movers are told apart by the order in which they are made.
+_NUMBERS = count()
+
+
 class Mover:
     """Runs one rank's plan again and again; `dtype` is the type that travels: sources are cast before sending.
 
-    `time_limit`: seconds that a rank waits for a round.
+    `time_limit`: seconds that a rank waits for others, in a round and at the end. `occasion`: what the move is, for
+    errors. All ranks must make their movers in the same order.
     """
 
-    def __init__(self, plan: Plan, *, dtype: torch.dtype, device: torch.device, time_limit: float = 600.0) -> None:
-        self.plan, self.dtype, self.device, self.time_limit = plan, dtype, device, time_limit
-        self._runs = 0
+    def __init__(
+        self, plan: Plan, *, dtype: torch.dtype, device: torch.device, time_limit: float, occasion: str = "weight push"
+    ) -> None:
+        self.plan, self.dtype, self.device = plan, dtype, device
+        self.time_limit, self.occasion = time_limit, occasion
+        self._number, self._runs = next(_NUMBERS), 0
+        # NCCL has one request for a turn's messages: which of the peers is gone, it does not say.
+        self._one_wait_for_all = device.type == "cuda"
         #: Bytes that arrived from other ranks, and that went to them, in the last run.
         self.received_bytes = self.sent_bytes = 0
         # Bits sent to, and arrived from, each rank; the own one for copies. None where nobody asks.
@@ -77,6 +91,7 @@ class Mover:
                 before = travelling
             if before is not None:
                 self._land(before, sources, target, left)
+        self._meet()
         if self._sums is not None:
             _compare([(dict(sent), dict(arrived)) for sent, arrived in gather_all(self._sums)])
 
@@ -103,7 +118,7 @@ class Mover:
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
         # Tensor by tensor, so that few are begun and not complete.
         pieces.sort(key=lambda piece: self._order[piece.transfer.target_name])
-        return _Travelling(self._post(operations, one.messages), one.messages, pieces)
+        return _Travelling(self._post(operations, one.messages), pieces)
 
     def _in_place(self, message: Message, sources: Mapping[str, torch.Tensor], target: Target) -> torch.Tensor | None:
         """The memory of a message's box on this rank, where that is one piece of it and of the type that travels."""
@@ -114,18 +129,24 @@ class Mover:
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
         else:
             view = box_view(sources[transfer.source_name], transfer.source_box)
-        return view.view(-1) if view.is_contiguous() and view.dtype == self.dtype else None
+        as_it_travels = view.is_contiguous() and view.dtype == self.dtype and view.device == self.device
+        return view.view(-1) if as_it_travels else None
 
-    def _post(self, operations: list[dist.P2POp], messages: Sequence[Message]) -> list[Any]:
-        """Start the messages of a round, one request for each; NCCL has one for all."""
-        if self.device.type == "cuda":
-            return dist.batch_isend_irecv(operations) if operations else []
-        requests: list[Any] = []
-        for operation, message in zip(operations, messages, strict=True):
+    def _post(self, operations: list[dist.P2POp], messages: Sequence[Message]) -> list[tuple[Any, Message]]:
+        """Start the messages of a round, turn by turn; requests with a message of each."""
+        # NCCL may order the messages of one call as it likes, and waits for all: a turn's, no more, must go in one.
+        together = groupby(
+            zip(operations, messages, strict=True),
+            key=lambda pair: (pair[1].turn, pair[1].incoming and not self._one_wait_for_all),
+        )
+        requests: list[tuple[Any, Message]] = []
+        for _, found in together:
+            turn = list(found)
             try:
-                requests.append(operation.op(operation.tensor, operation.peer))
+                made = dist.batch_isend_irecv([operation for operation, _ in turn])
             except RuntimeError as error:
-                raise self._absence(message, gone=True) from error
+                raise self._absence(turn[0][1], gone=not self._one_wait_for_all) from error
+            requests.extend(zip(made, (message for _, message in turn), strict=False))
         return requests
 
     def _land(
@@ -160,26 +181,42 @@ class Mover:
     def _wait(self, one: _Travelling) -> None:
         """Until all messages of a round have left or come. Raises `PushError` naming the rank that fails to."""
         start = time.monotonic()
-        # NCCL has one request for all messages of a round.
-        for request, message in zip(one.requests, one.messages, strict=False):
+        for request, message in one.requests:
             left = max(0.001, self.time_limit - (time.monotonic() - start))
             try:
                 request.wait(timedelta(seconds=left))
             except RuntimeError as error:
-                raise self._absence(message, gone=time.monotonic() - start < self.time_limit) from error
+                gone = time.monotonic() - start < self.time_limit and not self._one_wait_for_all
+                raise self._absence(message, gone=gone) from error
 
-    def _absence(self, message: Message, *, gone: bool) -> PushError:
-        """The error that names who is missing, after a wait for `message` failed; `gone`: its connection broke."""
-        absent = find_absent(f"push/{self._runs}", message.peer, gone=gone)
-        many = len(absent) > 1
-        who = f"rank{'s' if many else ''} {', '.join(map(str, absent))}"
+    def _meet(self) -> None:
+        """Until all ranks have all. Raises `PushError` naming those that do not come."""
+        try:
+            meet(self._run_name, self.time_limit)
+        except RuntimeError as error:
+            raise self._absence(None, gone=False) from error
+
+    @property
+    def _run_name(self) -> str:
+        return f"move/{self._number}/{self._runs}"
+
+    def _absence(self, message: Message | None, *, gone: bool) -> PushError:
+        """The error that names who is missing, after a wait failed: for `message`, or for the end of all others.
+
+        `gone`: the connection to the message's peer broke.
+        """
+        gone, absent = find_absent(self._run_name, None if message is None else message.peer, gone=gone)
+        who = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}" if absent else "a rank"
         silent = f"took no part for {self.time_limit:g} s (weights.time_limit)"
-        what = f"{'are' if many else 'is'} gone" if gone else silent
-        way = "waited for {} from" if message.incoming else "had {} for"
+        what = f"{'are' if len(absent) > 1 else 'is'} gone" if gone else silent
+        if message is None:
+            where = f"rank {self.plan.rank} had done its part"
+        else:
+            way = "waited for {} from" if message.incoming else "had {} for"
+            where = f"rank {self.plan.rank} {way.format(message.transfers[0].target_name)} rank {message.peer}"
         return PushError(
-            f"weight push: {who} {what}; rank {self.plan.rank} {way.format(message.transfers[0].target_name)} rank "
-            f"{message.peer}. The policy's weights are unharmed. Fix: look at the end of the log of {who}, and start "
-            "again from the last checkpoint"
+            f"{self.occasion}: {who} {what}; {where}. The policy's weights are unharmed. Fix: look at the end of the "
+            f"log of {who}, and start again from the last checkpoint"
         )
 
 
@@ -219,15 +256,15 @@ class _Piece(NamedTuple):
 class _Travelling:
     """A round under way: what to wait for, and the pieces that are then written, in order."""
 
-    requests: list[Any]
-    messages: tuple[Message, ...]
+    requests: list[tuple[Any, Message]]
     pieces: list[_Piece]
 
 
 def _sum(tensor: torch.Tensor) -> int:
-    """The sum of the elements' bits, read as whole numbers."""
+    """The sum of the elements' bits, read as whole numbers; a part at a time, since each is widened first."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    return int(tensor.view(kind).sum(dtype=torch.int64))
+    rows = max(1, SUMMED_ELEMENTS * len(tensor) // max(1, tensor.numel()))
+    return sum(int(part.view(kind).sum(dtype=torch.int64)) for part in tensor.split(rows))
 
 
 def _compare(ranks: list[tuple[dict[int, int], dict[int, int]]]) -> None:
