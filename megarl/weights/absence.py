@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store
 
 #: Seconds that ranks whose waits ran out give each other to say so.
 GRACE_SECONDS = 10.0
