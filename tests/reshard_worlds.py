@@ -185,9 +185,10 @@ def execute_in_calls(plans):
     calls = {}
     for plan in plans:
         numbers, turns = defaultdict(int), {}
-        for message in (message for one in plan.rounds for message in one.messages):
+        for place, message in ((place, message) for place, one in enumerate(plan.rounds) for message in one.messages):
             pair = (message.peer, plan.rank) if message.incoming else (plan.rank, message.peer)
-            turns.setdefault(message.turn, []).append((*pair, numbers[pair]))
+            # A turn that falls into two rounds is two calls.
+            turns.setdefault((message.turn, place), []).append((*pair, numbers[pair]))
             numbers[pair] += 1
         assert list(turns) == sorted(turns)
         # At most one message out and one in.

@@ -250,7 +250,8 @@ def _ordered(
             message.append(transfer)
             size += transfer.numel
         found.append((_turn(stream, number, world), stream, tuple(message), size))
-    # Of the two messages that a rank has in a turn, the one to the lower rank is first.
+    # Of the two messages that a rank has in a turn, the one to the lower rank is first: if they fall into two rounds,
+    # all messages are still in one order.
     found.sort(key=lambda one: (one[0], one[1].target))
     return found
 
