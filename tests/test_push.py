@@ -93,7 +93,7 @@ _ENGINES: list[Any] = []
 def read_back(engine: Any) -> dict[str, np.ndarray]:
     from megarl.rollout.weights import EngineWeights
 
-    return {name: tensor.numpy() for name, tensor in EngineWeights(engine).read_back().items()}
+    return {name: tensor.float().numpy() for name, tensor in EngineWeights(engine).read_back().items()}
 
 
 def generate(engine: Any, vocab: int) -> list[Any]:
@@ -208,6 +208,33 @@ def test_grids_of_eight_processes(tmp_path: Path, model: str, parallel: dict[str
     parity.write_model(tmp_path, model, **SIZES)
     ranks = parity.run_world("test_push", "pushes", 8, tmp_path, engine, [model], [parallel], 1)
     check(ranks, {(model, 0)}, 1)
+
+
+def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int, int]:
+    """A bf16 engine that an fp32 policy fills, and one that loads the policy's export; bytes. A scenario of
+    `run_world`."""
+    from megarl.weights.push import Push
+
+    settings = {"tensor": 2, "precision": "bf16"}
+    config = config_for(folder / "qwen3-untied", {"tensor": 2, "pipeline": 2}, settings)
+    engine = engine_of(config, world)
+    engine.sleep()
+    with parity.policy_of(config, world) as policy:
+        push = Push(policy, engine)
+        engine.wake_weights()
+        push.run()
+        parity.exported(policy, folder / "cast")
+        needed = least(policy) // 2
+    loader = engine_of(config_for(folder / "cast", {}, settings), world, load_weights=True)
+    return read_back(engine), read_back(loader), push.mover.received_bytes, needed
+
+
+def test_weights_are_cast_before_they_are_sent(folder: Path):
+    """An fp32 policy fills a bf16 engine with what vLLM makes of its fp32 checkpoint, at two bytes an element."""
+    for pushed, loaded, received, needed in parity.run_world("test_push", "casts", 4, folder):
+        assert pushed.keys() == loaded.keys()
+        assert not [name for name in loaded if not np.array_equal(pushed[name], loaded[name])]
+        assert received == needed > 0
 
 
 def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):

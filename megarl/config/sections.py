@@ -103,6 +103,11 @@ class RolloutSettings(Settings):
         description="Each rank of a replica has its share of the experts (vLLM's expert parallelism), instead of a "
         "share of every expert.",
     )
+    precision: Literal["fp32", "bf16"] | None = Field(
+        default=None,
+        description="Type of the engine's weights and activations; default: the policy's. Weights are cast before they "
+        "are sent.",
+    )
     group_size: PositiveInt = Field(default=8, description="Samples per prompt (G).")
     temperature: PositiveFloat = Field(
         default=1.0, description="Sampling temperature; the policy's log-probs use the same."
@@ -387,3 +392,8 @@ class RunSettings(Settings):
         description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",
     )
     vllm: dict[str, Any] = Field(default={}, description="Further fields of vLLM's EngineArgs.")
+
+    @property
+    def engine_precision(self) -> Literal["fp32", "bf16"]:
+        """Type of the engine's weights."""
+        return self.rollout.precision or self.precision

@@ -34,7 +34,7 @@ def engine_arguments(
         "model": config.model.path,
         "tensor_parallel_size": rollout.tensor,
         "enable_expert_parallel": rollout.expert_parallel,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.precision],
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.engine_precision],
         "max_model_len": length,
         "max_num_seqs": rollout.max_concurrent,
         "seed": config.seed % 2**31,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
+from megarl.formats.huggingface import PRECISIONS
 from megarl.parallel import bootstrap
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
@@ -77,7 +78,7 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
             seconds[name].append(_seconds(fill))
     # The first turn warms up.
     seconds = {name: values[1:] for name, values in seconds.items()}
-    element = policy.megatron_config.params_dtype.itemsize
+    element = PRECISIONS[config.engine_precision].itemsize
     needs = missing_elements(
         engine_tensors(config, shape, world.rank).values(),
         megatron_tensors(shape, config.parallel, grid).values(),

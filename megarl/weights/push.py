@@ -11,6 +11,7 @@ from collections import Counter
 import torch
 
 from megarl.errors import Refusal
+from megarl.formats.huggingface import PRECISIONS
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import LocalTensor
 from megarl.rollout.weights import EngineWeights, Fillable
@@ -34,7 +35,7 @@ class Push:
         self._padding = [name for name, target in targets.items() if not target.regions]
         self.mover = Mover(
             push_plan(policy.config, policy.shape, policy.world.rank, policy.world.node_of_rank),
-            dtype=policy.megatron_config.params_dtype,
+            dtype=PRECISIONS[policy.config.engine_precision],
             device=policy.world.device,
             time_limit=policy.config.weights.time_limit,
         )
