@@ -9,6 +9,7 @@ import typer
 
 from megarl.cli.bench import bench
 from megarl.cli.check import check
+from megarl.cli.doctor import doctor
 from megarl.cli.evaluate import evaluate
 from megarl.cli.generate import generate
 from megarl.cli.plan import plan
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, generate, check, plan):
+for _command in (train, evaluate, generate, check, plan, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

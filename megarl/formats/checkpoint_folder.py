@@ -100,6 +100,12 @@ def find(path: str | Path) -> Path | None:
     raise _refusal(str(candidates[0]), damages[0] or "")
 
 
+def survey(path: Path) -> list[tuple[Path, str | None]]:
+    """All checkpoints of a run's folder, newest first, with what is wrong with each in words, or None."""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return [(directory, _damage(directory)) for directory in sorted(_finished(root), reverse=True)]
+
+
 def newest(path: str | Path) -> Path:
     """The checkpoint that `path` means: itself, or the one that its `latest` (or that of its checkpoints/) names.
 

@@ -1,0 +1,56 @@
+"""`megarl doctor [RUN_DIR]`: what is installed and what that costs, or what a run can be resumed from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
+
+RunFolder = Annotated[
+    Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run's folder; none: the installation.", show_default=False)
+]
+
+
+def doctor(run_dir: RunFolder = None) -> None:
+    """Say what is installed and what the missing parts cost; or what the run in RUN_DIR can be resumed from."""
+    console = Console(highlight=False, width=120)
+    if run_dir is None:
+        _show_installation(console)
+    else:
+        _show_run(console, run_dir)
+
+
+def _show_installation(console: Console) -> None:
+    from megarl.train.installation import facts
+
+    table = Table("part", "found", "what it means", box=box.SIMPLE_HEAD)
+    for fact in facts():
+        table.add_row(fact.name, fact.found or "[yellow]missing[/yellow]", fact.meaning)
+    console.print(table)
+
+
+def _show_run(console: Console, run_dir: Path) -> None:
+    """The run's checkpoints, and the one from which `resume=auto` would go on. Raises `Refusal` where that would."""
+    if not run_dir.is_dir():
+        raise Refusal(str(run_dir), "is no folder", "give a run's folder, such as runs/NAME")
+    found = checkpoint_folder.survey(run_dir)
+    table = Table("checkpoint", "step", "optimizer", "state", box=box.SIMPLE_HEAD)
+    for directory, damage in found:
+        progress = {} if damage else checkpoint_folder.read_progress(directory)
+        optimizer = "?" if damage else "yes" if progress["optimizer"] else "no"
+        state = f"[red]damaged: it {damage}[/red]" if damage else "[green]whole[/green]"
+        table.add_row(directory.name, str(progress.get("step", "?")), optimizer, state)
+    if found:
+        console.print(table)
+    chosen = checkpoint_folder.find(run_dir)
+    if chosen is None:
+        console.print(f"{run_dir} has no finished checkpoint: a run there starts from the beginning")
+        return
+    console.print(f"resume=auto or must continues from {chosen}", soft_wrap=True)

