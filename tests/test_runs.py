@@ -13,6 +13,8 @@ from typing import Any
 import arithmetic_run
 import pytest
 
+from megarl.parallel.bootstrap import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 #: The virtual environment's own commands: torchrun, mpirun.
@@ -90,21 +92,44 @@ def test_metrics_have_the_names_that_people_script_on(base: Path) -> None:
     assert (base / "runs/base/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_torchrun_and_mpirun_give_the_same_run(base: Path) -> None:
-    torchrun = (
-        str(COMMANDS / "torchrun"),
-        "--nproc-per-node",
-        "2",
-        "--rdzv-endpoint",
-        "localhost:0",
-        "--rdzv-backend",
-        "c10d",
-    )
-    run(base, "train", "run.yaml", "name=torchrun", launcher=torchrun)
-    mpirun = (str(COMMANDS / "mpirun"), "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable)
-    run(base, "train", "run.yaml", "name=mpirun", launcher=mpirun)
-    assert steps_of(base, "torchrun") == steps_of(base, "base")
-    assert steps_of(base, "mpirun") == steps_of(base, "base")
+def start_script(folder: Path, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a script of launch/ in `folder`."""
+    path = os.pathsep.join([str(COMMANDS), os.environ["PATH"]])
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "PATH": path}
+    command = ["bash", str(ROOT / "launch" / script), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_every_launcher_gives_the_same_run(base: Path) -> None:
+    """torchrun on one machine, and on two that are the same one; MPI."""
+    two_hosts = ("multinode.sh", "localhost,localhost", "1", "train", "run.yaml")
+    port = str(free_port())
+    ends: dict[str, list[tuple[tuple[str, ...], dict[str, str]]]] = {
+        "local": [(("local.sh", "2", "train", "run.yaml"), {})],
+        "multinode": [(two_hosts, {"NODE_RANK": rank, "MASTER_PORT": port}) for rank in ("0", "1")],
+        "mpirun": [(("mpirun.sh", "2", "train", "run.yaml"), {"MPIRUN_OPTIONS": "--oversubscribe"})],
+    }
+    for name, commands in ends.items():
+        scripts = [start_script(base, *command, f"name={name}", **more) for command, more in commands]
+        for script in scripts:
+            _, said = script.communicate(timeout=LIMIT)
+            assert script.returncode == 0, said[-4000:]
+        assert steps_of(base, name) == steps_of(base, "base")
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["local.sh"], "launch/local.sh PROCESSES COMMAND CONFIG"),
+        (["mpirun.sh", "2"], "launch/mpirun.sh PROCESSES COMMAND CONFIG"),
+        (["multinode.sh", "a,b", "2"], "launch/multinode.sh HOST,HOST,... PROCESSES_PER_HOST COMMAND CONFIG"),
+        (["multinode.sh", "a,b", "2", "check", "run.yaml"], "must be among a b. Fix: name it in the list, or set"),
+    ],
+)
+def test_launchers_say_what_they_want(base: Path, command: list[str], said: str) -> None:
+    script = start_script(base, *command)
+    assert said in script.communicate()[1]
+    assert script.returncode == 2
 
 
 def test_replay_trains_as_the_run_that_made_the_rollouts(base: Path) -> None:

@@ -1,0 +1,14 @@
+# Read by the launchers here, not run: the environment of a run's processes, in one place. No settings of a run.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -d $root/.venv ]] && export PATH="$root/.venv/bin:$PATH"
+
+# One thread for each process unless said otherwise: processes that share cores slow each other down.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+# NCCL. Uncomment what the cluster needs; `NCCL_DEBUG=INFO` says what it took.
+# export NCCL_SOCKET_IFNAME=ib0        # the interface to meet over, where the first one does not reach other nodes
+# export NCCL_IB_HCA=mlx5              # the InfiniBand adapters to use, where a node has others too
+# export NCCL_DEBUG=WARN
+
+# vLLM's sleep mode cannot free memory in expandable segments.
+unset PYTORCH_CUDA_ALLOC_CONF
