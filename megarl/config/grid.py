@@ -73,6 +73,12 @@ def sequence_multiple(context: int) -> int:
     return 1 if context == 1 else 2 * context
 
 
+def padded_length(tokens: int, context: int) -> int:
+    """Tokens that a sequence of so many takes in a micro-batch."""
+    multiple = sequence_multiple(context)
+    return -(-tokens // multiple) * multiple
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A part of the model that one rank runs in one piece: consecutive layers, and what stands at the model's ends."""

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import chain
 
 from megarl.config import files, layout_rules, vendor_fields
-from megarl.config.grid import sequence_multiple
+from megarl.config.grid import padded_length, sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import JudgeSettings, RewardSettings
@@ -83,7 +83,7 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             )
     together = config.algorithm.sequences_together
     multiple = sequence_multiple(config.parallel.context)
-    longest = together * (-(-(prompt + config.rollout.max_tokens) // multiple) * multiple)
+    longest = together * padded_length(prompt + config.rollout.max_tokens, config.parallel.context)
     if config.batch.tokens_per_microbatch < longest:
         what, times = ("the longest sequence", "") if together == 1 else (f"{together} sequences", f"{together} x ")
         sizes = "data.max_prompt_tokens + rollout.max_tokens"

@@ -15,7 +15,7 @@ from math import lcm
 import numpy as np
 import torch
 
-from megarl.config.grid import sequence_multiple
+from megarl.config.grid import padded_length, sequence_multiple
 from megarl.parallel.context import held_positions
 from megarl.records import Sequence
 
@@ -31,8 +31,7 @@ class Cut:
 
     def padded(self, length: int) -> int:
         """Tokens that a sequence takes in a packed row."""
-        multiple = sequence_multiple(self.context)
-        return -(-length // multiple) * multiple
+        return padded_length(length, self.context)
 
     @property
     def width_multiple(self) -> int:

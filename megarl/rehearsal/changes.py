@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.grid import sequence_multiple
+from megarl.config.grid import padded_length
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 
@@ -61,8 +61,7 @@ def changes_for(config: RunConfig, shape: ModelShape, phase: str, world: int) ->
 
 def _least_tokens(config: RunConfig) -> int:
     """The least that batch.tokens_per_microbatch may be."""
-    multiple = sequence_multiple(config.parallel.context)
-    longest = -(-(config.data.max_prompt_tokens + config.rollout.max_tokens) // multiple) * multiple
+    longest = padded_length(config.data.max_prompt_tokens + config.rollout.max_tokens, config.parallel.context)
     return longest * config.algorithm.sequences_together
 
 

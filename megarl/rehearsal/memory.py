@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megarl.algorithms.base import Needs
 from megarl.config.cluster import Cluster
-from megarl.config.grid import sequence_multiple
+from megarl.config.grid import padded_length
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.rehearsal import activations
@@ -59,8 +59,7 @@ def work_of(config: RunConfig, needs: Needs, replicas: int) -> Work:
 
 def _longest(config: RunConfig) -> int:
     """Tokens that the longest sequence takes in a micro-batch."""
-    multiple = sequence_multiple(config.parallel.context)
-    return -(-(config.data.max_prompt_tokens + config.rollout.max_tokens) // multiple) * multiple
+    return padded_length(config.data.max_prompt_tokens + config.rollout.max_tokens, config.parallel.context)
 
 
 def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
