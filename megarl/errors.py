@@ -29,6 +29,16 @@ class Refusal(MegarlError):
         return type(self), (self.value, self.rule, self.fix)
 
 
+class Interrupted(MegarlError):
+    """The run ended before its last step for a reason outside it: asked to stop, a rank or host gone, a hang.
+
+    Nothing that was saved is lost: the same command with resume=auto goes on. The exit code is sysexits.h's EX_TEMPFAIL,
+    at which `slurm/train.sbatch` puts the job back into the queue.
+    """
+
+    exit_code = 75
+
+
 class PhaseError(MegarlError):
     """A part was touched in a phase in which it sleeps; names the phase and the part."""
 
