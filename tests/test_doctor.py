@@ -33,22 +33,39 @@ def test_the_installation_is_named_with_its_versions(tmp_path: Path):
     assert "CPU" in rows["CUDA"] or "GiB" in rows["CUDA"]
 
 
-@pytest.mark.parametrize("damage", ["a file is gone", "a file is cut", "no progress"])
+@pytest.mark.parametrize("damage", ["a file is gone", "a file is cut", "a byte is another", "no progress"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Path, damage: str):
     whole, newest = checkpoint(tmp_path, 10), checkpoint(tmp_path, 20, optimizer=False)
     file = newest / ("progress.json" if damage == "no progress" else "__0_0.distcp")
-    file.write_bytes(b"x" * 60) if damage == "a file is cut" else file.unlink()
+    contents = {"a file is cut": b"x" * 60, "a byte is another": b"x" * 99 + b"y"}
+    file.write_bytes(contents[damage]) if damage in contents else file.unlink()
     done = megarl(tmp_path, "doctor", str(tmp_path))
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     words = {
         "a file is gone": "step_000020 ? ? damaged: it has lost its file __0_0.distcp",
         "a file is cut": "step_000020 ? ? damaged: it has 60 of the 100 bytes of its file __0_0.distcp",
+        "a byte is another": "step_000020 20 no damaged: it has other bytes in its file __0_0.distcp than were saved",
         "no progress": "step_000020 ? ? damaged: it has no progress.json, which is written last",
     }
     assert words[damage] in said
     assert "step_000010 10 yes whole" in said
     assert f"resume=auto or must continues from {whole}" in done.stdout
+    if damage == "a byte is another":
+        assert f"continues from {newest}" in megarl(tmp_path, "doctor", str(tmp_path), "--sizes").stdout
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path):
+    checkpoint(tmp_path, 10)
+    newest = checkpoint(tmp_path, 20)
+    note = newest / "progress.json"
+    note.write_text(note.read_text().replace('"format": 1', '"format": 2'))
+    done = megarl(tmp_path, "doctor", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"megarl: {newest} of format 2: was written by a newer megarl; this one reads formats up to 1. "
+        "Fix: update megarl, or continue from an earlier checkpoint with model.weights."
+    )
 
 
 def test_whole_ones_are_listed_newest_first(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -198,6 +199,13 @@ def truncate(directory: Path) -> None:
     largest.write_bytes(largest.read_bytes()[:-100])
 
 
+def flip_bit(directory: Path) -> None:
+    largest = max(directory.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
 def lose_file(directory: Path) -> None:
     next(directory.glob("*.distcp")).unlink()
 
@@ -232,27 +240,74 @@ def test_unfinished_and_later_checkpoints_are_not_found(root: Path, tmp_path: Pa
         checkpoint_folder.require(tmp_path / "nothing", "model.weights")
 
 
-def refusals(world: Any, folder: Path, bare: Path) -> list[str]:
-    """What loading says of a checkpoint of another model, and of one without moments. A scenario of `run_world`."""
+def refusals(world: Any, cases: list[tuple[Path, Path, bool]]) -> list[str]:
+    """What loading says, case by case: model, checkpoint, with the optimizer or not; the policy keeps its weights, but
+    for the last case. At the end what saving says where the disk is full. A scenario of `run_world`."""
     from megarl.policy import checkpoint
 
     said = []
-    for model, root, optimizer in (("qwen3-tied", "qwen2-tied-saved", False), ("qwen2-tied", bare, True)):
-        with parity.policy_of(config_for(folder / model, {}), world) as policy:
-            before = parity.exported(policy, folder / "refused-hf")
+    for model, root, optimizer in cases:
+        with parity.policy_of(config_for(model, {}), world) as policy:
+            before = parity.exported(policy, root.parent / "refused-hf")
             try:
-                checkpoint.load(policy, checkpoint_folder.require(folder / root, "resume"), optimizer=optimizer)
+                checkpoint.load(policy, checkpoint_folder.require(root, "resume"), optimizer=optimizer)
             except Refusal as refusal:
                 said.append(str(refusal))
-            after = parity.exported(policy, folder / "refused-hf")
+            after = parity.exported(policy, root.parent / "refused-hf")
             assert before is not None and after is not None
-            assert all(np.array_equal(before[name], after[name]) for name in before)
+            if root != cases[-1][1]:
+                assert all(np.array_equal(before[name], after[name]) for name in before)
+    with parity.policy_of(config_for(cases[0][0], {}), world) as policy:
+        free = shutil.disk_usage
+        shutil.disk_usage = lambda path: free(path)._replace(free=100_000)
+        try:
+            checkpoint.save(policy, cases[-1][1], 3, {}, optimizer=True, keep=1)
+        except Refusal as refusal:
+            said.append(str(refusal))
     return said
 
 
-def test_checkpoints_of_other_models_or_without_moments_are_refused(folder: Path, root: Path):
-    progress = json.loads((root / "step_000002" / "progress.json").read_text())
-    (root / "step_000002" / "progress.json").write_text(json.dumps(progress | {"optimizer": False}))
-    other, bare = parity.run_world("test_policy_state", "refusals", 1, folder, root)[0]
+def altered(root: Path, name: str, **notes: Any) -> Path:
+    """A copy of a checkpoints folder whose newest checkpoint has other notes."""
+    copy = root.with_name(f"{root.name}-{name}")
+    shutil.copytree(root, copy)
+    note = copy / "step_000002" / "progress.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | notes))
+    return copy
+
+
+def test_checkpoints_of_other_models_damaged_or_without_moments_are_refused(folder: Path, root: Path):
+    flipped = altered(root, "flipped")
+    flip_bit(flipped / "step_000002")
+    dropped = altered(root, "dropped", moments={"exp_avg": "0" * 16, "exp_avg_sq": "0" * 16})
+    qwen2 = folder / "qwen2-tied"
+    cases = [
+        (folder / "qwen3-tied", folder / "qwen2-tied-saved", False),
+        (qwen2, altered(root, "bare", optimizer=False), True),
+        (qwen2, flipped, False),
+        (qwen2, dropped, True),
+    ]
+    other, bare, bit, moments, full = parity.run_world("test_policy_state", "refusals", 1, cases)[0]
     assert "of a model with family=qwen2: must be of the model in config.json, which has family=qwen3" in other
     assert "was saved without the optimizer's state" in bare
+    assert re.search(r"but has other bytes in its file __\d_\d.distcp than were saved. Fix: copy it again", bit)
+    assert "must give the optimizer the moments that were saved, and gave it {'exp_avg': '" in moments
+    assert re.search(r"with 0.00 GB free: must have room for a checkpoint, 0.00 GB; nothing was written or rem", full)
+    assert sorted(path.name for path in dropped.iterdir()) == ["latest", "step_000001", "step_000002"]
+
+
+def test_old_checkpoints_go_but_for_the_newest_and_every_so_many(root: Path):
+    """Also those that were being written when a run was killed; a checkpoint is replaced by one of the same step."""
+    whole = shutil.copytree(root / "step_000001", root.parent / "whole")
+    for step in (3, 4, 5, 6):
+        partial = root / f"step_{step:06d}.partial"
+        shutil.copytree(whole, partial)
+        (root / "step_000004.partial.replaced").mkdir(exist_ok=True)
+        checkpoint_folder.publish(partial, root / f"step_{step:06d}", keep=2, keep_every=3)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000003", "step_000005", "step_000006"]
+    again = root / "step_000006.partial"
+    shutil.copytree(root / "step_000005", again)
+    (again / "new").touch()
+    checkpoint_folder.publish(again, root / "step_000006", keep=1, keep_every=0)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000006"]
+    assert (root / "step_000006" / "new").exists() and (root / "latest").read_text() == "step_000006"

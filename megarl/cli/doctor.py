@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +17,16 @@ from megarl.formats import checkpoint_folder
 RunFolder = Annotated[
     Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run's folder; none: the installation.", show_default=False)
 ]
+SizesOnly = Annotated[bool, typer.Option("--sizes", help="Look at the files' sizes alone, not at every byte.")]
 
 
-def doctor(run_dir: RunFolder = None) -> None:
+def doctor(run_dir: RunFolder = None, sizes: SizesOnly = False) -> None:
     """Say what is installed and what the missing parts cost; or what the run in RUN_DIR can be resumed from."""
     console = Console(highlight=False, width=120)
     if run_dir is None:
         _show_installation(console)
     else:
-        _show_run(console, run_dir)
+        _show_run(console, run_dir, every_byte=not sizes)
 
 
 def _show_installation(console: Console) -> None:
@@ -36,20 +38,27 @@ def _show_installation(console: Console) -> None:
     console.print(table)
 
 
-def _show_run(console: Console, run_dir: Path) -> None:
+def _show_run(console: Console, run_dir: Path, *, every_byte: bool) -> None:
     """The run's checkpoints, and the one from which `resume=auto` would go on. Raises `Refusal` where that would."""
     if not run_dir.is_dir():
         raise Refusal(str(run_dir), "is no folder", "give a run's folder, such as runs/NAME")
     found = checkpoint_folder.survey(run_dir)
     table = Table("checkpoint", "step", "optimizer", "state", box=box.SIMPLE_HEAD)
-    for directory, damage in found:
-        progress = {} if damage else checkpoint_folder.read_progress(directory)
-        optimizer = "?" if damage else "yes" if progress["optimizer"] else "no"
+    damaged: set[Path] = set()
+    for directory, known in found:
+        damage = known
+        if damage is None and every_byte:
+            print(f"megarl: reading {directory.name}", file=sys.stderr)
+            damage = checkpoint_folder.altered(directory)
+        if damage is not None:
+            damaged.add(directory)
+        progress = {} if known else checkpoint_folder.read_progress(directory)
+        optimizer = "?" if known else "yes" if progress["optimizer"] else "no"
         state = f"[red]damaged: it {damage}[/red]" if damage else "[green]whole[/green]"
         table.add_row(directory.name, str(progress.get("step", "?")), optimizer, state)
     if found:
         console.print(table)
-    chosen = checkpoint_folder.find(run_dir)
+    chosen = checkpoint_folder.find(run_dir, damaged)
     if chosen is None:
         console.print(f"{run_dir} has no finished checkpoint: a run there starts from the beginning")
         return

@@ -330,6 +330,9 @@ class CheckpointSettings(Settings):
     keep: PositiveInt = Field(
         default=2, description="Checkpoints kept; older ones are removed after a newer is complete."
     )
+    keep_every: NonNegativeInt = Field(
+        default=0, description="Beside these, keep the checkpoints of every that many steps for good; 0: none."
+    )
     optimizer: bool = Field(
         default=True, description="Save the optimizer's state too; without it a run cannot be resumed."
     )

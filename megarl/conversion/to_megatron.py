@@ -15,7 +15,7 @@ from megarl.config.sections import ParallelSettings
 from megarl.conversion.ranks import Ranks
 from megarl.conversion.source import Source, check_finite, check_source, identity, open_source
 from megarl.errors import Refusal
-from megarl.formats import checkpoint_folder, megatron
+from megarl.formats import checkpoint_folder, checksums, megatron
 from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES
 from megarl.formats.staging import Staging, check_absent
@@ -87,6 +87,8 @@ def convert(
         staging.record(name, [megatron.chunk_to_json(chunk) for chunk in chunks[name]])
         done += _elements(files[name]) * written.itemsize
     gathered = ranks.gather(chunks)
+    # By their writers: another host may see an older state of a file.
+    sums = ranks.gather({name: checksums.measure(staging.path / name) for name in mine})
 
     def finish() -> None:
         found = {name: made for part in gathered for name, made in part.items()}
@@ -94,8 +96,8 @@ def convert(
         (staging.path / "hf").mkdir(exist_ok=True)
         copy_companions(source_path, staging.path / "hf", DTYPE_NAMES[written])
         facts = {"step": 0, "optimizer": False}
-        sizes = {name: found[name][-1].end for name in files}
-        checkpoint_folder.write_progress(staging.path, shape, facts, sizes)
+        measured = {name: stored for part in sums for name, stored in part.items()}
+        checkpoint_folder.write_progress(staging.path, shape, facts, measured)
         staging.finish()
 
     ranks.once(finish)

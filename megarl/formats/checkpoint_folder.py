@@ -1,20 +1,39 @@
 """The folders that checkpoints lie in: which is the newest whole one, and what was noted beside its weights.
 
-`checkpoints/step_000010/` holds Megatron's files and `progress.json`, which lists them with their sizes;
+`checkpoints/step_000010/` holds Megatron's files and `progress.json`, which lists them with their sizes and checksums;
 `checkpoints/latest` names the newest complete one. Torch-free.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
+from megarl.formats import checksums, durable
+from megarl.formats.checksums import StoredFile
+
+#: What progress.json says of itself. A change that this version's reader would misunderstand takes the next number.
+FORMAT = 1
+
+
+class Damaged(Refusal):
+    """A checkpoint that is not whole; `damage` says in words what is wrong with it."""
+
+    def __init__(self, checkpoint: Path, damage: str) -> None:
+        fix = "copy it again, or use an earlier one; without any, remove the folder to start from the beginning"
+        super().__init__(str(checkpoint), f"must be a complete checkpoint, but {damage}", fix)
+        self.checkpoint, self.damage = checkpoint, damage
+
+    def __reduce__(self) -> Any:
+        return Damaged, (self.checkpoint, self.damage)
+
 
 #: What two models must share to hold the same tensors.
 _SIZES = (
@@ -38,20 +57,35 @@ _SIZES = (
 
 
 def write_progress(
-    directory: Path, shape: ModelShape, facts: Mapping[str, Any], known_sizes: Mapping[str, int] | None = None
+    directory: Path, shape: ModelShape, facts: Mapping[str, Any], measured: Mapping[str, StoredFile] | None = None
 ) -> None:
-    """Write progress.json, last of a checkpoint's files: `facts`, the model's sizes and the files' sizes in bytes.
+    """Write progress.json, last of a checkpoint's files: `facts`, the model's sizes, the files' sizes and checksums.
 
-    Of the facts a checkpoint must have `step` and `optimizer`: whether it holds the optimizer's state. `known_sizes`
-    are those of files that another host wrote, of which this one may see an older state.
+    Of the facts a checkpoint must have `step` and `optimizer`: whether it holds the optimizer's state. `measured` are
+    the files that others have read already; the rest is read here.
     """
-    content = {**facts, "model": _sizes(shape), "files": _files(directory) | dict(known_sizes or {})}
-    (directory / "progress.json").write_text(json.dumps(content))
+    known = dict(measured or {})
+    known |= {name: checksums.measure(directory / name) for name in file_names(directory) if name not in known}
+    files = {name: known[name]._asdict() for name in sorted(known)}
+    content = {**facts, "format": FORMAT, "model": _sizes(shape), "files": files}
+    durable.replace_text(directory / "progress.json", json.dumps(content))
 
 
 def read_progress(directory: Path) -> dict[str, Any]:
-    """What was saved beside the weights."""
-    return json.loads((directory / "progress.json").read_text())
+    """What was saved beside the weights. Raises `Refusal` where a newer version of megarl wrote it."""
+    found = json.loads((directory / "progress.json").read_text())
+    if found.get("format", FORMAT) > FORMAT:
+        raise Refusal(
+            f"{directory} of format {found['format']}",
+            f"was written by a newer megarl; this one reads formats up to {FORMAT}",
+            "update megarl, or continue from an earlier checkpoint with model.weights",
+        )
+    return found
+
+
+def file_names(directory: Path) -> list[str]:
+    """Megarl's note apart, the files of a checkpoint."""
+    return [file.name for file in sorted(directory.iterdir()) if file.is_file() and file.name != "progress.json"]
 
 
 def check_model(directory: Path, progress: Mapping[str, Any], shape: ModelShape) -> None:
@@ -73,16 +107,37 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
 
 
 def check_whole(directory: Path) -> None:
-    """Raise `Refusal` where a checkpoint is damaged."""
+    """Raise `Damaged` where files of a checkpoint are missing or of another size."""
     if (damage := _damage(directory)) is not None:
-        raise _refusal(str(directory), damage)
+        raise Damaged(directory, damage)
 
 
-def find(path: str | Path) -> Path | None:
+def altered(directory: Path, names: Iterable[str] | None = None) -> str | None:
+    """What is wrong with the bytes of a checkpoint's files, or of those named, in words; None where they are as saved.
+
+    Reads them from end to end.
+    """
+    recorded: dict[str, Any] = read_progress(directory)["files"]
+    chosen = list(recorded if names is None else names)
+
+    def differs(name: str) -> str | None:
+        try:
+            found = checksums.measure(directory / name)
+        except OSError as error:
+            return f"has a file {name} that cannot be read ({error.strerror})"
+        return None if found == StoredFile(**recorded[name]) else f"has other bytes in its file {name} than were saved"
+
+    # Reading and hashing let go of Python's lock.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return next((said for said in pool.map(differs, chosen) if said is not None), None)
+
+
+def find(path: str | Path, passed_over: Collection[Path] = ()) -> Path | None:
     """The checkpoint that `path` means, or None without one.
 
     `path` is a checkpoint itself, or a folder whose `latest` (or that of its checkpoints/) names one. Where that one
-    is damaged, the newest whole one before it is found. Raises `Refusal` where damaged ones are all there is.
+    is damaged or in `passed_over`, the newest whole one before it is found. Raises `Damaged` where damaged ones are all
+    there is. Sizes are looked at here; bytes by `altered`.
     """
     path = Path(path)
     if (path / "progress.json").is_file() or (path.name.startswith("step_") and path.is_dir()):
@@ -91,19 +146,19 @@ def find(path: str | Path) -> Path | None:
         named = _named(path)
         if named is None:
             return None
-        earlier = (directory for directory in _finished(named.parent) if directory.name <= named.name)
-        candidates = sorted(earlier, reverse=True) or [named]
+        earlier = [directory for directory in _finished(named.parent) if _step(directory) <= _step(named)]
+        candidates = earlier or [named]
     damages = [_damage(candidate) for candidate in candidates]
     for candidate, damage in zip(candidates, damages, strict=True):
-        if damage is None:
+        if damage is None and candidate not in passed_over:
             return candidate
-    raise _refusal(str(candidates[0]), damages[0] or "")
+    raise Damaged(candidates[0], damages[0] or "has other bytes in its files than were saved")
 
 
 def survey(path: Path) -> list[tuple[Path, str | None]]:
     """All checkpoints of a run's folder, newest first, with what is wrong with each in words, or None."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    return [(directory, _damage(directory)) for directory in sorted(_finished(root), reverse=True)]
+    return [(directory, _damage(directory)) for directory in _finished(root)]
 
 
 def newest(path: str | Path) -> Path:
@@ -152,53 +207,52 @@ def hf_folder(checkpoint: Path) -> Path:
     )
 
 
-def publish(partial: Path, final: Path, keep: int) -> None:
-    """Give a complete checkpoint its name, point `latest` at it, and keep the newest `keep`."""
-    shutil.rmtree(final, ignore_errors=True)
+def publish(partial: Path, final: Path, *, keep: int, keep_every: int) -> None:
+    """Give a complete checkpoint its name and point `latest` at it, with all of it on the disk first.
+
+    Then those before it are removed, but for the newest `keep` and, where `keep_every` is not 0, those of every so many
+    steps. At no moment is there less than before.
+    """
+    root = final.parent
+    durable.sync_tree(partial)
+    replaced = root / f"{final.name}.partial.replaced"
+    if final.exists():
+        # A damaged one, which the run did not continue from.
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     partial.rename(final)
-    _replace_text(final.parent / "latest", final.name)
-    for directory in sorted(_finished(final.parent))[:-keep]:
-        if directory != final:
+    durable.replace_text(root / "latest", final.name)
+    for directory in _finished(root)[keep:]:
+        kept_for_good = keep_every > 0 and _step(directory) % keep_every == 0
+        if directory != final and not kept_for_good:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def _replace_text(file: Path, text: str) -> None:
-    fresh = file.with_name(file.name + ".new")
-    with open(fresh, "w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    fresh.replace(file)
+    for left_over in root.glob("step_*.partial*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _finished(root: Path) -> list[Path]:
-    """Checkpoints that were renamed to their final name."""
-    return [d for d in root.glob("step_*") if d.is_dir() and not d.name.endswith(".partial")]
+    """Checkpoints that were renamed to their final name, newest first."""
+    found = [d for d in root.glob("step_*") if d.is_dir() and re.fullmatch(r"step_\d+", d.name)]
+    return sorted(found, key=_step, reverse=True)
 
 
-def _files(directory: Path) -> dict[str, int]:
-    """Sizes in bytes of Megatron's files."""
-    files = (file for file in sorted(directory.iterdir()) if file.is_file())
-    return {file.name: file.stat().st_size for file in files if file.name != "progress.json"}
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))
 
 
 def _damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole."""
+    """What is wrong with a checkpoint, in words, without reading its tensors; None where nothing is."""
     try:
-        expected: dict[str, int] = read_progress(directory)["files"]
+        expected = {name: StoredFile(**stored) for name, stored in read_progress(directory)["files"].items()}
     except FileNotFoundError:
         return "has no progress.json, which is written last"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return "has a progress.json that cannot be read"
-    present = _files(directory)
-    for name, size in expected.items():
-        if name not in present:
+    for name, stored in expected.items():
+        try:
+            size = (directory / name).stat().st_size
+        except FileNotFoundError:
             return f"has lost its file {name}"
-        if present[name] != size:
-            return f"has {present[name]} of the {size} bytes of its file {name}"
+        if size != stored.bytes:
+            return f"has {size} of the {stored.bytes} bytes of its file {name}"
     return None
-
-
-def _refusal(checkpoint: str, damage: str) -> Refusal:
-    fix = "copy it again, or use an earlier one; without any, remove the folder to start from the beginning"
-    return Refusal(checkpoint, f"must be a complete checkpoint, but {damage}", fix)

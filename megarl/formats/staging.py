@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megarl.errors import Refusal
+from megarl.formats import durable
 
 
 class Staging:
@@ -100,12 +101,9 @@ class Staging:
 
     def finish(self) -> None:
         """Give the directory its name, everything in it on the disk. One process calls it."""
-        for folder, _, files in os.walk(self.path, topdown=False):
-            for name in files:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+        durable.sync_tree(self.path)
         self.path.rename(self.out)
-        _sync(self.out.parent)
+        durable.sync(self.out.parent)
         shutil.rmtree(self.out / ".records")
 
 
@@ -113,11 +111,3 @@ def check_absent(out: Path) -> None:
     """Raise `Refusal` where the output exists."""
     if os.path.lexists(out):
         raise Refusal(str(out), "exists, and is not written over", "remove it, or give another directory")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

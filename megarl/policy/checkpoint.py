@@ -1,8 +1,9 @@
-"""Megatron distributed checkpoints of a run: complete or not there at all.
+"""Megatron distributed checkpoints of a run: complete or not there at all, and known to be what was saved.
 
 A checkpoint is written under another name and renamed, and `latest` is replaced atomically, so a run killed at any
-moment leaves the previous checkpoint whole. One that was damaged later, by a full disk or a copy that broke off, is
-known by its list of files; see `megarl.formats.checkpoint_folder`.
+moment leaves the previous checkpoint whole. One that was damaged later, by a full disk, a copy that broke off or a bad
+disk, is known by its list of files with sizes and checksums; see `megarl.formats.checkpoint_folder`. That the optimizer
+has its moments again is known by a digest of them.
 """
 
 from __future__ import annotations
@@ -17,34 +18,51 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megarl.errors import Refusal
-from megarl.formats import checkpoint_folder, megatron
-from megarl.policy import adam_state
+from megarl.formats import checkpoint_folder, checksums, megatron
+from megarl.parallel.bootstrap import World
+from megarl.parallel.exchange import from_first, gather_all
+from megarl.policy import adam_state, moments
+from megarl.policy.model import is_expert
 from megarl.policy.policy import Policy
 
 
-def save(policy: Policy, root: Path, step: int, progress: dict[str, Any], *, optimizer: bool, keep: int) -> Path:
-    """Save under `root/step_XXXXXX` and point `root/latest` at it; keeps the newest `keep` checkpoints."""
+def save(
+    policy: Policy, root: Path, step: int, progress: dict[str, Any], *, optimizer: bool, keep: int, keep_every: int = 0
+) -> Path:
+    """Save under `root/step_XXXXXX` and point `root/latest` at it; older ones go as in `checkpoint_folder.publish`.
+
+    Collective. Raises `Refusal` on all ranks, with nothing written, where the disk has no room for it.
+    """
     final = root / f"step_{step:06d}"
     partial = root / f"{final.name}.partial"
+    _require_room(policy, root, optimizer=optimizer)
     if policy.world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     state = _state(policy, megatron.CONTENT, optimizer=optimizer, loading=False)
     dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
+    facts: dict[str, Any] = {"step": step, "optimizer": optimizer}
+    if optimizer:
+        facts["moments"] = moments.digest(policy.optimizer)
     dist.barrier()
+    names = from_first(checkpoint_folder.file_names(partial) if policy.world.is_first else [])
+    mine = checksums.share(names, policy.world.rank, policy.world.size)
+    found = gather_all({name: checksums.measure(partial / name) for name in mine})
     if policy.world.is_first:
-        facts = {"step": step, "optimizer": optimizer, "model_path": str(Path(policy.config.model.path).resolve())}
-        checkpoint_folder.write_progress(partial, policy.shape, progress | facts)
-        checkpoint_folder.publish(partial, final, keep)
+        facts["model_path"] = str(Path(policy.config.model.path).resolve())
+        measured = {name: stored for part in found for name, stored in part.items()}
+        checkpoint_folder.write_progress(partial, policy.shape, progress | facts, measured)
+        checkpoint_folder.publish(partial, final, keep=keep, keep_every=keep_every)
     dist.barrier()
     return final
 
 
 def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
-    """Load weights, and with `optimizer` its state and schedule too; returns the saved progress.
+    """Load weights, and with `optimizer` its state and schedule too; returns the saved progress. Collective.
 
-    Raises `Refusal` where the checkpoint is damaged, of another model, or lacks the optimizer's state.
+    Raises `Damaged` where the checkpoint is not whole; `Refusal` where it is of another model, lacks the optimizer's
+    state, or where the optimizer's moments are not those that were saved.
     """
     checkpoint_folder.check_whole(directory)
     progress = checkpoint_folder.read_progress(directory)
@@ -55,6 +73,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
             "was saved without the optimizer's state, so the run cannot continue from it",
             "start a new run with model.weights set to it, or save with checkpoint.optimizer=true",
         )
+    _check_bytes(directory, progress, policy.world)
     # How the checkpoint names its tensors, which need not be how this version does.
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
     state: Any = dist_checkpointing.load(
@@ -67,9 +86,48 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     if optimizer:
         policy.scheduler.load_state_dict(state["scheduler"])
         adam_state.load(policy.optimizer, state["optimizer"], policy.scheduler.num_steps)
+        _check_moments(directory, progress, moments.digest(policy.optimizer))
     else:
         policy.weights_changed()
     return progress
+
+
+def _check_bytes(directory: Path, progress: dict[str, Any], world: World) -> None:
+    """Raise `Damaged` on all ranks, which share the reading, where a file has other bytes than were saved."""
+    found = gather_all(checkpoint_folder.altered(directory, checksums.share(progress["files"], world.rank, world.size)))
+    for damage in found:
+        if damage is not None:
+            raise checkpoint_folder.Damaged(directory, damage)
+
+
+def _check_moments(directory: Path, progress: dict[str, Any], found: dict[str, str]) -> None:
+    if progress["moments"] != found:
+        raise Refusal(
+            f"{directory} with moments {progress['moments']}",
+            f"must give the optimizer the moments that were saved, and gave it {found}",
+            "continue with the versions of megatron-core and megarl that saved it",
+        )
+
+
+def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
+    """Raise `Refusal` where the disk has less room than a checkpoint takes: what is there stays as it is."""
+    grid = policy.grid
+    ranks = grid.tensor * grid.context * grid.data
+    needed = 0.0
+    for _, parameter in policy.named_parameters():
+        # The optimizer has fp32 weights and two moments, wherever the ranks keep them.
+        size = parameter.numel() * (parameter.element_size() + (12 if optimizer else 0))
+        holders = grid.expert * grid.expert_tensor if is_expert(parameter) else grid.tensor
+        needed += size * holders / ranks
+    needed = sum(gather_all(needed))
+    root.mkdir(parents=True, exist_ok=True)
+    free = from_first(shutil.disk_usage(root).free)
+    if free < needed:
+        raise Refusal(
+            f"{root} with {free / 1e9:.2f} GB free",
+            f"must have room for a checkpoint, {needed / 1e9:.2f} GB; nothing was written or removed",
+            "free some space and go on with resume=auto; checkpoint.keep says how many are kept",
+        )
 
 
 def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:

@@ -151,6 +151,11 @@ def _mark_experts(model: GPTModel) -> None:
                 set_tensor_model_parallel_attributes(parameter, True, int(".linear_fc2." in name), 1)
 
 
+def is_expert(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter is an expert's, which the expert-parallel ranks share out."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def _defer_head(
     layer: torch.nn.Module, hidden: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None
 ) -> tuple[torch.Tensor, None]:

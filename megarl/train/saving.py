@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,6 +27,7 @@ def save_checkpoint(session: Session) -> None:
             dataclasses.asdict(session.progress),
             optimizer=settings.optimizer,
             keep=settings.keep,
+            keep_every=settings.keep_every,
         )
     session.saved_step = session.progress.step
 
@@ -35,22 +37,35 @@ def resume(session: Session) -> bool:
     config = session.config
     if config.resume == "never":
         return False
-    root = run_directory(config) / "checkpoints"
-    # What rank 0 sees decides, so that all do the same.
-    directory = from_first(checkpoint_folder.find(root))
-    if directory is None:
+    saved = _load_newest(session)
+    if saved is None:
         if config.resume == "must":
+            root = run_directory(config) / "checkpoints"
             raise Refusal(
                 "resume=must", f"needs a complete checkpoint in {root}", "use resume=auto to start from the beginning"
             )
         return False
-    saved = checkpoint.load(session.policy, directory, optimizer=True)
     names = {f.name for f in dataclasses.fields(Progress)}
     session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
     session.policy.skipped_in_a_row = session.progress.skipped_in_a_row
     session.stream.restore(session.progress.cursor)
     session.saved_step = session.progress.step
     return True
+
+
+def _load_newest(session: Session) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole and return its progress; None where there is none. Collective."""
+    root, damaged = run_directory(session.config) / "checkpoints", set()
+    while True:
+        # What rank 0 sees decides, so that all do the same.
+        directory = from_first(checkpoint_folder.find(root, damaged))
+        if directory is None:
+            return None
+        try:
+            return checkpoint.load(session.policy, directory, optimizer=True)
+        except checkpoint_folder.Damaged as found:
+            session.recorder.status(f"{directory.name} {found.damage}: looking at the one before it")
+            damaged.add(directory)
 
 
 def save_rollouts(session: Session, step: int, rollouts: Rollouts) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.errors import MegarlError
+from megarl.ops.bits import sum_of_bits
 from megarl.parallel.exchange import gather_all
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
@@ -39,9 +40,6 @@ class Target(Protocol):
 class PushError(MegarlError):
     """A push that failed: what arrived differs from what was sent, or a rank is gone or silent. Names the ranks."""
 
-
-#: Elements that a checksum adds up at a time.
-SUMMED_ELEMENTS = 1 << 20
 
 #: Movers are told apart by the order in which they are made.
 _NUMBERS = count()
@@ -113,7 +111,7 @@ class Mover:
                         view = box_view(sources[transfer.source_name], transfer.source_box)
                         part.view(view.shape).copy_(view)
                 if self._sums is not None:
-                    self._sums[0][message.peer] += _sum(flat)
+                    self._sums[0][message.peer] += sum_of_bits(flat)
                 self.sent_bytes += flat.nbytes
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
         # Tensor by tensor, so that few are begun and not complete.
@@ -166,12 +164,12 @@ class Mover:
             if part is None:
                 part = box_view(sources[transfer.source_name], transfer.source_box).to(self.dtype)
                 if self._sums is not None:
-                    self._sums[0][transfer.source] += _sum(part)
+                    self._sums[0][transfer.source] += sum_of_bits(part)
             if not landed:
                 view.copy_(part.reshape(view.shape))
             if self._sums is not None:
                 # A tensor of another type has other bits: there what arrived counts.
-                self._sums[1][transfer.source] += _sum(view if view.dtype == self.dtype else part)
+                self._sums[1][transfer.source] += sum_of_bits(view if view.dtype == self.dtype else part)
             left[transfer.target_name] -= 1
             if left[transfer.target_name] == 0:
                 target.complete(transfer.target_name)
@@ -258,13 +256,6 @@ class _Travelling:
 
     requests: list[tuple[Any, Message]]
     pieces: list[_Piece]
-
-
-def _sum(tensor: torch.Tensor) -> int:
-    """The sum of the elements' bits, read as whole numbers; a part at a time, since each is widened first."""
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    rows = max(1, SUMMED_ELEMENTS * len(tensor) // max(1, tensor.numel()))
-    return sum(int(part.view(kind).sum(dtype=torch.int64)) for part in tensor.split(rows))
 
 
 def _compare(ranks: list[tuple[dict[int, int], dict[int, int]]]) -> None:
