@@ -32,7 +32,7 @@ def test_a_step_upwards_is_noticed(tmp_path: Path) -> None:
     result = lint_imports(tmp_path)
     assert result.returncode == 1
     assert "Imports only go down the floors BROKEN" in result.stdout
-    assert "Configuration and records stay free of torch BROKEN" in result.stdout
+    assert "Configuration, records and submission stay free of torch BROKEN" in result.stdout
     assert "vllm enters by rollout alone BROKEN" in result.stdout
 
 

@@ -13,6 +13,7 @@ from megarl.cli.doctor import doctor
 from megarl.cli.evaluate import evaluate
 from megarl.cli.generate import generate
 from megarl.cli.plan import plan
+from megarl.cli.submit import submit
 from megarl.cli.train import train
 from megarl.errors import MegarlError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, generate, check, plan, doctor):
+for _command in (train, evaluate, generate, check, plan, submit, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

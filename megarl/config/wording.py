@@ -14,11 +14,11 @@ def divisors(*numbers: int) -> str:
     return listed([n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)])
 
 
-def listed(numbers: Sequence[int]) -> str:
-    """`numbers`, of which there is at least one, as a choice.
+def listed(choices: Sequence[object]) -> str:
+    """`choices`, of which there is at least one, as words.
 
     >>> listed([2]), listed([1, 2, 4])
     ('2', '1, 2 or 4')
     """
-    texts = [str(number) for number in numbers]
+    texts = [str(choice) for choice in choices]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

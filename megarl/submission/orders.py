@@ -1,0 +1,73 @@
+"""The jobs that a submission may have, in the order train, then what follows it: their arguments and own rules."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
+from megarl.submission.resources import Resources
+
+_FIX = "use --then evaluate or --then convert, with arguments as in --then 'evaluate evaluation.samples=4'"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A job of template slurm/`kind`.sbatch, and the arguments that were given for it alone."""
+
+    kind: str
+    more: tuple[str, ...] = ()
+
+    def resources(self, asked: Resources) -> Resources:
+        """What the job takes of what was asked for: a conversion one task, without GPUs."""
+        if self.kind != "convert":
+            return asked
+        return replace(asked, nodes=1, tasks_per_node=1, gpus_per_node=0)
+
+    def arguments(self, settings: Sequence[str], run: RunConfig) -> list[str]:
+        """The script's arguments for `run`, which CONFIG and overrides in `settings` describe."""
+        folder = str(Path(run.runs_dir) / run.name)
+        if self.kind == "convert":
+            return ["--megatron", folder, "--out", f"{folder}/hf", *self.more]
+        if self.kind == "evaluate":
+            return [*settings, f"checkpoint={folder}", *self.more]
+        return list(settings)
+
+    @property
+    def overrides(self) -> list[str]:
+        """Those of its own arguments that replace settings of the run."""
+        if self.kind != "evaluate":
+            return []
+        return [text for text in self.more if not text.startswith(("--", "checkpoint="))]
+
+    def refusals(self, run: RunConfig, *, is_array: bool) -> Iterator[Refusal]:
+        """What keeps the job from following `run`."""
+        if self.kind == "train":
+            return
+        text = f"--then {shlex.join([self.kind, *self.more])}"
+        if not run.checkpoint.end and not run.checkpoint.every:
+            rule = "needs a checkpoint, which checkpoint.every=0 with checkpoint.end=false never saves"
+            yield Refusal(text, rule, "set checkpoint.end=true")
+        if self.kind != "convert":
+            return
+        elsewhere = any(word == "--out" or word.startswith("--out=") for word in self.more)
+        if elsewhere and is_array:
+            rule = "gives the runs of the array one folder"
+            yield Refusal(text, rule, "leave --out away: each is converted to hf/ in its own run's folder")
+        if run.checkpoint.export_hf and not elsewhere:
+            rule = "would write the folder hf/ that checkpoint.export_hf=true writes already"
+            yield Refusal(text, rule, "leave one of the two away")
+
+
+def parse_order(text: str) -> Order:
+    """Read `evaluate` or `convert` with arguments as a shell would. Raises `Refusal` for anything else."""
+    try:
+        kind, *more = shlex.split(text) or [""]
+    except ValueError:
+        raise Refusal(f"--then {text}", "has a quote that does not end", _FIX) from None
+    if kind not in ("evaluate", "convert"):
+        raise Refusal(f"--then {text}", "is no job that can follow", _FIX)
+    return Order(kind, tuple(more))
