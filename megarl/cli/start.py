@@ -1,6 +1,6 @@
 """What the commands share: read and check the configuration, then run a worker in this process or in local ones.
 
-Nothing here imports torch before the configuration has passed, unless a launcher started this process.
+Nothing here imports torch before the configuration has passed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def launcher_place() -> tuple[int, int] | None:
     """Rank and world size where torchrun, srun or mpirun started this process, else None."""
     if not any(name in os.environ for name in _LAUNCHER_RANKS):
         return None
-    from megarl.parallel.bootstrap import find_place
+    from megarl.parallel.place import find_place
 
     place = find_place(os.environ)
     return (place.rank, place.size) if place else None

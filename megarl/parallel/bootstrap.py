@@ -1,29 +1,38 @@
-"""How a process finds its place: rank, world size and rendezvous from whichever launcher started it.
+"""How a process joins the world that a launcher started it in.
 
-torchrun sets RANK and its siblings; `srun` sets SLURM_*; `mpirun` sets OMPI_* or PMI_*. All of them end
-in one default process group and in torchrun's environment variables, which vLLM's external launcher
+All launchers end in one default process group and in torchrun's environment variables, which vLLM's external launcher
 reads too.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from megarl.errors import Refusal
-from megarl.parallel import cpu_platform
+from megarl.errors import Interrupted, Refusal
+from megarl.parallel import cpu_platform, roll_call
+from megarl.parallel.place import DEFAULT_PORT, Place, find_place, free_port, place_over_mpi
+
+#: Minutes that a rank waits for the others in a collective before it gives up.
+TIMEOUT_MINUTES = 30.0
+
+#: Seconds that the ranks wait for all of them to come.
+JOIN_LIMIT = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's place. `node_of_rank[r]` numbers the host of rank r, hosts in order of their first rank."""
+    """This process's place.
+
+    `node_of_rank[r]` numbers the host of rank r, hosts in order of their first rank; `hosts[r]` is its name.
+    """
 
     rank: int
     size: int
@@ -31,114 +40,116 @@ class World:
     local_size: int
     node_of_rank: tuple[int, ...]
     device: torch.device
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a launcher's environment says, before any communication."""
-
-    rank: int
-    size: int
-    local_rank: int
-    address: str | None
-    port: str | None
-
-
-def find_place(environment: Mapping[str, str]) -> Place | None:
-    """Read a launcher's variables; None where no launcher started this process."""
-    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        local = environment.get("LOCAL_RANK", "0")
-        return Place(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(local), address, port)
-    if "OMPI_COMM_WORLD_RANK" in environment:
-        rank, size = int(environment["OMPI_COMM_WORLD_RANK"]), int(environment["OMPI_COMM_WORLD_SIZE"])
-        return Place(rank, size, int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")), address, port)
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-        job = int(environment.get("SLURM_JOB_ID", "0"))
-        # All tasks of a job derive the same free-range port from the job's number.
-        default_port = str(20000 + job % 20000)
-        local = int(environment.get("SLURM_LOCALID", "0"))
-        return Place(rank, size, local, address or first_host(nodes), port or default_port)
-    if "PMI_RANK" in environment:
-        rank, size = int(environment["PMI_RANK"]), int(environment["PMI_SIZE"])
-        return Place(rank, size, int(environment.get("MPI_LOCALRANKID", "0")), address, port)
-    return None
-
-
-def first_host(nodelist: str) -> str:
-    """First host of a Slurm node list: `gpu[07-09,12],x1` -> `gpu07`."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
-    return (match.group(1) + (match.group(2) or "")) if match else "127.0.0.1"
-
-
-#: Minutes that a rank waits for the others in a collective before it gives up.
-TIMEOUT_MINUTES = 30.0
-
-
-def join(timeout_minutes: float = TIMEOUT_MINUTES) -> World:
+def join(timeout_minutes: float = TIMEOUT_MINUTES, join_limit: float = JOIN_LIMIT) -> World:
     """Join the world this process was started in and return its place in it.
 
-    Initialises the default process group: gloo on the CPU; NCCL, with gloo for CPU tensors, on GPUs.
-    Raises `Refusal` where a launcher gave a rank but no address to meet at.
+    Initialises the default process group: gloo on the CPU; NCCL, with gloo for CPU tensors, on GPUs. `timeout_minutes`
+    bounds each later collective, `join_limit` in seconds how long the ranks wait for each other here.
+    Raises `Refusal` where a launcher gave a rank but no address to meet at, a rank that two processes have, or a port
+    that is taken; `Interrupted`, naming them, where ranks do not come or do not reach each other.
     """
-    place = find_place(os.environ) or Place(0, 1, 0, None, None)
-    address = place.address or _address_over_mpi(place)
-    port = place.port or ("0" if place.size == 1 else "29500")
-    if place.size == 1 and port == "0":
-        port = str(free_port())
+    place = _meeting_place(join_limit)
+    cuda = cpu_platform.has_cuda()
+    if cuda:
+        place = replace(place, local_rank=_gpu(place))
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.size),
         LOCAL_RANK=str(place.local_rank),
-        MASTER_ADDR=address,
-        MASTER_PORT=port,
+        MASTER_ADDR=str(place.address),
+        MASTER_PORT=str(place.port),
     )
-    cuda = cpu_platform.has_cuda()
     if cuda:
         torch.cuda.set_device(place.local_rank)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    formed = not dist.is_initialized()
+    if formed:
+        _form(place, "cpu:gloo,cuda:nccl" if cuda else "gloo", join_limit)
+    named: list[tuple[str, int | str]] = [("", "")] * place.size
+    host = socket.gethostname()
+    try:
+        if cuda:
+            # NCCL forms the group at its first collective, in which all must take part; a push is not one.
+            dist.all_reduce(torch.zeros(1, device="cuda"))
+        dist.all_gather_object(named, (host, host if place.node is None else place.node))
+    except RuntimeError as error:
+        raise _unreached(place, error) from None
+    if formed:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes))
+    # Imports Megatron, for which ranks may take very unlike times.
     cpu_platform.activate()
-    if cuda:
-        # NCCL forms the group at its first collective, in which all must take part; a push is not one.
-        dist.all_reduce(torch.zeros(1, device="cuda"))
-    hosts: list[str] = [""] * place.size
-    dist.all_gather_object(hosts, socket.gethostname())
-    numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    nodes = [node for _, node in named]
+    numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
-    local_size = hosts.count(hosts[place.rank])
-    return World(place.rank, place.size, place.local_rank, local_size, tuple(numbers[h] for h in hosts), device)
+    return World(
+        rank=place.rank,
+        size=place.size,
+        local_rank=place.local_rank,
+        local_size=nodes.count(nodes[place.rank]),
+        node_of_rank=tuple(numbers[node] for node in nodes),
+        device=device,
+        hosts=tuple(name for name, _ in named),
+    )
+
+
+def _meeting_place(join_limit: float) -> Place:
+    """This process's place, with rank 0's address and port."""
+    place = place_over_mpi(find_place(os.environ) or Place(0, 1, 0, None, None), join_limit)
+    if place.size == 1:
+        port = place.port if place.port not in (None, "0") else str(free_port())
+        return replace(place, address=place.address or "127.0.0.1", port=port)
+    if place.address is None:
+        raise Refusal(
+            f"rank {place.rank} of {place.size} without MASTER_ADDR",
+            "processes must know where to meet",
+            "set MASTER_ADDR and MASTER_PORT, or install mpi4py so that the address comes over MPI",
+        )
+    return replace(place, port=place.port or DEFAULT_PORT)
+
+
+def _gpu(place: Place) -> int:
+    """The number of this process's GPU among those that it sees."""
+    seen = torch.cuda.device_count()
+    if seen == 1:
+        # The launcher showed each process its own alone, or there is one for one.
+        return 0
+    if place.local_rank >= seen:
+        raise Refusal(
+            f"process {place.local_rank + 1} on {socket.gethostname()}, which has {seen} GPUs",
+            "each process must have a GPU of its own",
+            f"start at most {seen} processes per host, or ask for more GPUs (srun --gpus-per-node)",
+        )
+    return place.local_rank
+
+
+def _form(place: Place, backend: str, limit: float) -> None:
+    """Meet the other ranks and form the default process group with them, in `limit` seconds."""
+    started = time.monotonic()
+    store: Store = PrefixStore("default_pg", roll_call.meet(place, limit))
+    left = max(10.0, limit - (time.monotonic() - started))
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=left)
+        )
+    except RuntimeError as error:
+        raise _unreached(place, error) from None
+
+
+def _unreached(place: Place, error: RuntimeError) -> Interrupted:
+    return Interrupted(
+        f"rank {place.rank} of {place.size} on {socket.gethostname()} could not connect to the other ranks, though "
+        f"all of them came ({str(error).splitlines()[0].rstrip('. ')}): see whether one of them ended, name the "
+        "network between the hosts by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and start again with resume=auto"
+    )
 
 
 def leave() -> None:
     """Take down the default process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port free on this host at the time of the call."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
-
-
-def _address_over_mpi(place: Place) -> str:
-    """Host name of rank 0. One process needs none; more ask mpi4py, since mpirun sets no address."""
-    if place.size == 1:
-        return "127.0.0.1"
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        raise Refusal(
-            f"rank {place.rank} of {place.size} without MASTER_ADDR",
-            "processes must know where to meet",
-            "set MASTER_ADDR and MASTER_PORT, or install mpi4py so that the address comes over MPI",
-        ) from None
-    return MPI.COMM_WORLD.bcast(socket.gethostname() if place.rank == 0 else None, root=0)

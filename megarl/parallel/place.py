@@ -1,0 +1,146 @@
+"""What a launcher says of this process's place: rank, world size, host, and where to meet. Free of torch.
+
+torchrun sets RANK and its siblings; `srun` sets SLURM_*; `mpirun` sets OMPI_* or PMI_*. Under MPI, mpi4py has the last
+word where it is installed, since only MPI knows the layout of hosts and where rank 0 is.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megarl.errors import Refusal
+
+#: The port that ranks meet at where nothing else names one.
+DEFAULT_PORT = "29500"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process stands. `address` and `port` are rank 0's, None where the launcher does not say.
+
+    `mpi`: an MPI launcher started it. `node` is equal on the processes of a host, None where host names must tell.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str | None
+    port: str | None
+    mpi: bool = False
+    node: int | None = None
+
+
+def find_place(environment: Mapping[str, str]) -> Place | None:
+    """Read a launcher's variables; None where no launcher started this process. Starts nothing, MPI neither."""
+    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+
+    def number(name: str, default: str = "0") -> int:
+        return int(environment.get(name, default))
+
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Place(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), address, port)
+    hosts = slurm_hosts(environment)
+    if hosts:
+        address = address or hosts[0]
+        # All tasks of a job derive the same port, outside the ephemeral range, from the job's number.
+        port = port or str(20000 + number("SLURM_JOB_ID") % 12000)
+    if "OMPI_COMM_WORLD_RANK" in environment:
+        rank, size = number("OMPI_COMM_WORLD_RANK"), number("OMPI_COMM_WORLD_SIZE")
+        return Place(rank, size, number("OMPI_COMM_WORLD_LOCAL_RANK"), address, port, mpi=True)
+    # Before Slurm's: MPICH's mpirun in a batch job inherits the SLURM_PROCID of what started it.
+    if "PMI_RANK" in environment and "PMI_SIZE" in environment:
+        local = number("MPI_LOCALRANKID", environment.get("SLURM_LOCALID", "0"))
+        return Place(number("PMI_RANK"), number("PMI_SIZE"), local, address, port, mpi=True)
+    if "SLURM_PROCID" in environment and number("SLURM_NTASKS", "1") > 1:
+        # Without a plug-in for MPI, MPI would take each task for the only one.
+        mpi = "PMIX_RANK" in environment
+        return Place(number("SLURM_PROCID"), number("SLURM_NTASKS"), number("SLURM_LOCALID"), address, port, mpi=mpi)
+    return None
+
+
+def slurm_hosts(environment: Mapping[str, str]) -> list[str]:
+    """The hosts of the Slurm step or job that this process is in, in Slurm's order; none outside Slurm."""
+    return expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
+
+
+def expand_hosts(nodelist: str) -> list[str]:
+    """The hosts of a Slurm node list: `gpu[07-09,12],x1` -> gpu07, gpu08, gpu09, gpu12, x1."""
+    hosts: list[str] = []
+    for before, ranges, after in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\]([^,\[]*))?", nodelist):
+        for part in ranges.split(","):
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last) + 1) if last else [first]
+            hosts += [f"{before}{number:0{len(first)}d}" if last else f"{before}{number}" for number in numbers]
+            hosts[len(hosts) - len(numbers) :] = [host + after for host in hosts[len(hosts) - len(numbers) :]]
+    return hosts
+
+
+def place_over_mpi(place: Place, limit: float) -> Place:
+    """`place` as MPI knows it: rank, size, layout of hosts, and rank 0's host and a free port where none were given.
+
+    As it was, where no MPI launcher started the process, it is the only one, or there is no mpi4py or no MPI library.
+    MPI is started and ended again: what ends a rank later is then not held up by it. Where the start takes longer than
+    `limit` seconds, as it does while a rank has not come to it, the process ends with its stack. Raises `Refusal` where
+    MPI knows another number of processes than the launcher.
+    """
+    if not place.mpi or place.size == 1:
+        return place
+    # The start of MPI waits for all ranks and lets no other thread of Python run meanwhile.
+    faulthandler.dump_traceback_later(limit, exit=True)
+    try:
+        mpi = _load_mpi()
+        if mpi is None:
+            return place
+        started = not mpi.Is_initialized()
+        if started:
+            mpi.Init()
+        try:
+            return _asked(mpi, place)
+        finally:
+            if started:
+                mpi.Finalize()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _load_mpi() -> Any:
+    """mpi4py's MPI, not started yet; None without mpi4py or without an MPI library."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        # RuntimeError: mpi4py is there, and finds no library to load.
+        return None
+    return MPI
+
+
+def _asked(mpi: Any, place: Place) -> Place:
+    world = mpi.COMM_WORLD
+    if world.Get_size() != place.size:
+        raise Refusal(
+            f"{place.size} processes of which MPI knows {world.Get_size()}",
+            "must find each other",
+            "start them by the mpirun of the MPI that mpi4py was built for, or by srun with --mpi=pmix or --mpi=none",
+        )
+    host = world.Split_type(mpi.COMM_TYPE_SHARED)
+    node, local_rank = host.bcast(world.Get_rank(), root=0), host.Get_rank()
+    host.Free()
+    meeting = (socket.gethostname(), str(free_port())) if world.Get_rank() == 0 else None
+    address, port = world.bcast(meeting, root=0)
+    if place.address is not None:
+        address, port = place.address, place.port or DEFAULT_PORT
+    return replace(place, rank=world.Get_rank(), local_rank=local_rank, address=address, port=port, node=node)
+
+
+def free_port() -> int:
+    """A TCP port free on this host at the time of the call."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,238 @@
+"""The store that ranks meet at, and the roll call there: all are waited for a bounded time, and the missing are named.
+
+Before it, a rank knows nothing of the others; after it, every rank of the world has been there once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from megarl.errors import Interrupted, MegarlError, Refusal
+from megarl.parallel.place import Place, slurm_hosts
+
+#: Seconds of waiting after which the missing are named on the terminal, and between two such lines.
+FIRST_WORD, NEXT_WORD = 10.0, 30.0
+
+#: Seconds that the host of the store stays for the others to hear why the run ends.
+FAREWELL = 5.0
+
+#: Attempts at which the ranks of this process's world met; a store may outlive one.
+_attempts = itertools.count()
+
+
+def meet(place: Place, limit: float) -> Store:
+    """The store that the ranks share, once each of them has come to it. `limit` is in seconds.
+
+    Raises `Interrupted` alike on all ranks that came, naming those that did not, or where rank 0 cannot be reached;
+    `Refusal` where two processes have the same rank, or rank 0's port is taken.
+    """
+    deadline = time.monotonic() + limit
+    store = PrefixStore(_job(), connect(place, limit))
+    try:
+        _roll_call(store, place, limit, deadline)
+    except RuntimeError as error:
+        # The store went away: its host ended.
+        raise Interrupted(
+            f"rank {place.rank} of {place.size} on {socket.gethostname()} lost the connection to "
+            f"{place.address}:{place.port} while the ranks were gathering ({_first_line(error)}): see what ended "
+            "there, then start again with resume=auto"
+        ) from None
+    return store
+
+
+def _job() -> str:
+    """What tells this world's keys from those of an earlier one, or of another job at the same port."""
+    names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return "/".join(["megarl", *(os.environ.get(name, "") for name in names), str(next(_attempts))])
+
+
+def connect(place: Place, limit: float) -> Store:
+    """The store at the place's address: torchrun's own where it has one, else one that rank 0 opens."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    opens = hosted and place.rank == 0
+    deadline = time.monotonic() + limit
+    cause = None if opens else _knock(place, deadline)
+    if cause is None:
+        found = _open(place, opens, hosted, max(1.0, deadline - time.monotonic()))
+        if isinstance(found, Store):
+            return found
+        cause = found
+    host = socket.gethostname()
+    if opens:
+        raise Refusal(
+            f"MASTER_PORT={place.port}",
+            f"must be free for rank 0 on {host} ({cause})",
+            "set MASTER_PORT to a free port, the same on all hosts",
+        )
+    raise Interrupted(
+        f"rank {place.rank} of {place.size} on {host} could not reach rank 0 at {place.address}:{place.port} within "
+        f"{limit:g} s (health.join_limit; {cause}): see that rank 0 was started and that no firewall is between, "
+        "correct MASTER_ADDR and MASTER_PORT if they are wrong, and start again with resume=auto"
+    )
+
+
+def _open(place: Place, opens: bool, hosted: bool, seconds: float) -> Store | str:
+    """The store, opened here or connected to; the reason why not, where that fails or takes longer than `seconds`."""
+    found: list[Store | str] = []
+
+    def work() -> None:
+        try:
+            store = TCPStore(
+                place.address or "",
+                int(place.port or 0),
+                place.size,
+                is_master=opens,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=hosted,
+                use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+            )
+            found.append(store)
+        except RuntimeError as error:
+            found.append(_first_line(error))
+
+    # Where something else listens at the port and says nothing, torch waits without a limit.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds + 1.0)
+    return found[0] if found else "what listens there does not answer"
+
+
+def _knock(place: Place, deadline: float) -> str | None:
+    """Wait until something listens at the place's address; the reason why not, if the time runs out.
+
+    torch's own attempts would print its stack for each.
+    """
+    speak = time.monotonic() + FIRST_WORD
+    while True:
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            socket.create_connection((place.address or "", int(place.port or 0)), timeout=min(left, 10.0)).close()
+            return None
+        except OSError as error:
+            cause = error.strerror or str(error)
+        now = time.monotonic()
+        if now >= deadline:
+            return cause
+        if now >= speak and place.local_rank == 0:
+            _say(f"rank {place.rank} waits for rank 0 at {place.address}:{place.port} ({cause})")
+            speak = now + NEXT_WORD
+        time.sleep(min(0.2, deadline - now))
+
+
+def _roll_call(store: Store, place: Place, limit: float, deadline: float) -> None:
+    own = f"{socket.gethostname()} {os.getpid()}"
+    other = store.compare_set(_here(place.rank), "", own).decode()
+    if other != own:
+        _publish(store, _twice(place.rank, other, own))
+    nth = store.add("come", 1)
+    if nth == place.size:
+        store.compare_set("end", "", "all")
+    speak, pause = time.monotonic() + FIRST_WORD, 0.01
+    while not store.check(["end"]):
+        now = time.monotonic()
+        if now >= deadline:
+            _publish(store, Interrupted(_absence(store, place.size, limit)))
+        elif now >= speak:
+            # One voice: rank 0's, whose output is looked at first; while it is missing, that of whoever came first.
+            if place.rank == 0 or (nth == 1 and not store.check([_here(0)])):
+                missing = [rank for rank in range(place.size) if not store.check([_here(rank)])]
+                _say(f"waiting for {_ranks(missing)} of {place.size} to come{_empty_hosts(store, place.size)}")
+            speak = now + NEXT_WORD
+        time.sleep(min(pause, max(0.0, deadline - now)))
+        pause = min(0.5, 1.5 * pause)
+    verdict = store.get("end").decode()
+    if verdict == "all":
+        return
+    _wait_for_listeners(store, place, deadline)
+    raise _as_error(verdict)
+
+
+def _publish(store: Store, error: MegarlError) -> None:
+    """End the roll call with this error on every rank, unless it has ended."""
+    parts = [error.value, error.rule, error.fix] if isinstance(error, Refusal) else [str(error)]
+    store.compare_set("end", "", json.dumps(parts))
+
+
+def _as_error(verdict: str) -> MegarlError:
+    parts = json.loads(verdict)
+    return Refusal(*parts) if len(parts) == 3 else Interrupted(*parts)
+
+
+def _wait_for_listeners(store: Store, place: Place, deadline: float) -> None:
+    """Keep the store, where this rank may be its host, until the ranks that came have read how the roll call ended."""
+    store.add("heard", 1)
+    until = time.monotonic() + FAREWELL
+    while place.rank == 0 and store.add("heard", 0) < store.add("come", 0) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _twice(rank: int, other: str, own: str) -> Refusal:
+    (host, process), (own_host, own_process) = other.split(), own.split()
+    return Refusal(
+        f"rank {rank} twice, process {process} on {host} and process {own_process} on {own_host}",
+        "each rank must be one process",
+        "give each host a number of its own (torchrun --node-rank), each process its own RANK, and each run its own "
+        "MASTER_PORT",
+    )
+
+
+def _absence(store: Store, size: int, limit: float) -> str:
+    by_host = _present(store, size)
+    present = {rank for ranks in by_host.values() for rank in ranks}
+    missing = [rank for rank in range(size) if rank not in present]
+    there = ", ".join(f"{_ranks(ranks)} on {host}" for host, ranks in by_host.items())
+    return (
+        f"{_ranks(missing)} of {size} did not come within {limit:g} s (health.join_limit){_empty_hosts(store, size)}; "
+        f"there came {there}: see the log and the host of what is missing, then start again with resume=auto"
+    )
+
+
+def _present(store: Store, size: int) -> dict[str, list[int]]:
+    """The ranks that came, by host."""
+    by_host: dict[str, list[int]] = {}
+    for rank in range(size):
+        if store.check([_here(rank)]):
+            by_host.setdefault(store.get(_here(rank)).decode().split()[0], []).append(rank)
+    return by_host
+
+
+def _empty_hosts(store: Store, size: int) -> str:
+    """The hosts of a Slurm step that no rank came from, as a clause."""
+    seen = {host.split(".")[0] for host in _present(store, size)}
+    empty = [host for host in slurm_hosts(os.environ) if host.split(".")[0] not in seen]
+    return f", none from {', '.join(empty)}" if empty else ""
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, or `ranks 0-2, 5`."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+
+
+def _here(rank: int) -> str:
+    return f"here/{rank}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].split(". ")[0].rstrip(". ")
+
+
+def _say(text: str) -> None:
+    print(f"megarl: {text}", file=sys.stderr, flush=True)
