@@ -1,0 +1,406 @@
+"""`megarl submit` as a user meets it: what is refused and how, the script, and, on a real Slurm, the jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from arithmetic_run import TESTS, write_inputs, write_run
+from config_case import write_case
+from slurm_cluster import Cluster
+from test_cli import CLEAN, ROOT, megarl
+from test_plan_cli import CLUSTER
+
+from megarl.submission.script import read_template
+
+CPU = ("--gpus-per-node", "0")
+RECIPE = ("configs/grpo_qwen2.5_32b_16k.yaml", "model.path=configs/models/qwen2.5_32b", "--nodes", "16")
+NO_DATA = "data.path=nowhere.jsonl: no such file. Fix: give a path relative to the working directory, or a hub name."
+NO_SLURM = "sbatch: is not on this machine. Fix: submit on a login node of a cluster with Slurm.\n"
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    """A folder with a run whose files are there, and a path on which there is no program."""
+    write_case(tmp_path, checkpoint={"every": 1})
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def submitted(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`megarl submit run.yaml` on a machine without Slurm."""
+    return megarl(folder, "submit", "run.yaml", *arguments, PATH=str(folder / "empty"))
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """The one sentence of a refusal, without the program's name; it leaves nothing behind."""
+    before = sorted(folder.rglob("*"))
+    result = submitted(folder, *arguments)
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert sorted(folder.rglob("*")) == before
+    (line,) = result.stderr.splitlines(keepends=True)
+    return line.removeprefix("megarl: ")
+
+
+THEN = "Fix: use --then evaluate or --then convert, with arguments as in --then 'evaluate evaluation.samples=4'.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--nodes", "2", *CPU), NO_SLURM),
+        (
+            ("--nodes", "2", *CPU, "batch.updates=5"),
+            "batch.updates=5: must divide batch.prompts=12, so that every update gets an equal share. "
+            "Fix: use 1, 2, 3, 4, 6 or 12.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--tasks-per-node", "2", "parallel.tensor=4"),
+            "--nodes 1 with 2 tasks each: starts 2 processes, fewer than the 4 of parallel.tensor x parallel.pipeline "
+            "x parallel.context. Fix: use --nodes 2 or a multiple of it, or a smaller layout.\n",
+        ),
+        (
+            ("--nodes", "3", *CPU, "--tasks-per-node", "2", "parallel.tensor=4"),
+            "--nodes 3 with 2 tasks each: starts 6 processes, no multiple of the 4 of parallel.tensor x "
+            "parallel.pipeline x parallel.context. Fix: use --nodes 2 or a multiple of it, or a smaller layout.\n",
+        ),
+        (
+            ("--nodes", "2", *CPU, "parallel.processes=4"),
+            "--nodes 2 with 1 task each: starts 2 processes, and the run is for parallel.processes=4. "
+            "Fix: change the number of nodes or tasks, or give parallel.processes=null.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "data.path=nowhere.jsonl"),
+            f"{NO_DATA}\n",
+        ),
+        (
+            ("--nodes", "1", "--cluster", "a100"),
+            "--cluster a100: is neither the name of a cluster nor a file. Fix: use h100 or h200, or the path of a YAML "
+            "file like configs/clusters/h100.yaml.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--array", "seeds=1,two"),
+            "seed=two: must be a valid integer, unable to parse string as an integer. "
+            "Fix: give seed such a value (Seed of everything drawn).\n",
+        ),
+        (("--nodes", "1", *CPU, "--then", "rest"), f"--then rest: is no job that can follow. {THEN}"),
+        (("--nodes", "1", *CPU, "--then", ""), f"--then : is no job that can follow. {THEN}"),
+        (("--nodes", "1", *CPU, "--then", "evaluate 'x"), f"--then evaluate 'x: has a quote that does not end. {THEN}"),
+        (
+            ("--nodes", "1", *CPU, "--then", "evaluate evaluation.samples=4"),
+            "evaluation.samples=4: needs evaluation.temperature > 0, since greedy answers are all the same. "
+            "Fix: set evaluation.temperature, or samples to 1.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--then", "convert --out=x", "--array", "seeds=0,1"),
+            "--then convert --out=x: gives the runs of the array one folder. "
+            "Fix: leave --out away: each is converted to hf/ in its own run's folder.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--then", "convert", "checkpoint.export_hf=true"),
+            "--then convert: would write the folder hf/ that checkpoint.export_hf=true writes already. "
+            "Fix: leave one of the two away.\n",
+        ),
+    ],
+)
+def test_what_is_refused_without_asking_slurm(case: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    assert refused(case, *arguments) == sentence
+
+
+def test_a_job_cannot_follow_a_run_that_saves_nothing(case: Path) -> None:
+    never = ("checkpoint.every=0", "checkpoint.end=false", "resume=never")
+    assert refused(case, "--nodes", "1", *CPU, *never, "--then", "evaluate") == (
+        "--then evaluate: needs a checkpoint, which checkpoint.every=0 with checkpoint.end=false never saves. "
+        "Fix: set checkpoint.end=true.\n"
+    )
+
+
+def test_what_an_earlier_run_of_that_name_makes_impossible(case: Path) -> None:
+    """Five steps of 400 s and evaluations beside them; the template keeps some time for saving."""
+    lines: list[object] = [{"step": n, "seconds": {"generate": 300.0, "update": 100.0 + n}} for n in range(-2, 3)]
+    lines += [{"step": 0, "accuracy": 0.5, "seconds": {"evaluate": 9999.0}}] * 9
+    run = case / "runs" / "case"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "sec')
+    lead = int((read_template("train").option("signal") or "").partition("@")[2])
+    time = f"{(400 + lead) // 60}:{(400 + lead) % 60 - 1:02d}"
+    minutes = -(-(400 + lead) // 60)
+    assert refused(case, "--nodes", "1", *CPU, "--time", time) == (
+        f"--time {time}: is shorter than a step, 400 s by runs/case/metrics.jsonl, and the {lead} s before the limit "
+        f"for saving. Fix: use --time 0:{minutes:02d}:00 or more.\n"
+    )
+    assert refused(case, "--nodes", "1", *CPU, "--time", f"0:{minutes:02d}:00") == NO_SLURM, "then Slurm is asked"
+    assert refused(case, "--nodes", "1", *CPU, "--time", time, "name=other") == NO_SLURM
+    assert refused(case, "--nodes", "1", *CPU, "resume=never") == (
+        "name=case with resume=never: already names a run, in runs/case, which a new one would mix with. "
+        "Fix: leave resume out to continue it, or set another name.\n"
+    )
+
+
+def test_a_run_that_does_not_fit_its_gpus_is_refused(case: Path) -> None:
+    (case / "mine.yaml").write_text(yaml.safe_dump(CLUSTER | {"gpu_memory_gib": 1.001}))
+    result = submitted(case, "--nodes", "2", "--cluster", "mine.yaml", "rollout.kv_cache_gib=0.1", "--dry-run")
+    assert (result.returncode, result.stdout) == (2, "")
+    refusal = result.stderr.splitlines()[-1]
+    assert refusal.startswith(
+        "megarl: case on 2 nodes with 4 GPUs of 1.0 GiB each: does not fit: push on pipeline stage 0 needs 1.5 GiB, "
+        "and a GPU has 1.0 GiB. Fix: set "
+    )
+
+
+def test_a_dry_run_without_slurm_prints_the_script_and_leaves_nothing(case: Path) -> None:
+    before = sorted(case.rglob("*"))
+    odd = 'data.template=it\'s "{prompt}" $HOME'
+    options = (
+        "--time",
+        "30",
+        "--account",
+        "lab",
+        "--sbatch=--mem=0",
+        "--sbatch=--exclusive",
+        "data.path=nowhere.jsonl",
+    )
+    result = submitted(case, odd, "--nodes", "2", *CPU, "--tasks-per-node", "2", *options, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == (
+        f"megarl: a submission here would be refused: {NO_DATA}\n"
+        f"megarl: Slurm was not asked whether it takes the job: {NO_SLURM}"
+        "megarl: nothing was submitted or written\n"
+    )
+    assert sorted(case.rglob("*")) == before
+    lines = result.stdout.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    ours = [
+        "#SBATCH --job-name=case",
+        "#SBATCH --output=runs/case/jobs/train-%j.log",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=2",
+        "#SBATCH --time=30",
+        "#SBATCH --account=lab",
+        "#SBATCH --mem=0",
+        "#SBATCH --exclusive",
+    ]
+    of_template = [line for line in read_template("train").header if line.startswith("#SBATCH")]
+    kept = [line for line in of_template if "--job-name" not in line]
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    assert sorted(directives) == sorted(ours + kept)
+    assert result.stdout.endswith(read_template("train").body.lstrip("\n"))
+    # The arguments, as bash reads them.
+    (arguments,) = (line for line in lines if line.startswith("set -- "))
+    read = subprocess.run(
+        ["bash", "-c", f"{arguments}\nprintf '%s\\0' \"$@\""], capture_output=True, text=True, check=True
+    )
+    assert read.stdout.split("\0")[:-1] == ["run.yaml", odd, "data.path=nowhere.jsonl"]
+
+
+def test_a_dry_run_of_an_array_and_what_follows_it(case: Path) -> None:
+    jobs = (
+        "--array",
+        "optimizer.lr=1e-6,2e-6",
+        "--then",
+        "evaluate evaluation.rows=4",
+        "--then",
+        "convert --dtype bf16",
+    )
+    result = submitted(case, "--nodes", "2", *CPU, "--tasks-per-node", "2", *jobs, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "megarl: evaluate would start when train has succeeded (aftercorr)\n" in result.stderr
+    assert "megarl: convert would start when evaluate has succeeded (aftercorr)\n" in result.stderr
+    train, evaluate, convert = (text.splitlines() for text in result.stdout.split("\n#### "))
+    for job, script in (("case", train), ("case-evaluate", evaluate), ("case-convert", convert)):
+        assert {f"#SBATCH --job-name={job}", "#SBATCH --array=0-1"} < set(script)
+    assert "#SBATCH --output=runs/case/jobs/evaluate-%A_%a.log" in evaluate
+    assert "    1) set -- run.yaml optimizer.lr=2e-6 name=case-lr2e-6 ;;" in train
+    setting = "optimizer.lr=2e-6 name=case-lr2e-6 checkpoint=runs/case-lr2e-6 evaluation.rows=4"
+    assert f"    1) set -- run.yaml {setting} ;;" in evaluate
+    assert "    1) set -- --megatron runs/case-lr2e-6 --out runs/case-lr2e-6/hf --dtype bf16 ;;" in convert
+    assert {"#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1"} < set(convert)
+
+
+def test_a_refusal_takes_a_moment_and_no_torch(case: Path) -> None:
+    code = (
+        "import sys; from megarl.cli import main\n"
+        "sys.argv = 'megarl submit run.yaml --nodes 2 --gpus-per-node 0 --dry-run'.split()\n"
+        "try: main.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'numpy', 'megatron', 'vllm', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    environment = CLEAN | {"PYTHONPATH": str(ROOT), "PATH": str(case / "empty")}
+    subprocess.run([sys.executable, "-c", code], cwd=case, env=environment, check=True, timeout=10, capture_output=True)
+
+
+# On a real Slurm.
+
+#: In the place of python, where the job starts megarl and tools: says how it was called, and fails where it is told to.
+STAND_IN = """\
+#!/usr/bin/env bash
+echo "rank $SLURM_PROCID of $SLURM_NTASKS: $*"
+[[ $* != *seed=7* || $* != *train* ]]
+"""
+
+
+@pytest.fixture
+def on_slurm(slurm: Cluster, case: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `megarl submit` in the case's folder, or another, on the cluster; jobs find the stand-in for python."""
+    program = case / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    # A repository without an environment of its own, whose programs would come first.
+    home = case / "home"
+    home.mkdir()
+    for name in ("slurm", "launch"):
+        (home / name).symlink_to(ROOT / name)
+
+    def submit(*arguments: str, cwd: Path = case, real: bool = False) -> subprocess.CompletedProcess[str]:
+        environment = slurm.environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+        if not real:
+            path = f"{program.parent}{os.pathsep}{environment['PATH']}"
+            environment |= {"MEGARL_HOME": str(home), "PATH": path}
+        command = [sys.executable, "-m", "megarl", "submit", *arguments]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+    return submit
+
+
+Submit = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_slurm_accepts_the_script_of_a_32b_recipe_on_16_nodes(on_slurm: Submit, slurm: Cluster) -> None:
+    result = on_slurm(*RECIPE, "--partition", "gpu", "--time", "1-0", "--dry-run", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    verdict = " to start at "
+    asked, building, fits, nothing = result.stderr.splitlines()[-4:]
+    assert asked.startswith("megarl: sbatch --test-only, train: Job ") and verdict in asked
+    assert asked.endswith(" using 1536 processors on nodes g[01-16] in partition gpu")
+    assert building == "megarl: building the shards of 4 pipeline stage(s), without memory"
+    assert fits.startswith("megarl: fits: the tightest is train on pipeline stage ")
+    assert nothing == "megarl: nothing was submitted or written"
+    script = set(result.stdout.splitlines())
+    assert {"#SBATCH --nodes=16", "#SBATCH --gpus-per-node=8", "#SBATCH --ntasks-per-node=8"} < script
+    # A GPU's share of a node's cores.
+    assert "#SBATCH --cpus-per-task=12" in script
+    again = subprocess.run(
+        ["sbatch", "--test-only"],
+        input=result.stdout,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0 and verdict in again.stderr, again.stderr
+
+
+LOOK = "Fix: lower what is asked of a node, or use another partition (sinfo -o '%P %D %c %G' shows nodes, cores, GPUs)."
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--partition gpux", "--partition gpux: is no partition of this cluster. Fix: use cpu, urgent or gpu."),
+        (
+            "--nodes 3",
+            "--nodes 3: is more than the 2 of partition cpu. Fix: use fewer nodes, or another partition.",
+        ),
+        (
+            "--time 1:00:01",
+            "--time 1:00:01: is over the limit of partition cpu, 1:00:00. Fix: use a shorter time (a run that is cut "
+            "goes on with resume=auto), or another partition.",
+        ),
+        (
+            "--tasks-per-node 3",
+            f"--nodes 1 with 3 tasks each: is more than the default partition has. {LOOK}",
+        ),
+        (
+            "--sbatch=--gpus=typo:1 --partition cpu",
+            f"--nodes 1 with 1 task each: is more than partition cpu has. {LOOK}",
+        ),
+        (
+            "--sbatch=--constraint=h100",
+            "the job: is refused by Slurm: Invalid feature specification. Fix: correct what it names.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_slurm_would_refuse(
+    on_slurm: Submit, case: Path, slurm: Cluster, options: str, sentence: str, dry: list[str]
+) -> None:
+    nodes = [] if "--nodes" in options else ["--nodes", "1"]
+    result = on_slurm("run.yaml", *CPU, *nodes, *options.split(), *dry)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"megarl: {sentence}\n"
+    assert not (case / "runs").exists()
+    assert not slurm.ask("squeue", "--noheader")
+
+
+def test_an_array_with_what_follows_each_of_its_tasks(on_slurm: Submit, case: Path, slurm: Cluster) -> None:
+    """Three seeds, of which one's training fails: what would follow it is dropped, the others go their way."""
+    jobs = ("--array", "seeds=5,7,9", "--then", "evaluate", "--then", "convert --max-file-size 2")
+    result = on_slurm("run.yaml", "--nodes", "2", *CPU, *jobs, "data.system=a  'b'")
+    assert result.returncode == 0, result.stderr
+    train, evaluate, convert, watch, cancel = (line for line in result.stdout.splitlines() if not line.startswith("  "))
+    first, second, third = (line.split("job ")[1].split(",")[0] for line in (train, evaluate, convert))
+    assert train == f"train: job {first}, script runs/case/jobs/001-train.sbatch"
+    assert evaluate == f"evaluate: job {second}, after {first}, script runs/case/jobs/001-2-evaluate.sbatch"
+    assert convert == f"convert: job {third}, after {second}, script runs/case/jobs/001-3-convert.sbatch"
+    assert watch == f"watch:  squeue --jobs={first},{second},{third}; tail -F runs/case/jobs/train-{first}_*.log"
+    assert cancel == f"cancel: scancel {first} {second} {third}"
+    folder = case / "runs" / "case" / "jobs"
+    for task, seed in ((0, 5), (2, 9)):
+        slurm.wait(f"{third}_{task}")
+        settings = f"run.yaml data.system=a  'b' seed={seed} name=case-seed{seed}"
+        where = f"runs/case-seed{seed}"
+        called = {
+            f"train-{first}": f"-m megarl train {settings.replace('run.yaml', 'run.yaml resume=auto')}",
+            f"evaluate-{second}": f"-m megarl evaluate {settings} checkpoint={where}",
+            f"convert-{third}": f"{case / 'home'}/tools/convert_megatron_to_hf.py --megatron {where} --out {where}/hf "
+            "--max-file-size 2",
+        }
+        for job, how in called.items():
+            ranks = 1 if job.startswith("convert") else 2
+            assert f"rank 0 of {ranks}: {how}\n" in (folder / f"{job}_{task}.log").read_text()
+            assert (folder / f"{job}_{task}" / "rank-0.log").is_file()
+    assert slurm.job(f"{first}_1")["JobState"] == "FAILED"
+    assert not (folder / f"evaluate-{second}_1.log").exists()
+    slurm.call("scancel", second, third)
+
+
+def test_scripts_are_kept_and_the_printed_truth_is_not_overruled(
+    on_slurm: Submit, case: Path, slurm: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
+    held = ("run.yaml", "--nodes", "1", *CPU, "--sbatch=--hold", "--time", "11")
+    for _ in range(2):
+        result = on_slurm(*held)
+        assert result.returncode == 0, result.stderr
+        job = result.stdout.split("job ")[1].split(",")[0]
+        facts = slurm.job(job)
+        assert (facts["JobName"], facts["TimeLimit"], facts["Requeue"]) == ("case", "00:11:00", "1")
+        slurm.ask("scancel", job)
+    kept = sorted(path.name for path in (case / "runs" / "case" / "jobs").iterdir())
+    assert kept == ["001-train.sbatch", "002-train.sbatch"]
+
+
+@pytest.mark.timeout(600)
+def test_a_run_is_trained_evaluated_and_converted(on_slurm: Submit, slurm: Cluster, tmp_path: Path) -> None:
+    folder = tmp_path / "arithmetic"
+    folder.mkdir()
+    write_inputs(folder)
+    write_run(folder)
+    jobs = ("--then", "evaluate evaluation.path=data/heldout.jsonl", "--then", "convert")
+    options = ("steps=1", "--nodes", "2", *CPU, "--tasks-per-node", "1", *jobs)
+    result = on_slurm("run.yaml", *options, cwd=folder, real=True)
+    assert result.returncode == 0, result.stderr
+    train, evaluate, convert = result.stdout.splitlines()[-1].removeprefix("cancel: scancel ").split()
+    for job in (train, evaluate, convert):
+        slurm.wait(job, seconds=400)
+    assert json.loads((folder / "runs/run/summary.json").read_text())["processes"] == 2
+    assert "accuracy" in slurm.log(evaluate)
+    assert list((folder / "runs/run/hf").glob("*.safetensors"))
