@@ -5,6 +5,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # One thread for each process unless said otherwise: processes that share cores slow each other down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+# CPU binding of Slurm's tasks (srun --cpu-bind): each to cores of its own, so that none moves away from its memory and
+# GPU. `none` where the cluster has no task plug-in for it; `verbose,cores` shows what it gave.
+export MEGARL_CPU_BIND="${MEGARL_CPU_BIND:-cores}"
+
 # NCCL. Uncomment what the cluster needs; `NCCL_DEBUG=INFO` says what it took.
 # export NCCL_SOCKET_IFNAME=ib0        # the interface to meet over, where the first one does not reach other nodes
 # export NCCL_IB_HCA=mlx5              # the InfiniBand adapters to use, where a node has others too

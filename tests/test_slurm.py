@@ -1,0 +1,176 @@
+"""Jobs on a real Slurm, from the templates in slurm/.
+
+First what the templates make of a job's end, with a program of a few lines in megarl's place; then whole runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from slurm_cluster import Cluster
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "slurm" / "train.sbatch")
+FOUR_TASKS = ("--nodes=2", "--ntasks-per-node=2")
+
+if lacking := slurm_cluster.missing():
+    where = "Debian and Ubuntu: packages slurm-wlm and munge"
+    pytest.skip(f"needs Slurm: this machine has no {', '.join(lacking)} ({where})", allow_module_level=True)
+
+#: In megarl's place: says how it was called and ends as FATE says; asked to stop, it does so with megarl's exit code.
+STAND_IN = """\
+#!/usr/bin/env bash
+echo "rank $SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME at $MASTER_ADDR:$MASTER_PORT: $*"
+trap 'echo "rank $SLURM_PROCID was asked to stop"; exit 75' USR1 TERM
+[[ $FATE != once-* || -z ${SLURM_RESTART_COUNT:-} ]] || exit 0
+case ${FATE#once-} in
+    finish) exit 0 ;;
+    refuse) ((SLURM_PROCID != 3)) || { echo "megarl: refused by rank 3" >&2; exit 2; } ;;
+    die) ((SLURM_PROCID != 3)) || kill -KILL $$ ;;
+esac
+for _ in {1..600}; do sleep 0.1; done
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_jobs_left(slurm: Cluster) -> Iterator[None]:
+    """The cluster is empty after a test, also after one that failed."""
+    yield
+    # An array's task has a number of its own, which scancel does not know.
+    for job in slurm.ask("squeue", "--noheader", "--array", "--format=%i").split():
+        slurm.ask("scancel", job)
+    until(lambda: not slurm.ask("squeue", "--noheader"), "the cluster is empty", seconds=40)
+
+
+@pytest.fixture
+def submit(slurm: Cluster, tmp_path: Path) -> Callable[..., str]:
+    """Submits a job whose tasks are the stand-in, from a folder with run.yaml; returns the job's number."""
+    home = tmp_path / "home"
+    shutil.copytree(ROOT / "slurm", home / "slurm")
+    (home / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "environment.sh", home / "launch")
+    program = home / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    (tmp_path / "run.yaml").write_text("name: small\n")
+    path = f"{program.parent}{os.pathsep}{slurm.environment['PATH']}"
+
+    def submit(fate: str, *arguments: str, **environment: str) -> str:
+        environment = {"FATE": fate, "MEGARL_HOME": str(home), "PATH": path} | environment
+        return slurm.submit(*FOUR_TASKS, *arguments, cwd=tmp_path, **environment)
+
+    return submit
+
+
+def until(reached: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+def rank_log(folder: Path, job: str, rank: int) -> str:
+    """What a rank has said so far, in all starts of the job."""
+    file = folder / "logs" / job / f"rank-{rank}.log"
+    return file.read_text() if file.is_file() else ""
+
+
+def all_started(folder: Path, job: str) -> Callable[[], bool]:
+    return lambda: all(f"rank {rank} of 4" in rank_log(folder, job, rank) for rank in range(4))
+
+
+def test_every_rank_has_its_log_and_rank_0_is_in_front(
+    slurm: Cluster, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("finish", TRAIN, "run.yaml", "steps=3", "resume=must")
+    slurm.wait(job)
+    port = 20000 + int(job) % 12000
+    for rank, node in enumerate(("n1", "n1", "n2", "n2")):
+        # The caller's settings are last, and win.
+        said = (
+            f"rank {rank} of 4 on {node} at 127.0.0.1:{port}: -m megarl train run.yaml resume=auto steps=3 resume=must"
+        )
+        assert said in rank_log(tmp_path, job, rank)
+        assert (said in slurm.log(job)) == (rank == 0)
+
+
+def test_a_refusal_ends_the_job_and_is_read_in_its_log(slurm: Cluster, submit: Callable[..., str]) -> None:
+    job = slurm.wait(submit("refuse", TRAIN, "run.yaml"), "FAILED")
+    # The other ranks, which were ended for it, say 75; but they only followed.
+    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
+    log = slurm.log(job["JobId"])
+    assert "rank 3 on n2 ended first, with exit code 2\n" in log and "rank 3: megarl: refused by rank 3\n" in log
+
+
+def test_a_killed_rank_starts_the_job_again_but_not_for_ever(slurm: Cluster, submit: Callable[..., str]) -> None:
+    job = submit("die", TRAIN, "run.yaml", MEGARL_MAX_RESTARTS="1")
+    until(lambda: slurm.job(job)["Restarts"] == "1", "the job goes back into the queue")
+    ended = slurm.wait(job, "FAILED")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("137:0", "1")
+    log = slurm.log(job)
+    assert f"job {job} goes back into the queue, for restart 1 of at most 1" in log
+    assert "start 2 on n[1-2]" in log and f"job {job} started again 1 times, its limit. Fix: " in log
+
+
+@pytest.mark.parametrize("how", ["signal", "requeue", "preemption"])
+def test_a_job_that_was_asked_to_stop_starts_again_once(
+    slurm: Cluster, submit: Callable[..., str], tmp_path: Path, how: str
+) -> None:
+    job = submit("once-wait", TRAIN, "run.yaml")
+    until(all_started(tmp_path, job), "the tasks run")
+    if how == "signal":
+        slurm.ask("scancel", "--signal=USR1", job)
+    elif how == "requeue":
+        slurm.ask("scontrol", "requeue", job)
+    else:
+        submit("finish", "--partition=urgent", TRAIN, "run.yaml")
+    ended = slurm.wait(job)
+    assert ended["Restarts"] == "1"
+    for rank in range(4):
+        assert f"rank {rank} was asked to stop" in rank_log(tmp_path, job, rank)
+    put_back = f"job {job} goes back into the queue" in slurm.log(job)
+    assert put_back == (how == "signal")
+
+
+def test_a_cancelled_job_stays_ended(slurm: Cluster, submit: Callable[..., str], tmp_path: Path) -> None:
+    job = submit("wait", TRAIN, "run.yaml")
+    until(all_started(tmp_path, job), "the tasks run")
+    slurm.ask("scancel", job)
+    until(lambda: "not started again from here" in slurm.log(job), "the job says so")
+    time.sleep(1)
+    assert slurm.wait(job, "CANCELLED")["Restarts"] == "0"
+
+
+def test_the_tasks_of_an_array_are_runs_of_their_own(
+    slurm: Cluster, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """Both share both nodes; the last of an array has the array's own number, and only it may start again."""
+    spread = ("--ntasks-per-node=1", "--array=3-4")
+    array = submit("once-wait", *spread, TRAIN, "run.yaml")
+    tasks = [f"{array}_{index}" for index in (3, 4)]
+    until(lambda: all("rank 1 of 2" in rank_log(tmp_path, task, 1) for task in tasks), "both run at the same time")
+    said = [rank_log(tmp_path, task, 0) for task in tasks]
+    assert len({re.findall(r"127.0.0.1:(\d+)", text)[0] for text in said}) == 2
+    for index, text in zip((3, 4), said, strict=True):
+        assert f"run.yaml resume=auto seed={index} name=small-seed{index}\n" in text
+    slurm.ask("scancel", "--signal=USR1", tasks[1])
+    assert slurm.wait(tasks[1])["Restarts"] == "1"
+    other = slurm.job(tasks[0])
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+
+
+def test_a_job_from_elsewhere_says_what_it_misses(slurm: Cluster, tmp_path: Path) -> None:
+    job = slurm.wait(slurm.submit(TRAIN, "run.yaml", cwd=tmp_path), "FAILED")
+    assert job["ExitCode"] == "2:0"
+    said = (
+        f"megarl: {tmp_path}: must be megarl's repository. Fix: submit the job from there, or set MEGARL_HOME to it.\n"
+    )
+    assert slurm.log(job["JobId"]) == said
