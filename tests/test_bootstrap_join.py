@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,8 +148,12 @@ def place_of(rank: int, size: int, port: int) -> Place:
     return Place(rank, size, rank, "127.0.0.1", str(port))
 
 
+KEPT: list[Any] = []
+
+
 def meet(place: Place) -> None:
-    roll_call.meet(place, LIMIT)
+    # Rank 0's is the store itself, which lives as long as this.
+    KEPT.append(roll_call.meet(place, LIMIT))
 
 
 def end_of(places: list[Place], work: Work = meet, **environment: str) -> list[tuple[float, str]]:

@@ -1,4 +1,4 @@
-"""Numbers as words of a refusal's fix."""
+"""Numbers as words of a message."""
 
 from __future__ import annotations
 
@@ -22,3 +22,19 @@ def listed(choices: Sequence[object]) -> str:
     """
     texts = [str(choice) for choice in choices]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Ranks in rising order as words.
+
+    >>> name_ranks([3]), name_ranks([0, 1, 2, 5])
+    ('rank 3', 'ranks 0-2, 5')
+    """
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

@@ -12,11 +12,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from megarl.config.wording import name_ranks
 from megarl.errors import Interrupted, MegarlError, Refusal
 from megarl.parallel.place import Place, slurm_hosts
 
@@ -39,7 +39,7 @@ def meet(place: Place, limit: float) -> Store:
     deadline = time.monotonic() + limit
     store = PrefixStore(_job(), connect(place, limit))
     try:
-        _roll_call(store, place, limit, deadline)
+        call(store, place.rank, place.size, f"{limit:g} s (health.join_limit)", deadline)
     except RuntimeError as error:
         # The store went away: its host ended.
         raise Interrupted(
@@ -130,32 +130,37 @@ def _knock(place: Place, deadline: float) -> str | None:
         time.sleep(min(0.2, deadline - now))
 
 
-def _roll_call(store: Store, place: Place, limit: float, deadline: float) -> None:
+def call(store: Store, rank: int, size: int, limit: str, deadline: float) -> None:
+    """Return when all `size` ranks have come to this call, which has the store's prefix for itself.
+
+    `deadline` is a time of `time.monotonic`, `limit` how a sentence names what lies before it. Raises `Interrupted`
+    alike on all ranks that came, naming those that did not; `Refusal` where two processes have the same rank;
+    `RuntimeError` where the store is gone.
+    """
     own = f"{socket.gethostname()} {os.getpid()}"
-    other = store.compare_set(_here(place.rank), "", own).decode()
+    other = store.compare_set(_here(rank), "", own).decode()
     if other != own:
-        _publish(store, _twice(place.rank, other, own))
+        _publish(store, _twice(rank, other, own))
     nth = store.add("come", 1)
-    if nth == place.size:
+    if nth == size:
         store.compare_set("end", "", "all")
     speak, pause = time.monotonic() + FIRST_WORD, 0.01
     while not store.check(["end"]):
         now = time.monotonic()
         if now >= deadline:
-            _publish(store, Interrupted(_absence(store, place.size, limit)))
+            _publish(store, Interrupted(_absence(store, size, limit)))
         elif now >= speak:
             # One voice: rank 0's, whose output is looked at first; while it is missing, that of whoever came first.
-            if place.rank == 0 or (nth == 1 and not store.check([_here(0)])):
-                missing = [rank for rank in range(place.size) if not store.check([_here(rank)])]
-                _say(f"waiting for {_ranks(missing)} of {place.size} to come{_empty_hosts(store, place.size)}")
+            if rank == 0 or (nth == 1 and not store.check([_here(0)])):
+                missing = [other for other in range(size) if not store.check([_here(other)])]
+                _say(f"waiting for {name_ranks(missing)} of {size} to come{_empty_hosts(store, size)}")
             speak = now + NEXT_WORD
         time.sleep(min(pause, max(0.0, deadline - now)))
         pause = min(0.5, 1.5 * pause)
     verdict = store.get("end").decode()
-    if verdict == "all":
-        return
-    _wait_for_listeners(store, place, deadline)
-    raise _as_error(verdict)
+    if verdict != "all":
+        _wait_for_listeners(store, rank)
+        raise _as_error(verdict)
 
 
 def _publish(store: Store, error: MegarlError) -> None:
@@ -169,11 +174,11 @@ def _as_error(verdict: str) -> MegarlError:
     return Refusal(*parts) if len(parts) == 3 else Interrupted(*parts)
 
 
-def _wait_for_listeners(store: Store, place: Place, deadline: float) -> None:
+def _wait_for_listeners(store: Store, rank: int) -> None:
     """Keep the store, where this rank may be its host, until the ranks that came have read how the roll call ended."""
     store.add("heard", 1)
     until = time.monotonic() + FAREWELL
-    while place.rank == 0 and store.add("heard", 0) < store.add("come", 0) and time.monotonic() < until:
+    while rank == 0 and store.add("heard", 0) < store.add("come", 0) and time.monotonic() < until:
         time.sleep(0.02)
 
 
@@ -187,13 +192,13 @@ def _twice(rank: int, other: str, own: str) -> Refusal:
     )
 
 
-def _absence(store: Store, size: int, limit: float) -> str:
+def _absence(store: Store, size: int, limit: str) -> str:
     by_host = _present(store, size)
     present = {rank for ranks in by_host.values() for rank in ranks}
     missing = [rank for rank in range(size) if rank not in present]
-    there = ", ".join(f"{_ranks(ranks)} on {host}" for host, ranks in by_host.items())
+    there = ", ".join(f"{name_ranks(ranks)} on {host}" for host, ranks in by_host.items())
     return (
-        f"{_ranks(missing)} of {size} did not come within {limit:g} s (health.join_limit){_empty_hosts(store, size)}; "
+        f"{name_ranks(missing)} of {size} did not come within {limit}{_empty_hosts(store, size)}; "
         f"there came {there}: see the log and the host of what is missing, then start again with resume=auto"
     )
 
@@ -212,18 +217,6 @@ def _empty_hosts(store: Store, size: int) -> str:
     seen = {host.split(".")[0] for host in _present(store, size)}
     empty = [host for host in slurm_hosts(os.environ) if host.split(".")[0] not in seen]
     return f", none from {', '.join(empty)}" if empty else ""
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 0-2, 5`."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
 
 def _here(rank: int) -> str:

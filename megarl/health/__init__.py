@@ -1,0 +1,1 @@
+"""Watches over a run: health before work, hangs with a name, stops that save, one run in one folder."""
