@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import slurm_cluster
 import yaml
 from arithmetic_run import TESTS, write_inputs, write_run
 from config_case import write_case
@@ -236,6 +237,22 @@ def test_a_refusal_takes_a_moment_and_no_torch(case: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=case, env=environment, check=True, timeout=10, capture_output=True)
 
 
+@pytest.mark.skipif(bool(slurm_cluster.missing()), reason="needs Slurm's commands (Debian, Ubuntu: slurm-wlm, munge)")
+def test_a_controller_that_is_away(case: Path) -> None:
+    """Takes Slurm's own patience, 9 s."""
+    (case / "slurm.conf").write_text(
+        f"ClusterName=away\nSlurmctldHost={os.uname().nodename.split('.')[0]}(127.0.0.1)\nSlurmctldPort=1\n"
+        f"AuthType=auth/munge\nAuthInfo=socket={case}/none\nNodeName=a\nPartitionName=p Nodes=a\n"
+    )
+    environment = {"SLURM_CONF": str(case / "slurm.conf"), "PATH": slurm_cluster.SEARCH}
+    result = megarl(case, "submit", "run.yaml", "--nodes", "1", *CPU, **environment)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "megarl: scontrol: cannot reach Slurm (Unable to contact slurm controller (connect failure)). "
+        "Fix: see whether Slurm's controller runs (scontrol ping).\n"
+    )
+
+
 # On a real Slurm.
 
 #: In the place of python, where the job starts megarl and tools: says how it was called, and fails where it is told to.
@@ -377,13 +394,17 @@ def test_scripts_are_kept_and_the_printed_truth_is_not_overruled(
 ) -> None:
     monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
     held = ("run.yaml", "--nodes", "1", *CPU, "--sbatch=--hold", "--time", "11")
+    numbers: list[str] = []
     for _ in range(2):
         result = on_slurm(*held)
         assert result.returncode == 0, result.stderr
         job = result.stdout.split("job ")[1].split(",")[0]
+        numbers.append(job)
         facts = slurm.job(job)
         assert (facts["JobName"], facts["TimeLimit"], facts["Requeue"]) == ("case", "00:11:00", "1")
-        slurm.ask("scancel", job)
+    slurm.ask("scancel", *numbers)
+    one_job = f"in the queue under this run's name already: {numbers[0]}; a run has one job at a time"
+    assert result.stderr == f"megarl: {one_job}\n"
     kept = sorted(path.name for path in (case / "runs" / "case" / "jobs").iterdir())
     assert kept == ["001-train.sbatch", "002-train.sbatch"]
 

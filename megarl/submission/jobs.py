@@ -88,6 +88,9 @@ def prepare(request: Request, say: Callable[[str], None], *, dry: bool) -> Prepa
         words = slurm.test_only(job.script, job.resources)
         if dry:
             say(f"sbatch --test-only, {job.kind}: {words}")
+    if known is not None and (others := slurm.queued(_name(request))):
+        # Of two jobs of one run the later ends at its start; but both may be meant, one to go on where the other stops.
+        say(f"in the queue under this run's name already: {', '.join(others)}; a run has one job at a time")
     verdict = _rehearse(runs, request, say) if request.resources.gpus_per_node else None
     return Prepared(jobs, _folder(request), request.sweep is not None, verdict)
 

@@ -16,10 +16,11 @@ from megarl.errors import MegarlError, Refusal
 from megarl.submission.resources import Resources, seconds_of, shown_time
 
 #: Seconds that a command of Slurm may take; a controller that is away is asked again by the commands themselves.
-_PATIENCE = 60.0
+_PATIENCE = 90.0
 _FIX = "Fix: see whether Slurm's controller runs (scontrol ping)."
 _AWAY = (
     "configuration source",
+    "Unable to process configuration file",
     "Unable to contact slurm controller",
     "Unable to establish control",
     "Socket timed out",
@@ -102,6 +103,12 @@ def refusals(resources: Resources, known: Sequence[Partition], charged: set[str]
         )
     if charged and resources.account is not None and resources.account not in charged:
         yield Refusal(f"--account {resources.account}", "is not one of yours", f"use {listed(sorted(charged))}")
+
+
+def queued(name: str) -> list[str]:
+    """This user's jobs of a name that wait or run. Raises `NoAnswer`."""
+    answer = _ask(["squeue", f"--user={getpass.getuser()}", "--noheader", f"--name={name}", "--format=%A"])
+    return list(dict.fromkeys(answer.stdout.split()))
 
 
 def test_only(script: str, resources: Resources) -> str:
@@ -211,13 +218,14 @@ def _ask(
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{command[0]}: did not answer in {_PATIENCE:.0f} s. {_FIX}") from None
     if answer.returncode and any(sign in answer.stderr for sign in _AWAY):
-        why = _words(answer.stderr)
+        why = _words(answer.stderr.strip().splitlines()[-1])
         raise NoAnswer(f"{command[0]}: cannot reach Slurm ({why}). {_FIX}")
     return answer
 
 
 def _words(stderr: str) -> str:
-    """The last line of what Slurm said, without the program's name."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    line = lines[-1] if lines else "it gave no reason"
-    return re.sub(r"^(?:\w+: )?(?:(?:error|fatal|allocation failure): )?", "", line)
+    """What Slurm said, without the names of its programs. A cluster's own rules may take several lines."""
+    lines = [
+        re.sub(r"^(?:\w+: )?(?:[\w ]*(?:error|fatal|failure): )?", "", line.strip()) for line in stderr.splitlines()
+    ]
+    return "; ".join(filter(None, lines)) or "it gave no reason"
