@@ -276,8 +276,12 @@ def on_slurm(slurm: Cluster, case: Path) -> Callable[..., subprocess.CompletedPr
     for name in ("slurm", "launch"):
         (home / name).symlink_to(ROOT / name)
 
-    def submit(*arguments: str, cwd: Path = case, real: bool = False) -> subprocess.CompletedProcess[str]:
-        environment = slurm.environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    def submit(
+        *arguments: str, cwd: Path = case, real: bool = False, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        environment = (
+            slurm.environment | variables | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+        )
         if not real:
             path = f"{program.parent}{os.pathsep}{environment['PATH']}"
             environment |= {"MEGARL_HOME": str(home), "PATH": path}
@@ -389,14 +393,11 @@ def test_an_array_with_what_follows_each_of_its_tasks(on_slurm: Submit, case: Pa
     slurm.call("scancel", second, third)
 
 
-def test_scripts_are_kept_and_the_printed_truth_is_not_overruled(
-    on_slurm: Submit, case: Path, slurm: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
+def test_scripts_are_kept_and_the_printed_truth_is_not_overruled(on_slurm: Submit, case: Path, slurm: Cluster) -> None:
     held = ("run.yaml", "--nodes", "1", *CPU, "--sbatch=--hold", "--time", "11")
     numbers: list[str] = []
     for _ in range(2):
-        result = on_slurm(*held)
+        result = on_slurm(*held, SBATCH_TIMELIMIT="7")
         assert result.returncode == 0, result.stderr
         job = result.stdout.split("job ")[1].split(",")[0]
         numbers.append(job)
