@@ -272,8 +272,6 @@ def _rank(rank: int, nodes: tuple[int, ...], port: int, config: RunConfig, folde
         said = f"{type(error).__name__}: {error}"
     (folder / f"said.{rank}.part").write_text(said)
     (folder / f"said.{rank}.part").rename(folder / f"said.{rank}")
-    if work is not _dies:
-        dist.barrier()
     os._exit(0)
 
 

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import PrefixStore
 from megarl.config.health import PreflightSettings
 from megarl.config.load import dump_config
 from megarl.config.schema import RunConfig
-from megarl.errors import Interrupted
+from megarl.errors import Interrupted, Refusal
 from megarl.health import facts as own_facts
 from megarl.health.links import clock_against_first, time_all_reduce, time_ring
 from megarl.health.readiness import MIB, Link, RankFacts, broken_rules, slow_links
@@ -32,6 +32,9 @@ from megarl.parallel.exchange import from_first, gather_all
 
 #: Seconds that a host looks for the file which rank 0 wrote: a shared file system may show it late.
 SEEN_WITHIN = 10.0
+
+#: Seconds that a rank that refuses waits for the others to come to it too.
+FAREWELL = 30.0
 
 #: How often the ring is timed before a link counts as slow: what was busy once need not be slow.
 RINGS = 3
@@ -108,14 +111,17 @@ def preflight(config: RunConfig, world: World, run_directory: Path) -> Preflight
         own = _look(config, world, token, settings)
         found = gather_all(own)
         for refusal in broken_rules(found, settings):
-            token.withdraw_folders = True
             raise refusal
         links = _time_links(world, found, settings)
         return PreflightReport(tuple(found), tuple(links), time_all_reduce(world), time.monotonic() - start)
+    except Refusal:
+        token.withdraw_folders = True
+        _hear_out(world)
+        raise
     except RuntimeError as error:
         raise Interrupted(
             f"rank {world.rank} on {world.hosts[world.rank]} lost the connection to other ranks in the pre-flight "
-            f"({str(error).splitlines()[0].rstrip('. ')}): see what ended, then start again with resume=auto"
+            f"({roll_call.cause_of(error)}): see what ended, then start again with resume=auto"
         ) from None
     finally:
         token.remove()
@@ -126,11 +132,11 @@ def _look(config: RunConfig, world: World, token: _Token, settings: PreflightSet
     versions, config_hash = own_facts.versions(), own_facts.text_hash(dump_config(config))
     problem = token.write()
     gpu = own_facts.gpu(world.device)
-    _call("alone", world, settings)
+    _call("alone", world, settings.limit)
     clock = clock_against_first(world)
     content = from_first(token.content if problem is None else None)
     sees = token.is_seen(content) if content is not None and clock is not None else None
-    _call("folder", world, settings)
+    _call("folder", world, settings.limit)
     return RankFacts(
         rank=world.rank,
         host=world.hosts[world.rank],
@@ -147,10 +153,16 @@ def _look(config: RunConfig, world: World, token: _Token, settings: PreflightSet
     )
 
 
-def _call(part: str, world: World, settings: PreflightSettings) -> None:
+def _call(part: str, world: World, seconds: float) -> None:
     store = PrefixStore(f"megarl/preflight/{part}", dist.distributed_c10d._get_default_store())
-    limit = f"{settings.limit:g} s to the pre-flight (health.preflight.limit)"
-    roll_call.call(store, world.rank, world.size, limit, time.monotonic() + settings.limit)
+    limit = f"{seconds:g} s to the pre-flight (health.preflight.limit)"
+    roll_call.call(store, world.rank, world.size, limit, time.monotonic() + seconds)
+
+
+def _hear_out(world: World) -> None:
+    """Stay until all ranks have come to the same refusal: one that left would look like one that died to the rest."""
+    with contextlib.suppress(Interrupted, RuntimeError):
+        _call("refused", world, FAREWELL)
 
 
 def _time_links(world: World, found: list[RankFacts], settings: PreflightSettings) -> list[Link]:

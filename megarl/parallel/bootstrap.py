@@ -132,11 +132,11 @@ def _form(place: Place, backend: str, limit: float) -> None:
     """Meet the other ranks and form the default process group with them, in `limit` seconds."""
     started = time.monotonic()
     store: Store = PrefixStore("default_pg", roll_call.meet(place, limit))
-    left = max(10.0, limit - (time.monotonic() - started))
+    left = timedelta(seconds=max(10.0, limit - (time.monotonic() - started)))
     try:
-        dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=left)
-        )
+        # gloo waits five times as long as it is told to for a connection.
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=left / 5)
+        dist.distributed_c10d._set_pg_timeout(left)
     except RuntimeError as error:
         raise _unreached(place, error) from None
 
@@ -144,7 +144,7 @@ def _form(place: Place, backend: str, limit: float) -> None:
 def _unreached(place: Place, error: RuntimeError) -> Interrupted:
     return Interrupted(
         f"rank {place.rank} of {place.size} on {socket.gethostname()} could not connect to the other ranks, though "
-        f"all of them came ({str(error).splitlines()[0].rstrip('. ')}): see whether one of them ended, name the "
+        f"all of them came ({roll_call.cause_of(error)}): see whether one of them ended, name the "
         "network between the hosts by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and start again with resume=auto"
     )
 

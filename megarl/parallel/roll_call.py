@@ -44,7 +44,7 @@ def meet(place: Place, limit: float) -> Store:
         # The store went away: its host ended.
         raise Interrupted(
             f"rank {place.rank} of {place.size} on {socket.gethostname()} lost the connection to "
-            f"{place.address}:{place.port} while the ranks were gathering ({_first_line(error)}): see what ended "
+            f"{place.address}:{place.port} while the ranks were gathering ({cause_of(error)}): see what ended "
             "there, then start again with resume=auto"
         ) from None
     return store
@@ -99,7 +99,7 @@ def _open(place: Place, opens: bool, hosted: bool, seconds: float) -> Store | st
             )
             found.append(store)
         except RuntimeError as error:
-            found.append(_first_line(error))
+            found.append(cause_of(error))
 
     # Where something else listens at the port and says nothing, torch waits without a limit.
     thread = threading.Thread(target=work, daemon=True)
@@ -223,7 +223,8 @@ def _here(rank: int) -> str:
     return f"here/{rank}"
 
 
-def _first_line(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
+    """The first sentence of an error of torch's, whose further ones are stacks and advice, without its full stop."""
     return str(error).splitlines()[0].split(". ")[0].rstrip(". ")
 
 
