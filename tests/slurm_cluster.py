@@ -84,7 +84,8 @@ class Cluster:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "MASTER_", "OMPI_"))}
         for name in ("RANK", "WORLD_SIZE"):
             kept.pop(name, None)
-        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH}
+        # Both nodes are one host, in whose shared memory Open MPI's ranks of the same number on a node would collide.
+        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH, "OMPI_MCA_btl": "tcp,self"}
 
     def call(self, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run one of Slurm's commands to its end."""
@@ -116,6 +117,23 @@ class Cluster:
             assert not over and time.monotonic() < deadline, f"job {job} is {found['JobState']}:\n{self.log(job)}"
             time.sleep(0.25)
         return found
+
+    def wait_until(self, reached: Callable[[], object], job: str, what: str, seconds: float = 60.0) -> None:
+        """Wait for something that a job does while it runs. Fails with the job's log."""
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what}\n{self.log(job)}"
+            time.sleep(0.1)
+
+    def cancel_all(self) -> None:
+        """Cancel every job, and wait until the nodes are empty."""
+        # An array's task has a number of its own, which scancel does not know.
+        for job in self.ask("squeue", "--noheader", "--array", "--format=%i").split():
+            self.ask("scancel", job)
+        deadline = time.monotonic() + 60.0
+        while left := self.ask("squeue", "--noheader"):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
 
     def log(self, job: str) -> str:
         """What a job has said so far."""

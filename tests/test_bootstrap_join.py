@@ -32,7 +32,7 @@ LIMIT = 2.0
 LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "PRTE_", "TORCHELASTIC_")
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS) and k not in ("RANK", "WORLD_SIZE")}
 
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70001"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70001"}
 NODES = {"SLURM_JOB_NODELIST": "gpu[07-08]"}
 
 
@@ -42,17 +42,19 @@ NODES = {"SLURM_JOB_NODELIST": "gpu[07-08]"}
         ({}, None),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **SLURM}, Place(3, 4, 1, None, None)),
         ({**SLURM, **NODES}, Place(5, 8, 1, "gpu07", "30001")),
+        ({**SLURM, **NODES, "SLURM_STEP_ID": "1"}, Place(5, 8, 1, "gpu07", "31010")),
         ({**SLURM, **NODES, "MASTER_ADDR": "b", "MASTER_PORT": "7"}, Place(5, 8, 1, "b", "7")),
         ({**SLURM, **NODES, "PMIX_RANK": "5"}, Place(5, 8, 1, "gpu07", "30001", mpi=True)),
+        ({**SLURM, **NODES, "SLURM_NODEID": "2"}, Place(5, 8, 1, "gpu07", "30001", node=2)),
         # MPICH's mpirun in a batch job, whose own task is number 0.
         ({**SLURM, "SLURM_PROCID": "0", "PMI_RANK": "2", "PMI_SIZE": "3"}, Place(2, 3, 1, None, None, mpi=True)),
         (
             {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
             Place(1, 2, 1, None, None, mpi=True),
         ),
-        # A shell of salloc, and a step of one task.
-        ({"SLURM_NTASKS": "8"}, None),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        # A batch script, and a step of one task.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, None),
     ],
 )
 def test_the_place_is_what_the_launcher_says(environment: dict[str, str], place: Place | None) -> None:

@@ -94,10 +94,10 @@ def test_check_is_quick_and_free_of_torch(tmp_path: Path) -> None:
         ({}, None),
         ({"RANK": "0", "WORLD_SIZE": "3"}, (0, 3)),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}, (1, 3)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}, (2, 3)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}, (2, 3)),
         ({"PMI_RANK": "2", "PMI_SIZE": "3"}, (2, 3)),
         # A batch script's own step is no launched world.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, None),
     ],
 )
 def test_place_in_a_launched_world(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,12 +42,9 @@ for _ in {1..600}; do sleep 0.1; done
 
 @pytest.fixture(autouse=True)
 def no_jobs_left(slurm: Cluster) -> Iterator[None]:
-    """The cluster is empty after a test, also after one that failed."""
+    """Also after a test that failed."""
     yield
-    # An array's task has a number of its own, which scancel does not know.
-    for job in slurm.ask("squeue", "--noheader", "--array", "--format=%i").split():
-        slurm.ask("scancel", job)
-    until(lambda: not slurm.ask("squeue", "--noheader"), "the cluster is empty", seconds=40)
+    slurm.cancel_all()
 
 
 @pytest.fixture
@@ -68,13 +66,6 @@ def submit(slurm: Cluster, tmp_path: Path) -> Callable[..., str]:
         return slurm.submit(*FOUR_TASKS, *arguments, cwd=tmp_path, **environment)
 
     return submit
-
-
-def until(reached: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what}"
-        time.sleep(0.2)
 
 
 def rank_log(folder: Path, job: str, rank: int) -> str:
@@ -112,7 +103,7 @@ def test_a_refusal_ends_the_job_and_is_read_in_its_log(slurm: Cluster, submit: C
 
 def test_a_killed_rank_starts_the_job_again_but_not_for_ever(slurm: Cluster, submit: Callable[..., str]) -> None:
     job = submit("die", TRAIN, "run.yaml", MEGARL_MAX_RESTARTS="1")
-    until(lambda: slurm.job(job)["Restarts"] == "1", "the job goes back into the queue")
+    slurm.wait_until(lambda: slurm.job(job)["Restarts"] == "1", job, "the job goes back into the queue")
     ended = slurm.wait(job, "FAILED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("137:0", "1")
     log = slurm.log(job)
@@ -125,7 +116,7 @@ def test_a_job_that_was_asked_to_stop_starts_again_once(
     slurm: Cluster, submit: Callable[..., str], tmp_path: Path, how: str
 ) -> None:
     job = submit("once-wait", TRAIN, "run.yaml")
-    until(all_started(tmp_path, job), "the tasks run")
+    slurm.wait_until(all_started(tmp_path, job), job, "the tasks run")
     if how == "signal":
         slurm.ask("scancel", "--signal=USR1", job)
     elif how == "requeue":
@@ -142,9 +133,9 @@ def test_a_job_that_was_asked_to_stop_starts_again_once(
 
 def test_a_cancelled_job_stays_ended(slurm: Cluster, submit: Callable[..., str], tmp_path: Path) -> None:
     job = submit("wait", TRAIN, "run.yaml")
-    until(all_started(tmp_path, job), "the tasks run")
+    slurm.wait_until(all_started(tmp_path, job), job, "the tasks run")
     slurm.ask("scancel", job)
-    until(lambda: "not started again from here" in slurm.log(job), "the job says so")
+    slurm.wait_until(lambda: "not started again from here" in slurm.log(job), job, "the job says so")
     time.sleep(1)
     assert slurm.wait(job, "CANCELLED")["Restarts"] == "0"
 
@@ -156,7 +147,8 @@ def test_the_tasks_of_an_array_are_runs_of_their_own(
     spread = ("--ntasks-per-node=1", "--array=3-4")
     array = submit("once-wait", *spread, TRAIN, "run.yaml")
     tasks = [f"{array}_{index}" for index in (3, 4)]
-    until(lambda: all("rank 1 of 2" in rank_log(tmp_path, task, 1) for task in tasks), "both run at the same time")
+    together = lambda: all("rank 1 of 2" in rank_log(tmp_path, task, 1) for task in tasks)  # noqa: E731
+    slurm.wait_until(together, tasks[0], "both run at the same time")
     said = [rank_log(tmp_path, task, 0) for task in tasks]
     assert len({re.findall(r"127.0.0.1:(\d+)", text)[0] for text in said}) == 2
     for index, text in zip((3, 4), said, strict=True):
@@ -174,3 +166,41 @@ def test_a_job_from_elsewhere_says_what_it_misses(slurm: Cluster, tmp_path: Path
         f"megarl: {tmp_path}: must be megarl's repository. Fix: submit the job from there, or set MEGARL_HOME to it.\n"
     )
     assert slurm.log(job["JobId"]) == said
+
+
+#: Prints the place that a task finds, by its launcher's variables and over MPI.
+FIND_PLACE = """
+import os
+from megarl.parallel.place import find_place, place_over_mpi
+place = find_place(os.environ)
+with open(f"place-{os.environ['SLURM_PROCID']}", "w") as file:
+    found = place_over_mpi(place, 60.0)
+    print(found.rank, found.size, found.local_rank, found.node, file=file)
+"""
+
+
+@pytest.mark.parametrize("mpi", ["none", "pmix"])
+def test_every_task_finds_its_place(slurm: Cluster, tmp_path: Path, mpi: str) -> None:
+    """Under PMIx from MPI, but for the layout of nodes, of which Open MPI may know nothing there."""
+    if mpi == "pmix" and (tried := slurm.call("srun", "--mpi=pmix", "true")).returncode:
+        pytest.skip(f"this Slurm cannot load PMIx (Debian, Ubuntu: libpmix-dev): {tried.stderr.splitlines()[0]}")
+    python = (sys.executable, "-c", FIND_PLACE)
+    slurm.ask("srun", f"--mpi={mpi}", *FOUR_TASKS, *python, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    found = [(tmp_path / f"place-{rank}").read_text().split() for rank in range(4)]
+    assert found == [["0", "4", "0", "0"], ["1", "4", "1", "0"], ["2", "4", "0", "1"], ["3", "4", "1", "1"]]
+
+
+def test_tasks_that_mpi_takes_for_single_ones_say_so(slurm: Cluster, tmp_path: Path) -> None:
+    """Open MPI 5 has PMIx alone."""
+    python = (sys.executable, "-c", FIND_PLACE)
+    asked = slurm.call("srun", "--mpi=pmi2", *FOUR_TASKS, *python, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert asked.returncode != 0
+    assert "4 processes of which MPI knows 1: must find each other. Fix: start them by" in asked.stderr
+
+
+def test_the_signal_comes_ahead_of_the_time_limit(slurm: Cluster, submit: Callable[..., str], tmp_path: Path) -> None:
+    """Of one minute here, which is less than the template's five: it comes when Slurm first looks."""
+    job = submit("once-wait", "--time=1", TRAIN, "run.yaml")
+    slurm.wait(job)
+    assert "rank 3 was asked to stop" in rank_log(tmp_path, job, 3)
+    assert "DUE TO TIME LIMIT" not in slurm.log(job) and f"job {job} goes back into the queue" in slurm.log(job)

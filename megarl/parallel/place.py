@@ -1,7 +1,8 @@
 """What a launcher says of this process's place: rank, world size, host, and where to meet. Free of torch.
 
 torchrun sets RANK and its siblings; `srun` sets SLURM_*; `mpirun` sets OMPI_* or PMI_*. Under MPI, mpi4py has the last
-word where it is installed, since only MPI knows the layout of hosts and where rank 0 is.
+word where it is installed, since only MPI knows where rank 0 is and, but for Slurm's, the layout of hosts: an Open MPI
+that Slurm's PMIx started may take each process for the only one of its host.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DEFAULT_PORT = "29500"
 class Place:
     """Where a process stands. `address` and `port` are rank 0's, None where the launcher does not say.
 
-    `mpi`: an MPI launcher started it. `node` is equal on the processes of a host, None where host names must tell.
+    `mpi`: an MPI launcher started it. `node` is equal on the processes of a host, None where host names or MPI must tell.
     """
 
     rank: int
@@ -47,8 +48,8 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     hosts = slurm_hosts(environment)
     if hosts:
         address = address or hosts[0]
-        # All tasks of a job derive the same port, outside the ephemeral range, from the job's number.
-        port = port or str(20000 + number("SLURM_JOB_ID") % 12000)
+        # All tasks of a step derive the same port, outside the ephemeral range, and other steps and jobs another.
+        port = port or str(20000 + (number("SLURM_JOB_ID") + 1009 * number("SLURM_STEP_ID")) % 12000)
     if "OMPI_COMM_WORLD_RANK" in environment:
         rank, size = number("OMPI_COMM_WORLD_RANK"), number("OMPI_COMM_WORLD_SIZE")
         return Place(rank, size, number("OMPI_COMM_WORLD_LOCAL_RANK"), address, port, mpi=True)
@@ -56,10 +57,12 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     if "PMI_RANK" in environment and "PMI_SIZE" in environment:
         local = number("MPI_LOCALRANKID", environment.get("SLURM_LOCALID", "0"))
         return Place(number("PMI_RANK"), number("PMI_SIZE"), local, address, port, mpi=True)
-    if "SLURM_PROCID" in environment and number("SLURM_NTASKS", "1") > 1:
+    # Of the step, not of the job: a batch script has SLURM_PROCID and SLURM_NTASKS too, and is alone.
+    if "SLURM_PROCID" in environment and (size := number("SLURM_STEP_NUM_TASKS", "1")) > 1:
         # Without a plug-in for MPI, MPI would take each task for the only one.
         mpi = "PMIX_RANK" in environment
-        return Place(number("SLURM_PROCID"), number("SLURM_NTASKS"), number("SLURM_LOCALID"), address, port, mpi=mpi)
+        node = number("SLURM_NODEID") if "SLURM_NODEID" in environment else None
+        return Place(number("SLURM_PROCID"), size, number("SLURM_LOCALID"), address, port, mpi=mpi, node=node)
     return None
 
 
@@ -129,9 +132,11 @@ def _asked(mpi: Any, place: Place) -> Place:
             "must find each other",
             "start them by the mpirun of the MPI that mpi4py was built for, or by srun with --mpi=pmix or --mpi=none",
         )
-    host = world.Split_type(mpi.COMM_TYPE_SHARED)
-    node, local_rank = host.bcast(world.Get_rank(), root=0), host.Get_rank()
-    host.Free()
+    node, local_rank = place.node, place.local_rank
+    if node is None:
+        host = world.Split_type(mpi.COMM_TYPE_SHARED)
+        node, local_rank = host.bcast(world.Get_rank(), root=0), host.Get_rank()
+        host.Free()
     meeting = (socket.gethostname(), str(free_port())) if world.Get_rank() == 0 else None
     address, port = world.bcast(meeting, root=0)
     if place.address is not None:
