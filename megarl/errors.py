@@ -9,6 +9,8 @@ class MegarlError(Exception):
     """Base of all errors with a message written for the user."""
 
     exit_code = 2
+    #: Whether somebody has said it to the user already: of an error that all ranks raise, one speaks.
+    delivered = False
 
 
 class Refusal(MegarlError):
@@ -32,8 +34,8 @@ class Refusal(MegarlError):
 class Interrupted(MegarlError):
     """The run ended before its last step for a reason outside it: asked to stop, a rank or host gone, a hang.
 
-    Nothing that was saved is lost: the same command with resume=auto goes on. The exit code is sysexits.h's EX_TEMPFAIL,
-    at which `slurm/train.sbatch` puts the job back into the queue.
+    Nothing that was saved is lost: the same command with resume=auto goes on. The exit code is EX_TEMPFAIL of
+    sysexits.h, at which `slurm/train.sbatch` puts the job back into the queue.
     """
 
     exit_code = 75

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from megarl.config.base import Settings
+from megarl.config.health import HealthSettings
 
 
 class ModelSettings(Settings):
@@ -144,6 +145,11 @@ class RolloutSettings(Settings):
     )
     save: bool = Field(
         default=False, description="Write each step's rollouts to the run directory, for rollout.replay."
+    )
+    keep_unfinished: bool = Field(
+        default=True,
+        description="Keep what the engines make until a checkpoint has the step (unfinished/, 8 bytes a token): a run "
+        "that was killed does not make it again. Not with moe.routing_replay.",
     )
     replay: str | None = Field(
         default=None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."
@@ -390,6 +396,7 @@ class RunSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
     weights: WeightsSettings = WeightsSettings()
+    health: HealthSettings = HealthSettings()
     megatron: dict[str, Any] = Field(
         default={},
         description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",

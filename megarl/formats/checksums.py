@@ -31,8 +31,8 @@ def measure(file: Path) -> StoredFile:
 
 
 def share(names: Iterable[str], rank: int, ranks: int) -> list[str]:
-    """The files of a checkpoint that one of `ranks` reads: its own (`__RANK_n.distcp`), which may still be in its host's
-    memory, and every so many of the rest."""
+    """The files of a checkpoint that one of `ranks` reads: its own (`__RANK_n.distcp`), which its host may still have
+    in memory, and every so many of the rest."""
     mine = []
     for number, name in enumerate(sorted(names)):
         writer = re.match(r"__(\d+)_", name)

@@ -7,27 +7,38 @@ because a CUDA context does not survive a fork.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import pickle
 import signal
+import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megarl.errors import MegarlError
+from megarl.errors import Interrupted, MegarlError
 
 T = TypeVar("T")
+
+#: Names, in a worker, the file that holds the error which the parent is to raise.
+_REPORT = "MEGARL_REPORT"
+
+#: From linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) -> T:
     """Run `function(*args)` in that many local processes and return rank 0's result.
 
     One process runs here, in this process. When a worker raises, the others are ended; a `MegarlError` is
-    raised again here, another failure as torch's `ChildFailedError`, which names rank, exit code and error.
+    raised again here, the end of a worker by a signal becomes `Interrupted`, and another failure torch's
+    `ChildFailedError`, which names rank, exit code and error.
     """
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if processes == 1:
@@ -53,15 +64,64 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
         max_restarts=0,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(),
+        # SIGTERM is passed on, for the workers to save what they have.
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "error"
-        try:
-            return elastic_launch(config, _worker)(function, args, str(report))[0]
-        except ChildFailedError:
-            if report.is_file():
-                raise pickle.loads(report.read_bytes()) from None
-            raise
+        with _stops_forwarded(Path(folder)):
+            try:
+                return elastic_launch(config, _worker)(function, args, str(report))[0]
+            except ChildFailedError as error:
+                if report.is_file():
+                    raise pickle.loads(report.read_bytes()) from None
+                rank, failure = error.get_first_failure()
+                if failure.exitcode >= 0:
+                    raise
+                name = signal.Signals(-failure.exitcode).name
+                raise Interrupted(
+                    f"rank {rank}, process {failure.pid}, was ended by {name}: where that was not meant, see the "
+                    "system's log for memory that ran out, and start again with resume=auto"
+                ) from None
+
+
+def started_here() -> bool:
+    """Whether `launch` started this process, which then speaks for it and passes signals on."""
+    return _REPORT in os.environ
+
+
+def deliver(error: MegarlError) -> None:
+    """Say an error to the user, for all ranks: here, or in the process that started this one."""
+    error.delivered = True
+    if not started_here():
+        print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return
+    report = Path(os.environ[_REPORT])
+    partial = Path(f"{report}.{os.environ['RANK']}")
+    partial.write_bytes(pickle.dumps(error))
+    # The first one said stays.
+    with contextlib.suppress(FileExistsError):
+        os.link(partial, report)
+
+
+@contextlib.contextmanager
+def _stops_forwarded(folder: Path) -> Iterator[None]:
+    """Inside, a signal that asks this process to stop asks the workers, which save what they have and end."""
+
+    def forward(*_: object) -> None:
+        for file in folder.glob("started.*"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGUSR1)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T | None:
@@ -69,17 +129,24 @@ def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T
 
     The process then fails, so that the launcher ends the others, which may be waiting for this one.
     """
-    # Forked workers inherit the launcher's handler, which would answer the end with a traceback from each of them.
+    os.environ[_REPORT] = report
+    _end_with_parent()
+    # Forked workers inherit the handlers of the parent. Until a run listens, a stop is the end; a run that watches over
+    # its ranks is told nothing by the launcher's SIGTERM, since it names who failed and ends.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     _wait_for_all(Path(report).parent)
     try:
         value = function(*args)
     except MegarlError as error:
-        partial = Path(f"{report}.{os.environ['RANK']}")
-        partial.write_bytes(pickle.dumps(error))
-        partial.replace(report)
+        deliver(error)
         raise
     return value if os.environ["RANK"] == "0" else None
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, so that nothing goes on without anybody who sees it."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_for_all(folder: Path) -> None:
@@ -88,6 +155,8 @@ def _wait_for_all(folder: Path) -> None:
     For each connection a thread of the launcher looks up the peer's name. A worker that is forked in the midst of that
     inherits the resolver's lock without the thread that would release it, and would wait for it for ever.
     """
-    (folder / f"started.{os.environ['RANK']}").touch()
+    own = folder / f"pid.{os.environ['RANK']}"
+    own.write_text(str(os.getpid()))
+    own.rename(folder / f"started.{os.environ['RANK']}")
     while len(list(folder.glob("started.*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)

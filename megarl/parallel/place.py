@@ -24,7 +24,7 @@ DEFAULT_PORT = "29500"
 class Place:
     """Where a process stands. `address` and `port` are rank 0's, None where the launcher does not say.
 
-    `mpi`: an MPI launcher started it. `node` is equal on the processes of a host, None where host names or MPI must tell.
+    `mpi`: an MPI launcher started it. `node` is equal on a host's processes, None where host names or MPI must tell.
     """
 
     rank: int

@@ -23,6 +23,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import MegarlError
+from megarl.parallel import progress
 from megarl.records import FinishReason
 from megarl.rollout import environment
 from megarl.rollout.arguments import engine_arguments, register_model_class
@@ -32,6 +33,9 @@ from megarl.rollout.routing import RoutingRecorder, SlotRecorder, VllmRecorder
 from megarl.rollout.seeds import hash_seed
 
 T = TypeVar("T")
+
+#: Engine steps after which a replica's ranks agree again whether to go on.
+STEPS_BETWEEN_QUESTIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,8 @@ class Engine:
         self._max_concurrent = config.rollout.max_concurrent
         self._chunk = config.rollout.chunk
         self._calls = itertools.count()
+        self.stop: Callable[[], bool] = lambda: False
+        self.interrupted = False
         with environment.quiet(), environment.own_randomness(None), self._eager():
             register_model_class(shape.family)
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -130,12 +136,18 @@ class Engine:
         return SharedCounter(store, f"megarl/rollout/{next(self._calls)}", total, self._chunk, self.replica_group)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, work: WorkSource | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        work: WorkSource | None = None,
+        on_finished: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
         """Generate this replica's part of `requests` and return its completions in index order.
 
         `requests` is the same list on all ranks of a replica; `work` says which positions of it are this
-        replica's (all, where None). Every rank of the replica returns the same completions. A chunk is
+        replica's (all, where None). Every rank of the replica returns the same completions, and hands each to
+        `on_finished` as soon as it is whole. Where `stop` asks for it on the replica's first rank, requests are given
+        up, and `interrupted` says so; later calls return nothing. A chunk is
         drawn between two engine steps whenever it fits, one at a time, so that replicas that start
         together share the work evenly and none waits for another's prompts.
         Raises `PhaseError` where the engine sleeps or was never filled.
@@ -146,16 +158,25 @@ class Engine:
         # Prefixes cached by earlier calls would change batch shapes, and with them last bits, from run to resumed run.
         self._engine.reset_prefix_cache()
         with environment.own_randomness(shared_seed), self._eager(), torch.inference_mode():
-            completions = self._run(requests, sampling, work)
+            completions = self._run(requests, sampling, work, on_finished or (lambda _: None))
         return sorted(completions, key=lambda completion: completion.index)
 
-    def _run(self, requests: Sequence[Request], sampling: Sampling, work: WorkSource) -> list[Completion]:
+    def _run(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        work: WorkSource,
+        on_finished: Callable[[Completion], None],
+    ) -> list[Completion]:
         parameters = self._parameter_factory(sampling)
         completions: list[Completion] = []
         # vLLM's own names of the unfinished requests.
         running: dict[str, str] = {}
         chunk: Sequence[int] | None = ()
-        while True:
+        for number in itertools.count():
+            if number % STEPS_BETWEEN_QUESTIONS == 0 and self._asked_to_stop():
+                self._engine.abort_request(list(running))
+                return completions
             if chunk is not None and len(running) + self._chunk <= max(self._max_concurrent, self._chunk):
                 chunk = work.draw()
                 for position in chunk or ():
@@ -165,11 +186,24 @@ class Engine:
                     running[name] = self._engine.add_request(name, prompt, parameters(request))
             if not running:
                 if chunk is None:
-                    return completions
+                    break
                 continue
             for output in self._engine.step():
                 if output.finished:
                     completions.append(self._completion(output, running.pop(output.request_id)))
+                    on_finished(completions[-1])
+            progress.tick()
+        return completions
+
+    def _asked_to_stop(self) -> bool:
+        """What `stop` says on the replica's first rank, on all its ranks."""
+        if self.interrupted:
+            return True
+        asked = torch.tensor([self.stop()])
+        if self.replica_group is not None:
+            dist.broadcast(asked, group=self.replica_group, group_src=0)
+        self.interrupted = bool(asked)
+        return self.interrupted
 
     def _parameter_factory(self, sampling: Sampling) -> Callable[[Request], SamplingParams]:
         """A function from a request to vLLM's sampling parameters."""

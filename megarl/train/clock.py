@@ -1,10 +1,12 @@
-"""Wall-clock seconds per phase of a step."""
+"""Wall-clock seconds per phase of a step, and which phase it is, for those who watch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from megarl.parallel import progress
 
 
 class Clock:
@@ -17,11 +19,14 @@ class Clock:
         self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
         self._inside = [0.0]
+        self._names = ["step"]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside under `name`."""
         self._on_phase(name)
+        progress.enter(name)
+        self._names.append(name)
         self._inside.append(0.0)
         start = time.perf_counter()
         try:
@@ -30,6 +35,8 @@ class Clock:
             passed = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + passed - self._inside.pop()
             self._inside[-1] += passed
+            self._names.pop()
+            progress.enter(self._names[-1])
 
     def take(self) -> dict[str, float]:
         """The seconds counted since the last call, by phase."""

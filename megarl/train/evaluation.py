@@ -25,7 +25,8 @@ def evaluate(session: Session) -> dict[str, Any]:
     prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples`, `unscored` and
     `counters`. With `evaluation.consumer` policy and consumer answer the same thinkings with the same seeds; the
     consumer's numbers are `cross_accuracy` and so on. Collective; the engine must be awake with the current weights.
-    Raises `TrainingStopped` on all ranks where rewards cannot be found any more.
+    Raises `TrainingStopped` on all ranks where rewards cannot be found any more, and `StopAsked` where the run was
+    asked to stop and the evaluation would not end in time.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.engine is not None and session.evaluation_data is not None
@@ -44,14 +45,17 @@ def evaluate(session: Session) -> dict[str, Any]:
     )
     constants = {"evaluation_problems": len(prompts), "evaluation_samples": k}
     if settings.consumer is None:
-        completions = generate(session.engine, requests, sampling, session.config)
+        completions = generate(session, requests, sampling)
+        session.stops.give_up_if(session.engine.interrupted)
         return _numbers(session, [Output(c) for c in completions], "", "evaluation_") | constants
     consumer = REFERENCE if settings.consumer == "initial" else CONSUMER
     # In two parts also for the policy itself, so that both answer under the same conditions.
     thinkings = think(session, requests, sampling)
-    own = _numbers(session, respond(session, thinkings, requests, sampling, None), "", "evaluation_")
-    cross = _numbers(session, respond(session, thinkings, requests, sampling, consumer), "cross_", "cross_")
-    return own | cross | constants
+    answers = [respond(session, thinkings, requests, sampling, weights) for weights in (None, consumer)]
+    session.stops.give_up_if(session.engine.interrupted)
+    own, cross = answers
+    numbers = _numbers(session, own, "", "evaluation_") | _numbers(session, cross, "cross_", "cross_")
+    return numbers | constants
 
 
 def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from megarl.config.schema import RunConfig
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.records import SampleKind
-from megarl.rollout.engine import Completion, Engine, Request, Sampling
+from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
+from megarl.train.journal import Kept
 from megarl.train.serving import serve
 from megarl.train.session import REFERENCE, Session
 
@@ -63,19 +63,50 @@ def sampling_of(session: Session, step: int, batch: int) -> Sampling:
     )
 
 
-def generate(engine: Engine, requests: Sequence[Request], sampling: Sampling, config: RunConfig) -> list[Completion]:
-    """This replica's completions; fixed or drawn work by `rollout.deterministic`."""
-    deterministic = config.rollout.deterministic
+def generate(
+    session: Session, requests: Sequence[Request], sampling: Sampling, kept: Kept | None = None
+) -> list[Completion]:
+    """This replica's completions; fixed or drawn work by `rollout.deterministic`. The same on all its ranks.
+
+    With `kept`, those that were made before are not made again: the replicas take them in turns.
+    """
+    assert session.engine is not None
+    engine, deterministic = session.engine, session.config.rollout.deterministic
     fixed = not has_cuda() if deterministic is None else deterministic
-    work = engine.fixed_assignment(len(requests)) if fixed else engine.shared_counter(len(requests))
-    return engine.generate(requests, sampling, work)
+    left, known = _split(requests, kept)
+    work = engine.fixed_assignment(len(left)) if fixed else engine.shared_counter(len(left))
+    made = engine.generate(left, sampling, work, _keeping(kept))
+    return _together(made, known[engine.replica :: engine.num_replicas], kept)
 
 
-def think(session: Session, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+def think(
+    session: Session, requests: Sequence[Request], sampling: Sampling, kept: Kept | None = None
+) -> list[Completion]:
     """This replica's thinkings, up to and including the end marker where they reach it."""
-    assert session.engine is not None and session.thinking_end.token_id is not None
+    assert session.thinking_end.token_id is not None
     stops = (*sampling.stop_token_ids, session.thinking_end.token_id)
-    return generate(session.engine, requests, replace(sampling, stop_token_ids=stops), session.config)
+    return generate(session, requests, replace(sampling, stop_token_ids=stops), kept)
+
+
+def _split(requests: Sequence[Request], kept: Kept | None) -> tuple[list[Request], list[Request]]:
+    """The requests that are left to make, and those whose completions are known."""
+    if kept is None:
+        return list(requests), []
+    known = [request for request in requests if kept.journal.knows(kept.key_of(request.index))]
+    indices = {request.index for request in known}
+    return [request for request in requests if request.index not in indices], known
+
+
+def _keeping(kept: Kept | None) -> Callable[[Completion], None] | None:
+    """What is done with each completion as soon as it is made."""
+    return None if kept is None else lambda one: kept.journal.add(kept.key_of(one.index), one)
+
+
+def _together(made: list[Completion], known: Sequence[Request], kept: Kept | None) -> list[Completion]:
+    """What was made and what was made before, in the order of the requests."""
+    if kept is not None:
+        made = made + [kept.journal.take(kept.key_of(request.index), request.index) for request in known]
+    return sorted(made, key=lambda completion: completion.index)
 
 
 def respond(
@@ -85,10 +116,12 @@ def respond(
     sampling: Sampling,
     weights: str | None,
     responses: int = 1,
+    kept: Kept | None = None,
 ) -> list[Output]:
     """Let the policy, or the weight set `weights`, write `responses` answers to each of this replica's thinkings.
 
-    `requests` are those of the thinkings, by their index; the budget `sampling.max_tokens` is for both parts
+    `requests` are those of the thinkings, by their index; `kept` has the keys of responses j to thinking z by the index
+    z x `responses` + j; the budget `sampling.max_tokens` is for both parts
     together. A thinking without its end marker, or with no token left for an answer, gets none. Collective: the
     engine may change its weights.
     """
@@ -100,17 +133,21 @@ def respond(
     continued = [
         Request(
             prompt_token_ids=(*by_index[z.index].prompt_token_ids, *z.token_ids),
-            index=position * responses + j,
+            index=z.index * responses + j,
             seed=_response_seed(by_index[z.index].seed, j),
             max_tokens=tokens - len(z.token_ids),
         )
-        for position, z in enumerate(ended)
+        for z in ended
         for j in range(responses)
     ]
+    left, known = _split(continued, kept)
     # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
     # With a seed of their own, for engines that draw unseeded requests from one generator.
-    written = session.engine.generate(continued, replace(sampling, seed=hash_seed("response", sampling.seed)))
-    answers = {z.index: tuple(written[i * responses : (i + 1) * responses]) for i, z in enumerate(ended)}
+    own = replace(sampling, seed=hash_seed("response", sampling.seed))
+    written = _together(session.engine.generate(left, own, None, _keeping(kept)), known, kept)
+    answers: dict[int, tuple[Completion, ...]] = {}
+    for one in written:
+        answers[one.index // responses] = (*answers.get(one.index // responses, ()), one)
     return [_output(thinking, answers.get(thinking.index, ()), weights is None) for thinking in thinkings]
 
 

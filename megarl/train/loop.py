@@ -22,7 +22,7 @@ from megarl.train.session import REFERENCE, Session
 
 
 def run_steps(session: Session) -> None:
-    """Train from the session's progress to the configured number of steps."""
+    """Train from the session's progress to the configured number of steps. Raises `StopAsked` after less of them."""
     config, progress = session.config, session.progress
     if config.evaluation.start and progress.step == 0:
         progress.accuracy_before = evaluate_now(session)["accuracy"]
@@ -30,7 +30,9 @@ def run_steps(session: Session) -> None:
         evaluate_now(session)
     while progress.step < config.steps:
         run_step(session, progress.step + 1)
-        if _due(config.evaluation.every, progress.step) and progress.step < config.steps:
+        progress.evaluation_due = _due(config.evaluation.every, progress.step) and progress.step < config.steps
+        session.stops.give_up_if(session.stops.agreed())
+        if progress.evaluation_due:
             evaluate_now(session)
         if _due(config.checkpoint.every, progress.step):
             save_checkpoint(session)
@@ -38,6 +40,7 @@ def run_steps(session: Session) -> None:
 
 def run_step(session: Session, step: int) -> dict[str, Any]:
     """One step; returns the metrics that it recorded."""
+    session.stops.step_begins()
     record = StepRecord(session, step)
     session.algorithm.begin_step(step)
     if session.config.algorithm.generates:
@@ -56,13 +59,15 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
         _stop_if_stuck(session)
     session.progress.step = step
     session.progress.cursor = session.stream.state()
+    session.stops.step_ends()
     return record.write()
 
 
 def roll_out(session: Session, step: int) -> Rollouts:
     """The step's groups; the engine is awake meanwhile. Collective.
 
-    Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back.
+    Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back; where
+    the run was asked to stop and the step would not end in time, `StopAsked`.
     """
     with awake(session, weight_set(session.algorithm.needs.rollout_weights)):
         return make_rollouts(session, step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
@@ -27,26 +28,30 @@ from megarl.train.generation import (
     weight_set,
 )
 from megarl.train.groups import Rollouts, Score
+from megarl.train.journal import Journal, Kept
+from megarl.train.replay import Key
 from megarl.train.scoring import grade
 from megarl.train.serving import serve
-from megarl.train.session import Session
+from megarl.train.session import Session, run_directory
 
 
 def make_rollouts(session: Session, step: int) -> Rollouts:
     """Generate and grade until there are enough groups to train on, or the algorithm's bound is reached.
 
-    Collective. The engine must be awake unless the rollouts are replayed. Raises `TrainingStopped` on all ranks where
-    the rewards cannot be found any more.
+    What an attempt at this step that was cut short has made already is taken from its journal. Collective. The engine
+    must be awake unless the rollouts are replayed. Raises `TrainingStopped` on all ranks where the rewards cannot be
+    found any more, `StopAsked` where the run was asked to stop and the step would not end in time.
     """
     wanted, batches = session.config.batch.prompts, session.algorithm.needs.max_generation_batches
     size = (session.config.batch.generation_prompts or wanted) if batches > 1 else wanted
     rollouts = Rollouts(session.config.rollout.group_size)
     if session.scorer is not None:
         session.scorer.begin_step()
+    journal = _journal(session, step)
     for batch in range(batches):
         first = len(rollouts.prompts)
         rollouts.draw(session.data.prompts[i] for i in session.stream.take(size))
-        _sample_batch(session, rollouts, step, batch, first)
+        _sample_batch(session, rollouts, step, batch, first, journal)
         for group in range(first, len(rollouts.prompts)):
             reason = _drop_reason(session, rollouts, group)
             if reason is None:
@@ -58,6 +63,8 @@ def make_rollouts(session: Session, step: int) -> Rollouts:
         # Where nothing gets a reward any more, such as after the judge's cost cap, more answers would not either.
         if len(rollouts.kept) >= wanted or all(unscored):
             break
+    if journal is not None:
+        journal.close()
     rollouts.count("groups_surplus", max(0, len(rollouts.kept) - wanted))
     del rollouts.kept[wanted:]
     return rollouts
@@ -73,7 +80,27 @@ def _unscored(rollouts: Rollouts, group: int) -> bool:
     return any(score.reward is None for score in rollouts.scores_of(group))
 
 
-def _sample_batch(session: Session, rollouts: Rollouts, step: int, batch: int, first: int) -> None:
+def _journal(session: Session, step: int) -> Journal | None:
+    """The journal of the step's completions; None where none are made, or they come with what it does not keep."""
+    config, engine = session.config, session.engine
+    if engine is None or config.rollout.replay is not None or config.moe.routing_replay != "off":
+        return None
+    if not config.rollout.keep_unfinished:
+        return None
+    journal = Journal(unfinished(session), step, config, rank=session.world.rank, writes=engine.speaks)
+    if len(journal):
+        session.recorder.status(f"step {step}: {len(journal)} completions were made before")
+    return journal
+
+
+def unfinished(session: Session) -> Path:
+    """Where completions of steps that no checkpoint has are kept."""
+    return run_directory(session.config) / "unfinished"
+
+
+def _sample_batch(
+    session: Session, rollouts: Rollouts, step: int, batch: int, first: int, journal: Journal | None
+) -> None:
     """Generate the groups from `first` on, grade what this rank holds, and tell everyone."""
     jobs = _answer_jobs(session, rollouts, step, first)
     jobs += explanations.jobs(session, rollouts, step, first, len(jobs))
@@ -84,7 +111,9 @@ def _sample_batch(session: Session, rollouts: Rollouts, step: int, batch: int, f
         samples = _replayed(session, rollouts, step, jobs)
     else:
         with session.clock.phase("generate"):
-            outputs = _outputs(session, step, batch, jobs)
+            outputs = _outputs(session, rollouts, step, batch, jobs, journal)
+            assert session.engine is not None
+            session.stops.give_up_if(session.engine.interrupted or session.stops.too_late)
         if session.scorer is not None:
             with session.clock.phase("score"):
                 try:
@@ -110,17 +139,29 @@ def _answer_jobs(session: Session, rollouts: Rollouts, step: int, first: int) ->
     return jobs
 
 
-def _outputs(session: Session, step: int, batch: int, jobs: Sequence[Job]) -> list[Output]:
+def _outputs(
+    session: Session, rollouts: Rollouts, step: int, batch: int, jobs: Sequence[Job], journal: Journal | None
+) -> list[Output]:
     """What this rank's replica makes of the jobs, all of which go to the engine in one call."""
     needs, sampling = session.algorithm.needs, sampling_of(session, step, batch)
     requests = [job.request for job in jobs]
+
+    def kept(kind: str | None = None, per_job: int = 1) -> Kept | None:
+        """By number of the answer to a job, or of one of `per_job` parts of it."""
+
+        def key_of(index: int) -> Key:
+            job = jobs[index // per_job]
+            sample = _sample_index(session, rollouts, job) * per_job + index % per_job
+            return rollouts.prompts[job.group].index, sample, kind or job.kind
+
+        return None if journal is None else Kept(journal, key_of)
+
     serve(session, weight_set(needs.rollout_weights))
     if needs.responder is None:
-        assert session.engine is not None
-        return [Output(completion) for completion in generate(session.engine, requests, sampling, session.config)]
-    thinkings = think(session, requests, sampling)
-    weights = weight_set(needs.responder.weights)
-    return respond(session, thinkings, requests, sampling, weights, needs.responder.responses)
+        return [Output(completion) for completion in generate(session, requests, sampling, kept())]
+    thinkings = think(session, requests, sampling, kept("thinking"))
+    weights, responses = weight_set(needs.responder.weights), needs.responder.responses
+    return respond(session, thinkings, requests, sampling, weights, responses, kept("response", responses))
 
 
 def _tokens(job: Job, output: Output) -> Counter[str]:

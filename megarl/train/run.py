@@ -5,6 +5,9 @@ Importing this module imports Megatron and vLLM, so that workers forked afterwar
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import RunConfig
-from megarl.errors import Refusal, TrainingStopped
+from megarl.errors import Interrupted, MegarlError, Refusal, TrainingStopped
 from megarl.formats import checkpoint_folder
-from megarl.parallel import bootstrap
-from megarl.parallel.exchange import gather_all
+from megarl.health.guard import watching
+from megarl.health.preflight import preflight
+from megarl.health.run_lock import RunLock
+from megarl.parallel import bootstrap, progress
+from megarl.parallel.bootstrap import World
+from megarl.parallel.exchange import from_first, gather_all
 from megarl.parallel.groups import form_grid
 from megarl.policy import checkpoint
 from megarl.rollout import environment
@@ -25,22 +32,68 @@ from megarl.train.measure import peak_memory_bytes
 from megarl.train.saving import resume, save_checkpoint, save_rollouts
 from megarl.train.serving import awake
 from megarl.train.session import Session, build, run_directory
+from megarl.train.stops import StopAsked, Stops
 from megarl.weights.export import export_hf
 
 environment.preload()
 
+#: Bound on a collective, in minutes, where a watchdog sees sooner that a rank hangs.
+WATCHED_MINUTES = 24 * 60.0
+
 
 @contextmanager
-def session_of(config: RunConfig, *, evaluate_only: bool = False) -> Iterator[Session]:
-    """Join the world, build this rank's session, and take both down in the end."""
-    world = bootstrap.join(timeout_minutes=bootstrap.TIMEOUT_MINUTES + _patience_minutes(config))
-    grid = form_grid(config.parallel, config.seed)
-    session = build(config, world, grid, evaluate_only=evaluate_only)
+def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool = False) -> Iterator[Session]:
+    """Join the world, build this rank's session under watch, and take both down in the end.
+
+    `writes`: the run's folder is written, which no other run may do meanwhile.
+    """
+    progress.enter("start")
+    health = config.health
+    # Where somebody watches, a rank may wait as long as another works.
+    patience = WATCHED_MINUTES if health.watchdog else bootstrap.TIMEOUT_MINUTES + _patience_minutes(config)
+    world = bootstrap.join(timeout_minutes=patience, join_limit=health.join_limit)
+    directory = run_directory(config)
+    lock = RunLock(directory, say=_to_terminal) if writes and world.is_first else None
+    with watching(health, world, directory, each_beat=lock.refresh if lock else lambda: None) as guard:
+        with guard.one_voice():
+            _take(lock)
+            if writes and health.preflight.enabled:
+                _look_before(config, world)
+            grid = form_grid(config.parallel, config.seed)
+            session = build(config, world, grid, Stops(guard.stopping), evaluate_only=evaluate_only)
+        try:
+            with guard.one_voice():
+                yield session
+        finally:
+            session.close()
+            if lock is not None:
+                lock.release()
+    bootstrap.leave()
+
+
+def _take(lock: RunLock | None) -> None:
+    """Take the lock where this is the rank that does; all ranks raise what that raises."""
+    refused = None
     try:
-        yield session
-    finally:
-        session.close()
-        bootstrap.leave()
+        if lock is not None:
+            lock.take()
+    except Refusal as error:
+        refused = error
+    if (said := from_first(refused)) is not None:
+        raise said
+
+
+def _look_before(config: RunConfig, world: World) -> None:
+    """The pre-flight, and what it found in preflight.json. Collective."""
+    report = preflight(config, world, run_directory(config))
+    if world.is_first:
+        (run_directory(config) / "preflight.json").write_text(json.dumps(report.as_table(), indent=2) + "\n")
+        if world.size > 1:
+            _to_terminal(report.status_line())
+
+
+def _to_terminal(text: str) -> None:
+    print(f"megarl: {text}", file=sys.stderr, flush=True)
 
 
 def _patience_minutes(config: RunConfig) -> float:
@@ -50,49 +103,86 @@ def _patience_minutes(config: RunConfig) -> float:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run the whole configuration and return what summary.json holds."""
+    """Run the whole configuration and return what summary.json holds.
+
+    Raises `Interrupted` where the run was asked to stop, with what it had learned saved.
+    """
     started = time.time()
     if config.resume == "never":
         refuse_to_overwrite(run_directory(config))
-    with session_of(config) as session:
+    with session_of(config, writes=True) as session:
         resumed = resume(session)
         session.recorder.open(session.progress.step if resumed else None)
         session.recorder.status(_start_line(session, resumed))
         first = session.progress.step
-        saves = config.checkpoint
+        progress.enter("step")
         try:
             run_steps(session)
         except TrainingStopped:
             # What was trained until then is kept, as far as it is worth keeping.
             # The evaluation that could not be finished is made when the run continues.
-            unsaved = session.progress.step > first and session.saved_step != session.progress.step
-            if unsaved and session.policy.skipped_in_a_row == 0:
-                save_checkpoint(session)
+            if session.policy.skipped_in_a_row == 0:
+                _save_what_is_new(session, first)
             raise
-        if saves.end and session.progress.step > first and session.saved_step != session.progress.step:
-            save_checkpoint(session)
+        except StopAsked:
+            _save_what_is_new(session, first)
+            raise _stopped(session, first) from None
+        progress.enter("finish")
+        if config.checkpoint.end:
+            _save_what_is_new(session, first)
         # What was learned is safe before anything else can fail.
-        accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
-        if saves.export_hf:
-            export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
-        memory = gather_all(peak_memory_bytes())
-        summary = {
-            "name": config.name,
-            "algorithm": config.algorithm.name,
-            "steps": session.progress.step,
-            "processes": session.world.size,
-            "accuracy_before": session.progress.accuracy_before,
-            "accuracy_after": accuracy,
-            "evaluation_problems": len(session.evaluation_data.prompts) if session.evaluation_data else 0,
-            "seconds": round(time.time() - started, 2),
-            "peak_memory_bytes_per_process": memory,
-            "skipped_updates": session.progress.skipped_updates,
-            "data": session.data.counters,
-            "counters": session.progress.counters,
-        }
-        session.recorder.curves()
-        session.recorder.summary(summary)
-        return summary
+        try:
+            accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
+        except StopAsked:
+            raise _stopped(session, first) from None
+        return _finish(session, accuracy, started)
+
+
+def _save_what_is_new(session: Session, first: int) -> None:
+    if session.progress.step > first and session.saved_step != session.progress.step:
+        save_checkpoint(session)
+
+
+def _stopped(session: Session, first: int) -> MegarlError:
+    """The error with which a run ends that was asked to stop."""
+    step, limit = session.progress.step, _time_limit()
+    if step == first and limit is not None and limit - time.time() < session.config.health.notice + 60:
+        return TrainingStopped(
+            f"{session.stops.reason} ahead of the job's time limit came before one step was finished: the time limit "
+            "is shorter than a step. Fix: submit with a longer --time; what the engines made is kept in unfinished/"
+        )
+    saved = f"saved after step {step}" if session.saved_step == step else "as saved before; no step was finished since"
+    return Interrupted(f"{session.config.name} stopped at {session.stops.reason}, {saved}: go on with resume=auto")
+
+
+def _time_limit() -> float | None:
+    """When Slurm ends this job, in seconds since the epoch; None outside Slurm, and where it does not say."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
+
+
+def _finish(session: Session, accuracy: float | None, started: float) -> dict[str, Any]:
+    """Write what a whole run leaves behind, and return the summary."""
+    config = session.config
+    if config.checkpoint.export_hf:
+        export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
+    summary = {
+        "name": config.name,
+        "algorithm": config.algorithm.name,
+        "steps": session.progress.step,
+        "processes": session.world.size,
+        "accuracy_before": session.progress.accuracy_before,
+        "accuracy_after": accuracy,
+        "evaluation_problems": len(session.evaluation_data.prompts) if session.evaluation_data else 0,
+        "seconds": round(time.time() - started, 2),
+        "peak_memory_bytes_per_process": gather_all(peak_memory_bytes()),
+        "skipped_updates": session.progress.skipped_updates,
+        "data": session.data.counters,
+        "counters": session.progress.counters,
+    }
+    session.recorder.curves()
+    session.recorder.summary(summary)
+    return summary
 
 
 def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str, Any]:
@@ -102,6 +192,7 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
     if checkpoint_path is not None and not later:
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": checkpoint_path})})
     with session_of(config, evaluate_only=True) as session:
+        progress.enter("step")
         if checkpoint_path is not None and later:
             checkpoint.load(session.policy, checkpoint_folder.require(checkpoint_path, "checkpoint"), optimizer=False)
         with awake(session):
@@ -112,7 +203,8 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
 def generate(config: RunConfig) -> dict[str, Any]:
     """Make and save the rollouts of every step, without training."""
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save": True})})
-    with session_of(config) as session:
+    with session_of(config, writes=True) as session:
+        progress.enter("step")
         rewards: list[float] = []
         for step in range(1, config.steps + 1):
             session.algorithm.begin_step(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import torch.distributed as dist
@@ -11,14 +12,14 @@ from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.parallel.exchange import from_first
 from megarl.policy import checkpoint
-from megarl.train import replay
+from megarl.train import journal, replay
 from megarl.train.groups import Rollouts
 from megarl.train.session import Progress, Session, run_directory
 
 
 def save_checkpoint(session: Session) -> None:
     """Save weights, optimizer and progress under runs/<name>/checkpoints. Collective."""
-    settings = session.config.checkpoint
+    settings, start = session.config.checkpoint, time.monotonic()
     with session.clock.phase("save"):
         checkpoint.save(
             session.policy,
@@ -29,7 +30,10 @@ def save_checkpoint(session: Session) -> None:
             keep=settings.keep,
             keep_every=settings.keep_every,
         )
+        if session.world.is_first:
+            journal.forget(run_directory(session.config) / "unfinished", session.progress.step)
     session.saved_step = session.progress.step
+    session.stops.saved(time.monotonic() - start)
 
 
 def resume(session: Session) -> bool:

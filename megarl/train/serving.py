@@ -7,18 +7,20 @@ from contextlib import contextmanager
 
 from megarl.errors import TrainingStopped
 from megarl.train.session import Session
+from megarl.train.stops import StopAsked
 
 
 @contextmanager
 def awake(session: Session, weights: str | None = None) -> Iterator[None]:
     """The engine is awake inside, filled as by `wake_engine`.
 
-    It also sleeps again where all ranks leave by `TrainingStopped` together; any other error ends the run as it is.
+    It also sleeps again where all ranks leave together, by `TrainingStopped` or `StopAsked`; any other error ends the
+    run as it is.
     """
     wake_engine(session, weights)
     try:
         yield
-    except TrainingStopped:
+    except (TrainingStopped, StopAsked):
         sleep_engine(session)
         raise
     sleep_engine(session)

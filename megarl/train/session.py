@@ -29,6 +29,7 @@ from megarl.rewards.scorer import Scorer, build_scorer
 from megarl.rollout.engine import Engine
 from megarl.train.clock import Clock
 from megarl.train.recorder import Recorder
+from megarl.train.stops import Stops
 from megarl.weights.push import Push
 
 #: Name of the weight set that holds the policy as it was when the run began.
@@ -85,6 +86,7 @@ class Session:
     recorder: Recorder
     clock: Clock
     progress: Progress
+    stops: Stops
     serving: str | None = None
     saved_step: int | None = None
     """The step of the newest checkpoint that this session saved or continues from."""
@@ -99,7 +101,7 @@ class Session:
             self.engine.close()
 
 
-def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = False) -> Session:
+def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate_only: bool = False) -> Session:
     """Build the session of this rank. Collective. Raises `Refusal` for data or checkpoints that cannot be used."""
     _seed_everything(config.seed)
     shape = read_model_shape(config.model.path)
@@ -131,6 +133,7 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
             world_size=world.size,
             record_routing=config.moe.routing_replay != "off",
         )
+        engine.stop = lambda: stops.too_late
         engine.sleep()
     scorer, evaluation_scorer = _scorers(config, engine, recorder)
     recorder.status("building the policy")
@@ -164,6 +167,7 @@ def build(config: RunConfig, world: World, grid: Grid, *, evaluate_only: bool = 
         recorder=recorder,
         clock=Clock(recorder.phase),
         progress=Progress(),
+        stops=stops,
     )
 
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from megarl.errors import MegarlError
 from megarl.ops.bits import sum_of_bits
+from megarl.parallel.absence import find_absent, meet
 from megarl.parallel.exchange import gather_all
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
-from megarl.weights.absence import find_absent, meet
 
 
 class Target(Protocol):

@@ -1,0 +1,94 @@
+"""A run under watch: the ranks end together, with one message, whatever ends one of them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megarl.config.health import HealthSettings
+from megarl.errors import MegarlError
+from megarl.health.stopping import Stopping
+from megarl.health.watchdog import Watchdog
+from megarl.parallel import progress
+from megarl.parallel.bootstrap import World
+from megarl.parallel.launch import started_here
+
+#: Seconds in which a rank whose connection broke finds out whose end it was.
+PATIENCE = 15.0
+
+
+class Failed(MegarlError):
+    """A rank ended by an error that nobody meant: its traceback is in its log."""
+
+    exit_code = 1
+
+
+class Guard:
+    """What the run asks of its watch. `stopping`: whether it was asked to stop."""
+
+    def __init__(self, stopping: Stopping, watchdog: Watchdog | None) -> None:
+        self.stopping, self._watchdog = stopping, watchdog
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """An error that leaves here is said by one rank, and names the rank that it is due to; all ranks end."""
+        try:
+            yield
+        except Exception as error:
+            if self._watchdog is None:
+                raise
+            said = self._named(self._watchdog, error)
+            if not self._watchdog.claim(said):
+                self._watchdog.leave()
+            if said is error:
+                raise
+            raise said from error
+
+    def _named(self, watchdog: Watchdog, error: Exception) -> MegarlError:
+        if isinstance(error, MegarlError):
+            return error
+        failure = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        if _is_broken_connection(error):
+            return watchdog.name_the_gone(failure, PATIENCE)
+        traceback.print_exception(error)
+        where = f"rank {dist.get_rank()} on {socket.gethostname()}"
+        return Failed(f"{where} failed in phase {progress.CURRENT.phase} with {failure}; its log has the traceback")
+
+
+@contextmanager
+def watching(
+    settings: HealthSettings, world: World, directory: Path, each_beat: Callable[[], None] = lambda: None
+) -> Iterator[Guard]:
+    """Watch over the ranks inside. Collective.
+
+    `directory`: the run's; `each_beat` is called every `settings.interval`.
+    """
+    stopping = Stopping(settings)
+    with stopping.listening():
+        if not settings.watchdog:
+            yield Guard(stopping, None)
+            return
+        watchdog = Watchdog(settings, world, directory, stopping, each_beat)
+        if started_here():
+            # The launcher's SIGTERM follows the end of another rank. The watchdog names that rank, and ends this one.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        watchdog.start()
+        try:
+            yield Guard(stopping, watchdog)
+        finally:
+            watchdog.stop()
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether an error is what remains of another rank that is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "TCPStore")
+    return isinstance(error, RuntimeError | OSError) and any(sign in text for sign in signs)

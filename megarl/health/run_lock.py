@@ -1,0 +1,160 @@
+"""One run in one folder: a lock that names its holder, and that outlives no run for long."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megarl.errors import Refusal
+from megarl.parallel.processes import identity
+
+#: Seconds between two signs of life of a holder, and without one after which it is taken for gone.
+REFRESH, PATIENCE = 10.0, 45.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lock. `began`: what tells its process from a later one with the same number on `host`."""
+
+    host: str
+    pid: int
+    began: str
+    job: str
+    since: str
+    token: str
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            began=identity(os.getpid()) or "",
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            token=uuid.uuid4().hex,
+        )
+
+
+class RunLock:
+    """The lock of a run's folder, in `directory/lock`.
+
+    A holder that was killed leaves it behind: it is taken over at once where that can be known (its host is this one,
+    or it was this Slurm job before it was put back into the queue, or one that Slurm no longer runs), and else when it
+    has given no sign of life for `PATIENCE` seconds.
+    """
+
+    def __init__(self, directory: Path, say: Callable[[str], None] = lambda _: None) -> None:
+        self._file, self._say = directory / "lock", say
+        self._own = Holder.this_process()
+        self._refreshed = time.monotonic()
+
+    def take(self) -> None:
+        """Become the holder. Raises `Refusal` naming another one that lives."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        while not self._create():
+            holder = self._holder()
+            if holder is None:
+                continue
+            gone = self._why_gone(holder)
+            if gone is None:
+                raise Refusal(
+                    f"{self._file.parent} held by {_name(holder)} since {holder.since}",
+                    "two runs must not write one folder",
+                    "wait for it or stop it, or give this run another name",
+                )
+            self._say(f"taking over {self._file.parent} from {_name(holder)}, {gone}")
+            # Of several that find it stale one moves it away.
+            with suppress(FileNotFoundError):
+                self._file.rename(self._file.with_name(f"lock.{holder.token}"))
+                self._file.with_name(f"lock.{holder.token}").unlink()
+
+    def refresh(self) -> None:
+        """Give a sign of life, where the last one is long enough ago."""
+        if time.monotonic() - self._refreshed > REFRESH:
+            with suppress(OSError):
+                os.utime(self._file)
+            self._refreshed = time.monotonic()
+
+    def release(self) -> None:
+        """Stop being the holder."""
+        holder = self._holder()
+        if holder is not None and holder.token == self._own.token:
+            self._file.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """Whether the lock was free. It appears with its content, by a link: atomic on shared file systems too."""
+        fresh = self._file.with_name(f"lock.{self._own.token}")
+        fresh.write_text(json.dumps(asdict(self._own)))
+        try:
+            os.link(fresh, self._file)
+        except FileExistsError:
+            return False
+        finally:
+            fresh.unlink()
+        return True
+
+    def _holder(self) -> Holder | None:
+        """Who holds it now; None where nobody does any more. A lock that cannot be read is nobody's."""
+        try:
+            return Holder(**json.loads(self._file.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            self._file.unlink(missing_ok=True)
+            return None
+
+    def _why_gone(self, holder: Holder) -> str | None:
+        """In words why a holder is no more; None where it lives."""
+        if holder.host == self._own.host:
+            return None if identity(holder.pid) == holder.began else "which has ended"
+        if holder.job and holder.job == self._own.job:
+            return "this job before it was put back into the queue"
+        if holder.job and _slurm_ended(holder.job):
+            return "which Slurm no longer runs"
+        return self._silent()
+
+    def _silent(self) -> str | None:
+        """Watch the lock for a sign of life; clocks of other hosts do not matter to that."""
+        self._say(f"{self._file} is held on another host: waiting for a sign of life, {PATIENCE:.0f} s")
+        until, before = time.monotonic() + PATIENCE, self._stamp()
+        while time.monotonic() < until:
+            if self._stamp() != before:
+                return None
+            time.sleep(1.0)
+        return f"which gave no sign of life for {PATIENCE:.0f} s"
+
+    def _stamp(self) -> int | None:
+        try:
+            return self._file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+
+def _slurm_ended(job: str) -> bool:
+    """Whether Slurm answers, and says that a job is over."""
+    try:
+        found = subprocess.run(
+            ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if "Invalid job id" in found.stderr:
+        return True
+    states = set(found.stdout.split())
+    return bool(states) and not states & {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
+
+
+def _name(holder: Holder) -> str:
+    job = f"job {holder.job}, " if holder.job else ""
+    return f"{job}process {holder.pid} on {holder.host}"

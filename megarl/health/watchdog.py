@@ -1,0 +1,284 @@
+"""Watches over the ranks of a run: one that hangs or dies is named, all leave their stacks, and the run ends in time.
+
+Every rank has two threads beside the one that works. One talks to the store: it says what the rank does (`Beat`), and a
+few ranks read what all say and judge. The other looks after the first, for a store that does not answer. The first to
+see what is wrong claims the verdict, so that the run ends with one message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from megarl.config.health import HealthSettings
+from megarl.errors import Interrupted, MegarlError
+from megarl.health import stacks
+from megarl.health.judgement import Beat, Seen, judge
+from megarl.health.stopping import Stopping
+from megarl.parallel import progress
+from megarl.parallel.bootstrap import World
+from megarl.parallel.launch import deliver
+from megarl.parallel.processes import identity
+
+#: Most ranks that read what all ranks say, spread over the world.
+WATCHERS = 8
+
+#: Seconds for the other ranks to hear of the verdict before the store's host ends.
+FAREWELL = 5.0
+
+#: Seconds that a rank may take to end after it has said why the run does.
+LAST_WORDS = 60.0
+
+_RETRY = "Nothing that was saved is lost: start again with resume=auto"
+
+
+class Watchdog:
+    """One rank's watch. `directory`: the run's, where stacks are written. `each_beat` is called with every beat."""
+
+    def __init__(
+        self,
+        settings: HealthSettings,
+        world: World,
+        directory: Path,
+        stopping: Stopping,
+        each_beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings, self._directory, self._stopping, self._each_beat = settings, directory, stopping, each_beat
+        self._rank, self._size, self._host, self._pid = world.rank, world.size, socket.gethostname(), os.getpid()
+        self._store = _own_connection()
+        node = world.node_of_rank[world.rank]
+        neighbours = [rank for rank in range(world.size) if world.node_of_rank[rank] == node]
+        self._watches = world.rank % -(-world.size // WATCHERS) == 0
+        # That a process is gone, its own host sees at once.
+        self._looks_at = range(world.size) if self._watches else neighbours
+        # Without the store, which is rank 0's as a rule, a host has one voice.
+        self._speaks_for_host = world.rank == next((rank for rank in neighbours if rank > 0), 0)
+        self._count = 0
+        self._left = threading.Event()
+        self._wake = threading.Event()
+        # Set where this rank says why the run ends: the time until which it may take to end.
+        self._until = float("inf")
+        self._code = Interrupted.exit_code
+        self._talked = time.monotonic()
+        # Of every rank: its last beat, when that came, and the identity of its process where it is on this host.
+        self._seen: dict[int, tuple[Beat, float, str | None]] = {}
+        self._ending = threading.Lock()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._look_after)]
+
+    def start(self) -> None:
+        """Begin to watch. Collective: all ranks have said something before any of them judges."""
+        # Also without the interpreter's lock, which a hanging rank may hold, a process can be asked for its stacks.
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+        self._say()
+        dist.barrier()
+        progress.CURRENT.on_enter = self._wake.set
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the watch: this rank leaves by itself."""
+        self._left.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(2 * self._settings.interval)
+        with contextlib.suppress(RuntimeError):
+            self._say()
+
+    def claim(self, error: MegarlError) -> bool:
+        """Say `error` for all ranks; whether this rank is the one that does. False: another says why the run ends.
+
+        An error that all ranks raise is said once; for one that a single rank raises, the others end with its code.
+        """
+        if not self._take_verdict():
+            return False
+        self._until, self._code = time.monotonic() + LAST_WORDS, error.exit_code
+        deliver(error)
+        self._publish({"code": error.exit_code, "folder": None, "pids": []})
+        self._wait_until_heard(self._size)
+        return True
+
+    def leave(self) -> NoReturn:
+        """End this process as the verdict says that another rank has claimed."""
+        with contextlib.suppress(RuntimeError):
+            self._store.wait(["verdict"], timedelta(seconds=2 * FAREWELL))
+            self._end(json.loads(self._store.get("verdict")))
+        os._exit(Interrupted.exit_code)
+
+    def name_the_gone(self, failure: str, patience: float) -> Interrupted:
+        """The error of a collective that broke with `failure`: who died or fell silent within `patience` seconds."""
+        until = time.monotonic() + patience
+        silence = min(self._settings.silence, max(5.0, 5 * self._settings.interval))
+        while time.monotonic() < until and not self._store.check(["verdict"]):
+            self._observe(range(self._size))
+            verdict = judge([self._seen_as(rank) for rank in self._seen if rank != self._rank], silence)
+            if verdict is not None and verdict.cause in ("died", "silent"):
+                return Interrupted(f"{verdict.sentence()}. {_RETRY}")
+            time.sleep(min(0.5, self._settings.interval))
+        return Interrupted(
+            f"rank {self._rank} lost another one in phase {progress.CURRENT.phase} ({failure}). {_RETRY}"
+        )
+
+    def _talk(self) -> None:
+        """The thread that speaks and listens."""
+        while not self._left.is_set():
+            if self._wake.wait(self._settings.interval):
+                self._wake.clear()
+            pause = time.monotonic() - self._talked - self._settings.interval
+            if pause > 5 + 2 * self._settings.interval:
+                # This process itself stood still, perhaps with all others: what was not heard meanwhile says nothing.
+                self._seen = {rank: (beat, when + pause, own) for rank, (beat, when, own) in self._seen.items()}
+            # Without the store: `_look_after` gives it time, and ends the run.
+            with contextlib.suppress(RuntimeError):
+                self._talk_once()
+                self._talked = time.monotonic()
+
+    def _talk_once(self) -> None:
+        self._each_beat()
+        self._say()
+        if self._stopping.requested and not self._store.check(["stop"]):
+            self._store.set("stop", json.dumps([self._stopping.reason, self._stopping.seconds_left]))
+        if not self._stopping.requested and self._store.check(["stop"]):
+            self._stopping.request(*json.loads(self._store.get("stop")))
+        if self._until < float("inf"):
+            return
+        if self._store.check(["verdict"]):
+            self._end(json.loads(self._store.get("verdict")))
+        self._observe(self._looks_at)
+        verdict = judge([self._seen_as(rank) for rank in self._seen], self._settings.silence)
+        if verdict is not None and (self._watches or verdict.cause == "died") and self._take_verdict():
+            folder = self._directory / f"hang-{int(time.time())}"
+            deliver(Interrupted(f"{verdict.sentence()}. The stacks of the ranks are in {folder}. {_RETRY}"))
+            pids = [[beat.host, beat.pid] for beat in verdict.culprits]
+            self._publish({"code": Interrupted.exit_code, "folder": str(folder), "pids": pids})
+            self._end(json.loads(self._store.get("verdict")))
+
+    def _look_after(self) -> None:
+        """The thread that notices a store which does not answer: its host hangs, died, or is cut off."""
+        last = time.monotonic()
+        while not self._left.wait(self._settings.interval):
+            now = time.monotonic()
+            if now > self._until:
+                os._exit(self._code)
+            if now - last > 5 + 2 * self._settings.interval:
+                self._talked = now
+            last = now
+            if now - self._talked < self._settings.silence or not self._ending.acquire(blocking=False):
+                continue
+            stacks.dump(self._directory / "hang-store" / _file_name(self._rank), self._heading())
+            if self._speaks_for_host:
+                deliver(Interrupted(self._store_away(now - self._talked)))
+            os._exit(Interrupted.exit_code)
+
+    def _store_away(self, seconds: float) -> str:
+        store = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return (
+            f"rank {self._rank} on {self._host} in phase {progress.CURRENT.phase} had no answer from the ranks' store "
+            f"at {store} for {seconds:.0f} s (health.silence): rank 0's host hangs, is gone or is cut off. {_RETRY}"
+        )
+
+    def _say(self) -> None:
+        now = progress.CURRENT
+        stand = stacks.stand_of_main_thread()
+        self._count += 1
+        beat = Beat(
+            rank=self._rank,
+            host=self._host,
+            pid=self._pid,
+            count=self._count,
+            phase=now.phase,
+            number=now.number,
+            idle=time.monotonic() - now.moved,
+            limit=self._limit(now.phase),
+            waits_in=stand.waits_in,
+            at=stand.at,
+            left=self._left.is_set(),
+        )
+        self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
+
+    def _limit(self, phase: Any) -> float:
+        settings = self._settings
+        if phase in settings.limits:
+            return settings.limits[phase]
+        longest = progress.CURRENT.longest.get(phase)
+        return settings.first_limit if longest is None else max(settings.least_limit, settings.scale * longest)
+
+    def _observe(self, ranks: Sequence[int]) -> None:
+        found = self._store.multi_get([f"beat/{rank}" for rank in ranks])
+        now = time.monotonic()
+        for rank, text in zip(ranks, found, strict=True):
+            beat = Beat(**json.loads(text))
+            before = self._seen.get(rank)
+            if before is None:
+                self._seen[rank] = beat, now, identity(beat.pid) if beat.host == self._host else None
+            elif beat.count != before[0].count:
+                self._seen[rank] = beat, now, before[2]
+
+    def _seen_as(self, rank: int) -> Seen:
+        beat, when, before = self._seen[rank]
+        silent = max(0.0, time.monotonic() - when - 2 * self._settings.interval)
+        dead = before is not None and not beat.left and identity(beat.pid) != before
+        return Seen(beat, silent, dead)
+
+    def _take_verdict(self) -> bool:
+        """Whether this call is the one of all ranks, and of this rank's threads, that says why the run ends."""
+        own = f"{self._rank}/{threading.get_ident()}"
+        return self._store.compare_set("claim", "", own).decode() == own
+
+    def _publish(self, verdict: dict[str, Any]) -> None:
+        self._store.set("verdict", json.dumps(verdict))
+
+    def _wait_until_heard(self, others: int) -> None:
+        """Count this rank among those that know why the run ends; rank 0, whose store it may be, waits for `others`."""
+        with contextlib.suppress(RuntimeError):
+            heard, until = self._store.add("heard", 1), time.monotonic() + FAREWELL
+            while self._rank == 0 and heard < others and time.monotonic() < until:
+                time.sleep(0.05)
+                heard = self._store.add("heard", 0)
+
+    def _end(self, verdict: dict[str, Any]) -> NoReturn:
+        """End this process: stacks first where a rank hangs; the hanging processes of this host go too."""
+        with self._ending:
+            if verdict["folder"] is not None:
+                stacks.dump(Path(verdict["folder"]) / _file_name(self._rank), self._heading())
+            self._wait_until_heard(self._size - len(verdict["pids"]))
+            here = [pid for host, pid in verdict["pids"] if host == self._host and pid != self._pid]
+            for number in (signal.SIGUSR2, signal.SIGKILL):
+                for pid in here:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, number)
+                        time.sleep(0.3 if number == signal.SIGUSR2 else 0.0)
+            os._exit(verdict["code"])
+
+    def _heading(self) -> str:
+        now, stand = progress.CURRENT, stacks.stand_of_main_thread()
+        waits = f", waits for other ranks in {stand.waits_in}" if stand.waits_in else ""
+        idle = time.monotonic() - now.moved
+        return (
+            f"rank {self._rank} on {self._host}: phase {now.phase}, no progress for {idle:.1f} s, at {stand.at}{waits}"
+        )
+
+
+def _own_connection() -> Store:
+    """A connection to the world's store beside that of the working thread, which may be waiting on its own."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return PrefixStore(f"megarl/watchdog/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store.clone())
+
+
+def _file_name(rank: int) -> str:
+    return f"rank_{rank:04d}.txt"

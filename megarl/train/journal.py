@@ -1,0 +1,119 @@
+"""Completions of a step that has not been saved yet: kept as they are made, so that a run that is killed does not make
+them again.
+
+`runs/<name>/unfinished/step_000012.rank_0003.bin` holds what that rank's engine made: a line of JSON that says what
+for, then record after record: a line of JSON with key, length and how it ended; token ids as int32; log-probs as
+float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from megarl.config.schema import RunConfig
+from megarl.parallel.exchange import gather_all
+from megarl.records import FinishReason
+from megarl.rollout.engine import Completion
+from megarl.train.replay import Key
+
+#: Sections whose settings change no number of a rollout by more than rounding.
+_ELSEWHERE = ("name", "runs_dir", "resume", "parallel", "recompute")
+_ELSEWHERE += ("evaluation", "checkpoint", "logging", "weights", "health")
+
+
+class Journal:
+    """One step's completions in `directory`, as one of the ranks writes and reads them. Collective to make.
+
+    What was made for other settings, or by later steps' weights, is not read. `writes`: this rank's completions count.
+    """
+
+    def __init__(self, directory: Path, step: int, config: RunConfig, *, rank: int, writes: bool) -> None:
+        self._file = directory / f"step_{step:06d}.rank_{rank:04d}.bin"
+        self._writes, self._identity = writes, _identity(config)
+        self._handle: BinaryIO | None = None
+        self._found: dict[Key, Completion] = {}
+        for file in sorted(directory.glob(f"step_{step:06d}.rank_*.bin")):
+            self._found |= dict(_read(file, self._identity))
+        # The same on all ranks, so that all leave the same out of their engines' work.
+        seen = gather_all(frozenset(self._found))
+        self._known = frozenset.intersection(*seen)
+
+    def __len__(self) -> int:
+        """How many completions were made before."""
+        return len(self._known)
+
+    def knows(self, key: Key) -> bool:
+        """Whether the completion was made before; the same on all ranks."""
+        return key in self._known
+
+    def take(self, key: Key, index: int) -> Completion:
+        """A completion that was made before, as that of request `index`."""
+        found = self._found[key]
+        return Completion(index, found.token_ids, found.log_probs, found.finish_reason)
+
+    def add(self, key: Key, completion: Completion) -> None:
+        """Keep a completion: with the next line of code it survives the end of this process."""
+        if not self._writes or key in self._known:
+            return
+        if self._handle is None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            # A record that was torn in two ends the reading: what this process adds goes into a file of its own.
+            number, file = 0, self._file
+            while file.exists():
+                number += 1
+                file = self._file.with_suffix(f".{number}.bin")
+            self._handle = open(file, "wb", buffering=0)  # noqa: SIM115 (until `close`)
+            self._handle.write(json.dumps({"made_for": self._identity}).encode() + b"\n")
+        head = json.dumps([*key, len(completion.token_ids), completion.finish_reason]).encode() + b"\n"
+        tokens, log_probs = np.array(completion.token_ids, np.int32), np.array(completion.log_probs, np.float32)
+        self._handle.write(head + tokens.tobytes() + log_probs.tobytes())
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+
+class Kept(NamedTuple):
+    """The journal of a call to the engine, and the key of its request with an index."""
+
+    journal: Journal
+    key_of: Callable[[int], Key]
+
+
+def forget(directory: Path, step: int) -> None:
+    """Remove what is kept of the steps up to `step`, which a checkpoint has."""
+    for file in directory.glob("step_*.bin"):
+        if int(file.name[len("step_") :].partition(".")[0]) <= step:
+            file.unlink(missing_ok=True)
+
+
+def _identity(config: RunConfig) -> str:
+    table = {name: value for name, value in config.model_dump(mode="json").items() if name not in _ELSEWHERE}
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path, identity: str) -> Iterator[tuple[Key, Completion]]:
+    """The records of a file, up to one that was not finished; none of a file that was made for something else."""
+    with open(file, "rb") as handle:
+        try:
+            if json.loads(handle.readline()) != {"made_for": identity}:
+                return
+            while head := handle.readline():
+                prompt, sample, kind, length, ended = json.loads(head)
+                content = handle.read(8 * length)
+                if len(content) < 8 * length:
+                    return
+                tokens = np.frombuffer(content, np.int32, length)
+                log_probs = np.frombuffer(content, np.float32, length, 4 * length)
+                reason: FinishReason = ended
+                yield (prompt, sample, kind), Completion(-1, tuple(tokens.tolist()), tuple(log_probs.tolist()), reason)
+        except ValueError:
+            return
