@@ -74,7 +74,7 @@ set_meeting_point() {
     # Jobs that share a node have different numbers, and mostly different ports; below the range of ephemeral ports.
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
     while (: >"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
-        MASTER_PORT=$((20000 + (MASTER_PORT + 1) % 12000))
+        MASTER_PORT=$((20000 + (MASTER_PORT - 19999) % 12000))
     done
     export MASTER_PORT
 }
