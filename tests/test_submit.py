@@ -1,4 +1,4 @@
-"""`megarl submit` as a user meets it: what is refused and how, the script, and, on a real Slurm, the jobs."""
+"""`megarl submit` as a user meets it: what is refused and how, and the script; the jobs are in test_submit_slurm.py."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import slurm_cluster
 import yaml
-from arithmetic_run import TESTS, write_inputs, write_run
 from config_case import write_case
-from slurm_cluster import Cluster
 from test_cli import CLEAN, ROOT, megarl
 from test_plan_cli import CLUSTER
 
 from megarl.submission.script import read_template
 
 CPU = ("--gpus-per-node", "0")
-RECIPE = ("configs/grpo_qwen2.5_32b_16k.yaml", "model.path=configs/models/qwen2.5_32b", "--nodes", "16")
 NO_DATA = "data.path=nowhere.jsonl: no such file. Fix: give a path relative to the working directory, or a hub name."
 NO_SLURM = "sbatch: is not on this machine. Fix: submit on a login node of a cluster with Slurm.\n"
 
@@ -251,178 +247,3 @@ def test_a_controller_that_is_away(case: Path) -> None:
         "megarl: scontrol: cannot reach Slurm (Unable to contact slurm controller (connect failure)). "
         "Fix: see whether Slurm's controller runs (scontrol ping).\n"
     )
-
-
-# On a real Slurm.
-
-#: In the place of python, where the job starts megarl and tools: says how it was called, and fails where it is told to.
-STAND_IN = """\
-#!/usr/bin/env bash
-echo "rank $SLURM_PROCID of $SLURM_NTASKS: $*"
-[[ $* != *seed=7* || $* != *train* ]]
-"""
-
-
-@pytest.fixture
-def on_slurm(slurm: Cluster, case: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `megarl submit` in the case's folder, or another, on the cluster; jobs find the stand-in for python."""
-    program = case / "bin" / "python"
-    program.parent.mkdir()
-    program.write_text(STAND_IN)
-    program.chmod(0o755)
-    # A repository without an environment of its own, whose programs would come first.
-    home = case / "home"
-    home.mkdir()
-    for name in ("slurm", "launch"):
-        (home / name).symlink_to(ROOT / name)
-
-    def submit(
-        *arguments: str, cwd: Path = case, real: bool = False, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        environment = (
-            slurm.environment | variables | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-        )
-        if not real:
-            path = f"{program.parent}{os.pathsep}{environment['PATH']}"
-            environment |= {"MEGARL_HOME": str(home), "PATH": path}
-        command = [sys.executable, "-m", "megarl", "submit", *arguments]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-
-    return submit
-
-
-Submit = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def test_slurm_accepts_the_script_of_a_32b_recipe_on_16_nodes(on_slurm: Submit, slurm: Cluster) -> None:
-    result = on_slurm(*RECIPE, "--partition", "gpu", "--time", "1-0", "--dry-run", cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    verdict = " to start at "
-    asked, building, fits, nothing = result.stderr.splitlines()[-4:]
-    assert asked.startswith("megarl: sbatch --test-only, train: Job ") and verdict in asked
-    assert asked.endswith(" using 1536 processors on nodes g[01-16] in partition gpu")
-    assert building == "megarl: building the shards of 4 pipeline stage(s), without memory"
-    assert fits.startswith("megarl: fits: the tightest is train on pipeline stage ")
-    assert nothing == "megarl: nothing was submitted or written"
-    script = set(result.stdout.splitlines())
-    assert {"#SBATCH --nodes=16", "#SBATCH --gpus-per-node=8", "#SBATCH --ntasks-per-node=8"} < script
-    # A GPU's share of a node's cores.
-    assert "#SBATCH --cpus-per-task=12" in script
-    again = subprocess.run(
-        ["sbatch", "--test-only"],
-        input=result.stdout,
-        env=slurm.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert again.returncode == 0 and verdict in again.stderr, again.stderr
-
-
-LOOK = "Fix: lower what is asked of a node, or use another partition (sinfo -o '%P %D %c %G' shows nodes, cores, GPUs)."
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ("--partition gpux", "--partition gpux: is no partition of this cluster. Fix: use cpu, urgent or gpu."),
-        (
-            "--nodes 3",
-            "--nodes 3: is more than the 2 of partition cpu. Fix: use fewer nodes, or another partition.",
-        ),
-        (
-            "--time 1:00:01",
-            "--time 1:00:01: is over the limit of partition cpu, 1:00:00. Fix: use a shorter time (a run that is cut "
-            "goes on with resume=auto), or another partition.",
-        ),
-        (
-            "--tasks-per-node 3",
-            f"--nodes 1 with 3 tasks each: is more than the default partition has. {LOOK}",
-        ),
-        (
-            "--sbatch=--gpus=typo:1 --partition cpu",
-            f"--nodes 1 with 1 task each: is more than partition cpu has. {LOOK}",
-        ),
-        (
-            "--sbatch=--constraint=h100",
-            "the job: is refused by Slurm: Invalid feature specification. Fix: correct what it names.",
-        ),
-    ],
-)
-@pytest.mark.parametrize("dry", [["--dry-run"], []])
-def test_what_slurm_would_refuse(
-    on_slurm: Submit, case: Path, slurm: Cluster, options: str, sentence: str, dry: list[str]
-) -> None:
-    nodes = [] if "--nodes" in options else ["--nodes", "1"]
-    result = on_slurm("run.yaml", *CPU, *nodes, *options.split(), *dry)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"megarl: {sentence}\n"
-    assert not (case / "runs").exists()
-    assert not slurm.ask("squeue", "--noheader")
-
-
-def test_an_array_with_what_follows_each_of_its_tasks(on_slurm: Submit, case: Path, slurm: Cluster) -> None:
-    """Three seeds, of which one's training fails: what would follow it is dropped, the others go their way."""
-    jobs = ("--array", "seeds=5,7,9", "--then", "evaluate", "--then", "convert --max-file-size 2")
-    result = on_slurm("run.yaml", "--nodes", "2", *CPU, *jobs, "data.system=a  'b'")
-    assert result.returncode == 0, result.stderr
-    train, evaluate, convert, watch, cancel = (line for line in result.stdout.splitlines() if not line.startswith("  "))
-    first, second, third = (line.split("job ")[1].split(",")[0] for line in (train, evaluate, convert))
-    assert train == f"train: job {first}, script runs/case/jobs/001-train.sbatch"
-    assert evaluate == f"evaluate: job {second}, after {first}, script runs/case/jobs/001-2-evaluate.sbatch"
-    assert convert == f"convert: job {third}, after {second}, script runs/case/jobs/001-3-convert.sbatch"
-    assert watch == f"watch:  squeue --jobs={first},{second},{third}; tail -F runs/case/jobs/train-{first}_*.log"
-    assert cancel == f"cancel: scancel {first} {second} {third}"
-    folder = case / "runs" / "case" / "jobs"
-    for task, seed in ((0, 5), (2, 9)):
-        slurm.wait(f"{third}_{task}")
-        settings = f"run.yaml data.system=a  'b' seed={seed} name=case-seed{seed}"
-        where = f"runs/case-seed{seed}"
-        called = {
-            f"train-{first}": f"-m megarl train {settings.replace('run.yaml', 'run.yaml resume=auto')}",
-            f"evaluate-{second}": f"-m megarl evaluate {settings} checkpoint={where}",
-            f"convert-{third}": f"{case / 'home'}/tools/convert_megatron_to_hf.py --megatron {where} --out {where}/hf "
-            "--max-file-size 2",
-        }
-        for job, how in called.items():
-            ranks = 1 if job.startswith("convert") else 2
-            assert f"rank 0 of {ranks}: {how}\n" in (folder / f"{job}_{task}.log").read_text()
-            assert (folder / f"{job}_{task}" / "rank-0.log").is_file()
-    assert slurm.job(f"{first}_1")["JobState"] == "FAILED"
-    assert not (folder / f"evaluate-{second}_1.log").exists()
-    slurm.call("scancel", second, third)
-
-
-def test_scripts_are_kept_and_the_printed_truth_is_not_overruled(on_slurm: Submit, case: Path, slurm: Cluster) -> None:
-    held = ("run.yaml", "--nodes", "1", *CPU, "--sbatch=--hold", "--time", "11")
-    numbers: list[str] = []
-    for _ in range(2):
-        result = on_slurm(*held, SBATCH_TIMELIMIT="7")
-        assert result.returncode == 0, result.stderr
-        job = result.stdout.split("job ")[1].split(",")[0]
-        numbers.append(job)
-        facts = slurm.job(job)
-        assert (facts["JobName"], facts["TimeLimit"], facts["Requeue"]) == ("case", "00:11:00", "1")
-    slurm.ask("scancel", *numbers)
-    one_job = f"in the queue under this run's name already: {numbers[0]}; a run has one job at a time"
-    assert result.stderr == f"megarl: {one_job}\n"
-    kept = sorted(path.name for path in (case / "runs" / "case" / "jobs").iterdir())
-    assert kept == ["001-train.sbatch", "002-train.sbatch"]
-
-
-@pytest.mark.timeout(600)
-def test_a_run_is_trained_evaluated_and_converted(on_slurm: Submit, slurm: Cluster, tmp_path: Path) -> None:
-    folder = tmp_path / "arithmetic"
-    folder.mkdir()
-    write_inputs(folder)
-    write_run(folder)
-    jobs = ("--then", "evaluate evaluation.path=data/heldout.jsonl", "--then", "convert")
-    options = ("steps=1", "--nodes", "2", *CPU, "--tasks-per-node", "1", *jobs)
-    result = on_slurm("run.yaml", *options, cwd=folder, real=True)
-    assert result.returncode == 0, result.stderr
-    train, evaluate, convert = result.stdout.splitlines()[-1].removeprefix("cancel: scancel ").split()
-    for job in (train, evaluate, convert):
-        slurm.wait(job, seconds=400)
-    assert json.loads((folder / "runs/run/summary.json").read_text())["processes"] == 2
-    assert "accuracy" in slurm.log(evaluate)
-    assert list((folder / "runs/run/hf").glob("*.safetensors"))
