@@ -36,5 +36,6 @@ def main() -> None:
     try:
         app()
     except MegarlError as error:
-        print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.delivered:
+            print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,18 +63,23 @@ class Guard:
 
 @contextmanager
 def watching(
-    settings: HealthSettings, world: World, directory: Path, each_beat: Callable[[], None] = lambda: None
+    settings: HealthSettings,
+    world: World,
+    directory: Path,
+    waits: Mapping[str, float],
+    each_beat: Callable[[], None] | None = None,
 ) -> Iterator[Guard]:
     """Watch over the ranks inside. Collective.
 
-    `directory`: the run's; `each_beat` is called every `settings.interval`.
+    `directory`: the run's; `waits`: seconds that a rank may wait in a phase for what is no rank, beyond the phase's
+    limit; `each_beat` is called every `settings.interval`.
     """
     stopping = Stopping(settings)
     with stopping.listening():
         if not settings.watchdog:
             yield Guard(stopping, None)
             return
-        watchdog = Watchdog(settings, world, directory, stopping, each_beat)
+        watchdog = Watchdog(settings, world, directory, stopping, waits, each_beat)
         if started_here():
             # The launcher's SIGTERM follows the end of another rank. The watchdog names that rank, and ends this one.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

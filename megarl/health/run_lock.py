@@ -70,11 +70,8 @@ class RunLock:
                     "two runs must not write one folder",
                     "wait for it or stop it, or give this run another name",
                 )
-            self._say(f"taking over {self._file.parent} from {_name(holder)}, {gone}")
-            # Of several that find it stale one moves it away.
-            with suppress(FileNotFoundError):
-                self._file.rename(self._file.with_name(f"lock.{holder.token}"))
-                self._file.with_name(f"lock.{holder.token}").unlink()
+            if self._remove(holder):
+                self._say(f"taking over {self._file.parent} from {_name(holder)}, {gone}")
 
     def refresh(self) -> None:
         """Give a sign of life, where the last one is long enough ago."""
@@ -101,18 +98,39 @@ class RunLock:
             fresh.unlink()
         return True
 
+    def _remove(self, holder: Holder) -> bool:
+        """Remove the lock of a holder that is gone. Of several that find it so, one does, and none removes another's."""
+        mark = self._file.with_name(f"lock.{holder.token}.gone")
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            time.sleep(0.1)
+            with suppress(FileNotFoundError):
+                # Its maker was killed in the two lines below.
+                if time.time() - mark.stat().st_mtime > PATIENCE:
+                    mark.unlink()
+            return False
+        try:
+            if self._holder() != holder:
+                return False
+            self._file.unlink(missing_ok=True)
+            return True
+        finally:
+            mark.unlink(missing_ok=True)
+
     def _holder(self) -> Holder | None:
-        """Who holds it now; None where nobody does any more. A lock that cannot be read is nobody's."""
+        """Who holds it now; None where nobody does any more."""
         try:
             return Holder(**json.loads(self._file.read_text()))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            self._file.unlink(missing_ok=True)
-            return None
+            return Holder("", 0, "", "", "an unknown time", "torn")
 
     def _why_gone(self, holder: Holder) -> str | None:
         """In words why a holder is no more; None where it lives."""
+        if not holder.host:
+            return "whose lock cannot be read"
         if holder.host == self._own.host:
             return None if identity(holder.pid) == holder.began else "which has ended"
         if holder.job and holder.job == self._own.job:

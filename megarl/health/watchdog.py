@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -47,7 +47,7 @@ _RETRY = "Nothing that was saved is lost: start again with resume=auto"
 
 
 class Watchdog:
-    """One rank's watch. `directory`: the run's, where stacks are written. `each_beat` is called with every beat."""
+    """One rank's watch; arguments as for `megarl.health.guard.watching`."""
 
     def __init__(
         self,
@@ -55,9 +55,11 @@ class Watchdog:
         world: World,
         directory: Path,
         stopping: Stopping,
-        each_beat: Callable[[], None] = lambda: None,
+        waits: Mapping[str, float],
+        each_beat: Callable[[], None] | None = None,
     ) -> None:
-        self._settings, self._directory, self._stopping, self._each_beat = settings, directory, stopping, each_beat
+        self._settings, self._directory, self._stopping, self._waits = settings, directory, stopping, waits
+        self._each_beat = each_beat or (lambda: None)
         self._rank, self._size, self._host, self._pid = world.rank, world.size, socket.gethostname(), os.getpid()
         self._store = _own_connection()
         node = world.node_of_rank[world.rank]
@@ -214,7 +216,8 @@ class Watchdog:
         if phase in settings.limits:
             return settings.limits[phase]
         longest = progress.CURRENT.longest.get(phase)
-        return settings.first_limit if longest is None else max(settings.least_limit, settings.scale * longest)
+        known = settings.first_limit if longest is None else max(settings.least_limit, settings.scale * longest)
+        return known + self._waits.get(phase, 0.0)
 
     def _observe(self, ranks: Sequence[int]) -> None:
         found = self._store.multi_get([f"beat/{rank}" for rank in ranks])

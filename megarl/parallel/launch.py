@@ -92,8 +92,8 @@ def started_here() -> bool:
 
 def deliver(error: MegarlError) -> None:
     """Say an error to the user, for all ranks: here, or in the process that started this one."""
-    error.delivered = True
     if not started_here():
+        error.delivered = True
         print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return
     report = Path(os.environ[_REPORT])

@@ -29,6 +29,7 @@ from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.data.packing import microbatches, padded_microbatches
+from megarl.parallel import progress
 from megarl.parallel.bootstrap import World
 from megarl.parallel.context import whole_sequences
 from megarl.parallel.cpu_platform import has_cuda
@@ -202,6 +203,7 @@ class Policy:
             self.experts.begin(batches, cut.sequence_parallel, training=not forward_only)
 
         def forward_step(queue: Iterator[tuple[MicroBatch, list[int]]], model: Any) -> tuple[torch.Tensor, Any]:
+            progress.tick()
             batch, members = next(queue)
             output = model(**self.forward_arguments.of(batch))
 

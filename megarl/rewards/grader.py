@@ -18,6 +18,7 @@ from types import TracebackType
 import megarl
 from megarl.config.sections import RewardSettings
 from megarl.errors import MegarlError, Refusal
+from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
 from megarl.rewards.math import boxed, boxed_equals, nothing_to_grade
 from megarl.rewards.text import token_f1
@@ -176,6 +177,7 @@ class Grader:
                     self._replace(position)
             for index, answer in self._collect():
                 graded[index] = answer
+                progress.tick()
         return [graded[index] for index in range(len(items))]
 
     def begin_step(self) -> None:

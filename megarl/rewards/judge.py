@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megarl.config.sections import JudgeSettings, RewardSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
+from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
 from megarl.rewards.chat import AskFailed, ChatClient, most_it_costs
 from megarl.rewards.spending import Spending
@@ -182,6 +183,7 @@ class _Call:
         """Take the next answer and grade it, until none is left."""
         for index, item in work:
             graded[index] = answer = await self._grade_one(item)
+            progress.tick()
             if answer.reward is None and answer.counter not in (None, "judge_cap"):
                 self._failures[answer.counter] += 1
                 self._stop_at_too_many(total)

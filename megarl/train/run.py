@@ -49,12 +49,14 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     """
     progress.enter("start")
     health = config.health
+    patience = _judges_patience(config)
     # Where somebody watches, a rank may wait as long as another works.
-    patience = WATCHED_MINUTES if health.watchdog else bootstrap.TIMEOUT_MINUTES + _patience_minutes(config)
-    world = bootstrap.join(timeout_minutes=patience, join_limit=health.join_limit)
+    minutes = WATCHED_MINUTES if health.watchdog else bootstrap.TIMEOUT_MINUTES + patience / 60
+    world = bootstrap.join(timeout_minutes=minutes, join_limit=health.join_limit)
     directory = run_directory(config)
     lock = RunLock(directory, say=_to_terminal) if writes and world.is_first else None
-    with watching(health, world, directory, each_beat=lock.refresh if lock else lambda: None) as guard:
+    waits = {"score": patience, "evaluate": patience}
+    with watching(health, world, directory, waits, each_beat=lock.refresh if lock else None) as guard:
         with guard.one_voice():
             _take(lock)
             if writes and health.preflight.enabled:
@@ -96,10 +98,10 @@ def _to_terminal(text: str) -> None:
     print(f"megarl: {text}", file=sys.stderr, flush=True)
 
 
-def _patience_minutes(config: RunConfig) -> float:
-    """How long a rank may wait for a judge while the others wait for the rank."""
+def _judges_patience(config: RunConfig) -> float:
+    """How many seconds a rank may wait for a judge while the others wait for the rank."""
     judges = [reward.judge for reward in (config.reward, config.evaluation.reward) if reward is not None]
-    return max((judge.patience for judge in judges if judge is not None), default=0.0) / 60
+    return max((judge.patience for judge in judges if judge is not None), default=0.0)
 
 
 def train(config: RunConfig) -> dict[str, Any]:

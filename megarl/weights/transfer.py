@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megarl.errors import MegarlError
 from megarl.ops.bits import sum_of_bits
+from megarl.parallel import progress
 from megarl.parallel.absence import find_absent, meet
 from megarl.parallel.exchange import gather_all
 from megarl.reshard.copying import box_view
@@ -155,6 +156,7 @@ class Mover:
         left: dict[str, int],
     ) -> None:
         """Copy a round's pieces to their places."""
+        progress.tick()
         arrived = False
         for transfer, part, landed in one.pieces:
             if part is not None and not arrived:
