@@ -22,6 +22,7 @@ from torch.multiprocessing import get_context
 
 from megarl.errors import Interrupted, MegarlError, Refusal
 from megarl.parallel import bootstrap, cpu_platform, roll_call
+from megarl.parallel import place as place_module
 from megarl.parallel.place import Place, expand_hosts, find_place, free_port, place_over_mpi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,10 +76,15 @@ def test_node_lists_of_slurm_are_expanded(nodelist: str, hosts: list[str]) -> No
 
 
 def test_mpi_is_not_touched_where_no_mpi_launcher_started_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
-    slurm = Place(5, 8, 1, "gpu07", "30001")
-    assert place_over_mpi(slurm, 1.0) is slurm
+    def touched() -> None:
+        raise AssertionError("MPI was touched")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place_module, "_load_mpi", touched)
+        for place in (Place(5, 8, 1, "gpu07", "30001"), Place(0, 1, 0, None, None, mpi=True)):
+            assert place_over_mpi(place, 1.0) is place
     # And without mpi4py what the environment says holds.
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     mpi = Place(1, 2, 1, "gpu07", "30001", mpi=True)
     assert place_over_mpi(mpi, 1.0) is mpi
 
@@ -234,6 +240,14 @@ def test_rank_0_can_be_the_one_that_is_missing_where_torchrun_holds_the_store() 
         )
 
 
+def test_torchruns_store_is_not_opened_by_rank_0() -> None:
+    port = free_port()
+    ((_, said),) = end_of([place_of(0, 2, port)], TORCHELASTIC_USE_AGENT_STORE="True")
+    assert said.startswith(
+        f"Interrupted: rank 0 of 2 on {HOST} could not reach the first host's torchrun at 127.0.0.1:{port} w"
+    )
+
+
 def test_a_store_that_outlives_an_attempt_does_not_answer_for_the_next() -> None:
     store = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -296,7 +310,7 @@ def test_a_store_that_is_not_there_is_one_sentence() -> None:
     assert LIMIT - 0.1 < seconds < LIMIT + 1
     assert said == (
         f"Interrupted: rank 1 of 2 on {HOST} could not reach rank 0 at 127.0.0.1:{port} within 2 s (health.join_limit; "
-        "Connection refused): see that rank 0 was started and that no firewall is between, correct MASTER_ADDR and "
+        "Connection refused): see that it was started and that no firewall is between, correct MASTER_ADDR and "
         "MASTER_PORT if they are wrong, and start again with resume=auto"
     )
 
@@ -314,7 +328,7 @@ def test_something_else_at_the_port_is_not_waited_for_without_end() -> None:
         listener.listen()
         ((seconds, said),) = end_of([place_of(1, 2, listener.getsockname()[1])])
     assert seconds < LIMIT + 3
-    assert "(health.join_limit; what listens there does not answer): see that rank 0" in said
+    assert "(health.join_limit; what listens there does not answer): see that it was" in said
 
 
 def test_a_port_that_is_taken_is_refused() -> None:

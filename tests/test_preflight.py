@@ -161,6 +161,7 @@ def test_what_forbids_a_start_is_one_sentence(found: list[RankFacts], said: str)
         facts(1),
         # Within the bounds, or not known to be outside them.
         changed(facts(4), 2, clock=(75.0, 20.0)),
+        changed(facts(6), 4, clock=(75.0, 20.0)),
         changed(facts(6), 4, clock=(59.0, 0.01)),
         changed(facts(4), 2, disk_free=0),
         changed(facts(4), 2, 3, shared_memory_free=0),
@@ -301,11 +302,15 @@ def test_ranks_that_are_well_pass_in_a_moment(tmp_path: Path) -> None:
 def test_any_number_of_ranks_pass(tmp_path: Path, size: int) -> None:
     said = run_ranks(tmp_path, (0,) * size, _passes)
     assert all(line.startswith(f"pre-flight: {size} rank") for line in said), said
+    assert not any("slowest link 0 GB/s" in line for line in said)
 
 
 def _elsewhere(config: RunConfig, world: World) -> str:
     module.SEEN_WITHIN = 0.5
-    own = directory_of(config) if world.rank != 2 else directory_of(config).parent / "other"
+    own = directory_of(config)
+    if world.rank == 2:
+        own = own.parent.parent / "elsewhere" / "case"
+        own.mkdir(parents=True)
     preflight(config, world, own)
     return "passed"
 
@@ -315,7 +320,7 @@ def test_a_run_directory_that_is_not_shared_is_refused_by_all(tmp_path: Path) ->
     assert (
         said
         == [
-            f"Refusal: run directory {tmp_path}/runs/other on rank 2 on node1: is not the one that rank 0 on node0 "
+            f"Refusal: run directory {tmp_path}/elsewhere/case on rank 2 on node1: is not the one that rank 0 on node0 "
             f"writes to ({tmp_path}/runs/case). Fix: put runs_dir on a file system that all hosts share, and start in "
             "the same folder on all of them."
         ]

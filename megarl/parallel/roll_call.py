@@ -74,9 +74,10 @@ def connect(place: Place, limit: float) -> Store:
             f"must be free for rank 0 on {host} ({cause})",
             "set MASTER_PORT to a free port, the same on all hosts",
         )
+    whom = "rank 0" if hosted else "the first host's torchrun"
     raise Interrupted(
-        f"rank {place.rank} of {place.size} on {host} could not reach rank 0 at {place.address}:{place.port} within "
-        f"{limit:g} s (health.join_limit; {cause}): see that rank 0 was started and that no firewall is between, "
+        f"rank {place.rank} of {place.size} on {host} could not reach {whom} at {place.address}:{place.port} within "
+        f"{limit:g} s (health.join_limit; {cause}): see that it was started and that no firewall is between, "
         "correct MASTER_ADDR and MASTER_PORT if they are wrong, and start again with resume=auto"
     )
 
