@@ -6,6 +6,8 @@ Through the command line, over two processes, with vLLM generating, the grader g
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,12 @@ def test_killed_and_resumed_is_the_same_as_never_interrupted(folder: Path):
     assert (broken / "checkpoints" / "latest").read_text() == "step_000002"
 
     output = arithmetic_run.finish(arithmetic_run.start(folder, "train", "run.yaml", "name=broken"))
-    assert "continuing after step 2" in " ".join(output.split())
+    said = " ".join(output.split())
+    assert "continuing after step 2" in said
+    # 6 prompts x 4 samples, and in a step that dropped groups as many again; those of step 4 were not all made.
+    made = {int(step): int(count) for step, count in re.findall(r"step (\d): (\d+) completions were made before", said)}
+    assert made.keys() == {3, 4} and made[3] in (24, 48) and made[4] > 0
+    assert list((broken / "unfinished").iterdir()) == []
 
     assert len(lines(whole / "metrics.jsonl")) == 6
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -74,3 +81,36 @@ def test_killed_and_resumed_is_the_same_as_never_interrupted(folder: Path):
     for tensor, values in expected.items():
         assert np.array_equal(found[tensor], values), tensor
         assert not np.array_equal(before[tensor], values), tensor
+
+
+def test_a_run_resumes_under_another_layout(folder: Path):
+    """TP 2 to PP 2, TP 2 to DP 2, DP 2 to 1: the losses are those of the run that went on as it was, to 1e-5."""
+    whole = folder / "runs" / "whole"
+    if not (whole / "summary.json").exists():
+        arithmetic_run.finish(arithmetic_run.start(folder, "train", "run.yaml", "name=whole"))
+    expected = {line["step"]: line for line in lines(whole / "metrics.jsonl")}
+    ways = {
+        "pipelined": [(6, ("parallel.tensor=1", "parallel.pipeline=2"))],
+        "single": [
+            (5, ("parallel.tensor=1",)),
+            (6, ("parallel.tensor=1", "parallel.processes=1", "rollout.tensor=1")),
+        ],
+    }
+    for name, legs in ways.items():
+        run = folder / "runs" / name
+        shutil.copytree(whole, run)
+        shutil.rmtree(run / "checkpoints" / "step_000006")
+        (run / "checkpoints" / "latest").write_text("step_000004")
+        for last, layout in legs:
+            # The whole run's 6 steps stay those that the learning rate decays over.
+            stop = () if last == 6 else (f"checkpoint.every={last}",)
+            process = arithmetic_run.start(folder, "train", "run.yaml", f"name={name}", *layout, *stop)
+            if last == 6:
+                arithmetic_run.finish(process)
+                continue
+            saved = run / "checkpoints" / f"step_{last:06d}"
+            arithmetic_run.kill_when(process, saved.is_dir)
+        found = {line["step"]: line for line in lines(run / "metrics.jsonl")}
+        for step in (5, 6):
+            for number in ("loss", "grad_norm", "reward_mean"):
+                assert found[step][number] == pytest.approx(expected[step][number], rel=1e-5, abs=1e-7), (name, step)

@@ -99,7 +99,7 @@ class RunLock:
         return True
 
     def _remove(self, holder: Holder) -> bool:
-        """Remove the lock of a holder that is gone. Of several that find it so, one does, and none removes another's."""
+        """Remove the lock of a holder that is gone: of several that find it so, one does; nobody removes another's."""
         mark = self._file.with_name(f"lock.{holder.token}.gone")
         try:
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL))

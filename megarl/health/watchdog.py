@@ -85,6 +85,7 @@ class Watchdog:
         """Begin to watch. Collective: all ranks have said something before any of them judges."""
         # Also without the interpreter's lock, which a hanging rank may hold, a process can be asked for its stacks.
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+        progress.tick()
         self._say()
         dist.barrier()
         progress.CURRENT.on_enter = self._wake.set

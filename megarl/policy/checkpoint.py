@@ -8,6 +8,7 @@ has its moments again is known by a digest of them.
 
 from __future__ import annotations
 
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megarl.errors import Refusal
@@ -41,6 +43,10 @@ def save(
         partial.mkdir(parents=True)
     dist.barrier()
     state = _state(policy, megatron.CONTENT, optimizer=optimizer, loading=False)
+    # Megatron would start a process to hold the writers' results, for saves that go on behind the caller's back. It
+    # takes seconds to start, and stays when this one is killed.
+    writers: Any = filesystem_async
+    writers._results_queue = writers._results_queue or queue.Queue()
     dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
     facts: dict[str, Any] = {"step": step, "optimizer": optimizer}
     if optimizer:
