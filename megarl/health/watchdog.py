@@ -106,12 +106,25 @@ class Watchdog:
 
         An error that all ranks raise is said once; for one that a single rank raises, the others end with its code.
         """
-        if not self._take_verdict():
-            return False
+        try:
+            if not self._take_verdict():
+                return False
+        except RuntimeError:
+            return self._claim_without_store(error)
         self._until, self._code = time.monotonic() + LAST_WORDS, error.exit_code
         deliver(error)
         self._publish({"code": error.exit_code, "folder": None, "pids": []})
         self._wait_until_heard(self._size)
+        return True
+
+    def _claim_without_store(self, error: MegarlError) -> bool:
+        """`claim` where the store is gone: one rank of each host speaks, the others end here."""
+        # `_look_after` may be about to say that there is no answer: it then ends this process.
+        self._ending.acquire()
+        if not self._speaks_for_host:
+            os._exit(error.exit_code)
+        self._until, self._code = time.monotonic() + LAST_WORDS, error.exit_code
+        deliver(error)
         return True
 
     def leave(self) -> NoReturn:
@@ -125,12 +138,15 @@ class Watchdog:
         """The error of a collective that broke with `failure`: who died or fell silent within `patience` seconds."""
         until = time.monotonic() + patience
         silence = min(self._settings.silence, max(5.0, 5 * self._settings.interval))
-        while time.monotonic() < until and not self._store.check(["verdict"]):
-            self._observe(range(self._size))
-            verdict = judge([self._seen_as(rank) for rank in self._seen if rank != self._rank], silence)
-            if verdict is not None and verdict.cause in ("died", "silent"):
-                return Interrupted(f"{verdict.sentence()}. {_RETRY}")
-            time.sleep(min(0.5, self._settings.interval))
+        try:
+            while time.monotonic() < until and not self._store.check(["verdict"]):
+                self._observe(range(self._size))
+                verdict = judge([self._seen_as(rank) for rank in self._seen if rank != self._rank], silence)
+                if verdict is not None and verdict.cause in ("died", "silent"):
+                    return Interrupted(f"{verdict.sentence()}. {_RETRY}")
+                time.sleep(min(0.5, self._settings.interval))
+        except RuntimeError:
+            return Interrupted(f"{self._store_gone()}. {_RETRY}")
         return Interrupted(
             f"rank {self._rank} lost another one in phase {progress.CURRENT.phase} ({failure}). {_RETRY}"
         )
@@ -192,6 +208,15 @@ class Watchdog:
             f"rank {self._rank} on {self._host} in phase {progress.CURRENT.phase} had no answer from the ranks' store "
             f"at {store} for {seconds:.0f} s (health.silence): rank 0's host hangs, is gone or is cut off. {_RETRY}"
         )
+
+    def _store_gone(self) -> str:
+        """Whose end it was that closed the connection to the store."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return f"the launcher on {os.environ.get('MASTER_ADDR')}, which held the ranks' store, has ended"
+        if 0 not in self._seen:
+            return f"rank 0 at {os.environ.get('MASTER_ADDR')}, which held the ranks' store, has ended"
+        beat = self._seen[0][0]
+        return f"rank 0 on {beat.host}, which held the ranks' store, has ended in phase {beat.phase}"
 
     def _say(self) -> None:
         now = progress.CURRENT
