@@ -25,13 +25,14 @@ if lacking := slurm_cluster.missing():
     where = "Debian and Ubuntu: packages slurm-wlm and munge"
     pytest.skip(f"needs Slurm: this machine has no {', '.join(lacking)} ({where})", allow_module_level=True)
 
-#: In megarl's place: says how it was called and ends as FATE says; asked to stop, it does so with megarl's exit code.
+#: In megarl's place: says how it was called and ends as FATE says, which has a word for each start of the job. It waits
+#: where no word ends it; asked to stop, it does so with megarl's exit code.
 STAND_IN = """\
 #!/usr/bin/env bash
 echo "rank $SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME at $MASTER_ADDR:$MASTER_PORT: $*"
-trap 'echo "rank $SLURM_PROCID was asked to stop"; exit 75' USR1 TERM
-[[ $FATE != once-* || -z ${SLURM_RESTART_COUNT:-} ]] || exit 0
-case ${FATE#once-} in
+trap 'echo "rank $SLURM_PROCID was asked to stop"; sleep 0.5; echo "rank $SLURM_PROCID has saved"; exit 75' USR1 TERM
+fates=($FATE)
+case ${fates[${SLURM_RESTART_COUNT:-0}]:-} in
     finish) exit 0 ;;
     refuse) ((SLURM_PROCID != 3)) || { echo "megarl: refused by rank 3" >&2; exit 2; } ;;
     die) ((SLURM_PROCID != 3)) || kill -KILL $$ ;;
@@ -93,16 +94,21 @@ def test_every_rank_has_its_log_and_rank_0_is_in_front(
         assert (said in slurm.log(job)) == (rank == 0)
 
 
-def test_a_refusal_ends_the_job_and_is_read_in_its_log(slurm: Cluster, submit: Callable[..., str]) -> None:
-    job = slurm.wait(submit("refuse", TRAIN, "run.yaml"), "FAILED")
+@pytest.mark.parametrize("fate, restarts", [("refuse", "0"), ("die refuse", "1")])
+def test_a_refusal_ends_the_job_and_is_read_in_its_log(
+    slurm: Cluster, submit: Callable[..., str], fate: str, restarts: str
+) -> None:
+    job = submit(fate, TRAIN, "run.yaml")
+    slurm.wait_until(lambda: slurm.job(job)["Restarts"] == restarts, job, "the job has started as often as it may")
+    ended = slurm.wait(job, "FAILED")
     # The other ranks, which were ended for it, say 75; but they only followed.
-    assert (job["ExitCode"], job["Restarts"]) == ("2:0", "0")
-    log = slurm.log(job["JobId"])
+    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", restarts)
+    log = slurm.log(job)
     assert "rank 3 on n2 ended first, with exit code 2\n" in log and "rank 3: megarl: refused by rank 3\n" in log
 
 
 def test_a_killed_rank_starts_the_job_again_but_not_for_ever(slurm: Cluster, submit: Callable[..., str]) -> None:
-    job = submit("die", TRAIN, "run.yaml", MEGARL_MAX_RESTARTS="1")
+    job = submit("die die", TRAIN, "run.yaml", MEGARL_MAX_RESTARTS="1")
     slurm.wait_until(lambda: slurm.job(job)["Restarts"] == "1", job, "the job goes back into the queue")
     ended = slurm.wait(job, "FAILED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("137:0", "1")
@@ -115,7 +121,7 @@ def test_a_killed_rank_starts_the_job_again_but_not_for_ever(slurm: Cluster, sub
 def test_a_job_that_was_asked_to_stop_starts_again_once(
     slurm: Cluster, submit: Callable[..., str], tmp_path: Path, how: str
 ) -> None:
-    job = submit("once-wait", TRAIN, "run.yaml")
+    job = submit("wait finish", TRAIN, "run.yaml")
     slurm.wait_until(all_started(tmp_path, job), job, "the tasks run")
     if how == "signal":
         slurm.ask("scancel", "--signal=USR1", job)
@@ -126,7 +132,7 @@ def test_a_job_that_was_asked_to_stop_starts_again_once(
     ended = slurm.wait(job)
     assert ended["Restarts"] == "1"
     for rank in range(4):
-        assert f"rank {rank} was asked to stop" in rank_log(tmp_path, job, rank)
+        assert f"rank {rank} has saved" in rank_log(tmp_path, job, rank)
     put_back = f"job {job} goes back into the queue" in slurm.log(job)
     assert put_back == (how == "signal")
 
@@ -145,7 +151,7 @@ def test_the_tasks_of_an_array_are_runs_of_their_own(
 ) -> None:
     """Both share both nodes; the last of an array has the array's own number, and only it may start again."""
     spread = ("--ntasks-per-node=1", "--array=3-4")
-    array = submit("once-wait", *spread, TRAIN, "run.yaml")
+    array = submit("wait finish", *spread, TRAIN, "run.yaml")
     tasks = [f"{array}_{index}" for index in (3, 4)]
     together = lambda: all("rank 1 of 2" in rank_log(tmp_path, task, 1) for task in tasks)  # noqa: E731
     slurm.wait_until(together, tasks[0], "both run at the same time")
@@ -200,7 +206,7 @@ def test_tasks_that_mpi_takes_for_single_ones_say_so(slurm: Cluster, tmp_path: P
 
 def test_the_signal_comes_ahead_of_the_time_limit(slurm: Cluster, submit: Callable[..., str], tmp_path: Path) -> None:
     """Of one minute here, which is less than the template's five: it comes when Slurm first looks."""
-    job = submit("once-wait", "--time=1", TRAIN, "run.yaml")
+    job = submit("wait finish", "--time=1", TRAIN, "run.yaml")
     slurm.wait(job)
-    assert "rank 3 was asked to stop" in rank_log(tmp_path, job, 3)
+    assert "rank 3 has saved" in rank_log(tmp_path, job, 3)
     assert "DUE TO TIME LIMIT" not in slurm.log(job) and f"job {job} goes back into the queue" in slurm.log(job)
