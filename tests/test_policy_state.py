@@ -236,6 +236,8 @@ def test_unfinished_and_later_checkpoints_are_not_found(root: Path, tmp_path: Pa
     (root / "latest").write_text("step_000001")
     assert checkpoint_folder.find(root) == root / "step_000001"
     assert checkpoint_folder.find(tmp_path / "nothing") is None
+    (root / "latest").unlink()
+    assert checkpoint_folder.find(root) == root / "step_000002"
     with pytest.raises(Refusal, match=r"model.weights=.*nothing: must be a checkpoint"):
         checkpoint_folder.require(tmp_path / "nothing", "model.weights")
 

@@ -136,23 +136,31 @@ def find(path: str | Path, passed_over: Collection[Path] = ()) -> Path | None:
     """The checkpoint that `path` means, or None without one.
 
     `path` is a checkpoint itself, or a folder whose `latest` (or that of its checkpoints/) names one. Where that one
-    is damaged or in `passed_over`, the newest whole one before it is found. Raises `Damaged` where damaged ones are all
+    is damaged or in `passed_over`, the newest whole one before it is found; where `latest` is missing, which is written
+    after the folder has its name, the newest whole one of all. Raises `Damaged` where damaged ones are all
     there is. Sizes are looked at here; bytes by `altered`.
     """
     path = Path(path)
     if (path / "progress.json").is_file() or (path.name.startswith("step_") and path.is_dir()):
         candidates = [path]
     else:
-        named = _named(path)
-        if named is None:
+        candidates = _candidates(path)
+        if not candidates:
             return None
-        earlier = [directory for directory in _finished(named.parent) if _step(directory) <= _step(named)]
-        candidates = earlier or [named]
     damages = [_damage(candidate) for candidate in candidates]
     for candidate, damage in zip(candidates, damages, strict=True):
         if damage is None and candidate not in passed_over:
             return candidate
     raise Damaged(candidates[0], damages[0] or "has other bytes in its files than were saved")
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The checkpoints of a run's folder that it may continue from, newest first."""
+    named = _named(path)
+    if named is None:
+        return _finished(path) or _finished(path / "checkpoints")
+    # What an earlier run of that name left beyond `latest` is none of this one's.
+    return [directory for directory in _finished(named.parent) if _step(directory) <= _step(named)] or [named]
 
 
 def survey(path: Path) -> list[tuple[Path, str | None]]:

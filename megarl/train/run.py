@@ -224,7 +224,7 @@ def generate(config: RunConfig) -> dict[str, Any]:
 
 def refuse_to_overwrite(directory: Path) -> None:
     """Raise `Refusal` where an earlier run has left metrics or checkpoints in `directory`."""
-    if (directory / "metrics.jsonl").exists() or (directory / "checkpoints" / "latest").exists():
+    if (directory / "metrics.jsonl").exists() or checkpoint_folder.survey(directory):
         raise Refusal(
             f"name={directory.name}",
             f"already names a run, in {directory}, which a new one would mix with",
