@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import sys
 import threading
@@ -77,9 +78,10 @@ def _line_of_interest(frame: FrameType | None) -> str:
 
 
 def dump(file: Path, heading: str) -> None:
-    """Write the stacks of all threads to `file`, below `heading`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as handle:
-        handle.write(heading + "\n\n")
-        handle.flush()
-        faulthandler.dump_traceback(handle, all_threads=True)
+    """Write the stacks of all threads to `file`, below `heading`. A full disk keeps no run from ending."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "w") as handle:
+            handle.write(heading + "\n\n")
+            handle.flush()
+            faulthandler.dump_traceback(handle, all_threads=True)
