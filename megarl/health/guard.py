@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import signal
 import socket
 import traceback
@@ -12,12 +15,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megarl.config.health import HealthSettings
-from megarl.errors import MegarlError
+from megarl.errors import MegarlError, Refusal
 from megarl.health.stopping import Stopping
 from megarl.health.watchdog import Watchdog
 from megarl.parallel import progress
 from megarl.parallel.bootstrap import World
 from megarl.parallel.launch import started_here
+
+#: A disk with less bytes than that has no room.
+FULL = 1 << 16
 
 #: Seconds in which a rank whose connection broke finds out whose end it was.
 PATIENCE = 15.0
@@ -32,8 +38,8 @@ class Failed(MegarlError):
 class Guard:
     """What the run asks of its watch. `stopping`: whether it was asked to stop."""
 
-    def __init__(self, stopping: Stopping, watchdog: Watchdog | None) -> None:
-        self.stopping, self._watchdog = stopping, watchdog
+    def __init__(self, stopping: Stopping, watchdog: Watchdog | None, directory: Path) -> None:
+        self.stopping, self._watchdog, self._directory = stopping, watchdog, directory
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:
@@ -53,6 +59,8 @@ class Guard:
     def _named(self, watchdog: Watchdog, error: Exception) -> MegarlError:
         if isinstance(error, MegarlError):
             return error
+        if (full := disk_is_full(error, self._directory)) is not None:
+            return full
         failure = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
         if _is_broken_connection(error):
             return watchdog.name_the_gone(failure, PATIENCE)
@@ -77,7 +85,7 @@ def watching(
     stopping = Stopping(settings)
     with stopping.listening():
         if not settings.watchdog:
-            yield Guard(stopping, None)
+            yield Guard(stopping, None, directory)
             return
         watchdog = Watchdog(settings, world, directory, stopping, waits, each_beat)
         if started_here():
@@ -85,9 +93,34 @@ def watching(
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         watchdog.start()
         try:
-            yield Guard(stopping, watchdog)
+            yield Guard(stopping, watchdog, directory)
         finally:
             watchdog.stop()
+
+
+def disk_is_full(error: Exception, directory: Path) -> Refusal | None:
+    """The sentence for an error that comes of a full disk under the run's directory; None for another."""
+    signs = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    said = next((sign for sign in signs if sign in str(error)), None)
+    if said is None:
+        # Where torch writes a file it does not say why it could not.
+        written = isinstance(error, RuntimeError | OSError) and not _is_broken_connection(error)
+        if not written or _free(directory) >= FULL:
+            return None
+        said = signs[0]
+    return Refusal(
+        f"{directory} in phase {progress.CURRENT.phase}: {said}",
+        "a run must have room for what it writes; finished checkpoints are as they were",
+        "free some space and go on with resume=auto; checkpoint.keep says how many checkpoints are kept",
+    )
+
+
+def _free(directory: Path) -> float:
+    """Bytes that can be written there."""
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return float("inf")
 
 
 def _is_broken_connection(error: Exception) -> bool:

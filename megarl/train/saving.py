@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
-from megarl.parallel.exchange import from_first
+from megarl.parallel.exchange import from_first, gather_all
 from megarl.policy import checkpoint
 from megarl.train import journal, replay
 from megarl.train.groups import Rollouts
@@ -21,15 +22,20 @@ def save_checkpoint(session: Session) -> None:
     """Save weights, optimizer and progress under runs/<name>/checkpoints. Collective."""
     settings, start = session.config.checkpoint, time.monotonic()
     with session.clock.phase("save"):
-        checkpoint.save(
-            session.policy,
-            run_directory(session.config) / "checkpoints",
-            session.progress.step,
-            dataclasses.asdict(session.progress),
-            optimizer=settings.optimizer,
-            keep=settings.keep,
-            keep_every=settings.keep_every,
-        )
+        try:
+            checkpoint.save(
+                session.policy,
+                run_directory(session.config) / "checkpoints",
+                session.progress.step,
+                dataclasses.asdict(session.progress),
+                optimizer=settings.optimizer,
+                keep=settings.keep,
+                keep_every=settings.keep_every,
+            )
+        except CheckpointException as error:
+            # No `Exception`. All ranks raise it, but one alone has the causes.
+            causes: list[list[str]] = gather_all([str(cause) for cause, _ in error.failures.values()])
+            raise OSError("; ".join(dict.fromkeys(cause for some in causes for cause in some))) from error
         if session.world.is_first:
             journal.forget(run_directory(session.config) / "unfinished", session.progress.step)
     session.saved_step = session.progress.step
