@@ -29,7 +29,7 @@ from megarl.errors import Interrupted, MegarlError
 from megarl.health import stacks
 from megarl.health.judgement import Beat, Seen, judge
 from megarl.health.stopping import Stopping
-from megarl.parallel import progress
+from megarl.parallel import progress, roll_call
 from megarl.parallel.bootstrap import World
 from megarl.parallel.launch import deliver
 from megarl.parallel.processes import identity
@@ -79,6 +79,7 @@ class Watchdog:
         # Of every rank: its last beat, when that came, and the identity of its process where it is on this host.
         self._seen: dict[int, tuple[Beat, float, str | None]] = {}
         self._ending = threading.Lock()
+        self._saying = threading.Lock()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._look_after)]
 
     def start(self) -> None:
@@ -87,7 +88,13 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         progress.tick()
         self._say()
-        dist.barrier()
+        # Nobody watches yet: a barrier would wait for a rank that stopped on its way here.
+        limit = self._settings.join_limit
+        said = f"{limit:g} s (health.join_limit) after all had joined"
+        try:
+            roll_call.call(PrefixStore("start", self._store), self._rank, self._size, said, time.monotonic() + limit)
+        except RuntimeError:
+            raise Interrupted(f"{self._store_gone()}. {_RETRY}") from None
         progress.CURRENT.on_enter = self._wake.set
         for thread in self._threads:
             thread.start()
@@ -219,6 +226,11 @@ class Watchdog:
         return f"rank 0 on {beat.host}, which held the ranks' store, has ended in phase {beat.phase}"
 
     def _say(self) -> None:
+        # The last beat is the one that says that this rank leaves.
+        with self._saying:
+            self._say_now()
+
+    def _say_now(self) -> None:
         now = progress.CURRENT
         stand = stacks.stand_of_main_thread()
         self._count += 1
