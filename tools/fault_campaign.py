@@ -159,7 +159,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
     options = parse_arguments(arguments)
     began = time.monotonic()
-    code = run(options)
+    from faults.runs import RunFailed
+
+    try:
+        code = run(options)
+    except RunFailed as error:
+        print(f"fault_campaign: {error}", file=sys.stderr)
+        return 1
     print(f"{options.out}/report.md, campaign.png, results.jsonl; {(time.monotonic() - began) / 60:.0f} minutes")
     return code
 

@@ -66,7 +66,7 @@ RUN: dict[str, Any] = {
 
 PARALLEL = {
     "pair": ["parallel.processes=2", "parallel.tensor=2"],
-    "four": ["parallel.processes=4", "parallel.tensor=2", "parallel.data=2"],
+    "four": ["parallel.processes=4", "parallel.tensor=2"],
     # Two that do not know of each other's host.
     "apart": ["parallel.processes=2", "parallel.tensor=2"],
 }

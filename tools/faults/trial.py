@@ -82,14 +82,13 @@ class Trial:
     def _moment(self) -> deeds.Moment:
         fault = self.fault
         lengths = self._reference.entries(fault.rank, fault.phase)
-        # In its first step no run has a finished checkpoint to lose.
         nth = min(int(fault.entry * len(lengths)), len(lengths) - 1)
         delay = 0.0 if fault.kind == "disk-full" and fault.phase == "save" else fault.delay * lengths[nth]
         return deeds.Moment(fault.phase, fault.rank, nth + 1, delay)
 
     def _deed(self) -> Callable[[], None]:
         kind = self.fault.kind
-        simple = {
+        made = {
             "kill": deeds.signal_self(signal.SIGKILL),
             "hang": deeds.signal_self(signal.SIGSTOP),
             "stall": deeds.stall,
@@ -102,7 +101,7 @@ class Trial:
             "disk-short": deeds.fill(self._runs, TOO_LITTLE, saving=False),
             "disk-full": deeds.fill(self._runs, 0, saving=self.fault.phase == "save"),
         }
-        return simple[kind]
+        return made[kind]
 
     def _watch(self, started: list[Started]) -> None:
         """Wait for the fault, and for the end that it brings."""
