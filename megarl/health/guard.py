@@ -88,10 +88,11 @@ def watching(
             yield Guard(stopping, None, directory)
             return
         watchdog = Watchdog(settings, world, directory, stopping, waits, each_beat)
-        if started_here():
-            # The launcher's SIGTERM follows the end of another rank. The watchdog names that rank, and ends this one.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         watchdog.start()
+        if started_here():
+            # The launcher's SIGTERM follows the end of another rank. The watchdog, once it watches, names that rank and
+            # ends this one.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             yield Guard(stopping, watchdog, directory)
         finally:
