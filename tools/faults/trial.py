@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import time
@@ -114,6 +115,7 @@ class Trial:
                 self._say(f"happened after {seen.note['at'] - began:.0f} s; waiting for the end")
             if not seen.note:
                 return time.time() - began > TO_THE_MOMENT
+            self._end_the_stopped(started)
             return time.time() - seen.note["at"] > seen.limit + PATIENCE
 
         seen.ended = process.wait(started, too_long)
@@ -124,6 +126,17 @@ class Trial:
             seen.ended = False
         seen.seconds = max(one.ended or time.time() for one in started) - seen.note["at"]
         seen.left_over = sum(len(one.left_over()) for one in started)
+
+    def _end_the_stopped(self, started: list[Started]) -> None:
+        """Where all other hosts have ended, do with a rank that is stopped what its own host does.
+
+        It cannot end itself, and no other host can: srun --kill-on-bad-exit and torchrun's agent do.
+        """
+        if self.fault.kind != "hang" or self.fault.world != "apart":
+            return
+        stopped = started[self.fault.rank]
+        if stopped.code is None and all(one.code is not None for one in started if one is not stopped):
+            os.kill(stopped.pid, signal.SIGKILL)
 
     # --- damage at rest ---
 
