@@ -76,10 +76,12 @@ def test_all_that_wait_for_each_other_for_too_long_are_a_deadlock():
     assert verdict.sentence().startswith("all ranks wait for each other in phase push; rank 2 on n2 in recv at megarl/")
 
 
-def test_silence_counts_as_standing_still():
-    """A rank's own word of how long it stood still is as old as its last beat."""
-    verdict = judge(world(WAITS, replace(WORKS, idle=40.0), WAITS, WAITS, r1={"silent": 25.0}), 30.0)
-    assert verdict is not None and verdict.cause == "stuck" and verdict.culprits[0].idle == 65.0
+def test_while_one_is_silent_the_others_that_wait_are_no_deadlock():
+    """It was last seen waiting, as they are, and was stopped since."""
+    late = replace(WAITS, idle=61.0)
+    assert judge(world(late, late, late, late, r1={"silent": 5.0}), 30.0) is None
+    verdict = judge(world(late, late, late, late, r1={"silent": 31.0}), 30.0)
+    assert verdict is not None and verdict.cause == "silent" and [beat.rank for beat in verdict.culprits] == [1]
 
 
 def test_many_are_not_all_listed():

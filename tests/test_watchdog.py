@@ -25,12 +25,12 @@ from megarl.parallel.bootstrap import free_port
 
 HOST = socket.gethostname()
 #: `limits` bound a phase in which somebody works; `silence` finds who is stopped.
-SETTINGS = HealthSettings(interval=0.2, silence=2.5, first_limit=20, limits={"score": 2.0, "push": 2.0})
+SETTINGS = HealthSettings(interval=0.2, silence=5.0, first_limit=20, limits={"score": 2.0, "push": 2.0})
 RANKS = 3
 
-#: Forked from a process without threads, which has imported this file.
+#: Forked from a process without threads, which has imported what is slow.
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["test_watchdog"])
+CONTEXT.set_forkserver_preload(["megarl.parallel.groups", "megarl.health.guard"])
 
 
 def behave(rank: int, deed: str, folder: str, port: int) -> None:
@@ -49,6 +49,7 @@ def behave(rank: int, deed: str, folder: str, port: int) -> None:
             dist.barrier()
             progress.enter("score")
             dist.barrier()
+            Path(folder, f"{rank}.began").write_text(str(time.monotonic()))
             DEEDS[deed](rank, guard)
             dist.barrier()
             Path(folder, f"{rank}.end").write_text("")
@@ -129,7 +130,7 @@ DEEDS: dict[str, Callable[[int, Guard], None]] = {
 
 @dataclass
 class Ended:
-    """How the ranks ended: exit codes, logs, whether each came to its end; all messages; seconds; the run's folder."""
+    """How the ranks ended: exit codes, logs, whether each came to its end; seconds since the deed; the run's folder."""
 
     codes: list[int]
     logs: list[str]
@@ -154,7 +155,8 @@ def run():
                 process.start()
             for process in ranks:
                 process.join(max(0.1, began + 90 - time.monotonic()))
-            seconds = time.monotonic() - began
+            begun = [float(file.read_text()) for file in Path(folder).glob("*.began")]
+            seconds = time.monotonic() - max(begun, default=began)
             for process in ranks:
                 process.kill()
                 process.join()
@@ -175,7 +177,7 @@ def test_a_run_that_goes_well_says_nothing(run: Callable[[str], Ended], deed: st
     "deed, longest, said",
     [
         ("die", 8.0, f"rank 1 on {HOST} has died in phase score"),
-        ("stop", 14.0, f"rank 1 on {HOST} gave no sign of life for [34] s (health.silence) in phase score"),
+        ("stop", 14.0, f"rank 1 on {HOST} gave no sign of life for [567] s (health.silence) in phase score"),
         (
             "sleep",
             14.0,
@@ -185,11 +187,11 @@ def test_a_run_that_goes_well_says_nothing(run: Callable[[str], Ended], deed: st
 )
 def test_one_message_names_who_ended_the_run(run: Callable[[str], Ended], deed: str, longest: float, said: str):
     ended = run(deed)
-    # Who hangs is ended by its neighbours.
-    assert ended.codes == [75, -signal.SIGKILL, 75] or (deed == "sleep" and ended.codes == [75, 75, 75])
+    # Who is stopped is ended by its neighbours.
+    assert ended.codes == [75, 75 if deed == "sleep" else -signal.SIGKILL, 75]
     assert not any(ended.ends) and ended.seconds < longest
     (message,) = ended.messages
-    pattern = re.escape(said).replace(r"\[34\]", "[34]").replace(r"\[234\]", "[234]")
+    pattern = re.escape(said).replace(r"\[567\]", "[567]").replace(r"\[234\]", "[234]")
     assert re.match(f"megarl: {pattern}", message), message
     assert "start again with resume=auto" in message
     if deed != "die":
@@ -204,7 +206,7 @@ def test_one_message_names_who_ended_the_run(run: Callable[[str], Ended], deed: 
 
 def test_a_store_that_does_not_answer_is_a_hang_of_its_host(run: Callable[[str], Ended]):
     ended = run("first_stops")
-    assert ended.codes[1:] == [75, 75] and ended.seconds < 60
+    assert ended.codes == [-signal.SIGKILL, 75, 75] and ended.seconds < 14
     (message,) = ended.messages
     assert re.match(
         rf"megarl: rank 1 on {HOST} in phase score had no answer from the ranks' store at 127.0.0.1:\d+ for \d s "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 Cause = Literal["died", "silent", "stuck", "deadlock"]
@@ -89,13 +89,14 @@ def judge(seen: Sequence[Seen], silence: float) -> Verdict | None:
         return _verdict("died", dead, present, 0.0)
     if silent := [one for one in present if one.silent > silence]:
         return _verdict("silent", [one.beat for one in silent], present, max(one.silent for one in silent))
-    beats = [replace(one.beat, idle=one.beat.idle + one.silent) for one in present]
+    beats = [one.beat for one in present]
     late = [beat for beat in beats if beat.idle > beat.limit]
     if stuck := [beat for beat in late if beat.waits_in is None]:
         # Where GPUs are waited for, no stack tells who waits for whom: those behind the others are.
         furthest = min(beat.number for beat in stuck)
         return _verdict("stuck", [beat for beat in stuck if beat.number == furthest], present, 0.0)
-    if beats and len(late) == len(beats):
+    # What a rank does of which nothing was heard lately is not known: it may be the one that the others wait for.
+    if beats and len(late) == len(beats) and not any(one.silent for one in present):
         furthest = min(beat.number for beat in late)
         return _verdict("deadlock", [beat for beat in late if beat.number == furthest], present, 0.0)
     return None

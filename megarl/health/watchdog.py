@@ -15,8 +15,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from megarl.config.health import HealthSettings
 from megarl.errors import Interrupted, MegarlError
 from megarl.health import stacks
 from megarl.health.judgement import Beat, Seen, judge
+from megarl.health.phase_mark import PhaseMark, forget, phase_of
 from megarl.health.stopping import Stopping
 from megarl.parallel import progress, roll_call
 from megarl.parallel.bootstrap import World
@@ -69,6 +70,8 @@ class Watchdog:
         self._looks_at = range(world.size) if self._watches else neighbours
         # Without the store, which is rank 0's as a rule, a host has one voice.
         self._speaks_for_host = world.rank == next((rank for rank in neighbours if rank > 0), 0)
+        self._mark = PhaseMark()
+        self._mark.set(progress.CURRENT.phase)
         self._count = 0
         self._left = threading.Event()
         self._wake = threading.Event()
@@ -95,9 +98,13 @@ class Watchdog:
             roll_call.call(PrefixStore("start", self._store), self._rank, self._size, said, time.monotonic() + limit)
         except RuntimeError:
             raise Interrupted(f"{self._store_gone()}. {_RETRY}") from None
-        progress.CURRENT.on_enter = self._wake.set
+        progress.CURRENT.on_enter = self._on_enter
         for thread in self._threads:
             thread.start()
+
+    def _on_enter(self) -> None:
+        self._mark.set(progress.CURRENT.phase)
+        self._wake.set()
 
     def stop(self) -> None:
         """End the watch: this rank leaves by itself."""
@@ -107,6 +114,8 @@ class Watchdog:
             thread.join(2 * self._settings.interval)
         with contextlib.suppress(RuntimeError):
             self._say()
+        progress.CURRENT.on_enter = lambda: None
+        self._mark.remove()
 
     def claim(self, error: MegarlError) -> bool:
         """Say `error` for all ranks; whether this rank is the one that does. False: another says why the run ends.
@@ -188,7 +197,9 @@ class Watchdog:
         if verdict is not None and (self._watches or verdict.cause == "died") and self._take_verdict():
             folder = self._directory / f"hang-{int(time.time())}"
             deliver(Interrupted(f"{verdict.sentence()}. The stacks of the ranks are in {folder}. {_RETRY}"))
-            pids = [[beat.host, beat.pid] for beat in verdict.culprits]
+            # Who works or waits has a watchdog of its own that ends it.
+            silent = verdict.culprits if verdict.cause == "silent" else ()
+            pids = [[beat.host, beat.pid] for beat in silent]
             self._publish({"code": Interrupted.exit_code, "folder": str(folder), "pids": pids})
             self._end(json.loads(self._store.get("verdict")))
 
@@ -207,6 +218,9 @@ class Watchdog:
             stacks.dump(self._directory / "hang-store" / _file_name(self._rank), self._heading())
             if self._speaks_for_host:
                 deliver(Interrupted(self._store_away(now - self._talked)))
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and 0 in self._seen:
+                    beat = self._seen[0][0]
+                    self._end_stopped([beat.pid] if beat.host == self._host else [])
             os._exit(Interrupted.exit_code)
 
     def _store_away(self, seconds: float) -> str:
@@ -272,6 +286,9 @@ class Watchdog:
         beat, when, before = self._seen[rank]
         silent = max(0.0, time.monotonic() - when - 2 * self._settings.interval)
         dead = before is not None and not beat.left and identity(beat.pid) != before
+        if before is not None and (dead or silent > 0) and (phase := phase_of(beat.pid)) not in (None, beat.phase):
+            # It got no further than to enter that phase: what else it said is of the one before.
+            beat = replace(beat, phase=phase, waits_in=None)
         return Seen(beat, silent, dead)
 
     def _take_verdict(self) -> bool:
@@ -291,18 +308,23 @@ class Watchdog:
                 heard = self._store.add("heard", 0)
 
     def _end(self, verdict: dict[str, Any]) -> NoReturn:
-        """End this process: stacks first where a rank hangs; the hanging processes of this host go too."""
+        """End this process: stacks first where a rank hangs; the processes of this host that are stopped go too."""
         with self._ending:
             if verdict["folder"] is not None:
                 stacks.dump(Path(verdict["folder"]) / _file_name(self._rank), self._heading())
             self._wait_until_heard(self._size - len(verdict["pids"]))
-            here = [pid for host, pid in verdict["pids"] if host == self._host and pid != self._pid]
-            for number in (signal.SIGUSR2, signal.SIGKILL):
-                for pid in here:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(pid, number)
-                        time.sleep(0.3 if number == signal.SIGUSR2 else 0.0)
+            self._end_stopped(pid for host, pid in verdict["pids"] if host == self._host and pid != self._pid)
+            forget(self._pid)
             os._exit(verdict["code"])
+
+    def _end_stopped(self, pids: Iterable[int]) -> None:
+        """End processes of this host that cannot do it themselves; their stacks go to their logs if they still can."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGUSR2)
+                time.sleep(0.3)
+                os.kill(pid, signal.SIGKILL)
+            forget(pid)
 
     def _heading(self) -> str:
         now, stand = progress.CURRENT, stacks.stand_of_main_thread()

@@ -70,6 +70,9 @@ def _send(replies: TextIO, message: dict[str, Any]) -> None:
 
 def main(kind: str, backstop_seconds: float) -> int:
     """Serve until standard input closes. The exit status is 1 where `kind` cannot be imported."""
+    # A scheduler sends them to every process of a run; what is graded then is still wanted. The end comes by the pipe.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     requests, replies = _private_pipes()
     builtin = kind in ("math", "boxed")
     try:
