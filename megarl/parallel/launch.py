@@ -97,7 +97,8 @@ def deliver(error: MegarlError) -> None:
         print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return
     report = Path(os.environ[_REPORT])
-    partial = Path(f"{report}.{os.environ['RANK']}")
+    # Of its own for each call: a second one must not write into what the first one has linked.
+    partial = Path(f"{report}.{os.environ['RANK']}.{uuid.uuid4().hex}")
     partial.write_bytes(pickle.dumps(error))
     # The first one said stays.
     with contextlib.suppress(FileExistsError):
