@@ -94,7 +94,7 @@ def draw(out: Path, results: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds from the fault to the end of the job (grey: the limit)")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(out / "campaign.png", dpi=150)
     pyplot.close(figure)
 
