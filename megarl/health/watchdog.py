@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from megarl.config.health import HealthSettings
 from megarl.errors import Interrupted, MegarlError
 from megarl.health import stacks
-from megarl.health.judgement import Beat, Seen, judge
+from megarl.health.judgement import Beat, Seen, Verdict, judge
 from megarl.health.phase_mark import PhaseMark, forget, phase_of
 from megarl.health.stopping import Stopping
 from megarl.parallel import progress, roll_call
@@ -36,6 +36,9 @@ from megarl.parallel.processes import identity
 
 #: Most ranks that read what all ranks say, spread over the world.
 WATCHERS = 8
+
+#: Times in a row that a watcher must see the same rank stand still.
+LOOKS = 3
 
 #: Seconds for the other ranks to hear of the verdict before the store's host ends.
 FAREWELL = 5.0
@@ -80,6 +83,9 @@ class Watchdog:
         self._talked = time.monotonic()
         # Of every rank: its last beat, when that came, and the identity of its process where it is on this host.
         self._seen: dict[int, tuple[Beat, float, str | None]] = {}
+        # The last verdict in short, and how often in a row it was seen.
+        self._suspicion: Any = None
+        self._times = 0
         self._ending = threading.Lock()
         self._saying = threading.Lock()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._look_after)]
@@ -113,8 +119,17 @@ class Watchdog:
             thread.join(2 * self._settings.interval)
         with contextlib.suppress(RuntimeError):
             self._say()
+            if self._until == float("inf"):
+                self._wait_for_others()
         progress.CURRENT.on_enter = lambda: None
         self._mark.remove()
+
+    def _wait_for_others(self) -> None:
+        """Leave together: who is gone, with its connections, while another still ends, would look like a failure."""
+        left, until = self._store.add("left", 1), time.monotonic() + FAREWELL
+        while left < self._size and time.monotonic() < until and not self._store.check(["claim"]):
+            time.sleep(0.02)
+            left = self._store.add("left", 0)
 
     def claim(self, error: MegarlError) -> bool:
         """Say `error` for all ranks; whether this rank is the one that does. False: another says why the run ends.
@@ -128,8 +143,8 @@ class Watchdog:
             return self._claim_without_store(error)
         self._until, self._code = time.monotonic() + LAST_WORDS, error.exit_code
         deliver(error)
-        self._publish({"code": error.exit_code, "folder": None, "pids": []})
-        self._wait_until_heard(self._size)
+        self._publish({"code": error.exit_code, "folder": None, "pids": [], "hearing": self._size})
+        self._wait_until_heard(self._size if self._rank == 0 else 1)
         return True
 
     def _claim_without_store(self, error: MegarlError) -> bool:
@@ -198,14 +213,26 @@ class Watchdog:
             self._end(json.loads(self._store.get("verdict")))
         self._observe(self._looks_at)
         verdict = judge([self._seen_as(rank) for rank in self._seen], self._settings.silence)
-        if verdict is not None and (self._watches or verdict.cause == "died") and self._take_verdict():
+        if self._is_sure(verdict) and self._take_verdict():
+            assert verdict is not None
             folder = self._directory / f"hang-{int(time.time())}"
             deliver(Interrupted(f"{verdict.sentence()}. The stacks of the ranks are in {folder}. {_RETRY}"))
             # Who works or waits has a watchdog of its own that ends it.
             silent = verdict.culprits if verdict.cause == "silent" else ()
             pids = [[beat.host, beat.pid] for beat in silent]
-            self._publish({"code": Interrupted.exit_code, "folder": str(folder), "pids": pids})
+            deaf = 0 if verdict.cause in ("stuck", "deadlock") else len(verdict.culprits)
+            code = Interrupted.exit_code
+            self._publish({"code": code, "folder": str(folder), "pids": pids, "hearing": self._size - deaf})
             self._end(json.loads(self._store.get("verdict")))
+
+    def _is_sure(self, verdict: Verdict | None) -> bool:
+        """Whether to act on a verdict: what may be the wait of a moment must be seen again and again."""
+        found = verdict and (verdict.cause, [(beat.rank, beat.number) for beat in verdict.culprits])
+        self._times = self._times + 1 if found == self._suspicion else 1
+        self._suspicion = found
+        if verdict is None or not (self._watches or verdict.cause == "died"):
+            return False
+        return verdict.cause in ("died", "silent") or self._times >= LOOKS
 
     def _look_after(self) -> None:
         """The thread that notices a store which does not answer: its host hangs, died, or is cut off."""
@@ -304,10 +331,11 @@ class Watchdog:
         self._store.set("verdict", json.dumps(verdict))
 
     def _wait_until_heard(self, others: int) -> None:
-        """Count this rank among those that know why the run ends; rank 0, whose store it may be, waits for `others`."""
+        """Count this rank among those that know why the run ends, and wait for `others`: for their stacks, and because
+        rank 0, whose store it may be, goes last."""
         with contextlib.suppress(RuntimeError):
             heard, until = self._store.add("heard", 1), time.monotonic() + FAREWELL
-            while self._rank == 0 and heard < others and time.monotonic() < until:
+            while heard < others and time.monotonic() < until:
                 time.sleep(0.05)
                 heard = self._store.add("heard", 0)
 
@@ -316,7 +344,8 @@ class Watchdog:
         with self._ending:
             if verdict["folder"] is not None:
                 stacks.dump(Path(verdict["folder"]) / _file_name(self._rank), self._heading())
-            self._wait_until_heard(self._size - len(verdict["pids"]))
+            if verdict["folder"] is not None or self._rank == 0:
+                self._wait_until_heard(verdict["hearing"])
             self._end_stopped(pid for host, pid in verdict["pids"] if host == self._host and pid != self._pid)
             forget(self._pid)
             os._exit(verdict["code"])
