@@ -20,7 +20,7 @@ from megarl.health.stopping import Stopping
 from megarl.health.watchdog import Watchdog
 from megarl.parallel import progress
 from megarl.parallel.bootstrap import World
-from megarl.parallel.launch import started_here
+from megarl.parallel.launch import children_end_with_this_process, started_here
 
 #: A disk with less bytes than that has no room.
 FULL = 1 << 16
@@ -83,6 +83,7 @@ def watching(
     limit; `each_beat` is called every `settings.interval`.
     """
     stopping = Stopping(settings)
+    children_end_with_this_process()
     with stopping.listening():
         if not settings.watchdog:
             yield Guard(stopping, None, directory)

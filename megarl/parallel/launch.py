@@ -32,6 +32,9 @@ _REPORT = "MEGARL_REPORT"
 #: From linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 
+#: Whether `children_end_with_this_process` was called.
+_children_end = False
+
 
 def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) -> T:
     """Run `function(*args)` in that many local processes and return rank 0's result.
@@ -148,6 +151,31 @@ def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T
 def _end_with_parent() -> None:
     """Have the kernel end this process when its parent is gone, so that nothing goes on without anybody who sees it."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def children_end_with_this_process() -> None:
+    """From now on have what this process's main thread forks, such as the writers of a save, end when it does.
+
+    A writer whose rank was killed may wait for it for ever, and with what it inherited keep the launcher from seeing
+    that the rank is gone.
+    """
+    global _children_end
+    if _children_end:
+        return
+    _children_end = True
+    # Looked up before a fork, in whose child another thread's lock may be held for ever.
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    forks: list[bool] = []
+
+    def note_thread() -> None:
+        # The kernel's signal comes at the end of the thread that forked.
+        forks[:] = [threading.current_thread() is threading.main_thread()]
+
+    def in_child() -> None:
+        if forks == [True]:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    os.register_at_fork(before=note_thread, after_in_child=in_child)
 
 
 def _wait_for_all(folder: Path) -> None:
