@@ -141,22 +141,23 @@ def _wrong_end(fault: Fault, seen: Seen) -> tuple[str, str] | None:
     if seen.code != 75:
         return WRONG_END, f"code {seen.code}"
     words = [said for said in seen.said if said]
-    seen.names_right = all(_names(said, seen.note, fault.kind == "network") for said in words)
+    seen.names_right = all(_names(said, seen.note, fault) for said in words)
     return None if seen.names_right else (WRONG_NAME, " / ".join(seen.said))
 
 
-def _names(said: str, note: dict[str, Any], cut_off: bool) -> bool:
+def _names(said: str, note: dict[str, Any], fault: Fault) -> bool:
     """Whether a sentence names the rank of the fault and its phase.
 
     A rank that stops as soon as it enters a phase could not say so: then its last phase is right too. Before anything
-    watches over the ranks, there are no phases. Of hosts that are `cut_off` from each other, those without the ranks'
-    store know of rank 0's alone, and of no phase but their own.
+    watches over the ranks, there are no phases, and the start has a part with a name of its own. Of hosts that are cut
+    off from each other, those without the ranks' store know of rank 0's alone, and of no phase but their own.
     """
     if "had no answer from the ranks' store" in said:
-        return "rank 0's host hangs, is gone or is cut off" in said and (cut_off or note["rank"] == 0)
+        known = "rank 0's host hangs, is gone or is cut off" in said
+        return known and fault.world == "apart" and (fault.kind == "network" or note["rank"] == 0)
     named = re.search(r"ranks? (\d+)", said)
     if named is None or int(named.group(1)) != note["rank"]:
         return False
     if (phase := re.search(r"in phase (\w+)", said)) is None:
-        return not note["watched"]
+        return not note["watched"] or (note["phase"] == "start" and "to the pre-flight" in said)
     return phase.group(1) in {note["phase"]} | ({note["before"]} if note["since"] < KNOWN_AFTER else set())
