@@ -13,6 +13,7 @@ from typing import Any
 import arithmetic_run
 import pytest
 
+from megarl.health.run_lock import RunLock
 from megarl.parallel.bootstrap import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +167,23 @@ def test_a_finished_run_is_not_touched(base: Path) -> None:
     before = [json.loads(line) for line in recorded.decode().splitlines()]
     assert lines[:-1] == before[:-1]
     assert lines[-1]["accuracy"] == before[-1]["accuracy"]
+
+
+def test_a_folder_that_another_run_writes_is_left_alone(base: Path) -> None:
+    """The holder is this process; its lock is that of a run on this machine."""
+    lock = RunLock(base / "runs" / "held")
+    lock.take()
+    refused = call(base, "train", "run.yaml", "name=held")
+    lock.release()
+    assert refused.returncode == 2
+    last = refused.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        rf"megarl: runs/held held by process {os.getpid()} on \S+ since [\d :-]+: two runs must not write one folder\. "
+        r"Fix: wait for it or stop it, or give this run another name\.",
+        last,
+    )
+    assert refused.stderr.count("two runs must not write") == 1
+    assert not (base / "runs" / "held" / "metrics.jsonl").exists()
 
 
 def test_every_option_of_the_loop_at_once(base: Path) -> None:
