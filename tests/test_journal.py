@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from config_case import RUN
-from torch.distributed.distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from megarl.config.schema import RunConfig
 from megarl.rollout.engine import Completion
