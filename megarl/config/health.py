@@ -69,7 +69,11 @@ class HealthSettings(Settings):
     watchdog: bool = Field(
         default=True, description="End the run, with every rank's stacks and one message, where a rank hangs or dies."
     )
-    interval: PositiveFloat = Field(default=1.0, description="Time between two signs of life of a rank.")
+    interval: PositiveFloat = Field(
+        default=1.0,
+        description="Time between two signs of life of a rank. Each is a few requests to rank 0's store: with thousands of "
+        "ranks, 2 or more.",
+    )
     silence: PositiveFloat = Field(
         default=120.0, description="A rank without a sign of life for so long has stopped, whatever its phase."
     )

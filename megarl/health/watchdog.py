@@ -221,6 +221,9 @@ class Watchdog:
             silent = verdict.culprits if verdict.cause == "silent" else ()
             pids = [[beat.host, beat.pid] for beat in silent]
             deaf = 0 if verdict.cause in ("stuck", "deadlock") else len(verdict.culprits)
+            for beat in verdict.culprits if verdict.cause == "died" else ():
+                if beat.host == self._host:
+                    forget(beat.pid)
             code = Interrupted.exit_code
             self._publish({"code": code, "folder": str(folder), "pids": pids, "hearing": self._size - deaf})
             self._end(json.loads(self._store.get("verdict")))
