@@ -71,8 +71,8 @@ class HealthSettings(Settings):
     )
     interval: PositiveFloat = Field(
         default=1.0,
-        description="Time between two signs of life of a rank. Each is a few requests to rank 0's store: with thousands of "
-        "ranks, 2 or more.",
+        description="Time between two signs of life of a rank. Each is a few requests to the ranks' store: 2 or more "
+        "for thousands of ranks.",
     )
     silence: PositiveFloat = Field(
         default=120.0, description="A rank without a sign of life for so long has stopped, whatever its phase."
