@@ -71,6 +71,12 @@ def _load_newest(session: Session) -> dict[str, Any] | None:
         directory = from_first(checkpoint_folder.find(root, damaged))
         if directory is None:
             return None
+        for newer, damage in checkpoint_folder.survey(root):
+            if newer == directory:
+                break
+            if damage is not None and newer not in damaged:
+                session.recorder.status(f"{newer.name} {damage}: looking at the one before it")
+                damaged.add(newer)
         try:
             return checkpoint.load(session.policy, directory, optimizer=True)
         except checkpoint_folder.Damaged as found:
