@@ -125,7 +125,9 @@ def _wrong_end(fault: Fault, seen: Seen) -> tuple[str, str] | None:
     if seen.traceback:
         return NO_MESSAGE, "a traceback instead of a sentence"
     if (fault.kind in AT_REST and fault.kind != "all-damaged") or fault.kind == "reward":
-        return None if seen.code == 0 else (WRONG_END, f"code {seen.code}: {seen.said}")
+        if seen.code != 0:
+            return WRONG_END, f"code {seen.code}: {seen.said}"
+        return (NO_MESSAGE, "does not name the damaged checkpoint") if seen.names_right is False else None
     if fault.kind in ("term", "usr1") and seen.complete:
         # There was nothing left to stop.
         return None if seen.code == 0 else (WRONG_END, f"code {seen.code}")
