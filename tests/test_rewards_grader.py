@@ -141,6 +141,21 @@ def test_waiting_for_a_processor_does_not_count(user_module: str) -> None:
     assert graded.reward is not None and graded.reward > 1.5  # seconds it took
 
 
+def test_an_answer_whose_worker_somebody_else_killed_is_graded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system does where memory runs out: the first process that grades it is gone in the midst."""
+    mark = tmp_path / "killed"
+    code = f"import os, signal\ndef once(text, answer, source):\n    if not os.path.exists({str(mark)!r}):\n"
+    code += f"        open({str(mark)!r}, 'w').close()\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += "    return float(text)\n"
+    (tmp_path / "killed_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Grader(settings("killed_rewards:once", workers=1)) as grader:
+        graded = grader.grade([GradingItem(text, "") for text in ("0.25", "0.5")])
+    assert [(one.reward, one.counter) for one in graded] == [(0.25, None), (0.5, None)]
+
+
 def test_every_answer_may_kill_its_worker(user_module: str) -> None:
     with Grader(settings(f"{user_module}:obey")) as grader:
         assert {one.counter for one in grader.grade([GradingItem("exit", "")] * 6)} == {"grader_died"}

@@ -29,6 +29,8 @@ START_LIMIT = 300.0
 MAX_FAILED_STARTS = 3
 #: Multiple of the time limit after which a worker ends itself, should this process be gone.
 BACKSTOP_FACTOR = 20.0
+#: Counts answers whose grading process ended.
+DIED = "grader_died"
 #: Kinds decided by comparing text, in this process.
 TEXT_KINDS = ("boxed", "f1")
 
@@ -166,6 +168,7 @@ class Grader:
                 self._replace(position)
         graded = {index: answer for index, item in enumerate(items) if (answer := self._decide(item)) is not None}
         waiting = deque(index for index in range(len(items)) if index not in graded)
+        again: set[int] = set()
         while len(graded) < len(items):
             for position, worker in enumerate(self._workers):
                 if not (waiting and worker.ready and worker.item is None):
@@ -176,6 +179,11 @@ class Grader:
                     waiting.appendleft(index)
                     self._replace(position)
             for index, answer in self._collect():
+                if answer.counter == DIED and index not in again:
+                    # Perhaps somebody else killed its process: an answer that kills every one does so twice.
+                    again.add(index)
+                    waiting.appendleft(index)
+                    continue
                 graded[index] = answer
                 progress.tick()
         return [graded[index] for index in range(len(items))]
@@ -216,7 +224,7 @@ class Grader:
             except (EOFError, json.JSONDecodeError):
                 self._replace(position)
                 if item is not None:
-                    finished.append((item, self._failed("grader_died")))
+                    finished.append((item, self._failed(DIED)))
                 continue
             if message is None:
                 continue
