@@ -207,9 +207,11 @@ class Watchdog:
             self._store.set("stop", json.dumps([self._stopping.reason, self._stopping.seconds_left]))
         if not self._stopping.requested and self._store.check(["stop"]):
             self._stopping.request(*json.loads(self._store.get("stop")))
+        ended = self._store.check(["verdict"])
+        # After the verdict is looked for: this rank may have just claimed it, and then ends by itself.
         if self._until < float("inf"):
             return
-        if self._store.check(["verdict"]):
+        if ended:
             self._end(json.loads(self._store.get("verdict")))
         self._observe(self._looks_at)
         verdict = judge([self._seen_as(rank) for rank in self._seen], self._settings.silence)
