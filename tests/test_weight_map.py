@@ -121,22 +121,35 @@ def test_padded_vocabulary_does_not_depend_on_a_power_of_two():
 
 
 REFUSED = {
-    "policy": (lambda: rank_tensors(make_shape(), tensor=3, pipeline=1, tensor_rank=0, pipeline_rank=0),
-               r"parallel\.tensor=3: must divide the model's 4 attention heads"),
-    "engine": (lambda: vllm_tensors(make_shape(ffn_size=6), tensor=4, tensor_rank=0),
-               r"rollout\.tensor=4: must divide the model's MLP size of 6"),
-    "layers": (lambda: rank_tensors(make_shape(num_layers=6), tensor=1, pipeline=4, tensor_rank=0, pipeline_rank=0),
-               r"parallel\.pipeline=4: must divide the model's 6 layers\. Fix: use 1, 2, 3 or 6, or write"),
-    "no place in vLLM": (lambda: vllm_tensors(make_shape("qwen3", attention_out_bias=True), tensor=1, tensor_rank=0),
-                         r"model\.layers\.0\.self_attn\.o_proj\.bias of a qwen3 model: has no place in vLLM's class"),
-    "family": (lambda: hf_tensors(replace(make_shape(), family="gpt2")),
-               r"model family 'gpt2': must be one of "
-               r"\['llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe'\]"),
-    "missing": (lambda: check_hf_shapes(make_shape(), {}, "model.safetensors"),
-                r"model\.safetensors without model\.embed_tokens\.weight"),
+    "policy": (
+        lambda: rank_tensors(make_shape(), tensor=3, pipeline=1, tensor_rank=0, pipeline_rank=0),
+        r"parallel\.tensor=3: must divide the model's 4 attention heads",
+    ),
+    "engine": (
+        lambda: vllm_tensors(make_shape(ffn_size=6), tensor=4, tensor_rank=0),
+        r"rollout\.tensor=4: must divide the model's MLP size of 6",
+    ),
+    "layers": (
+        lambda: rank_tensors(make_shape(num_layers=6), tensor=1, pipeline=4, tensor_rank=0, pipeline_rank=0),
+        r"parallel\.pipeline=4: must divide the model's 6 layers\. Fix: use 1, 2, 3 or 6, or write",
+    ),
+    "no place in vLLM": (
+        lambda: vllm_tensors(make_shape("qwen3", attention_out_bias=True), tensor=1, tensor_rank=0),
+        r"model\.layers\.0\.self_attn\.o_proj\.bias of a qwen3 model: has no place in vLLM's class",
+    ),
+    "family": (
+        lambda: hf_tensors(replace(make_shape(), family="gpt2")),
+        r"model family 'gpt2': must be one of "
+        r"\['llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe'\]",
+    ),
+    "missing": (
+        lambda: check_hf_shapes(make_shape(), {}, "model.safetensors"),
+        r"model\.safetensors without model\.embed_tokens\.weight",
+    ),
     "other shape": (
         lambda: check_hf_shapes(make_shape(), hf_tensors(make_shape()) | {"model.norm.weight": (9,)}, "a.safetensors"),
-        r"model\.norm\.weight of shape \(9,\) in a\.safetensors: must have shape \(12,\)"),
+        r"model\.norm\.weight of shape \(9,\) in a\.safetensors: must have shape \(12,\)",
+    ),
 }
 
 
