@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
@@ -32,7 +31,7 @@ from megarl.train.journal import Journal, Kept
 from megarl.train.replay import Key
 from megarl.train.scoring import grade
 from megarl.train.serving import serve
-from megarl.train.session import Session, run_directory
+from megarl.train.session import Session, unfinished_directory
 
 
 def make_rollouts(session: Session, step: int) -> Rollouts:
@@ -87,15 +86,10 @@ def _journal(session: Session, step: int) -> Journal | None:
         return None
     if not config.rollout.keep_unfinished:
         return None
-    journal = Journal(unfinished(session), step, config, rank=session.world.rank, writes=engine.speaks)
+    journal = Journal(unfinished_directory(config), step, config, rank=session.world.rank, writes=engine.speaks)
     if len(journal):
         session.recorder.status(f"step {step}: {len(journal)} completions were made before")
     return journal
-
-
-def unfinished(session: Session) -> Path:
-    """Where completions of steps that no checkpoint has are kept."""
-    return run_directory(session.config) / "unfinished"
 
 
 def _sample_batch(

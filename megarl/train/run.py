@@ -5,7 +5,6 @@ Importing this module imports Megatron and vLLM, so that workers forked afterwar
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -89,7 +88,7 @@ def _look_before(config: RunConfig, world: World) -> None:
     """The pre-flight, and what it found in preflight.json. Collective."""
     report = preflight(config, world, run_directory(config))
     if world.is_first:
-        (run_directory(config) / "preflight.json").write_text(json.dumps(report.as_table(), indent=2) + "\n")
+        report.write(run_directory(config) / "preflight.json")
         if world.size > 1:
             _to_terminal(report.status_line())
 

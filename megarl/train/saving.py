@@ -15,7 +15,7 @@ from megarl.parallel.exchange import from_first, gather_all
 from megarl.policy import checkpoint
 from megarl.train import journal, replay
 from megarl.train.groups import Rollouts
-from megarl.train.session import Progress, Session, run_directory
+from megarl.train.session import Progress, Session, run_directory, unfinished_directory
 
 
 def save_checkpoint(session: Session) -> None:
@@ -37,7 +37,7 @@ def save_checkpoint(session: Session) -> None:
             causes: list[list[str]] = gather_all([str(cause) for cause, _ in error.failures.values()])
             raise OSError("; ".join(dict.fromkeys(cause for some in causes for cause in some))) from error
         if session.world.is_first:
-            journal.forget(run_directory(session.config) / "unfinished", session.progress.step)
+            journal.forget(unfinished_directory(session.config), session.progress.step)
     session.saved_step = session.progress.step
     session.stops.saved(time.monotonic() - start)
 

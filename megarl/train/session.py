@@ -205,6 +205,11 @@ def run_directory(config: RunConfig) -> Path:
     return Path(config.runs_dir) / config.name
 
 
+def unfinished_directory(config: RunConfig) -> Path:
+    """Where completions of steps that no checkpoint has are kept (`megarl.train.journal`)."""
+    return run_directory(config) / "unfinished"
+
+
 def _load_weights(policy: Policy, config: RunConfig) -> None:
     if config.model.weights is not None:
         checkpoint.load(policy, checkpoint_folder.require(config.model.weights, "model.weights"), optimizer=False)
