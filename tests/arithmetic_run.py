@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import yaml
 
 TESTS = Path(__file__).resolve().parent
-COMMAND = [sys.executable, "-c", "from megarl.cli.main import main; main()"]
 
 
 def digit_share(text: str, answer: str, source: str) -> float:
@@ -27,8 +30,10 @@ def even_length(text: str, answer: str, source: str) -> float:
     return float(len(text) % 2 == 0)
 
 
-def write_inputs(folder: Path) -> None:
-    """data/, tokenizer/ and model/ in `folder`: 48 problems, a Qwen2 of 2 layers and 2 heads of 32 elements."""
+@functools.cache
+def _inputs() -> tempfile.TemporaryDirectory[str]:
+    """A folder with what `write_inputs` copies, removed with the session."""
+    kept = tempfile.TemporaryDirectory(prefix="inputs-")
     for tool in (
         "make_arithmetic --out data --train 48 --heldout 8",
         "train_tokenizer --input data/train.jsonl --vocab-size 300 --out tokenizer",
@@ -36,7 +41,13 @@ def write_inputs(folder: Path) -> None:
     ):
         name, *arguments = tool.split()
         script = TESTS.parent / "tools" / f"{name}.py"
-        subprocess.run([sys.executable, str(script), *arguments], cwd=folder, check=True, capture_output=True)
+        subprocess.run([sys.executable, str(script), *arguments], cwd=kept.name, check=True, capture_output=True)
+    return kept
+
+
+def write_inputs(folder: Path) -> None:
+    """data/, tokenizer/ and model/ in `folder`: 48 problems, a Qwen2 of 2 layers and 2 heads of 32 elements."""
+    shutil.copytree(_inputs().name, folder, dirs_exist_ok=True)
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
@@ -65,36 +76,23 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str) -> preloaded.Started:
     """`megarl ARGUMENTS` in `folder`, in a process group of its own."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    }
-    return subprocess.Popen(
-        [*COMMAND, *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    return preloaded.megarl(folder, *arguments)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: preloaded.Started) -> str:
     """Wait for a run that must succeed; returns what it printed."""
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate()
     assert process.returncode == 0, output[-6000:]
     return output
 
 
-def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+def kill_when(process: preloaded.Started, reached: Callable[[], bool]) -> None:
     """SIGKILL for the run's whole process group at the moment `reached` becomes true."""
     deadline = time.monotonic() + 600
     while not reached():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-6000:]
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(60)[0][-6000:]
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(60)

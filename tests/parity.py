@@ -1,17 +1,13 @@
 """What the proofs of the policy share: tiny models, mini-batches, worlds of real processes, transformers' answers.
 
-A test gives a scenario, a function of its own file, to `run_world`. A fresh process imports that file and Megatron (or
-what the file's PRELOAD names) once and forks the world's ranks, which call the scenario under as many layouts as it
-likes; the test compares what all ranks returned.
+A test gives a scenario, a function of its own file, to `run_world`. A process imports that file and forks the world's
+ranks, which call the scenario under as many layouts as it likes; the test compares what all ranks returned.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
@@ -21,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import preloaded
 import torch
 
 from megarl.config.schema import RunConfig
@@ -175,27 +172,20 @@ def with_old_log_probs(batch: Sequences[Sequence], log_probs: Sequences[np.ndarr
 
 def run_world(module: str, scenario: str, processes: int, *arguments: Any) -> list[Any]:
     """Call `scenario(world, *arguments)` of a test file in that many processes; their results by rank."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    }
     with tempfile.TemporaryDirectory() as exchange:
-        given, found = Path(exchange, "given"), Path(exchange, "found")
-        given.write_bytes(pickle.dumps(arguments))
-        command = [sys.executable, __file__, module, scenario, str(processes), str(given), str(found)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=800)
-        if done.returncode:
-            raise RuntimeError(f"{scenario} with {processes} processes failed\n{done.stderr[-8000:]}")
+        found = Path(exchange, "found")
+        started = preloaded.Started(_launch, module, scenario, processes, arguments, found)
+        output, _ = started.communicate(timeout=800)
+        if started.returncode:
+            raise RuntimeError(f"{scenario} with {processes} processes failed\n{output[-8000:]}")
         return pickle.loads(found.read_bytes())
 
 
-def _launcher(module: str, scenario: str, processes: int, given: Path, found: Path) -> None:
-    """The process behind `run_world`: imports once, forks the ranks, hands their results over."""
+def _launch(module: str, scenario: str, processes: int, arguments: tuple[Any, ...], found: Path) -> None:
+    """In the process behind `run_world`: forks the ranks, hands their results over."""
     from megarl.parallel.launch import launch
 
-    arguments = pickle.loads(given.read_bytes())
     scenarios = importlib.import_module(module)
-    importlib.import_module(getattr(scenarios, "PRELOAD", "megarl.policy.policy"))
     result = launch(_rank, (getattr(scenarios, scenario), arguments), processes)
     found.write_bytes(pickle.dumps(result))
 
@@ -302,7 +292,3 @@ def token_values(model: Any, sequence: Sequence, temperature: float = 1.0) -> tu
     log_probs = torch.log_softmax(logits, -1)
     chosen = log_probs.gather(-1, tokens[sequence.prompt_length :, None])[:, 0]
     return chosen, -(log_probs.exp() * log_probs).sum(-1)
-
-
-if __name__ == "__main__":
-    _launcher(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))

@@ -1,15 +1,10 @@
-"""What the rollout tests run in processes of their own: `python tests/rollout_workers.py SCENARIO FOLDER`.
+"""What the rollout tests run in worlds of processes of their own, since vLLM keeps one tensor-parallel layout for each.
 
-Each rank writes what its scenario returns to FOLDER/<rank>.pickle. Engines need processes of their own
-because vLLM keeps one tensor-parallel layout per process.
+A scenario is given a folder beside that of the checkpoints; see `parity.run_world`.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,32 +46,6 @@ SIZES = {
     "max_position_embeddings": 512,
     "eos_token_id": 1,
 }
-
-
-def run_world(scenario: str, folder: Path, processes: int) -> list[Any]:
-    """Run a scenario in that many processes; their results by rank. Raises where one of them fails."""
-    from megarl.parallel.bootstrap import free_port
-
-    port = str(free_port())
-    root = Path(__file__).parent.parent
-    workers = []
-    for rank in range(processes):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(root),
-        }
-        command = [sys.executable, __file__, scenario, str(folder)]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [worker.communicate(timeout=600)[1] for worker in workers]
-    failed = [error for worker, error in zip(workers, errors, strict=True) if worker.returncode]
-    if failed:
-        raise RuntimeError(f"{scenario}: {len(failed)} of {processes} processes failed\n" + "\n".join(failed))
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(processes)]
 
 
 def write_checkpoint(folder: Path, family: str, seed: int) -> Path:
@@ -206,7 +175,7 @@ def _cat(parts: list[Any]) -> Any:
     return torch.cat(parts)
 
 
-def weights_scenario(folder: Path) -> Any:
+def weights_scenario(world: Any, folder: Path) -> Any:
     """For every family: engines that read checkpoints 1 and 2, and one engine that is written 1, 2 and 1."""
     import torch.distributed as dist
 
@@ -236,7 +205,7 @@ def weights_scenario(folder: Path) -> Any:
     return results
 
 
-def experts_scenario(folder: Path) -> Any:
+def experts_scenario(world: Any, folder: Path) -> Any:
     """For every mixture of experts: an engine that reads checkpoint 1, and one that is written 2 and then 1 and records
     its routing. Prompts are shared, and the KV cache is too small for all requests at a time."""
     import torch
@@ -338,7 +307,7 @@ def shared_prompts() -> list[Any]:
     return [Request(tuple(2 + (7 * (i % 4) + j) % 120 for j in range(70 + 10 * (i % 4))), i) for i in range(24)]
 
 
-def replicas_scenario(folder: Path) -> Any:
+def replicas_scenario(world: Any, folder: Path) -> Any:
     """Completions of this rank under fixed assignment, the shared counter, and without seeds."""
     import torch
     import torch.distributed as dist
@@ -361,7 +330,7 @@ def replicas_scenario(folder: Path) -> Any:
     }
 
 
-def generate_scenario(folder: Path) -> Any:
+def generate_scenario(world: Any, folder: Path) -> Any:
     """One engine in one process, called in many ways."""
     import random
 
@@ -392,24 +361,3 @@ def generate_scenario(folder: Path) -> Any:
         and states[2] == random.getstate()
     )
     return results
-
-
-SCENARIOS = {
-    "weights": weights_scenario,
-    "experts": experts_scenario,
-    "replicas": replicas_scenario,
-    "generate": generate_scenario,
-}
-
-
-def main(scenario: str, folder: Path) -> None:
-    from megarl.parallel import bootstrap
-
-    world = bootstrap.join()
-    result = SCENARIOS[scenario](folder)
-    (folder / f"{world.rank}.pickle").write_bytes(pickle.dumps(result))
-    bootstrap.leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -6,17 +6,13 @@ Most proofs look at a session from inside: a scenario builds one in a world of p
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import arithmetic_run
 import parity
+import preloaded
 import pytest
-
-PRELOAD = "megarl.train.run"
 
 HINT = "{prompt} is {answer}:"
 EXPLANATION = {"template": HINT, "answer_text": "\\boxed{{answer}}", "max_prompt_tokens": 48, "measure_every": 1}
@@ -376,10 +372,8 @@ def test_cross_generation_with_the_policy_itself_is_self_generation(alone: dict[
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def run_all(tables: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train each table, or evaluate its `checkpoint`, with two processes, forked from one that has imported everything.
-
-    Returns what they gave, or the refusal, by name."""
+def run_all(tables: list[dict[str, Any]], file: Path) -> None:
+    """Train each table, or evaluate its `checkpoint`, with two processes; what they gave, or the refusal, by name."""
     from megarl.config.schema import RunConfig
     from megarl.errors import Refusal
     from megarl.parallel.launch import launch
@@ -394,7 +388,7 @@ def run_all(tables: list[dict[str, Any]]) -> dict[str, Any]:
             given[table["name"]] = launch(*work, 2)
         except Refusal as refusal:
             given[table["name"]] = str(refusal)
-    return given
+    file.write_text(json.dumps(given))
 
 
 @pytest.fixture(scope="module")
@@ -429,20 +423,12 @@ def runs(folder: Path) -> dict[str, Any]:
         evaluation = {"consumer": consumer, "samples": 2, "temperature": 1.0}
         table = run_table(folder, name=f"crossed-{consumer == 'initial'}", **THINKING, evaluation=evaluation)
         tables.append(table | {"evaluate": str(folder / "runs" / "staged_whole")})
-    command = (
-        "import json, sys, test_algorithm_runs as t; files = sys.argv[1:]; "
-        "json.dump(t.run_all(json.load(open(files[0]))), open(files[1], 'w'))"
-    )
-    files = [str(folder / name) for name in ("tables.json", "given.json")]
-    (folder / "tables.json").write_text(json.dumps([table | {"parallel": {"processes": 2}} for table in tables]))
-    paths = os.pathsep.join([str(parity.TESTS.parent), str(parity.TESTS)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, "-c", command, *files], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    given = folder / "given.json"
+    started = preloaded.Started(run_all, [table | {"parallel": {"processes": 2}} for table in tables], given)
+    said, _ = started.communicate()
+    assert started.returncode == 0, said[-6000:]
     noise = {"seconds", "peak_memory_bytes", "time_shares", "algorithm"}
-    found: dict[str, Any] = {"given": json.loads((folder / "given.json").read_text())}
+    found: dict[str, Any] = {"given": json.loads(given.read_text())}
     for name in {table["name"] for table in tables if "evaluate" not in table} - {"refused"}:
         text = (folder / "runs" / name / "metrics.jsonl").read_text()
         found[name] = [{k: v for k, v in json.loads(line).items() if k not in noise} for line in text.splitlines()]

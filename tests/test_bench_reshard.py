@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import parity
+import preloaded
 import pytest
 import torch
 
@@ -16,28 +14,20 @@ ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 128, "head_dim": 32}
 
 
-def bench(tmp_path: Path, model: str, layout: str) -> subprocess.CompletedProcess[str]:
+def bench(tmp_path: Path, model: str, layout: str) -> tuple[int | None, str, str]:
+    """Exit code, output and errors."""
     path = parity.write_model(tmp_path, model, **SIZES)
-    command = [
-        sys.executable,
-        "-m",
-        "megarl",
-        "bench",
-        "reshard",
-        str(ROOT / "configs" / "bench_reshard.yaml"),
-        "--json",
-    ]
     settings = f"model.path={path} steps=1 parallel.processes=4 weights.bucket_mib=0.05 {layout}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, *settings.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    config = ROOT / "configs" / "bench_reshard.yaml"
+    started = preloaded.megarl(tmp_path, "bench", "reshard", str(config), "--json", *settings.split(), apart=True)
+    output, errors = started.communicate()
+    return started.returncode, output, errors
 
 
 def test_least_traffic_and_the_same_bits(tmp_path: Path):
-    done = bench(tmp_path, "qwen2-untied", "parallel.tensor=2 parallel.pipeline=2 rollout.tensor=2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    code, output, errors = bench(tmp_path, "qwen2-untied", "parallel.tensor=2 parallel.pipeline=2 rollout.tensor=2")
+    assert code == 0, errors[-3000:]
+    found = json.loads(output)
     assert found["bitwise_equal"] is True
     assert found["bytes_received_max_rank"] == found["bytes_lower_bound_max_rank"] > 0
     assert found["gather_bytes_received_max_rank"] > found["bytes_received_max_rank"]
@@ -47,5 +37,6 @@ def test_least_traffic_and_the_same_bits(tmp_path: Path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU backend")
 def test_a_mixture_that_vllm_cannot_load_twice_is_refused(tmp_path: Path):
-    done = bench(tmp_path, "qwen3-moe", "parallel.tensor=1 parallel.expert=2 parallel.pipeline=2 rollout.tensor=4")
-    assert done.returncode == 2 and "is packed by this backend in a way that vLLM's reload does not undo" in done.stderr
+    layout = "parallel.tensor=1 parallel.expert=2 parallel.pipeline=2 rollout.tensor=4"
+    code, _, errors = bench(tmp_path, "qwen3-moe", layout)
+    assert code == 2 and "is packed by this backend in a way that vLLM's reload does not undo" in errors

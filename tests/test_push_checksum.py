@@ -9,7 +9,6 @@ import torch
 from reshard_reference import make_shape, random_checkpoint, rank_tensors, slice_reader
 from reshard_worlds import layout_of, plan_of
 
-PRELOAD = "megarl.weights.transfer"
 SHAPE = make_shape(num_layers=2)
 
 

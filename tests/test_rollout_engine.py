@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from rollout_workers import FAMILIES, requests, run_world, write_checkpoint
+from rollout_workers import FAMILIES, requests, write_checkpoint
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, scenario: str, processes: int) -> list[Any]:
     place = folder / f"{scenario}-{processes}"
     place.mkdir(exist_ok=True)
-    return run_world(scenario, place, processes)
+    return parity.run_world("rollout_workers", f"{scenario}_scenario", processes, place)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parity
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from rollout_workers import MOE_FAMILIES, run_world, shared_prompts, write_checkpoint
+from rollout_workers import MOE_FAMILIES, shared_prompts, write_checkpoint
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
@@ -32,7 +33,7 @@ def ranks(folder: Path, request: pytest.FixtureRequest) -> list[Any]:
     """What each rank of an engine over one or two processes found."""
     place = folder / f"experts-{request.param}"
     place.mkdir()
-    return run_world("experts", place, request.param)
+    return parity.run_world("rollout_workers", "experts_scenario", request.param, place)
 
 
 @pytest.fixture(scope="module")

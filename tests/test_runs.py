@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import arithmetic_run
+import preloaded
 import pytest
 
 from megarl.health.run_lock import RunLock
@@ -41,23 +42,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, command: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    """Run `megarl command` in `folder`; returns its standard output."""
-    finished = call(folder, command, *arguments, launcher=launcher)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return finished.stdout
+def run(folder: Path, command: str, *arguments: str) -> str:
+    """Run `megarl command` in `folder`, where it must succeed; returns its standard output."""
+    code, output, errors = call(folder, command, *arguments)
+    assert code == 0, errors[-4000:]
+    return output
 
 
-def call(
-    folder: Path, command: str, *arguments: str, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Run `megarl command` in `folder` and return how it ended."""
-    launched = [*launcher, "-m", "megarl"] if launcher else [sys.executable, "-m", "megarl"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launched, command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
+def call(folder: Path, command: str, *arguments: str) -> tuple[int | None, str, str]:
+    """Run `megarl command` in `folder`; exit code, output and errors."""
+    started = preloaded.megarl(folder, command, *arguments, apart=True)
+    output, errors = started.communicate(LIMIT)
+    return started.returncode, output, errors
 
 
 def steps_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -156,9 +152,9 @@ def test_evaluate_repeats_the_runs_last_evaluation(base: Path) -> None:
 def test_a_finished_run_is_not_touched(base: Path) -> None:
     recorded = (base / "runs/base/metrics.jsonl").read_bytes()
     run(base, "generate", "run.yaml", "steps=1")
-    refused = call(base, "train", "run.yaml")
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1] == (
+    code, _, errors = call(base, "train", "run.yaml")
+    assert code == 2
+    assert errors.splitlines()[-1] == (
         "megarl: name=base: already names a run, in runs/base, which a new one would mix with. "
         "Fix: continue it with resume=auto, choose another name, or move the folder away."
     )
@@ -173,16 +169,16 @@ def test_a_folder_that_another_run_writes_is_left_alone(base: Path) -> None:
     """The holder is this process; its lock is that of a run on this machine."""
     lock = RunLock(base / "runs" / "held")
     lock.take()
-    refused = call(base, "train", "run.yaml", "name=held")
+    code, _, errors = call(base, "train", "run.yaml", "name=held")
     lock.release()
-    assert refused.returncode == 2
-    last = refused.stderr.splitlines()[-1]
+    assert code == 2
+    last = errors.splitlines()[-1]
     assert re.fullmatch(
         rf"megarl: runs/held held by process {os.getpid()} on \S+ since [\d :-]+: two runs must not write one folder\. "
         r"Fix: wait for it or stop it, or give this run another name\.",
         last,
     )
-    assert refused.stderr.count("two runs must not write") == 1
+    assert errors.count("two runs must not write") == 1
     assert not (base / "runs" / "held" / "metrics.jsonl").exists()
 
 

@@ -15,14 +15,26 @@ from pathlib import Path
 GOES = 10.0
 
 
+#: What a run imports, also in its course: datasets, plots and the engine's model are imported where they are needed.
+IMPORTS = [
+    "megarl.cli.main",
+    "megarl.train.run",
+    "megarl.policy.cpu_layers",
+    "megarl.rollout.cpu_worker",
+    "vllm.model_executor.models.qwen2",
+    "datasets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+]
+
+
 def preload() -> None:
     """Import what runs need. Slow."""
     import gc
+    import importlib
 
-    import megarl.cli.main
-    import megarl.train.run
-
-    del megarl
+    for name in IMPORTS:
+        importlib.import_module(name)
     # What is there now, every run shares: it need not look through it again, which takes seconds.
     gc.collect()
     gc.freeze()
