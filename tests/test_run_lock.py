@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import sys, time
 from pathlib import Path
 from megarl.health.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
-lock.take()
+lock.take(print)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -42,6 +43,17 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+def never(error: Refusal) -> None:
+    raise AssertionError(error)
+
+
+def wait_for(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def leave(folder: Path, **changes: Any) -> Holder:
     """A lock in `folder` as another holder left it."""
     holder = replace(Holder.this_process(), host="gpu07", pid=77, began="b/1", token="other")
@@ -54,7 +66,7 @@ def test_a_living_holder_is_named_and_a_killed_one_is_passed_over(tmp_path: Path
     process = hold(tmp_path)
     since = json.loads((tmp_path / "lock").read_text())["since"]
     with pytest.raises(Refusal) as refused:
-        RunLock(tmp_path).take()
+        RunLock(tmp_path).take(never)
     host = Holder.this_process().host
     assert str(refused.value) == (
         f"{tmp_path} held by process {process.pid} on {host} since {since}: two runs must not write one folder. "
@@ -65,7 +77,7 @@ def test_a_living_holder_is_named_and_a_killed_one_is_passed_over(tmp_path: Path
     # Also before anybody has waited for it: a zombie holds nothing.
     time.sleep(0.2)
     lock = RunLock(tmp_path, said.append)
-    lock.take()
+    lock.take(never)
     process.wait()
     assert said == [f"taking over {tmp_path} from process {process.pid} on {host}, which has ended"]
     assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
@@ -75,14 +87,14 @@ def test_a_living_holder_is_named_and_a_killed_one_is_passed_over(tmp_path: Path
 
 def test_another_process_with_the_number_of_the_holder_is_not_the_holder(tmp_path: Path):
     leave(tmp_path, host=Holder.this_process().host, pid=os.getpid(), began="another boot/5")
-    RunLock(tmp_path).take()
+    RunLock(tmp_path).take(never)
 
 
 def test_a_job_that_was_put_back_into_the_queue_takes_its_own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     leave(tmp_path, job="12")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     said: list[str] = []
-    RunLock(tmp_path, said.append).take()
+    RunLock(tmp_path, said.append).take(never)
     assert said[0].endswith("from job 12, process 77 on gpu07, this job before it was put back into the queue")
 
 
@@ -106,9 +118,9 @@ def test_a_holder_on_another_host_shows_by_its_signs_of_life(
     try:
         if alive:
             with pytest.raises(Refusal, match=f"held by process 77 on gpu07 since {holder.since}: two runs must not"):
-                lock.take()
+                lock.take(never)
         else:
-            lock.take()
+            lock.take(never)
             assert said[1].endswith("from process 77 on gpu07, which gave no sign of life for 2 s")
     finally:
         stopped.set()
@@ -116,20 +128,56 @@ def test_a_holder_on_another_host_shows_by_its_signs_of_life(
             thread.join()
 
 
-def test_signs_of_life_are_given_when_they_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_signs_of_life_are_given_until_the_lock_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_lock, "REFRESH", 0.05)
     lock = RunLock(tmp_path)
-    lock.take()
+    lock.take(never)
     os.utime(tmp_path / "lock", (1.0, 1.0))
-    lock.refresh()
+    wait_for(lambda: (tmp_path / "lock").stat().st_mtime > 1e9)
+    # Also where somebody removed it.
+    (tmp_path / "lock").unlink()
+    wait_for((tmp_path / "lock").exists)
+    lock.release()
+    time.sleep(0.2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_lost_the_lock_is_told_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a run that was suspended for longer than others wait."""
+    monkeypatch.setattr(run_lock, "REFRESH", 0.05)
+    lost: list[Refusal] = []
+    lock = RunLock(tmp_path)
+    lock.take(lost.append)
+    time.sleep(0.2)
+    assert lost == []
+    holder = leave(tmp_path)
+    os.utime(tmp_path / "lock", (1.0, 1.0))
+    wait_for(lambda: lost)
+    assert str(lost[0]).startswith(f"{tmp_path} held by process 77 on gpu07 since {holder.since}: two runs must not")
+    # The other one's is not kept alive, nor released.
     assert (tmp_path / "lock").stat().st_mtime == 1.0
-    monkeypatch.setattr(run_lock, "REFRESH", -1.0)
-    lock.refresh()
-    assert (tmp_path / "lock").stat().st_mtime > 1e9
+    lock.release()
+    assert (tmp_path / "lock").exists()
+
+
+def test_a_machine_of_the_same_name_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 1.5)
+    own = Holder.this_process()
+    leave(tmp_path, host=own.host, machine="another boot", pid=own.pid, began=own.began)
+    said: list[str] = []
+    RunLock(tmp_path, said.append).take(never)
+    assert said[1].endswith("which gave no sign of life for 2 s")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(Refusal, match=r"file/run on \S+: must be a folder that a run can write \(Not a directory\)"):
+        RunLock(tmp_path / "file" / "run").take(never)
 
 
 def test_a_lock_that_was_taken_over_is_not_released_by_its_old_holder(tmp_path: Path):
     lock = RunLock(tmp_path)
-    lock.take()
+    lock.take(never)
     leave(tmp_path)
     lock.release()
     assert (tmp_path / "lock").exists()
@@ -137,7 +185,7 @@ def test_a_lock_that_was_taken_over_is_not_released_by_its_old_holder(tmp_path: 
 
 def test_a_torn_lock_is_nobodys(tmp_path: Path):
     (tmp_path / "lock").write_text('{"host": "gpu0')
-    RunLock(tmp_path).take()
+    RunLock(tmp_path).take(never)
 
 
 def test_of_many_that_come_at_once_one_holds_it(tmp_path: Path):
@@ -148,7 +196,7 @@ def test_of_many_that_come_at_once_one_holds_it(tmp_path: Path):
     def come() -> None:
         lock = RunLock(tmp_path)
         try:
-            lock.take()
+            lock.take(never)
             held.append(lock)
         except Refusal as error:
             refused.append(str(error))

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import arithmetic_run
+import numpy as np
 import preloaded
 import pytest
+from parity import read_checkpoint
 
 from megarl.health.run_lock import RunLock
 from megarl.parallel.bootstrap import free_port
@@ -98,20 +100,29 @@ def start_script(folder: Path, script: str, *arguments: str, **environment: str)
 
 
 def test_every_launcher_gives_the_same_run(base: Path) -> None:
-    """torchrun on one machine, and on two that are the same one; MPI."""
-    two_hosts = ("multinode.sh", "localhost,localhost", "1", "train", "run.yaml")
+    """Four processes of torchrun on one machine, and on two that are the same one, and of MPI: weights to the bit."""
+    layout = ("parallel.processes=4", "steps=1", "evaluation.end=false", "checkpoint.export_hf=true")
+    run(base, "train", "run.yaml", "name=forked", *layout)
+    forked = read_checkpoint(base / "runs/forked/hf")
+    before = read_checkpoint(base / "model")
+    assert all(not np.array_equal(before[tensor], values) for tensor, values in forked.items())
+
+    two_hosts = ("multinode.sh", "localhost,localhost", "2", "train", "run.yaml")
     port = str(free_port())
     ends: dict[str, list[tuple[tuple[str, ...], dict[str, str]]]] = {
-        "local": [(("local.sh", "2", "train", "run.yaml"), {})],
+        "local": [(("local.sh", "4", "train", "run.yaml"), {})],
         "multinode": [(two_hosts, {"NODE_RANK": rank, "MASTER_PORT": port}) for rank in ("0", "1")],
-        "mpirun": [(("mpirun.sh", "2", "train", "run.yaml"), {"MPIRUN_OPTIONS": "--oversubscribe"})],
+        "mpirun": [(("mpirun.sh", "4", "train", "run.yaml"), {"MPIRUN_OPTIONS": "--oversubscribe"})],
     }
     for name, commands in ends.items():
-        scripts = [start_script(base, *command, f"name={name}", **more) for command, more in commands]
+        scripts = [start_script(base, *command, f"name={name}", *layout, **more) for command, more in commands]
         for script in scripts:
             _, said = script.communicate(timeout=LIMIT)
             assert script.returncode == 0, said[-4000:]
-        assert steps_of(base, name) == steps_of(base, "base")
+        assert steps_of(base, name) == steps_of(base, "forked")
+        found = read_checkpoint(base / "runs" / name / "hf")
+        assert found.keys() == forked.keys()
+        assert all(np.array_equal(found[tensor], values) for tensor, values in forked.items())
 
 
 @pytest.mark.parametrize(
@@ -168,7 +179,7 @@ def test_a_finished_run_is_not_touched(base: Path) -> None:
 def test_a_folder_that_another_run_writes_is_left_alone(base: Path) -> None:
     """The holder is this process; its lock is that of a run on this machine."""
     lock = RunLock(base / "runs" / "held")
-    lock.take()
+    lock.take(print)
     code, _, errors = call(base, "train", "run.yaml", "name=held")
     lock.release()
     assert code == 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from parity import read_checkpoint
 from slurm_cluster import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
-FOUR_TASKS = ("--nodes=2", "--ntasks-per-node=2")
 TWO_TASKS = ("--nodes=2", "--ntasks-per-node=1")
 
 if lacking := slurm_cluster.missing():
@@ -110,25 +110,35 @@ def test_a_run_that_was_asked_to_stop_ends_as_if_it_never_was(
         assert np.array_equal(found[tensor], values), tensor
 
 
-def test_a_chain_of_training_evaluation_and_conversion(
-    slurm: Cluster, submit: Callable[..., str], folder: Path
-) -> None:
-    """Two nodes of two tasks, over both of which policy and engines spread; each job after the last."""
+def test_a_chain_of_training_evaluation_and_conversion(slurm: Cluster, folder: Path) -> None:
+    """By one `megarl submit`: two nodes of two tasks, over which policy and engines spread; each job after the last."""
     evaluated = {"path": "data/heldout.jsonl", "end": True}
-    settings = ("name=chain", "steps=1", f"evaluation={json.dumps(evaluated)}")
-    train = submit(FOUR_TASKS, "train", "run.yaml", *settings)
-    after = (*TWO_TASKS, f"--dependency=afterok:{train}")
-    evaluate = submit(after, "evaluate", "run.yaml", *settings, "checkpoint=runs/chain", "--json")
-    after = (f"--dependency=afterok:{evaluate}",)
-    convert = submit(after, "convert", "--megatron", "runs/chain", "--out", "converted")
+    settings = ("name=chain", "steps=1", f"evaluation={json.dumps(evaluated)}", "checkpoint.export_hf=false")
+    asked = (
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        "--tasks-per-node",
+        "2",
+        "--then",
+        "evaluate --json",
+        "--then",
+        "convert",
+    )
+    command = (sys.executable, "-m", "megarl", "submit", "run.yaml", *settings, *asked)
+    said = slurm.ask(*command, cwd=folder, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    jobs = said.splitlines()[-1].removeprefix("cancel: scancel ").split()
+    _, evaluate, convert = jobs
     slurm.wait(convert, seconds=2 * LIMIT)
-    spans = [start_and_end(slurm, job) for job in (train, evaluate, convert)]
+    spans = [start_and_end(slurm, job) for job in jobs]
     assert spans == sorted(spans) and spans[0][1] <= spans[1][0] and spans[1][1] <= spans[2][0]
-    summary = json.loads((folder / "runs" / "chain" / "summary.json").read_text())
+    run = folder / "runs" / "chain"
+    summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["processes"]) == (1, 4)
     (result,) = (json.loads(line) for line in slurm.log(evaluate).splitlines() if line.startswith("{"))
     assert result["accuracy"] == summary["accuracy_after"] and result["evaluation_problems"] == 8
-    expected, found = read_checkpoint(folder / "runs" / "chain" / "hf"), read_checkpoint(folder / "converted")
-    assert set(found) == set(expected)
-    for tensor, values in expected.items():
-        assert np.array_equal(found[tensor], values), tensor
+    trained, before = read_checkpoint(run / "hf"), read_checkpoint(folder / "model")
+    assert set(trained) == set(before)
+    for tensor, values in before.items():
+        assert not np.array_equal(trained[tensor], values), tensor

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import preloaded
 import pytest
 
 from megarl.config.health import HealthSettings
 from megarl.errors import Interrupted, TrainingStopped
 from megarl.health.stopping import Stopping
+from megarl.parallel.launch import launch
 from megarl.train import run
 from megarl.train.stops import Stops
 
@@ -90,3 +96,35 @@ def test_what_was_saved_is_said(monkeypatch: pytest.MonkeyPatch):
     assert str(run._stopped(session(5, 5), 3)) == "r stopped at SIGUSR1, saved after step 5: go on with resume=auto"
     said = str(run._stopped(session(0, None), 0))
     assert said == "r stopped at SIGUSR1, as saved before; no step was finished since: go on with resume=auto"
+
+
+def _wait_for_a_stop() -> tuple[str, float]:
+    """On rank 0, which asks its launcher to stop: by what it was asked then, and how many seconds are left."""
+    stopping = Stopping(HealthSettings(notice=500.0, term_notice=20.0))
+    with stopping.listening():
+        # The other rank listens too.
+        ready = Path(f"ready.{os.environ['RANK']}")
+        ready.touch()
+        end = time.monotonic() + 60
+        while len(list(Path().glob("ready.*"))) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        if os.environ["RANK"] == "0":
+            os.kill(os.getppid(), int(os.environ["SENT"]))
+        while not stopping.requested and time.monotonic() < end:
+            time.sleep(0.01)
+        return stopping.reason, stopping.seconds_left
+
+
+def _launch_and_stop() -> None:
+    Path("found").write_text(json.dumps(launch(_wait_for_a_stop, (), 2)))
+
+
+@pytest.mark.parametrize(("sent", "left"), [(signal.SIGTERM, 20.0), (signal.SIGUSR1, 500.0)])
+def test_the_launcher_passes_on_which_signal_it_was(tmp_path: Path, sent: signal.Signals, left: float):
+    """A scheduler that says SIGTERM gives less time than one that sends the signal that it was asked to send."""
+    started = preloaded.Started(_launch_and_stop, folder=tmp_path, SENT=str(int(sent)))
+    output, _ = started.communicate(120)
+    assert started.returncode == 0, output
+    reason, found = json.loads((tmp_path / "found").read_text())
+    assert reason == sent.name
+    assert left - 10 < found <= left

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from arithmetic_run import TESTS, write_inputs, write_run
 from slurm_cluster import Cluster
 from test_cli import ROOT
 from test_submit import CPU, case
@@ -40,15 +38,10 @@ def on_slurm(slurm: Cluster, case: Path) -> Callable[..., subprocess.CompletedPr
     for name in ("slurm", "launch"):
         (home / name).symlink_to(ROOT / name)
 
-    def submit(
-        *arguments: str, cwd: Path = case, real: bool = False, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        environment = (
-            slurm.environment | variables | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-        )
-        if not real:
-            path = f"{program.parent}{os.pathsep}{environment['PATH']}"
-            environment |= {"MEGARL_HOME": str(home), "PATH": path}
+    def submit(*arguments: str, cwd: Path = case, **variables: str) -> subprocess.CompletedProcess[str]:
+        path = f"{program.parent}{os.pathsep}{slurm.environment['PATH']}"
+        ours = {"PYTHONPATH": str(ROOT), "MEGARL_HOME": str(home), "PATH": path}
+        environment = slurm.environment | variables | ours
         command = [sys.executable, "-m", "megarl", "submit", *arguments]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
@@ -172,21 +165,3 @@ def test_scripts_are_kept_and_the_printed_truth_is_not_overruled(on_slurm: Submi
     assert result.stderr == f"megarl: {one_job}\n"
     kept = sorted(path.name for path in (case / "runs" / "case" / "jobs").iterdir())
     assert kept == ["001-train.sbatch", "002-train.sbatch"]
-
-
-@pytest.mark.timeout(600)
-def test_a_run_is_trained_evaluated_and_converted(on_slurm: Submit, slurm: Cluster, tmp_path: Path) -> None:
-    folder = tmp_path / "arithmetic"
-    folder.mkdir()
-    write_inputs(folder)
-    write_run(folder)
-    jobs = ("--then", "evaluate evaluation.path=data/heldout.jsonl", "--then", "convert")
-    options = ("steps=1", "--nodes", "2", *CPU, "--tasks-per-node", "1", *jobs)
-    result = on_slurm("run.yaml", *options, cwd=folder, real=True)
-    assert result.returncode == 0, result.stderr
-    train, evaluate, convert = result.stdout.splitlines()[-1].removeprefix("cancel: scancel ").split()
-    for job in (train, evaluate, convert):
-        slurm.wait(job, seconds=400)
-    assert json.loads((folder / "runs/run/summary.json").read_text())["processes"] == 2
-    assert "accuracy" in slurm.log(evaluate)
-    assert list((folder / "runs/run/hf").glob("*.safetensors"))

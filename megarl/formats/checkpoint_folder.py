@@ -67,20 +67,32 @@ def write_progress(
     known = dict(measured or {})
     known |= {name: checksums.measure(directory / name) for name in file_names(directory) if name not in known}
     files = {name: known[name]._asdict() for name in sorted(known)}
-    content = {**facts, "format": FORMAT, "model": _sizes(shape), "files": files}
-    durable.replace_text(directory / "progress.json", json.dumps(content))
+    # As it will be read again, with JSON's own types.
+    content = json.loads(json.dumps({**facts, "format": FORMAT, "model": _sizes(shape), "files": files}))
+    durable.replace_text(directory / "progress.json", json.dumps(content | {"checksum": _checksum(content)}))
 
 
 def read_progress(directory: Path) -> dict[str, Any]:
-    """What was saved beside the weights. Raises `Refusal` where a newer version of megarl wrote it."""
+    """What was saved beside the weights.
+
+    Raises `Refusal` where a newer version of megarl wrote it, `Damaged` where it is not what was written.
+    """
     found = json.loads((directory / "progress.json").read_text())
+    stated = found.pop("checksum", None)
     if found.get("format", FORMAT) > FORMAT:
         raise Refusal(
             f"{directory} of format {found['format']}",
             f"was written by a newer megarl; this one reads formats up to {FORMAT}",
             "update megarl, or continue from an earlier checkpoint with model.weights",
         )
+    if stated is not None and stated != _checksum(found):
+        raise Damaged(directory, "has another progress.json than was saved")
     return found
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of all that progress.json says but this."""
+    return checksums.of_text(json.dumps(content, sort_keys=True))
 
 
 def file_names(directory: Path) -> list[str]:
@@ -108,7 +120,7 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
 
 def check_whole(directory: Path) -> None:
     """Raise `Damaged` where files of a checkpoint are missing or of another size."""
-    if (damage := _damage(directory)) is not None:
+    if (damage := damage_of(directory)) is not None:
         raise Damaged(directory, damage)
 
 
@@ -147,7 +159,7 @@ def find(path: str | Path, passed_over: Collection[Path] = ()) -> Path | None:
         candidates = _candidates(path)
         if not candidates:
             return None
-    damages = [_damage(candidate) for candidate in candidates]
+    damages = [damage_of(candidate) for candidate in candidates]
     for candidate, damage in zip(candidates, damages, strict=True):
         if damage is None and candidate not in passed_over:
             return candidate
@@ -163,10 +175,15 @@ def _candidates(path: Path) -> list[Path]:
     return [directory for directory in _finished(named.parent) if _step(directory) <= _step(named)] or [named]
 
 
+def holds_a_run(path: Path) -> bool:
+    """Whether an earlier run has left metrics or checkpoints in the folder `path`."""
+    return (path / "metrics.jsonl").exists() or bool(_finished(path / "checkpoints"))
+
+
 def survey(path: Path) -> list[tuple[Path, str | None]]:
     """All checkpoints of a run's folder, newest first, with what is wrong with each in words, or None."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    return [(directory, _damage(directory)) for directory in _finished(root)]
+    return [(directory, damage_of(directory)) for directory in _finished(root)]
 
 
 def newest(path: str | Path) -> Path:
@@ -230,10 +247,16 @@ def publish(partial: Path, final: Path, *, keep: int, keep_every: int) -> None:
         final.rename(replaced)
     partial.rename(final)
     durable.replace_text(root / "latest", final.name)
-    for directory in _finished(root)[keep:]:
+    # Those beyond it are none that this run can continue from.
+    for directory in [found for found in _finished(root) if _step(found) <= _step(final)][keep:]:
         kept_for_good = keep_every > 0 and _step(directory) % keep_every == 0
         if directory != final and not kept_for_good:
             shutil.rmtree(directory, ignore_errors=True)
+    remove_unfinished(root)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what saves that did not come to their end have left in a run's checkpoints/."""
     for left_over in root.glob("step_*.partial*"):
         shutil.rmtree(left_over, ignore_errors=True)
 
@@ -248,10 +271,12 @@ def _step(directory: Path) -> int:
     return int(directory.name.removeprefix("step_"))
 
 
-def _damage(directory: Path) -> str | None:
+def damage_of(directory: Path) -> str | None:
     """What is wrong with a checkpoint, in words, without reading its tensors; None where nothing is."""
     try:
         expected = {name: StoredFile(**stored) for name, stored in read_progress(directory)["files"].items()}
+    except Damaged as error:
+        return error.damage
     except FileNotFoundError:
         return "has no progress.json, which is written last"
     except (ValueError, KeyError, TypeError):

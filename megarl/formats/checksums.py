@@ -30,6 +30,11 @@ def measure(file: Path) -> StoredFile:
     return StoredFile(size, found.hexdigest())
 
 
+def of_text(text: str) -> str:
+    """The XXH3-64 of a text's bytes in UTF-8, in hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
 def share(names: Iterable[str], rank: int, ranks: int) -> list[str]:
     """The files of a checkpoint that one of `ranks` reads: its own (`__RANK_n.distcp`), which its host may still have
     in memory, and every so many of the rest."""

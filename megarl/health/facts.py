@@ -31,14 +31,30 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 def versions() -> dict[str, str | None]:
     """The versions that must be the same on all ranks, None where something is not installed."""
     found = {"python": platform.python_version(), "megarl's source": source_hash()}
-    found |= {names[0]: _version(names) for names in _PACKAGES}
+    found |= {names[0]: installed(*names) for names in _PACKAGES}
     if torch.cuda.is_available():
-        from torch.cuda import nccl
-
         found["CUDA"] = torch.version.cuda
-        found["NCCL"] = ".".join(map(str, nccl.version()))
+        found["NCCL"] = nccl_version()
         found["NVIDIA driver"] = _driver()
     return found
+
+
+def installed(*names: str) -> str | None:
+    """The version of the first of these distributions that is installed, with its name where that is not `names[0]`."""
+    for name in names:
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return found if name == names[0] else f"{found} ({name})"
+    return None
+
+
+def nccl_version() -> str:
+    """Of the NCCL that torch was built with."""
+    from torch.cuda import nccl
+
+    return ".".join(map(str, nccl.version()))
 
 
 def source_hash() -> str:
@@ -72,16 +88,6 @@ def gpu(device: torch.device) -> Gpu | None:
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     return Gpu(properties.name, str(properties.uuid), free, total)
-
-
-def _version(names: tuple[str, ...]) -> str | None:
-    for name in names:
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return found if name == names[0] else f"{found} ({name})"
-    return None
 
 
 def _driver() -> str | None:

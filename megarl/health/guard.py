@@ -8,9 +8,10 @@ import shutil
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -20,7 +21,7 @@ from megarl.health.stopping import Stopping
 from megarl.health.watchdog import Watchdog
 from megarl.parallel import progress
 from megarl.parallel.bootstrap import World
-from megarl.parallel.launch import children_end_with_this_process, started_here
+from megarl.parallel.launch import children_end_with_this_process, deliver, started_here
 
 #: A disk with less bytes than that has no room.
 FULL = 1 << 16
@@ -56,13 +57,21 @@ class Guard:
                 raise
             raise said from error
 
+    def end(self, error: MegarlError) -> NoReturn:
+        """End the run with that error, said once, from another thread than the one that works."""
+        if self._watchdog is None:
+            deliver(error)
+        elif not self._watchdog.claim(error):
+            self._watchdog.leave()
+        os._exit(error.exit_code)
+
     def _named(self, watchdog: Watchdog, error: Exception) -> MegarlError:
         if isinstance(error, MegarlError):
             return error
         if (full := disk_is_full(error, self._directory)) is not None:
             return full
         failure = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-        if _is_broken_connection(error):
+        if is_broken_connection(error):
             return watchdog.name_the_gone(failure, PATIENCE)
         traceback.print_exception(error)
         where = f"rank {dist.get_rank()} on {socket.gethostname()}"
@@ -75,12 +84,11 @@ def watching(
     world: World,
     directory: Path,
     waits: Mapping[str, float],
-    each_beat: Callable[[], None] | None = None,
 ) -> Iterator[Guard]:
     """Watch over the ranks inside. Collective.
 
     `directory`: the run's; `waits`: seconds that a rank may wait in a phase for what is no rank, beyond the phase's
-    limit; `each_beat` is called every `settings.interval`.
+    limit.
     """
     stopping = Stopping(settings)
     children_end_with_this_process()
@@ -88,7 +96,7 @@ def watching(
         if not settings.watchdog:
             yield Guard(stopping, None, directory)
             return
-        watchdog = Watchdog(settings, world, directory, stopping, waits, each_beat)
+        watchdog = Watchdog(settings, world, directory, stopping, waits)
         watchdog.start()
         if started_here():
             # The launcher's SIGTERM follows the end of another rank. The watchdog, once it watches, names that rank and
@@ -106,7 +114,7 @@ def disk_is_full(error: Exception, directory: Path) -> Refusal | None:
     said = next((sign for sign in signs if sign in str(error)), None)
     if said is None:
         # Where torch writes a file it does not say why it could not.
-        written = isinstance(error, RuntimeError | OSError) and not _is_broken_connection(error)
+        written = isinstance(error, RuntimeError | OSError) and not is_broken_connection(error)
         if not written or _free(directory) >= FULL:
             return None
         said = signs[0]
@@ -125,7 +133,7 @@ def _free(directory: Path) -> float:
         return float("inf")
 
 
-def _is_broken_connection(error: Exception) -> bool:
+def is_broken_connection(error: Exception) -> bool:
     """Whether an error is what remains of another rank that is gone."""
     if isinstance(error, dist.DistError):
         return True

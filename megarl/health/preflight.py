@@ -24,6 +24,7 @@ from megarl.config.load import dump_config
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, Refusal
 from megarl.health import facts as own_facts
+from megarl.health.guard import is_broken_connection
 from megarl.health.links import clock_against_first, time_all_reduce, time_ring
 from megarl.health.readiness import MIB, Link, RankFacts, broken_rules, slow_links
 from megarl.parallel import roll_call
@@ -119,6 +120,9 @@ def preflight(config: RunConfig, world: World, run_directory: Path) -> Preflight
         _hear_out(world)
         raise
     except RuntimeError as error:
+        if config.health.watchdog or not is_broken_connection(error):
+            # The watchdog knows whose end it was.
+            raise
         raise Interrupted(
             f"rank {world.rank} on {world.hosts[world.rank]} lost the connection to other ranks in the pre-flight "
             f"({roll_call.cause_of(error)}): see what ended, then start again with resume=auto"

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -22,9 +23,14 @@ REFRESH, PATIENCE = 10.0, 45.0
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock. `began`: what tells its process from a later one with the same number on `host`."""
+    """Who holds a lock. `began`: what tells its process from a later one with the same number.
+
+    `machine`: what numbers of processes are compared within, which a host's name need not tell: containers and machines
+    may share one.
+    """
 
     host: str
+    machine: str
     pid: int
     began: str
     job: str
@@ -35,6 +41,7 @@ class Holder:
     def this_process(cls) -> Holder:
         return cls(
             host=socket.gethostname(),
+            machine=_machine(),
             pid=os.getpid(),
             began=identity(os.getpid()) or "",
             job=os.environ.get("SLURM_JOB_ID", ""),
@@ -54,10 +61,27 @@ class RunLock:
     def __init__(self, directory: Path, say: Callable[[str], None] = lambda _: None) -> None:
         self._file, self._say = directory / "lock", say
         self._own = Holder.this_process()
-        self._refreshed = time.monotonic()
+        self._released = threading.Event()
+        self._keeper: threading.Thread | None = None
 
-    def take(self) -> None:
-        """Become the holder. Raises `Refusal` naming another one that lives."""
+    def take(self, lost: Callable[[Refusal], object]) -> None:
+        """Become the holder, and give signs of life from now on.
+
+        Raises `Refusal` naming another holder that lives, or where the folder cannot be written. `lost` is called in
+        another thread where another has taken the lock over, as it may while this process is suspended.
+        """
+        try:
+            self._take()
+        except OSError as error:
+            raise Refusal(
+                f"{self._file.parent} on {self._own.host}",
+                f"must be a folder that a run can write ({error.strerror or error})",
+                "set runs_dir to a place where this user may write",
+            ) from None
+        self._keeper = threading.Thread(target=self._keep, args=(lost,), daemon=True)
+        self._keeper.start()
+
+    def _take(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         while not self._create():
             holder = self._holder()
@@ -65,26 +89,38 @@ class RunLock:
                 continue
             gone = self._why_gone(holder)
             if gone is None:
-                raise Refusal(
-                    f"{self._file.parent} held by {_name(holder)} since {holder.since}",
-                    "two runs must not write one folder",
-                    "wait for it or stop it, or give this run another name",
-                )
+                raise self._refusal(holder)
             if self._remove(holder):
                 self._say(f"taking over {self._file.parent} from {_name(holder)}, {gone}")
 
-    def refresh(self) -> None:
-        """Give a sign of life, where the last one is long enough ago."""
-        if time.monotonic() - self._refreshed > REFRESH:
+    def _refusal(self, holder: Holder) -> Refusal:
+        return Refusal(
+            f"{self._file.parent} held by {_name(holder)} since {holder.since}",
+            "two runs must not write one folder",
+            "wait for it or stop it, or give this run another name",
+        )
+
+    def _keep(self, lost: Callable[[Refusal], object]) -> None:
+        """Give a sign of life from time to time."""
+        while not self._released.wait(REFRESH):
+            # A file system that does not answer now may do so the next time.
             with suppress(OSError):
-                os.utime(self._file)
-            self._refreshed = time.monotonic()
+                holder = self._holder()
+                if holder is not None and holder.token != self._own.token:
+                    lost(self._refusal(holder))
+                    return
+                if holder is not None or self._create():
+                    os.utime(self._file)
 
     def release(self) -> None:
-        """Stop being the holder."""
-        holder = self._holder()
-        if holder is not None and holder.token == self._own.token:
-            self._file.unlink(missing_ok=True)
+        """Stop being the holder, of a lock that this process has taken or not."""
+        self._released.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        with suppress(OSError):
+            holder = self._holder()
+            if holder is not None and holder.token == self._own.token:
+                self._file.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Whether the lock was free. It appears with its content, by a link: atomic on shared file systems too."""
@@ -125,23 +161,23 @@ class RunLock:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            return Holder("", 0, "", "", "an unknown time", "torn")
+            return Holder("", "", 0, "", "", "an unknown time", "torn")
 
     def _why_gone(self, holder: Holder) -> str | None:
         """In words why a holder is no more; None where it lives."""
         if not holder.host:
             return "whose lock cannot be read"
-        if holder.host == self._own.host:
+        if (holder.host, holder.machine) == (self._own.host, self._own.machine):
             return None if identity(holder.pid) == holder.began else "which has ended"
         if holder.job and holder.job == self._own.job:
             return "this job before it was put back into the queue"
         if holder.job and _slurm_ended(holder.job):
             return "which Slurm no longer runs"
-        return self._silent()
+        return self._silent(holder)
 
-    def _silent(self) -> str | None:
+    def _silent(self, holder: Holder) -> str | None:
         """Watch the lock for a sign of life; clocks of other hosts do not matter to that."""
-        self._say(f"{self._file} is held on another host: waiting for a sign of life, {PATIENCE:.0f} s")
+        self._say(f"{self._file} is held by {_name(holder)}: waiting for a sign of life, {PATIENCE:.0f} s")
         until, before = time.monotonic() + PATIENCE, self._stamp()
         while time.monotonic() < until:
             if self._stamp() != before:
@@ -154,6 +190,15 @@ class RunLock:
             return self._file.stat().st_mtime_ns
         except FileNotFoundError:
             return None
+
+
+def _machine() -> str:
+    """This boot of this machine, and the container's own numbers of processes."""
+    parts: list[str] = []
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "/".join(parts)
 
 
 def _slurm_ended(job: str) -> bool:

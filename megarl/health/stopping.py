@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.config.health import HealthSettings
-from megarl.parallel.launch import started_here
+from megarl.parallel.launch import forwarded_signal, started_here
 
 
 class Stopping:
@@ -66,6 +66,7 @@ class Stopping:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: object) -> None:
+        number = forwarded_signal() or number
         name = signal.Signals(number).name
         self.request(name, self._settings.notice if number == signal.SIGUSR1 else self._settings.term_notice)
         os.write(2, f"megarl: {name}: the run stops as soon as its state is saved\n".encode() if _speaks() else b"")

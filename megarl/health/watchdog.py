@@ -15,8 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,13 +25,13 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from megarl.config.health import HealthSettings
 from megarl.errors import Interrupted, MegarlError
 from megarl.health import stacks
-from megarl.health.judgement import Beat, Seen, Verdict, judge
-from megarl.health.phase_mark import PhaseMark, forget, phase_of
+from megarl.health.beats import Beats
+from megarl.health.judgement import Verdict, judge
+from megarl.health.phase_mark import PhaseMark, forget
 from megarl.health.stopping import Stopping
 from megarl.parallel import progress, roll_call
 from megarl.parallel.bootstrap import World
 from megarl.parallel.launch import deliver
-from megarl.parallel.processes import identity
 
 #: Most ranks that read what all ranks say, spread over the world.
 WATCHERS = 8
@@ -59,10 +58,8 @@ class Watchdog:
         directory: Path,
         stopping: Stopping,
         waits: Mapping[str, float],
-        each_beat: Callable[[], None] | None = None,
     ) -> None:
-        self._settings, self._directory, self._stopping, self._waits = settings, directory, stopping, waits
-        self._each_beat = each_beat or (lambda: None)
+        self._settings, self._directory, self._stopping = settings, directory, stopping
         self._rank, self._size, self._host, self._pid = world.rank, world.size, socket.gethostname(), os.getpid()
         self._store = _own_connection()
         node = world.node_of_rank[world.rank]
@@ -74,20 +71,19 @@ class Watchdog:
         self._speaks_for_host = world.rank == next((rank for rank in neighbours if rank > 0), 0)
         self._mark = PhaseMark()
         self._mark.set(progress.CURRENT.phase)
-        self._count = 0
         self._left = threading.Event()
+        self._beats = Beats(self._store, settings, world.rank, waits, self._left)
         self._wake = threading.Event()
         # Set where this rank says why the run ends: the time until which it may take to end.
         self._until = float("inf")
         self._code = Interrupted.exit_code
         self._talked = time.monotonic()
-        # Of every rank: its last beat, when that came, and the identity of its process where it is on this host.
-        self._seen: dict[int, tuple[Beat, float, str | None]] = {}
         # The last verdict in short, and how often in a row it was seen.
         self._suspicion: Any = None
         self._times = 0
+        # When this rank first found that another says why the run ends.
+        self._outdone: float | None = None
         self._ending = threading.Lock()
-        self._saying = threading.Lock()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._look_after)]
 
     def start(self) -> None:
@@ -95,7 +91,7 @@ class Watchdog:
         # Also without the interpreter's lock, which a hanging rank may hold, a process can be asked for its stacks.
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         progress.tick()
-        self._say()
+        self._beats.say()
         # Nobody watches yet: a barrier would wait for a rank that stopped on its way here.
         limit = self._settings.join_limit
         said = f"{limit:g} s (health.join_limit) after all had joined"
@@ -118,7 +114,7 @@ class Watchdog:
         for thread in self._threads:
             thread.join(2 * self._settings.interval)
         with contextlib.suppress(RuntimeError):
-            self._say()
+            self._beats.say()
             if self._until == float("inf"):
                 self._wait_for_others()
         progress.CURRENT.on_enter = lambda: None
@@ -175,8 +171,8 @@ class Watchdog:
         silence = min(self._settings.silence, max(5.0, 5 * self._settings.interval))
         try:
             while time.monotonic() < until and not self._store.check(["verdict"]):
-                self._observe(range(self._size))
-                verdict = judge([self._seen_as(rank) for rank in self._seen if rank != self._rank], silence)
+                self._beats.hear(range(self._size))
+                verdict = judge([seen for seen in self._beats.seen() if seen.beat.rank != self._rank], silence)
                 if verdict is not None and verdict.cause in ("died", "silent"):
                     return Interrupted(f"{verdict.sentence()}. {_RETRY}")
                 time.sleep(min(0.5, self._settings.interval))
@@ -194,15 +190,14 @@ class Watchdog:
             pause = time.monotonic() - self._talked - self._settings.interval
             if pause > 5 + 2 * self._settings.interval:
                 # This process itself stood still, perhaps with all others: what was not heard meanwhile says nothing.
-                self._seen = {rank: (beat, when + pause, own) for rank, (beat, when, own) in self._seen.items()}
+                self._beats.excuse(pause)
             # Without the store: `_look_after` gives it time, and ends the run.
             with contextlib.suppress(RuntimeError):
                 self._talk_once()
                 self._talked = time.monotonic()
 
     def _talk_once(self) -> None:
-        self._each_beat()
-        self._say()
+        self._beats.say()
         if self._stopping.requested and not self._store.check(["stop"]):
             self._store.set("stop", json.dumps([self._stopping.reason, self._stopping.seconds_left]))
         if not self._stopping.requested and self._store.check(["stop"]):
@@ -213,29 +208,40 @@ class Watchdog:
             return
         if ended:
             self._end(json.loads(self._store.get("verdict")))
-        self._observe(self._looks_at)
-        verdict = judge([self._seen_as(rank) for rank in self._seen], self._settings.silence)
-        if self._is_sure(verdict) and self._take_verdict():
-            assert verdict is not None
-            folder = self._directory / f"hang-{int(time.time())}"
-            deliver(Interrupted(f"{verdict.sentence()}. The stacks of the ranks are in {folder}. {_RETRY}"))
-            # Who works or waits has a watchdog of its own that ends it.
-            silent = verdict.culprits if verdict.cause == "silent" else ()
-            pids = [[beat.host, beat.pid] for beat in silent]
-            deaf = 0 if verdict.cause in ("stuck", "deadlock") else len(verdict.culprits)
-            for beat in verdict.culprits if verdict.cause == "died" else ():
-                if beat.host == self._host:
-                    forget(beat.pid)
-            code = Interrupted.exit_code
-            self._publish({"code": code, "folder": str(folder), "pids": pids, "hearing": self._size - deaf})
-            self._end(json.loads(self._store.get("verdict")))
+        self._beats.hear(self._looks_at)
+        verdict = judge(self._beats.seen(), self._settings.silence)
+        if verdict is None:
+            self._suspicion = None
+        if verdict is None or not self._is_sure(verdict):
+            return
+        if self._take_verdict():
+            self._pronounce(verdict)
+        self._outdone = self._outdone or time.monotonic()
+        if time.monotonic() - self._outdone > 2 * FAREWELL and self._take_verdict("claim again"):
+            # Who was to say it has ended before it could.
+            self._pronounce(verdict)
 
-    def _is_sure(self, verdict: Verdict | None) -> bool:
+    def _pronounce(self, verdict: Verdict) -> NoReturn:
+        """Say a verdict for all ranks, and end with them."""
+        folder = self._directory / f"hang-{int(time.time())}"
+        deliver(Interrupted(f"{verdict.sentence()}. The stacks of the ranks are in {folder}. {_RETRY}"))
+        # Who works or waits has a watchdog of its own that ends it.
+        silent = verdict.culprits if verdict.cause == "silent" else ()
+        pids = [[beat.host, beat.pid] for beat in silent]
+        deaf = 0 if verdict.cause in ("stuck", "deadlock") else len(verdict.culprits)
+        for beat in verdict.culprits if verdict.cause == "died" else ():
+            if beat.host == self._host:
+                forget(beat.pid)
+        code = Interrupted.exit_code
+        self._publish({"code": code, "folder": str(folder), "pids": pids, "hearing": self._size - deaf})
+        self._end(json.loads(self._store.get("verdict")))
+
+    def _is_sure(self, verdict: Verdict) -> bool:
         """Whether to act on a verdict: what may be the wait of a moment must be seen again and again."""
-        found = verdict and (verdict.cause, [(beat.rank, beat.number) for beat in verdict.culprits])
+        found = verdict.cause, [(beat.rank, beat.number) for beat in verdict.culprits]
         self._times = self._times + 1 if found == self._suspicion else 1
         self._suspicion = found
-        if verdict is None or not (self._watches or verdict.cause == "died"):
+        if not (self._watches or verdict.cause == "died"):
             return False
         return verdict.cause in ("died", "silent") or self._times >= LOOKS
 
@@ -254,9 +260,9 @@ class Watchdog:
             stacks.dump(self._directory / "hang-store" / _file_name(self._rank), self._heading())
             if self._speaks_for_host:
                 deliver(Interrupted(self._store_away(now - self._talked)))
-                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and 0 in self._seen:
-                    beat = self._seen[0][0]
-                    self._end_stopped([beat.pid] if beat.host == self._host else [])
+                host = self._beats.last(0)
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and host is not None:
+                    self._end_stopped([host.pid] if host.host == self._host else [])
             os._exit(Interrupted.exit_code)
 
     def _store_away(self, seconds: float) -> str:
@@ -270,67 +276,15 @@ class Watchdog:
         """Whose end it was that closed the connection to the store."""
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return f"the launcher on {os.environ.get('MASTER_ADDR')}, which held the ranks' store, has ended"
-        if 0 not in self._seen:
+        host = self._beats.last(0)
+        if host is None:
             return f"rank 0 at {os.environ.get('MASTER_ADDR')}, which held the ranks' store, has ended"
-        beat = self._seen[0][0]
-        return f"rank 0 on {beat.host}, which held the ranks' store, has ended in phase {beat.phase}"
+        return f"rank 0 on {host.host}, which held the ranks' store, has ended in phase {host.phase}"
 
-    def _say(self) -> None:
-        # The last beat is the one that says that this rank leaves.
-        with self._saying:
-            self._say_now()
-
-    def _say_now(self) -> None:
-        now = progress.CURRENT
-        stand = stacks.stand_of_main_thread()
-        self._count += 1
-        beat = Beat(
-            rank=self._rank,
-            host=self._host,
-            pid=self._pid,
-            count=self._count,
-            phase=now.phase,
-            number=now.number,
-            idle=time.monotonic() - now.moved,
-            limit=self._limit(now.phase),
-            waits_in=stand.waits_in,
-            at=stand.at,
-            left=self._left.is_set(),
-        )
-        self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
-
-    def _limit(self, phase: Any) -> float:
-        settings = self._settings
-        if phase in settings.limits:
-            return settings.limits[phase]
-        longest = progress.CURRENT.longest.get(phase)
-        known = settings.first_limit if longest is None else max(settings.least_limit, settings.scale * longest)
-        return known + self._waits.get(phase, 0.0)
-
-    def _observe(self, ranks: Sequence[int]) -> None:
-        found = self._store.multi_get([f"beat/{rank}" for rank in ranks])
-        now = time.monotonic()
-        for rank, text in zip(ranks, found, strict=True):
-            beat = Beat(**json.loads(text))
-            before = self._seen.get(rank)
-            if before is None:
-                self._seen[rank] = beat, now, identity(beat.pid) if beat.host == self._host else None
-            elif beat.count != before[0].count:
-                self._seen[rank] = beat, now, before[2]
-
-    def _seen_as(self, rank: int) -> Seen:
-        beat, when, before = self._seen[rank]
-        silent = max(0.0, time.monotonic() - when - 2 * self._settings.interval)
-        dead = before is not None and not beat.left and identity(beat.pid) != before
-        if before is not None and (dead or silent > 0) and (phase := phase_of(beat.pid)) not in (None, beat.phase):
-            # It got no further than to enter that phase: what else it said is of the one before.
-            beat = replace(beat, phase=phase, waits_in=None)
-        return Seen(beat, silent, dead)
-
-    def _take_verdict(self) -> bool:
+    def _take_verdict(self, key: str = "claim") -> bool:
         """Whether this call is the one of all ranks, and of this rank's threads, that says why the run ends."""
         own = f"{self._rank}/{threading.get_ident()}"
-        return self._store.compare_set("claim", "", own).decode() == own
+        return self._store.compare_set(key, "", own).decode() == own
 
     def _publish(self, verdict: dict[str, Any]) -> None:
         self._store.set("verdict", json.dumps(verdict))
@@ -378,7 +332,7 @@ def _own_connection() -> Store:
     store: Any = dist.distributed_c10d._get_default_store()
     while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return PrefixStore(f"megarl/watchdog/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store.clone())
+    return PrefixStore("megarl/watchdog/" + roll_call.launch_key(), store.clone())
 
 
 def _file_name(rank: int) -> str:

@@ -5,12 +5,14 @@ All of it travels as CPU tensors over gloo, also where the weights travel over N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from megarl.errors import MegarlError
 
 T = TypeVar("T")
 
@@ -27,6 +29,21 @@ def from_first(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def first_decides(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, the only one that calls it; its `MegarlError` is raised on every rank."""
+    given: T | None = None
+    refused: MegarlError | None = None
+    if dist.get_rank() == 0:
+        try:
+            given = action()
+        except MegarlError as error:
+            refused = error
+    given, refused = from_first((given, refused))
+    if refused is not None:
+        raise refused
+    return cast(T, given)
 
 
 def send_arrays(outgoing: Sequence[np.ndarray], incoming_sizes: Sequence[int]) -> list[np.ndarray]:

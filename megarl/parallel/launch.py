@@ -29,6 +29,9 @@ T = TypeVar("T")
 #: Names, in a worker, the file that holds the error which the parent is to raise.
 _REPORT = "MEGARL_REPORT"
 
+#: The file, beside that one, that holds the number of the signal which was passed on.
+_ASKED = "asked"
+
 #: From linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 
@@ -93,29 +96,49 @@ def started_here() -> bool:
     return _REPORT in os.environ
 
 
+def forwarded_signal() -> int | None:
+    """The signal that the process which started this one passed on as SIGUSR1; None where it passed on none."""
+    if not started_here():
+        return None
+    asked = Path(os.environ[_REPORT]).with_name(_ASKED)
+    return int(asked.read_text()) if asked.is_file() else None
+
+
 def deliver(error: MegarlError) -> None:
     """Say an error to the user, for all ranks: here, or in the process that started this one."""
-    if not started_here():
-        error.delivered = True
+    if started_here():
+        report = Path(os.environ[_REPORT])
+        # Of its own for each call: a second one must not write into what the first one has linked.
+        partial = Path(f"{report}.{os.environ['RANK']}.{uuid.uuid4().hex}")
+        try:
+            partial.write_bytes(pickle.dumps(error))
+            os.link(partial, report)
+            return
+        except FileExistsError:
+            # The first one said stays.
+            return
+        except OSError:
+            # No room for the report: said here.
+            pass
+    error.delivered = True
+    # A terminal that is gone must not keep the run from its end.
+    with contextlib.suppress(OSError):
         print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return
-    report = Path(os.environ[_REPORT])
-    # Of its own for each call: a second one must not write into what the first one has linked.
-    partial = Path(f"{report}.{os.environ['RANK']}.{uuid.uuid4().hex}")
-    partial.write_bytes(pickle.dumps(error))
-    # The first one said stays.
-    with contextlib.suppress(FileExistsError):
-        os.link(partial, report)
 
 
 @contextlib.contextmanager
 def _stops_forwarded(folder: Path) -> Iterator[None]:
     """Inside, a signal that asks this process to stop asks the workers, which save what they have and end."""
 
-    def forward(*_: object) -> None:
-        for file in folder.glob("started.*"):
+    def forward(number: int, _: object) -> None:
+        # Which one it was says how much time is left; its own number would come again when the launcher ends a worker.
+        (folder / _ASKED).write_text(str(number))
+        started = [int(file.read_text()) for file in folder.glob("started.*")]
+        if not started:
+            raise Interrupted(f"stopped at {signal.Signals(number).name}, before any process had started")
+        for pid in started:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(file.read_text()), signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR1)
 
     if threading.current_thread() is not threading.main_thread():
         yield

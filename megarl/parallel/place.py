@@ -24,7 +24,8 @@ DEFAULT_PORT = "29500"
 class Place:
     """Where a process stands. `address` and `port` are rank 0's, None where the launcher does not say.
 
-    `mpi`: an MPI launcher started it. `node` is equal on a host's processes, None where host names or MPI must tell.
+    `mpi`: an MPI launcher started it. `guessed`: the address is Slurm's first host, where MPI's rank 0 need not be.
+    `node` is equal on a host's processes, None where host names or MPI must tell.
     """
 
     rank: int
@@ -33,6 +34,7 @@ class Place:
     address: str | None
     port: str | None
     mpi: bool = False
+    guessed: bool = False
     node: int | None = None
 
 
@@ -46,17 +48,18 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Place(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), address, port)
     hosts = slurm_hosts(environment)
+    guessed = bool(hosts) and not address
     if hosts:
         address = address or hosts[0]
         # All tasks of a step derive the same port, outside the ephemeral range, and other steps and jobs another.
         port = port or str(20000 + (number("SLURM_JOB_ID") + 1009 * number("SLURM_STEP_ID")) % 12000)
     if "OMPI_COMM_WORLD_RANK" in environment:
         rank, size = number("OMPI_COMM_WORLD_RANK"), number("OMPI_COMM_WORLD_SIZE")
-        return Place(rank, size, number("OMPI_COMM_WORLD_LOCAL_RANK"), address, port, mpi=True)
+        return Place(rank, size, number("OMPI_COMM_WORLD_LOCAL_RANK"), address, port, mpi=True, guessed=guessed)
     # Before Slurm's: MPICH's mpirun in a batch job inherits the SLURM_PROCID of what started it.
     if "PMI_RANK" in environment and "PMI_SIZE" in environment:
         local = number("MPI_LOCALRANKID", environment.get("SLURM_LOCALID", "0"))
-        return Place(number("PMI_RANK"), number("PMI_SIZE"), local, address, port, mpi=True)
+        return Place(number("PMI_RANK"), number("PMI_SIZE"), local, address, port, mpi=True, guessed=guessed)
     # Of the step, not of the job: a batch script has SLURM_PROCID and SLURM_NTASKS too, and is alone.
     if "SLURM_PROCID" in environment and (size := number("SLURM_STEP_NUM_TASKS", "1")) > 1:
         # Without a plug-in for MPI, MPI would take each task for the only one.
@@ -139,9 +142,10 @@ def _asked(mpi: Any, place: Place) -> Place:
         host.Free()
     meeting = (socket.gethostname(), str(free_port())) if world.Get_rank() == 0 else None
     address, port = world.bcast(meeting, root=0)
-    if place.address is not None:
+    if place.address is not None and not place.guessed:
         address, port = place.address, place.port or DEFAULT_PORT
-    return replace(place, rank=world.Get_rank(), local_rank=local_rank, address=address, port=port, node=node)
+    found = replace(place, rank=world.Get_rank(), local_rank=local_rank, node=node)
+    return replace(found, address=address, port=port, guessed=False)
 
 
 def free_port() -> int:

@@ -52,8 +52,13 @@ def meet(place: Place, limit: float) -> Store:
 
 def _job() -> str:
     """What tells this world's keys from those of an earlier one, or of another job at the same port."""
+    return f"megarl/{launch_key()}/{next(_attempts)}"
+
+
+def launch_key() -> str:
+    """What tells this launch from others that had the same store: of another job, or before a launcher's restart."""
     names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    return "/".join(["megarl", *(os.environ.get(name, "") for name in names), str(next(_attempts))])
+    return "/".join(os.environ.get(name, "") for name in names)
 
 
 def connect(place: Place, limit: float) -> Store:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import queue
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, checksums, megatron
 from megarl.parallel.bootstrap import World
-from megarl.parallel.exchange import from_first, gather_all
+from megarl.parallel.exchange import first_decides, from_first, gather_all
 from megarl.policy import adam_state, moments
 from megarl.policy.model import is_expert
 from megarl.policy.policy import Policy
@@ -37,17 +40,20 @@ def save(
     """
     final = root / f"step_{step:06d}"
     partial = root / f"{final.name}.partial"
+    if policy.world.is_first:
+        # A save that was killed has taken room.
+        checkpoint_folder.remove_unfinished(root)
     _require_room(policy, root, optimizer=optimizer)
     if policy.world.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
     dist.barrier()
     state = _state(policy, megatron.CONTENT, optimizer=optimizer, loading=False)
     # Megatron would start a process to hold the writers' results, for saves that go on behind the caller's back. It
     # takes seconds to start, and stays when this one is killed.
     writers: Any = filesystem_async
     writers._results_queue = writers._results_queue or queue.Queue()
-    dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
+    with _causes_named():
+        dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
     facts: dict[str, Any] = {"step": step, "optimizer": optimizer}
     if optimizer:
         facts["moments"] = moments.digest(policy.optimizer)
@@ -70,8 +76,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     Raises `Damaged` where the checkpoint is not whole; `Refusal` where it is of another model, lacks the optimizer's
     state, or where the optimizer's moments are not those that were saved.
     """
-    checkpoint_folder.check_whole(directory)
-    progress = checkpoint_folder.read_progress(directory)
+    progress = first_decides(lambda: _read_whole(directory))
     checkpoint_folder.check_model(directory, progress, policy.shape)
     if optimizer and not progress["optimizer"]:
         raise Refusal(
@@ -82,11 +87,9 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     _check_bytes(directory, progress, policy.world)
     # How the checkpoint names its tensors, which need not be how this version does.
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
-    state: Any = dist_checkpointing.load(
-        _state(policy, content, optimizer=optimizer, loading=True),
-        str(directory),
-        strict=StrictHandling.RAISE_UNEXPECTED,
-    )
+    template: Any = _state(policy, content, optimizer=optimizer, loading=True)
+    with _causes_named():
+        state: Any = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     for key, model in _models(policy).items():
         _load_model(model, state[key])
     if optimizer:
@@ -98,9 +101,18 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     return progress
 
 
+def _read_whole(directory: Path) -> dict[str, Any]:
+    checkpoint_folder.check_whole(directory)
+    return checkpoint_folder.read_progress(directory)
+
+
 def _check_bytes(directory: Path, progress: dict[str, Any], world: World) -> None:
-    """Raise `Damaged` on all ranks, which share the reading, where a file has other bytes than were saved."""
-    found = gather_all(checkpoint_folder.altered(directory, checksums.share(progress["files"], world.rank, world.size)))
+    """Raise `Damaged` on all ranks, which share the reading, where a file has other bytes than were saved.
+
+    Each rank looks whether all files are there for it too.
+    """
+    mine = checksums.share(progress["files"], world.rank, world.size)
+    found = gather_all(checkpoint_folder.damage_of(directory) or checkpoint_folder.altered(directory, mine))
     for damage in found:
         if damage is not None:
             raise checkpoint_folder.Damaged(directory, damage)
@@ -113,6 +125,19 @@ def _check_moments(directory: Path, progress: dict[str, Any], found: dict[str, s
             f"must give the optimizer the moments that were saved, and gave it {found}",
             "continue with the versions of megatron-core and megarl that saved it",
         )
+
+
+@contextmanager
+def _causes_named() -> Iterator[None]:
+    """Torch's error of a file that cannot be read or written, which is no `Exception`, as an `OSError` with its causes.
+
+    Collective where it is raised: all ranks raise it, but one alone has the causes.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        causes: list[list[str]] = gather_all([str(cause) for cause, _ in error.failures.values()])
+        raise OSError("; ".join(dict.fromkeys(cause for some in causes for cause in some))) from error
 
 
 def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:

@@ -12,6 +12,7 @@ from megarl.config import files, rules
 from megarl.config.cluster import GIB, Cluster
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
 from megarl.rehearsal.rehearse import rehearse
 from megarl.submission.resources import Resources, seconds_of, shown_time
 
@@ -35,7 +36,7 @@ def history_refusals(config: RunConfig, time: str | None, lead: float) -> Iterat
     """
     folder = Path(config.runs_dir) / config.name
     metrics = folder / "metrics.jsonl"
-    if config.resume == "never" and (metrics.exists() or (folder / "checkpoints" / "latest").exists()):
+    if config.resume == "never" and checkpoint_folder.holds_a_run(folder):
         yield Refusal(
             f"name={config.name} with resume=never",
             f"already names a run, in {folder}, which a new one would mix with",

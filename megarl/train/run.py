@@ -5,11 +5,11 @@ Importing this module imports Megatron and vLLM, so that workers forked afterwar
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from megarl.health.guard import watching
 from megarl.health.preflight import preflight
 from megarl.health.run_lock import RunLock
 from megarl.parallel import bootstrap, progress
-from megarl.parallel.bootstrap import World
-from megarl.parallel.exchange import from_first, gather_all
+from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
 from megarl.policy import checkpoint
 from megarl.rollout import environment
@@ -40,7 +39,7 @@ environment.preload()
 WATCHED_MINUTES = 24 * 60.0
 
 
-@contextmanager
+@contextlib.contextmanager
 def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool = False) -> Iterator[Session]:
     """Join the world, build this rank's session under watch, and take both down in the end.
 
@@ -53,44 +52,24 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     minutes = WATCHED_MINUTES if health.watchdog else bootstrap.TIMEOUT_MINUTES + patience / 60
     world = bootstrap.join(timeout_minutes=minutes, join_limit=health.join_limit)
     directory = run_directory(config)
-    lock = RunLock(directory, say=_to_terminal) if writes and world.is_first else None
     waits = {"score": patience, "evaluate": patience}
-    with watching(health, world, directory, waits, each_beat=lock.refresh if lock else None) as guard:
+    with watching(health, world, directory, waits) as guard, contextlib.ExitStack() as at_end:
         with guard.one_voice():
-            _take(lock)
-            if writes and health.preflight.enabled:
-                _look_before(config, world)
+            report = preflight(config, world, directory) if writes and health.preflight.enabled else None
+            if writes:
+                lock = RunLock(directory, say=_to_terminal)
+                at_end.callback(lock.release)
+                first_decides(lambda: lock.take(lost=guard.end))
+            if report is not None and world.is_first:
+                report.write(directory / "preflight.json")
+                if world.size > 1:
+                    _to_terminal(report.status_line())
             grid = form_grid(config.parallel, config.seed)
             session = build(config, world, grid, Stops(guard.stopping), evaluate_only=evaluate_only)
-        try:
-            with guard.one_voice():
-                yield session
-        finally:
-            session.close()
-            if lock is not None:
-                lock.release()
+        at_end.callback(session.close)
+        with guard.one_voice():
+            yield session
     bootstrap.leave()
-
-
-def _take(lock: RunLock | None) -> None:
-    """Take the lock where this is the rank that does; all ranks raise what that raises."""
-    refused = None
-    try:
-        if lock is not None:
-            lock.take()
-    except Refusal as error:
-        refused = error
-    if (said := from_first(refused)) is not None:
-        raise said
-
-
-def _look_before(config: RunConfig, world: World) -> None:
-    """The pre-flight, and what it found in preflight.json. Collective."""
-    report = preflight(config, world, run_directory(config))
-    if world.is_first:
-        report.write(run_directory(config) / "preflight.json")
-        if world.size > 1:
-            _to_terminal(report.status_line())
 
 
 def _to_terminal(text: str) -> None:
@@ -223,7 +202,7 @@ def generate(config: RunConfig) -> dict[str, Any]:
 
 def refuse_to_overwrite(directory: Path) -> None:
     """Raise `Refusal` where an earlier run has left metrics or checkpoints in `directory`."""
-    if (directory / "metrics.jsonl").exists() or checkpoint_folder.survey(directory):
+    if checkpoint_folder.holds_a_run(directory):
         raise Refusal(
             f"name={directory.name}",
             f"already names a run, in {directory}, which a new one would mix with",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
-from megarl.parallel.exchange import from_first, gather_all
+from megarl.parallel.exchange import first_decides
 from megarl.policy import checkpoint
 from megarl.train import journal, replay
 from megarl.train.groups import Rollouts
@@ -22,20 +24,15 @@ def save_checkpoint(session: Session) -> None:
     """Save weights, optimizer and progress under runs/<name>/checkpoints. Collective."""
     settings, start = session.config.checkpoint, time.monotonic()
     with session.clock.phase("save"):
-        try:
-            checkpoint.save(
-                session.policy,
-                run_directory(session.config) / "checkpoints",
-                session.progress.step,
-                dataclasses.asdict(session.progress),
-                optimizer=settings.optimizer,
-                keep=settings.keep,
-                keep_every=settings.keep_every,
-            )
-        except CheckpointException as error:
-            # No `Exception`. All ranks raise it, but one alone has the causes.
-            causes: list[list[str]] = gather_all([str(cause) for cause, _ in error.failures.values()])
-            raise OSError("; ".join(dict.fromkeys(cause for some in causes for cause in some))) from error
+        checkpoint.save(
+            session.policy,
+            run_directory(session.config) / "checkpoints",
+            session.progress.step,
+            dataclasses.asdict(session.progress),
+            optimizer=settings.optimizer,
+            keep=settings.keep,
+            keep_every=settings.keep_every,
+        )
         if session.world.is_first:
             journal.forget(unfinished_directory(session.config), session.progress.step)
     session.saved_step = session.progress.step
@@ -68,20 +65,24 @@ def _load_newest(session: Session) -> dict[str, Any] | None:
     root, damaged = run_directory(session.config) / "checkpoints", set()
     while True:
         # What rank 0 sees decides, so that all do the same.
-        directory = from_first(checkpoint_folder.find(root, damaged))
+        directory, newer = first_decides(lambda: _choose(root, damaged))
+        for other, damage in newer:
+            session.recorder.status(f"{other.name} {damage}: looking at the one before it")
+            damaged.add(other)
         if directory is None:
             return None
-        for newer, damage in checkpoint_folder.survey(root):
-            if newer == directory:
-                break
-            if damage is not None and newer not in damaged:
-                session.recorder.status(f"{newer.name} {damage}: looking at the one before it")
-                damaged.add(newer)
         try:
             return checkpoint.load(session.policy, directory, optimizer=True)
         except checkpoint_folder.Damaged as found:
             session.recorder.status(f"{directory.name} {found.damage}: looking at the one before it")
             damaged.add(directory)
+
+
+def _choose(root: Path, damaged: Collection[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The checkpoint to continue from, and those passed over for it that are not in `damaged`, with what is wrong."""
+    directory = checkpoint_folder.find(root, damaged)
+    newer = itertools.takewhile(lambda found: found[0] != directory, checkpoint_folder.survey(root))
+    return directory, [(other, said) for other, said in newer if said is not None and other not in damaged]
 
 
 def save_rollouts(session: Session, step: int, rollouts: Rollouts) -> None:

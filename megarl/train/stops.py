@@ -53,4 +53,5 @@ class Stops:
     def give_up_if(self, late: bool) -> None:
         """Raise `StopAsked` on all ranks where any of them is `late`. Collective, before anything was learned."""
         if any(gather_all(late)):
-            raise StopAsked(f"{self.reason or 'another rank was asked to stop'}")
+            reason = self.reason or "another rank was asked to stop"
+            raise StopAsked(f"stopped at {reason}, before it was finished: start it again")

@@ -42,7 +42,9 @@ def _damage_one(checkpoint: Path, how: str, chance: random.Random) -> str:
     if how == "torn-note":
         note.write_bytes(note.read_bytes()[: chance.randrange(1, note.stat().st_size)])
         return note.name
-    files = sorted(one for one in checkpoint.iterdir() if one != note and one.stat().st_size > 0)
+    # The note itself is torn above; of its bits too one may turn.
+    whole = [one for one in checkpoint.iterdir() if one.stat().st_size > 0]
+    files = sorted(one for one in whole if one != note or how == "flip")
     file = chance.choice(files)
     content = bytearray(file.read_bytes())
     if how == "flip":
