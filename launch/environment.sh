@@ -11,6 +11,7 @@ export MEGARL_CPU_BIND="${MEGARL_CPU_BIND:-cores}"
 
 # NCCL. Uncomment what the cluster needs; `NCCL_DEBUG=INFO` says what it took.
 # export NCCL_SOCKET_IFNAME=ib0        # the interface to meet over, where the first one does not reach other nodes
+# export GLOO_SOCKET_IFNAME=ib0        # the same for gloo, which carries what is on the CPU
 # export NCCL_IB_HCA=mlx5              # the InfiniBand adapters to use, where a node has others too
 # export NCCL_DEBUG=WARN
 

@@ -12,7 +12,18 @@ processes=$1
 shift
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+# By their whole names: on another host they are not on the path.
+mpirun=$(command -v mpirun) && python=$(command -v python) || {
+    echo "megarl: mpirun and python: must be on the path. Fix: install an MPI, and run launch/setup.sh." >&2
+    exit 2
+}
 options=(${MPIRUN_OPTIONS:-})
-# Containers often have one user and no count of their cores.
-((UID == 0)) && options+=(--allow-run-as-root)
-exec mpirun "${options[@]}" -n "$processes" python -m megarl "$@"
+if "$mpirun" --version | grep -q "Open MPI"; then
+    # It hands its environment only to processes of its own host.
+    for name in $(compgen -e | grep -E '^(OMP_NUM_THREADS|PYTHONPATH|(NCCL|GLOO|HF|VLLM)_.*)$'); do
+        options+=(-x "$name")
+    done
+    # Containers often have one user.
+    ((UID != 0)) || options+=(--allow-run-as-root)
+fi
+exec "$mpirun" "${options[@]}" -n "$processes" "$python" -m megarl "$@"

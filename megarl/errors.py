@@ -1,7 +1,7 @@
 """Errors a user is meant to read.
 
-Every error megarl raises on purpose derives from `MegarlError`. The command line prints its
-message alone, without a traceback, and exits with code 2.
+Every error megarl raises on purpose derives from `MegarlError`. The command line prints its message alone, without a
+traceback, and exits with its `exit_code`.
 """
 
 

@@ -9,7 +9,7 @@
 #   MEGARL_SRUN="OPTIONS"    further options of srun
 #   MEGARL_PYXIS=IMAGE       container by enroot and pyxis, as srun's --container-image takes it
 #   MEGARL_APPTAINER=IMAGE   container by apptainer: a .sif file
-#   MEGARL_MOUNTS=A:A,B:B    folders that the container sees, besides the repository and the working folder
+#   MEGARL_MOUNTS=A:A,B:B    folders that the container sees, besides the repository, the working folder and the logs
 #
 # CPU binding, threads and NCCL are in launch/environment.sh.
 
@@ -83,12 +83,18 @@ set_meeting_point() {
 run_tasks() {
     local mpi=$1
     shift
-    # --wait=0: ranks may end at different times, one with an export for example.
-    local -a options=(--mpi="$mpi" --kill-on-bad-exit=1 --wait=0 --cpu-bind="$MEGARL_CPU_BIND") container=()
+    # --wait=0: ranks may end at different times, one with an export for example. --export: also where the site or the
+    # user has sbatch start jobs with an empty environment.
+    local -a options=(--mpi="$mpi" --kill-on-bad-exit=1 --wait=0 --export=ALL) container=()
+    # Neighbouring tasks on neighbouring cores, as GPUs of neighbouring numbers hang on the same socket.
+    options+=(--cpu-bind="$MEGARL_CPU_BIND" --distribution=block:block)
     # srun does not take it over from sbatch.
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-    # Both see the repository and the working folder under their own names. Only Python's packages come from the image.
-    local mounts=$home:$home,$PWD:$PWD${MEGARL_MOUNTS:+,$MEGARL_MOUNTS}
+    logs=$(realpath -m "${MEGARL_LOGS:-logs/$job}")
+    mkdir -p "$logs" || refuse "$logs" "cannot be made" "submit from a shared folder, or set MEGARL_LOGS to one"
+    rm -f "$logs/first_failure"
+    # Both see these folders under their own names. Only Python's packages come from the image.
+    local mounts=$home:$home,$PWD:$PWD,$logs:$logs${MEGARL_MOUNTS:+,$MEGARL_MOUNTS}
     [[ -z ${MEGARL_PYXIS:-}${MEGARL_APPTAINER:-} ]] || export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
     if [[ -n ${MEGARL_PYXIS:-} ]]; then
         options+=(--container-image="$MEGARL_PYXIS" --container-mounts="$mounts" --container-workdir="$PWD")
@@ -97,9 +103,6 @@ run_tasks() {
         ((${SLURM_GPUS_ON_NODE:-0} == 0)) || container+=(--nv)
         container+=("$MEGARL_APPTAINER")
     fi
-    logs=$(realpath -m "${MEGARL_LOGS:-logs/$job}")
-    mkdir -p "$logs" || refuse "$logs" "cannot be made" "submit from a shared folder, or set MEGARL_LOGS to one"
-    rm -f "$logs/first_failure"
     set_meeting_point
     say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: $*; each rank's output in $logs"
 
@@ -109,7 +112,17 @@ run_tasks() {
     end_job $?
 }
 
-# end_job CODE: ends the job with srun's exit code; one that is worth another start goes back into the queue.
+# job_state: the job's state and the reason for it; nothing where Slurm's controller is too busy to say, time after time.
+job_state() {
+    local attempt
+    for attempt in 1 2 3 4; do
+        squeue --noheader --jobs="$job" --format="%T %r" 2>/dev/null | grep . && return
+        sleep 5
+    done
+}
+
+# end_job CODE: ends the job with srun's exit code; one that is worth another start goes back into the queue. `starts_over`
+# is set where a job keeps nothing: at its time limit it would end again and again.
 end_job() {
     local code=$1 cause rank host state restarts=${SLURM_RESTART_COUNT:-0} most=${MEGARL_MAX_RESTARTS:-20}
     ((code != 0)) || exit 0
@@ -125,9 +138,11 @@ end_job() {
     # 75: megarl says that nothing is lost and the same command goes on. From 128 on: a signal ended the process.
     ((cause == 75 || cause >= 128)) || exit "$cause"
     # Where Slurm ended it, for a preemption or by scancel, Slurm also knows whether it starts again.
-    state=$(squeue --noheader --jobs="$job" --format="%T %r" 2>/dev/null)
-    if [[ $state != RUNNING* && $state != *TimeLimit ]]; then
+    state=$(job_state)
+    if [[ -n $state && $state != RUNNING* && $state != *TimeLimit ]]; then
         say "job $job is being ended by Slurm or its user, and not started again from here"
+    elif [[ $state == *TimeLimit && -n ${starts_over:-} ]]; then
+        say "job $job reached its time limit, and would start from the beginning. Fix: submit it with a longer --time"
     elif ((restarts >= most)); then
         say "job $job started again $restarts times, its limit. Fix: see why, then submit it again; it goes on"
     elif scontrol requeue "$job"; then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -184,3 +185,34 @@ def test_results_for_people_and_programs() -> None:
     ]
     start.show(None, stream, as_json=True)
     assert "null" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(("minutes_left", "code"), [(None, 75), (600, 75), (3, 2)])
+def test_a_stop_while_the_program_starts_has_a_sentence(tmp_path: Path, minutes_left: int | None, code: int) -> None:
+    """Ahead of the end of a job, which would be too short again, nothing is to be repeated."""
+    write_case(tmp_path)
+    environment = CLEAN | {"PYTHONPATH": str(ROOT)}
+    if minutes_left is not None:
+        environment["SLURM_JOB_END_TIME"] = str(int(time.time() + 60 * minutes_left))
+    command = [sys.executable, "-m", "megarl", "train", "run.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not listens(process.pid, signal.SIGUSR1):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    fix = (
+        "start it again with resume=auto"
+        if code == 75
+        else "the time limit is shorter than the start. Fix: submit with"
+    )
+    assert said.splitlines()[-1].startswith(f"megarl: stopped at SIGUSR1, while it started: {fix}")
+    assert process.returncode == code
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -34,11 +34,14 @@ def test_the_installation_is_named_with_its_versions(tmp_path: Path):
     assert "CPU" in rows["CUDA"] or "GiB" in rows["CUDA"]
 
 
-@pytest.mark.parametrize("damage", ["a file is gone", "a file is cut", "a byte is another", "no progress"])
+@pytest.mark.parametrize(
+    "damage", ["a file is gone", "a file is cut", "a byte is another", "no progress", "another note"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Path, damage: str):
-    whole, newest = checkpoint(tmp_path, 10), checkpoint(tmp_path, 20, optimizer=False)
-    file = newest / ("progress.json" if damage == "no progress" else "__0_0.distcp")
-    contents = {"a file is cut": b"x" * 60, "a byte is another": b"x" * 99 + b"y"}
+    whole, newest = checkpoint(tmp_path, 10), checkpoint(tmp_path, 20)
+    file = newest / ("progress.json" if damage in ("no progress", "another note") else "__0_0.distcp")
+    other_note = (newest / "progress.json").read_bytes().replace(b'"step": 20', b'"step": 22')
+    contents = {"a file is cut": b"x" * 60, "a byte is another": b"x" * 99 + b"y", "another note": other_note}
     file.write_bytes(contents[damage]) if damage in contents else file.unlink()
     done = megarl(tmp_path, "doctor", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -46,8 +49,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
     words = {
         "a file is gone": "step_000020 ? ? damaged: it has lost its file __0_0.distcp",
         "a file is cut": "step_000020 ? ? damaged: it has 60 of the 100 bytes of its file __0_0.distcp",
-        "a byte is another": "step_000020 20 no damaged: it has other bytes in its file __0_0.distcp than were saved",
+        "a byte is another": "step_000020 20 yes damaged: it has other bytes in its file __0_0.distcp than were saved",
         "no progress": "step_000020 ? ? damaged: it has no progress.json, which is written last",
+        "another note": "step_000020 ? ? damaged: it has another progress.json than was saved",
     }
     assert words[damage] in said
     assert "step_000010 10 yes whole" in said
@@ -71,10 +75,22 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path):
 
 def test_whole_ones_are_listed_newest_first(tmp_path: Path):
     checkpoint(tmp_path, 10)
-    newest = checkpoint(tmp_path, 20, optimizer=False)
+    newest = checkpoint(tmp_path, 20)
     said = " ".join(megarl(tmp_path, "doctor", str(tmp_path)).stdout.split())
     assert said.index("step_000020") < said.index("step_000010")
-    assert "step_000020 20 no whole" in said and f"continues from {newest}" in said
+    assert "step_000020 20 yes whole" in said and f"continues from {newest}" in said
+
+
+def test_a_checkpoint_without_the_optimizer_is_none_to_go_on_from(tmp_path: Path):
+    checkpoint(tmp_path, 10)
+    newest = checkpoint(tmp_path, 20, optimizer=False)
+    done = megarl(tmp_path, "doctor", str(tmp_path))
+    assert done.returncode == 2
+    assert "step_000020 20 no whole" in " ".join(done.stdout.split())
+    said = (
+        f"megarl: {newest}: was saved without the optimizer's state, so the run cannot continue from it. Fix: start a"
+    )
+    assert said in done.stderr
 
 
 def test_a_run_without_checkpoints_starts_anew(tmp_path: Path):

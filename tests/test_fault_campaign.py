@@ -49,6 +49,10 @@ def test_ten_faults_end_well(tmp_path: Path):
     assert again.returncode == 0, again.stderr[-3000:]
     assert report.read(tmp_path) == results
 
+    # Results of two seeds do not mix.
+    other = subprocess.run([*command, "--seed", "2"], capture_output=True, text=True, timeout=120)
+    assert other.returncode == 2 and "--seed 2: must be 1 as in" in other.stderr
+
     # A fault that did not end well is seen in the exit code.
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write(json.dumps(results[0] | {"outcome": verdict.HUNG, "why": "as said"}) + "\n")

@@ -102,17 +102,17 @@ def started(folder: Path, **environment: str) -> list[str]:
 def test_tasks_are_started_by_srun(tmp_path: Path) -> None:
     environment = {"SLURM_CPUS_PER_TASK": "12", "MEGARL_SRUN": "--label --exclusive"}
     options, _, command = " ".join(started(tmp_path, **environment)).partition(" bash ")
-    expected = "--mpi=none --kill-on-bad-exit=1 --wait=0 --cpu-bind=cores --cpus-per-task=12 --label --exclusive"
-    assert options == expected
+    expected = "--mpi=none --kill-on-bad-exit=1 --wait=0 --export=ALL --cpu-bind=cores --distribution=block:block"
+    assert options == f"{expected} --cpus-per-task=12 --label --exclusive"
     assert command == f"{ROOT}/slurm/task.sh {tmp_path}/logs/7 python program"
 
 
 def test_containers_see_the_repository_and_the_working_folder(tmp_path: Path) -> None:
     more = {"MEGARL_MOUNTS": "/scratch:/scratch", "SLURM_GPUS_ON_NODE": "8"}
-    mounts = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},/scratch:/scratch"
+    mounts = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},{tmp_path}/logs/7:{tmp_path}/logs/7,/scratch:/scratch"
     options = started(tmp_path, MEGARL_PYXIS="an image.sqsh", **more)
     expected = ["--container-image=an image.sqsh", f"--container-mounts={mounts}", f"--container-workdir={tmp_path}"]
-    assert options[4:7] == expected and options[-2:] == ["python", "program"]
+    assert options[6:9] == expected and options[-2:] == ["python", "program"]
 
     options = started(tmp_path, MEGARL_APPTAINER="an image.sif", **more)
     expected = ["apptainer", "exec", "--bind", mounts, "--pwd", str(tmp_path), "--nv", "an image.sif"]
@@ -158,3 +158,33 @@ def test_a_task_that_does_not_see_the_logs_says_so(tmp_path: Path) -> None:
     finished = task(tmp_path, 1, "true")
     said = f"megarl: {tmp_path}/logs: must be a folder that {socket.gethostname()} sees too. Fix: set MEGARL_LOGS to a"
     assert finished.returncode == 2 and finished.stderr.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("template", "state", "end", "said"),
+    [
+        ("train", "RUNNING None", "requeue 7", "goes back into the queue, for restart 1 of at most 20"),
+        ("train", "COMPLETING TimeLimit", "requeue 7", "goes back into the queue"),
+        ("train", "CANCELLED None", "", "is being ended by Slurm or its user, and not started again from here"),
+        # A controller that is too busy to say is no reason to give up.
+        ("train", "", "requeue 7", "goes back into the queue"),
+        ("evaluate", "RUNNING None", "requeue 7", "goes back into the queue"),
+        ("evaluate", "COMPLETING TimeLimit", "", "reached its time limit, and would start from the beginning"),
+    ],
+)
+def test_what_a_job_does_at_its_end(tmp_path: Path, template: str, state: str, end: str, said: str) -> None:
+    """After tasks that ended with megarl's code for a start again."""
+    functions = f"""
+sleep() {{ :; }}
+squeue() {{ [[ -z "{state}" ]] || echo "{state}"; }}
+scontrol() {{ [[ $1 != requeue ]] || echo "$*" >asked; }}
+srun() {{ return 75; }}
+python() {{ :; }}
+run() {{ source <(sed '/common.sh"$/d' "$home/slurm/{template}.sbatch"); }}
+run run.yaml
+"""
+    finished = shell(tmp_path, functions, SLURM_SUBMIT_DIR=str(ROOT), SLURM_TASKS_PER_NODE="1")
+    assert finished.returncode == 75, finished.stderr
+    assert said in finished.stderr
+    asked = tmp_path / "asked"
+    assert (asked.read_text().strip() if asked.exists() else "") == end

@@ -90,9 +90,28 @@ THEN = "Fix: use --then evaluate or --then convert, with arguments as in --then 
         (("--nodes", "1", *CPU, "--then", ""), f"--then : is no job that can follow. {THEN}"),
         (("--nodes", "1", *CPU, "--then", "evaluate 'x"), f"--then evaluate 'x: has a quote that does not end. {THEN}"),
         (
-            ("--nodes", "1", *CPU, "--then", "evaluate evaluation.samples=4"),
+            ("--nodes", "1", *CPU, "--then", "evaluate evaluation.rows=4 evaluation.samples=4"),
             "evaluation.samples=4: needs evaluation.temperature > 0, since greedy answers are all the same. "
             "Fix: set evaluation.temperature, or samples to 1.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--then", "evaluate"),
+            "--then evaluate: would answer all of data.path, which the run learns from, as evaluation.path names "
+            "nothing else. Fix: add evaluation.path=FILE, or evaluation.rows=N if that is meant.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--then", "convert --sbatch=--nodes=2"),
+            "--sbatch --nodes=2: is decided by megarl submit. Fix: use --nodes.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--time", "5:00"),
+            "--time 5:00: is not longer than the 300 s before the limit at which the run is told to save. "
+            "Fix: give more time, or a later signal, such as --sbatch=--signal=USR1@60.\n",
+        ),
+        (
+            ("--nodes", "1", *CPU, "--sbatch=--signal=B:USR1@60"),
+            "--sbatch --signal=B:USR1@60: would go to the job's script, and not to the tasks, which save. "
+            "Fix: leave B: away.\n",
         ),
         (
             ("--nodes", "1", *CPU, "--then", "convert --out=x", "--array", "seeds=0,1"),
@@ -218,6 +237,22 @@ def test_a_dry_run_of_an_array_and_what_follows_it(case: Path) -> None:
     assert f"    1) set -- run.yaml {setting} ;;" in evaluate
     assert "    1) set -- --megatron runs/case-lr2e-6 --out runs/case-lr2e-6/hf --dtype bf16 ;;" in convert
     assert {"#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1"} < set(convert)
+
+
+def test_a_job_that_follows_has_options_of_its_own(case: Path) -> None:
+    """A conversion needs none of the nodes that the run has, nor their options."""
+    jobs = ("--then", "convert --sbatch=--partition=small --sbatch=--mem=8G --dtype bf16")
+    asked = ("--partition", "big", "--cpus-per-task", "3", "--time", "1:00:00", "--sbatch=--exclusive")
+    result = submitted(case, "--nodes", "2", *CPU, *asked, *jobs, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    train, convert = (
+        {line for line in text.splitlines() if "#SBATCH" in line} for text in result.stdout.split("\n#### ")
+    )
+    of_run = {"#SBATCH --partition=big", "#SBATCH --cpus-per-task=3", "#SBATCH --exclusive", "#SBATCH --time=1:00:00"}
+    assert of_run < train
+    assert {"#SBATCH --partition=small", "#SBATCH --mem=8G", "#SBATCH --time=1:00:00", "#SBATCH --nodes=1"} < convert
+    assert not {"#SBATCH --cpus-per-task=3", "#SBATCH --exclusive"} & convert
+    assert "set -- --megatron runs/case --out runs/case/hf --dtype bf16\n" in result.stdout
 
 
 def test_a_refusal_takes_a_moment_and_no_torch(case: Path) -> None:

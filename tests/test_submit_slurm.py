@@ -120,7 +120,7 @@ def test_what_slurm_would_refuse(
 
 def test_an_array_with_what_follows_each_of_its_tasks(on_slurm: Submit, case: Path, slurm: Cluster) -> None:
     """Three seeds, of which one's training fails: what would follow it is dropped, the others go their way."""
-    jobs = ("--array", "seeds=5,7,9", "--then", "evaluate", "--then", "convert --max-file-size 2")
+    jobs = ("--array", "seeds=5,7,9", "--then", "evaluate evaluation.rows=1", "--then", "convert --max-file-size 2")
     result = on_slurm("run.yaml", "--nodes", "2", *CPU, *jobs, "data.system=a  'b'")
     assert result.returncode == 0, result.stderr
     train, evaluate, convert, watch, cancel = (line for line in result.stdout.splitlines() if not line.startswith("  "))
@@ -137,7 +137,7 @@ def test_an_array_with_what_follows_each_of_its_tasks(on_slurm: Submit, case: Pa
         where = f"runs/case-seed{seed}"
         called = {
             f"train-{first}": f"-m megarl train {settings.replace('run.yaml', 'run.yaml resume=auto')}",
-            f"evaluate-{second}": f"-m megarl evaluate {settings} checkpoint={where}",
+            f"evaluate-{second}": f"-m megarl evaluate {settings} checkpoint={where} evaluation.rows=1",
             f"convert-{third}": f"{case / 'home'}/tools/convert_megatron_to_hf.py --megatron {where} --out {where}/hf "
             "--max-file-size 2",
         }
@@ -165,3 +165,18 @@ def test_scripts_are_kept_and_the_printed_truth_is_not_overruled(on_slurm: Submi
     assert result.stderr == f"megarl: {one_job}\n"
     kept = sorted(path.name for path in (case / "runs" / "case" / "jobs").iterdir())
     assert kept == ["001-train.sbatch", "002-train.sbatch"]
+
+
+def test_a_job_may_wait_for_nodes_that_are_away(on_slurm: Submit, slurm: Cluster) -> None:
+    slurm.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=memory")
+    try:
+        waits = on_slurm("run.yaml", *CPU, "--nodes", "2", "--sbatch=--hold")
+        assert waits.returncode == 0, waits.stderr
+        said = "megarl: sbatch --test-only, train: waits for nodes, of which 1 are down or drained ("
+        assert (
+            said in waits.stderr
+            and "--nodes 3: is more than the 2" in on_slurm("run.yaml", *CPU, "--nodes", "3").stderr
+        )
+    finally:
+        slurm.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+    slurm.ask("scancel", waits.stdout.split("job ")[1].split(",")[0])

@@ -27,6 +27,10 @@ EXAMPLES = """examples:
 """
 
 
+class OtherSeed(Exception):
+    """A folder holds the results of another seed."""
+
+
 class Campaign:
     """Makes the faults of a plan, one after another. `out`: where results go."""
 
@@ -93,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True, highlight=False)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    keep_seed(out, options.seed)
     faults, skipped = possible(plan.plan(options.seed, options.faults, options.kinds), out)
     for line in skipped:
         console.print(line)
@@ -114,12 +119,26 @@ def run(options: argparse.Namespace) -> int:
                 seen = campaign.make(fault, lambda text, name=fault.name: say(f"{name}: {text}"))
                 bar.update(task, advance=1, refresh=True)
                 console.print(line_of(seen))
-                report.write(out, report.read(out), skipped, options.seed)
-    results = [one for one in report.read(out) if one["name"] in names]
+                report.write(out, results_of(out, names), skipped, options.seed)
+    results = results_of(out, names)
     report.write(out, results, skipped, options.seed)
     report.draw(out, results)
     show(console, results)
     return 0 if all(one["outcome"] in verdict.GOOD for one in results) else 1
+
+
+def keep_seed(out: Path, seed: int) -> None:
+    """Have the folder hold one seed's faults, whose names do not tell it. Raises `OtherSeed`."""
+    file = out / "seed"
+    if not file.is_file():
+        file.write_text(f"{seed}\n")
+    elif (there := int(file.read_text())) != seed:
+        raise OtherSeed(f"--seed {seed}: must be {there} as in {out}. Fix: use that seed, or another --out.")
+
+
+def results_of(out: Path, names: set[str]) -> list[dict[str, Any]]:
+    """What is known of the faults of this plan."""
+    return [one for one in report.read(out) if one["name"] in names]
 
 
 def line_of(seen: verdict.Seen) -> str:
@@ -166,6 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RunFailed as error:
         print(f"fault_campaign: {error}", file=sys.stderr)
         return 1
+    except OtherSeed as error:
+        print(f"fault_campaign: {error}", file=sys.stderr)
+        return 2
     print(f"{options.out}/report.md, campaign.png, results.jsonl; {(time.monotonic() - began) / 60:.0f} minutes")
     return code
 

@@ -62,4 +62,5 @@ def _show_run(console: Console, run_dir: Path, *, every_byte: bool) -> None:
     if chosen is None:
         console.print(f"{run_dir} has no finished checkpoint: a run there starts from the beginning")
         return
+    checkpoint_folder.check_resumable(chosen, checkpoint_folder.read_progress(chosen))
     console.print(f"resume=auto or must continues from {chosen}", soft_wrap=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ import typer
 from megarl.config import rules
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
-from megarl.errors import Refusal
+from megarl.errors import Interrupted, Refusal
+from megarl.health import time_limit
 
 T = TypeVar("T")
 
@@ -39,6 +41,25 @@ def prepare(path: Path, overrides: Sequence[str] | None) -> RunConfig:
     place = launcher_place()
     rules.check(config, processes=place[1] if place else None)
     return config
+
+
+def answer_stops(notice: float) -> None:
+    """Until the run listens to them, let SIGUSR1 and SIGTERM end this process with a sentence and its exit code.
+
+    Heavy imports come first, and by default such a signal would end them without a word. Ahead of a job's time limit
+    the code is 2, since a job that is over before it began would be so again.
+    """
+
+    def end(number: int, _: object) -> None:
+        what, code = "start it again with resume=auto", Interrupted.exit_code
+        if time_limit.is_near(notice):
+            what = "the time limit is shorter than the start. Fix: submit with a longer --time"
+            code = Refusal.exit_code
+        os.write(2, f"megarl: stopped at {signal.Signals(number).name}, while it started: {what}\n".encode())
+        os._exit(code)
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def require_rollouts(config: RunConfig) -> None:

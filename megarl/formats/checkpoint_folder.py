@@ -100,6 +100,16 @@ def file_names(directory: Path) -> list[str]:
     return [file.name for file in sorted(directory.iterdir()) if file.is_file() and file.name != "progress.json"]
 
 
+def check_resumable(directory: Path, progress: Mapping[str, Any]) -> None:
+    """Raise `Refusal` where a checkpoint lacks what a run needs to go on."""
+    if not progress["optimizer"]:
+        raise Refusal(
+            str(directory),
+            "was saved without the optimizer's state, so the run cannot continue from it",
+            "start a new run with model.weights set to it, or save with checkpoint.optimizer=true",
+        )
+
+
 def check_model(directory: Path, progress: Mapping[str, Any], shape: ModelShape) -> None:
     """Raise `Refusal` where a checkpoint is of another model."""
     own = _sizes(shape)

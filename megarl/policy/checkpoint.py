@@ -78,12 +78,8 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     """
     progress = first_decides(lambda: _read_whole(directory))
     checkpoint_folder.check_model(directory, progress, policy.shape)
-    if optimizer and not progress["optimizer"]:
-        raise Refusal(
-            str(directory),
-            "was saved without the optimizer's state, so the run cannot continue from it",
-            "start a new run with model.weights set to it, or save with checkpoint.optimizer=true",
-        )
+    if optimizer:
+        checkpoint_folder.check_resumable(directory, progress)
     _check_bytes(directory, progress, policy.world)
     # How the checkpoint names its tensors, which need not be how this version does.
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT

@@ -42,6 +42,12 @@ def history_refusals(config: RunConfig, time: str | None, lead: float) -> Iterat
             f"already names a run, in {folder}, which a new one would mix with",
             "leave resume out to continue it, or set another name",
         )
+    if time is not None and seconds_of(time) <= lead:
+        yield Refusal(
+            f"--time {time}",
+            f"is not longer than the {lead:.0f} s before the limit at which the run is told to save",
+            "give more time, or a later signal, such as --sbatch=--signal=USR1@60",
+        )
     step = step_seconds(metrics)
     if time is not None and step is not None and step + lead > seconds_of(time):
         yield Refusal(

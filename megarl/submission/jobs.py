@@ -84,9 +84,9 @@ def prepare(request: Request, say: Callable[[str], None], *, dry: bool) -> Prepa
         say(f"Slurm was not asked whether it takes the job: {away}")
         known = None
     jobs = tuple(_job(request, runs, order) for order in orders)
-    for job in () if known is None else jobs:
-        words = slurm.test_only(job.script, job.resources)
-        if dry:
+    for job in jobs if known is not None else ():
+        words, waits = slurm.test_only(job.script, job.resources, known or ())
+        if dry or waits:
             say(f"sbatch --test-only, {job.kind}: {words}")
     if known is not None and (others := slurm.queued(_name(request))):
         # Of two jobs of one run the later ends at its start; but both may be meant, one to go on where the other stops.
@@ -123,13 +123,15 @@ def _lead(template: Template, resources: Resources) -> float:
 
 def _check_orders(request: Request, orders: Sequence[Order], runs: Iterable[RunConfig]) -> None:
     """Refuse jobs that cannot follow the runs, or whose own settings break a rule."""
-    for run in runs:
-        for order in orders:
-            _raise_first(order.refusals(run, is_array=request.sweep is not None))
     for order in orders:
-        for overrides in _overrides(request) if order.overrides else ():
-            run = load_config(request.config, [*overrides, *order.overrides])
-            _raise_first(checks.rule_refusals(run, request.resources))
+        order.resources(request.resources)
+        own = runs
+        if order.overrides:
+            own = [load_config(request.config, [*overrides, *order.overrides]) for overrides in _overrides(request)]
+        for run in own:
+            _raise_first(order.refusals(run, is_array=request.sweep is not None))
+            if order.overrides:
+                _raise_first(checks.rule_refusals(run, request.resources))
 
 
 def _check_files(runs: Iterable[RunConfig], say: Callable[[str], None], *, dry: bool) -> None:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -14,18 +15,37 @@ from megarl.submission.resources import Resources
 _FIX = "use --then evaluate or --then convert, with arguments as in --then 'evaluate evaluation.samples=4'"
 
 
+#: Options of sbatch that an order may have for itself, in the place of the run's.
+_OF_ORDERS = ("partition", "account", "time")
+_SBATCH = "--sbatch="
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A job of template slurm/`kind`.sbatch, and the arguments that were given for it alone."""
+    """A job of template slurm/`kind`.sbatch, and the arguments and options of sbatch that were given for it alone."""
 
     kind: str
     more: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     def resources(self, asked: Resources) -> Resources:
-        """What the job takes of what was asked for: a conversion one task, without GPUs."""
-        if self.kind != "convert":
-            return asked
-        return replace(asked, nodes=1, tasks_per_node=1, gpus_per_node=0)
+        """What the job takes of what was asked for, but for its own options. Raises `Refusal` for a wrong one.
+
+        A conversion has one task without GPUs, and none of the run's further options, which are for such nodes.
+        """
+        if self.kind == "convert":
+            asked = replace(asked, nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=None, others=())
+        given: dict[str, Any] = {}
+        others = list(asked.others)
+        for option in self.options:
+            name, _, value = option.removeprefix("--").partition("=")
+            if name in _OF_ORDERS:
+                given[name] = value
+            else:
+                others.append(option)
+        found = replace(asked, **given, others=tuple(others))
+        found.check()
+        return found
 
     def arguments(self, settings: Sequence[str], run: RunConfig) -> list[str]:
         """The script's arguments for `run`, which CONFIG and overrides in `settings` describe."""
@@ -44,13 +64,16 @@ class Order:
         return [text for text in self.more if not text.startswith(("--", "checkpoint="))]
 
     def refusals(self, run: RunConfig, *, is_array: bool) -> Iterator[Refusal]:
-        """What keeps the job from following `run`."""
+        """What keeps the job from following `run`, which has the job's own settings."""
         if self.kind == "train":
             return
         text = f"--then {shlex.join([self.kind, *self.more])}"
         if not run.checkpoint.end and not run.checkpoint.every:
             rule = "needs a checkpoint, which checkpoint.every=0 with checkpoint.end=false never saves"
             yield Refusal(text, rule, "set checkpoint.end=true")
+        if self.kind == "evaluate" and run.evaluation.path is None and run.evaluation.rows is None:
+            rule = "would answer all of data.path, which the run learns from, as evaluation.path names nothing else"
+            yield Refusal(text, rule, "add evaluation.path=FILE, or evaluation.rows=N if that is meant")
         if self.kind != "convert":
             return
         elsewhere = any(word == "--out" or word.startswith("--out=") for word in self.more)
@@ -63,11 +86,15 @@ class Order:
 
 
 def parse_order(text: str) -> Order:
-    """Read `evaluate` or `convert` with arguments as a shell would. Raises `Refusal` for anything else."""
+    """Read `evaluate` or `convert` with arguments as a shell would; `--sbatch=--key=value` is for Slurm.
+
+    Raises `Refusal` for anything else.
+    """
     try:
         kind, *more = shlex.split(text) or [""]
     except ValueError:
         raise Refusal(f"--then {text}", "has a quote that does not end", _FIX) from None
     if kind not in ("evaluate", "convert"):
         raise Refusal(f"--then {text}", "is no job that can follow", _FIX)
-    return Order(kind, tuple(more))
+    options = tuple(word.removeprefix(_SBATCH) for word in more if word.startswith(_SBATCH))
+    return Order(kind, tuple(word for word in more if not word.startswith(_SBATCH)), options)

@@ -19,7 +19,10 @@ _OWN = {
     "ntasks-per-node": "use --tasks-per-node",
     "cpus-per-task": "use --cpus-per-task",
     "gpus-per-node": "use --gpus-per-node",
+    "gpus": "use --gpus-per-node",
+    "gpus-per-task": "use --gpus-per-node",
     "gres": "use --gpus-per-node",
+    "chdir": "submit from that folder",
     "time": "use --time",
     "partition": "use --partition",
     "account": "use --account",
@@ -139,3 +142,6 @@ def _other(option: str) -> Iterator[Refusal]:
         yield Refusal(f"--sbatch {option}", "must be one long option of sbatch", "write it as --sbatch=--qos=high")
     elif name in _OWN:
         yield Refusal(f"--sbatch {option}", "is decided by megarl submit", _OWN[name])
+    elif name == "signal" and "B:" in option:
+        rule = "would go to the job's script, and not to the tasks, which save"
+        yield Refusal(f"--sbatch {option}", rule, "leave B: away")

@@ -111,16 +111,29 @@ def queued(name: str) -> list[str]:
     return list(dict.fromkeys(answer.stdout.split()))
 
 
-def test_only(script: str, resources: Resources) -> str:
-    """What Slurm would do with the script, in its words.
+def test_only(script: str, resources: Resources, known: Sequence[Partition]) -> tuple[str, bool]:
+    """What Slurm would do with the script, in its words, and whether the job waits for nodes that are away.
+
+    `known` are the partitions.
 
     Raises `Refusal` where it would not take it, `NoAnswer` where it cannot be asked.
     """
     answer = _ask(["sbatch", "--test-only"], script, _environment(script))
     words = _words(answer.stderr)
-    if answer.returncode:
-        raise explained(words, resources)
-    return words
+    if not answer.returncode:
+        return words, False
+    now = "node configuration is not available|node not available"
+    if re.search(now, words) and (away := _away(resources, known)):
+        # Slurm asks here what can start with the nodes that are up; it takes a job that waits for the others.
+        return f"waits for nodes, of which {away} are down or drained ({words})", True
+    raise explained(words, resources)
+
+
+def _away(resources: Resources, known: Sequence[Partition]) -> int:
+    """How many nodes of the job's partitions no job can have now."""
+    names = ",".join(one.name for one in chosen(resources, known))
+    answer = _ask(["sinfo", "--noheader", f"--partition={names}", "--states=down,drain,fail,maint", "--format=%D"])
+    return sum(int(count) for count in answer.stdout.split() if count.isdigit())
 
 
 def submit(path: Path, resources: Resources, dependency: str | None = None) -> str:

@@ -6,7 +6,6 @@ Importing this module imports Megatron and vLLM, so that workers forked afterwar
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, MegarlError, Refusal, TrainingStopped
 from megarl.formats import checkpoint_folder
+from megarl.health import time_limit
 from megarl.health.guard import watching
 from megarl.health.preflight import preflight
 from megarl.health.run_lock import RunLock
@@ -125,20 +125,14 @@ def _save_what_is_new(session: Session, first: int) -> None:
 
 def _stopped(session: Session, first: int) -> MegarlError:
     """The error with which a run ends that was asked to stop."""
-    step, limit = session.progress.step, _time_limit()
-    if step == first and limit is not None and limit - time.time() < session.config.health.notice + 60:
+    step = session.progress.step
+    if step == first and time_limit.is_near(session.config.health.notice):
         return TrainingStopped(
             f"{session.stops.reason} ahead of the job's time limit came before one step was finished: the time limit "
             "is shorter than a step. Fix: submit with a longer --time; what the engines made is kept in unfinished/"
         )
     saved = f"saved after step {step}" if session.saved_step == step else "as saved before; no step was finished since"
     return Interrupted(f"{session.config.name} stopped at {session.stops.reason}, {saved}: go on with resume=auto")
-
-
-def _time_limit() -> float | None:
-    """When Slurm ends this job, in seconds since the epoch; None outside Slurm, and where it does not say."""
-    text = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(text) if text.isdigit() else None
 
 
 def _finish(session: Session, accuracy: float | None, started: float) -> dict[str, Any]:
