@@ -72,6 +72,10 @@ def write_checkpoint(folder: Path, family: str, seed: int) -> Path:
     return path
 
 
+#: Those of this process: an engine that is collected takes the world's process groups with it.
+_ENGINES: list[Any] = []
+
+
 def engine_for(path: Path, family: str, *, load_weights: bool, record_routing: bool = False, **rollout: Any) -> Any:
     """An engine of the world this process has joined."""
     import torch.distributed as dist
@@ -91,7 +95,7 @@ def engine_for(path: Path, family: str, *, load_weights: bool, record_routing: b
             "rollout": {"kv_cache_gib": 0.02, "max_tokens": 24, "chunk": 4} | rollout,
         }
     )
-    return Engine(
+    engine = Engine(
         config,
         read_model_shape(path),
         eos_token_ids=[1],
@@ -100,6 +104,8 @@ def engine_for(path: Path, family: str, *, load_weights: bool, record_routing: b
         load_weights=load_weights,
         record_routing=record_routing,
     )
+    _ENGINES.append(engine)
+    return engine
 
 
 def requests(number: int, *, seeded: bool = True) -> list[Any]:

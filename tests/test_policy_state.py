@@ -270,11 +270,13 @@ def refusals(world: Any, cases: list[tuple[Path, Path, bool]]) -> list[str]:
 
 
 def altered(root: Path, name: str, **notes: Any) -> Path:
-    """A copy of a checkpoints folder whose newest checkpoint has other notes."""
+    """A copy of a checkpoints folder whose newest checkpoint has other notes, without their checksum."""
     copy = root.with_name(f"{root.name}-{name}")
     shutil.copytree(root, copy)
     note = copy / "step_000002" / "progress.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | notes))
+    content = json.loads(note.read_text()) | notes
+    del content["checksum"]
+    note.write_text(json.dumps(content))
     return copy
 
 
@@ -282,6 +284,8 @@ def test_checkpoints_of_other_models_damaged_or_without_moments_are_refused(fold
     flipped = altered(root, "flipped")
     flip_bit(flipped / "step_000002")
     dropped = altered(root, "dropped", moments={"exp_avg": "0" * 16, "exp_avg_sq": "0" * 16})
+    # What a save that was killed has left takes no room from the next.
+    (dropped / "step_000007.partial").mkdir()
     qwen2 = folder / "qwen2-tied"
     cases = [
         (folder / "qwen3-tied", folder / "qwen2-tied-saved", False),
@@ -307,8 +311,15 @@ def test_old_checkpoints_go_but_for_the_newest_and_every_so_many(root: Path):
         (root / "step_000004.partial.replaced").mkdir(exist_ok=True)
         checkpoint_folder.publish(partial, root / f"step_{step:06d}", keep=2, keep_every=3)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000003", "step_000005", "step_000006"]
+    # What lies beyond, and this run did not continue from, is none of those that are kept.
+    beyond = shutil.copytree(whole, root / "step_000009")
+    shutil.copytree(whole, root / "step_000007.partial")
+    checkpoint_folder.publish(root / "step_000007.partial", root / "step_000007", keep=2, keep_every=0)
+    assert {"step_000006", "step_000007", "step_000009"} < {path.name for path in root.iterdir()}
+    for gone in (beyond, root / "step_000007"):
+        shutil.rmtree(gone)
     again = root / "step_000006.partial"
-    shutil.copytree(root / "step_000005", again)
+    shutil.copytree(whole, again)
     (again / "new").touch()
     checkpoint_folder.publish(again, root / "step_000006", keep=1, keep_every=0)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000006"]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,29 +101,30 @@ def start_script(folder: Path, script: str, *arguments: str, **environment: str)
 
 
 def test_every_launcher_gives_the_same_run(base: Path) -> None:
-    """Four processes of torchrun on one machine, and on two that are the same one, and of MPI: weights to the bit."""
-    layout = ("parallel.processes=4", "steps=1", "evaluation.end=false", "checkpoint.export_hf=true")
-    run(base, "train", "run.yaml", "name=forked", *layout)
-    forked = read_checkpoint(base / "runs/forked/hf")
-    before = read_checkpoint(base / "model")
-    assert all(not np.array_equal(before[tensor], values) for tensor, values in forked.items())
-
-    two_hosts = ("multinode.sh", "localhost,localhost", "2", "train", "run.yaml")
-    port = str(free_port())
-    ends: dict[str, list[tuple[tuple[str, ...], dict[str, str]]]] = {
-        "local": [(("local.sh", "4", "train", "run.yaml"), {})],
-        "multinode": [(two_hosts, {"NODE_RANK": rank, "MASTER_PORT": port}) for rank in ("0", "1")],
-        "mpirun": [(("mpirun.sh", "4", "train", "run.yaml"), {"MPIRUN_OPTIONS": "--oversubscribe"})],
-    }
-    for name, commands in ends.items():
-        scripts = [start_script(base, *command, f"name={name}", *layout, **more) for command, more in commands]
-        for script in scripts:
-            _, said = script.communicate(timeout=LIMIT)
-            assert script.returncode == 0, said[-4000:]
+    """torchrun on one machine and on two that are the same one, and MPI. Of four processes weights to the bit."""
+    four = ("parallel.processes=4", "steps=1", "evaluation.end=false", "checkpoint.export_hf=true")
+    run(base, "train", "run.yaml", "name=forked", *four)
+    expected, before = read_checkpoint(base / "runs/forked/hf"), read_checkpoint(base / "model")
+    assert all(not np.array_equal(before[tensor], values) for tensor, values in expected.items())
+    for name, script in (("torchrun", "local.sh"), ("mpirun", "mpirun.sh")):
+        launch(base, [(script, "4", "train", "run.yaml", f"name={name}", *four)], MPIRUN_OPTIONS="--oversubscribe")
         assert steps_of(base, name) == steps_of(base, "forked")
         found = read_checkpoint(base / "runs" / name / "hf")
-        assert found.keys() == forked.keys()
-        assert all(np.array_equal(found[tensor], values) for tensor, values in forked.items())
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[tensor], values) for tensor, values in expected.items())
+
+    hosts = ("multinode.sh", "localhost,localhost", "1", "train", "run.yaml", "name=multinode")
+    launch(base, [hosts, hosts], MASTER_PORT=str(free_port()))
+    assert steps_of(base, "multinode") == steps_of(base, "base")
+
+
+def launch(folder: Path, commands: list[tuple[str, ...]], **environment: str) -> None:
+    """Start the scripts, of as many hosts, and wait for their good end."""
+    ranks = range(len(commands))
+    started = [start_script(folder, *commands[rank], NODE_RANK=str(rank), **environment) for rank in ranks]
+    for script in started:
+        _, said = script.communicate(timeout=LIMIT)
+        assert script.returncode == 0, said[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,25 @@ def test_a_folder_that_another_run_writes_is_left_alone(base: Path) -> None:
     )
     assert errors.count("two runs must not write") == 1
     assert not (base / "runs" / "held" / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_lock_was_taken_over_ends(base: Path) -> None:
+    """As after a suspension: two runs must not write one folder. All ranks end, with one sentence."""
+    started = preloaded.megarl(base, "train", "run.yaml", "name=lost", "steps=100000", apart=True)
+    metrics, lock = base / "runs" / "lost" / "metrics.jsonl", base / "runs" / "lost" / "lock"
+    deadline = time.monotonic() + LIMIT
+    while not metrics.is_file():
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    # As the other one does it: in one go.
+    fresh = lock.with_name("fresh")
+    fresh.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "gpu07", "token": "other"}))
+    fresh.replace(lock)
+    _, errors = started.communicate(60)
+    assert started.returncode == 2, errors[-4000:]
+    assert re.search(r"^megarl: runs/lost held by process \d+ on gpu07 since .*: two runs must not write", errors, re.M)
+    assert errors.count("two runs must not write") == 1 and "Traceback" not in errors
+    assert lock.is_file()
 
 
 def test_every_option_of_the_loop_at_once(base: Path) -> None:

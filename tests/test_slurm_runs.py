@@ -113,7 +113,9 @@ def test_a_run_that_was_asked_to_stop_ends_as_if_it_never_was(
 def test_a_chain_of_training_evaluation_and_conversion(slurm: Cluster, folder: Path) -> None:
     """By one `megarl submit`: two nodes of two tasks, over which policy and engines spread; each job after the last."""
     evaluated = {"path": "data/heldout.jsonl", "end": True}
+    # Learning at once, and converted by the last job alone.
     settings = ("name=chain", "steps=1", f"evaluation={json.dumps(evaluated)}", "checkpoint.export_hf=false")
+    settings += ('optimizer={"lr": 0.001}',)
     asked = (
         "--nodes",
         "2",

@@ -97,7 +97,7 @@ LOOK = "Fix: lower what is asked of a node, or use another partition (sinfo -o '
             f"--nodes 1 with 3 tasks each: is more than the default partition has. {LOOK}",
         ),
         (
-            "--sbatch=--gpus=typo:1 --partition cpu",
+            "--sbatch=--tmp=900G --partition cpu",
             f"--nodes 1 with 1 task each: is more than partition cpu has. {LOOK}",
         ),
         (
