@@ -106,7 +106,8 @@ class RunLock:
             # A file system that does not answer now may do so the next time.
             with suppress(OSError):
                 holder = self._holder()
-                if holder is not None and holder.token != self._own.token:
+                # One without a host was not read whole, which says nothing.
+                if holder is not None and holder.host and holder.token != self._own.token:
                     lost(self._refusal(holder))
                     return
                 if holder is not None or self._create():
