@@ -18,7 +18,7 @@ mpirun=$(command -v mpirun) && python=$(command -v python) || {
     exit 2
 }
 options=(${MPIRUN_OPTIONS:-})
-if "$mpirun" --version | grep -q "Open MPI"; then
+if [[ $("$mpirun" --version) == *"Open MPI"* ]]; then
     # It hands its environment only to processes of its own host.
     for name in $(compgen -e | grep -E '^(OMP_NUM_THREADS|PYTHONPATH|(NCCL|GLOO|HF|VLLM)_.*)$'); do
         options+=(-x "$name")

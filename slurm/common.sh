@@ -121,6 +121,12 @@ job_state() {
     done
 }
 
+# is_near_end: whether the job's time is as good as over, where Slurm says when it is.
+is_near_end() {
+    local ends=${SLURM_JOB_END_TIME:-}
+    [[ $ends =~ ^[0-9]+$ ]] && ((ends - $(date +%s) < 600))
+}
+
 # end_job CODE: ends the job with srun's exit code; one that is worth another start goes back into the queue. `starts_over`
 # is set where a job keeps nothing: at its time limit it would end again and again.
 end_job() {
@@ -141,7 +147,7 @@ end_job() {
     state=$(job_state)
     if [[ -n $state && $state != RUNNING* && $state != *TimeLimit ]]; then
         say "job $job is being ended by Slurm or its user, and not started again from here"
-    elif [[ $state == *TimeLimit && -n ${starts_over:-} ]]; then
+    elif [[ -n ${starts_over:-} ]] && { [[ $state == *TimeLimit ]] || is_near_end; }; then
         say "job $job reached its time limit, and would start from the beginning. Fix: submit it with a longer --time"
     elif ((restarts >= most)); then
         say "job $job started again $restarts times, its limit. Fix: see why, then submit it again; it goes on"

@@ -202,11 +202,7 @@ def test_a_stop_while_the_program_starts_has_a_sentence(tmp_path: Path, minutes_
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     _, said = process.communicate(timeout=60)
-    fix = (
-        "start it again with resume=auto"
-        if code == 75
-        else "the time limit is shorter than the start. Fix: submit with"
-    )
+    fix = "start it again" if code == 75 else "the time limit is shorter than the start. Fix: submit with"
     assert said.splitlines()[-1].startswith(f"megarl: stopped at SIGUSR1, while it started: {fix}")
     assert process.returncode == code
 

@@ -60,11 +60,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
         assert f"continues from {newest}" in megarl(tmp_path, "doctor", str(tmp_path), "--sizes").stdout
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path):
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint(tmp_path, 10)
+    monkeypatch.setattr(checkpoint_folder, "FORMAT", 2)
     newest = checkpoint(tmp_path, 20)
-    note = newest / "progress.json"
-    note.write_text(note.read_text().replace('"format": 1', '"format": 2'))
     done = megarl(tmp_path, "doctor", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (

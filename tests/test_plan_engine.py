@@ -13,7 +13,6 @@ from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.rehearsal.engine import engine_weights, kv_cache, longest_sequence
 
-#: What the world's processes import before they are forked.
 #: vLLM's kernels for the CPU want heads of 32; one key-value head is on both ranks.
 SIZES = {"head_dim": 32, "hidden_size": 128, "num_key_value_heads": 1, "num_hidden_layers": 3}
 #: The mixture first: vLLM forms its groups for the first engine of a process.

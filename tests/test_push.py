@@ -11,7 +11,6 @@ import numpy as np
 import parity
 import pytest
 
-#: Imported before the ranks are forked; brings vLLM in.
 #: vLLM's CPU attention wants heads of 32 elements. 130 rows are padded to 192: with TP 2 the second rank pads.
 SIZES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 130}
 MODELS = ("qwen2-tied", "qwen3-untied", "llama-llama3")

@@ -151,8 +151,9 @@ def test_who_lost_the_lock_is_told_by_whom(tmp_path: Path, monkeypatch: pytest.M
     time.sleep(0.2)
     assert lost == []
     holder = leave(tmp_path)
-    os.utime(tmp_path / "lock", (1.0, 1.0))
     wait_for(lambda: lost)
+    os.utime(tmp_path / "lock", (1.0, 1.0))
+    time.sleep(0.2)
     assert str(lost[0]).startswith(f"{tmp_path} held by process 77 on gpu07 since {holder.since}: two runs must not")
     # The other one's is not kept alive, nor released.
     assert (tmp_path / "lock").stat().st_mtime == 1.0
@@ -181,6 +182,28 @@ def test_a_lock_that_was_taken_over_is_not_released_by_its_old_holder(tmp_path: 
     leave(tmp_path)
     lock.release()
     assert (tmp_path / "lock").exists()
+
+
+def test_a_lock_of_an_earlier_version_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 1.5)
+    holder = asdict(leave(tmp_path))
+    del holder["machine"]
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    said: list[str] = []
+    RunLock(tmp_path, said.append).take(never)
+    assert said[1].endswith("from process 77 on gpu07, which gave no sign of life for 2 s")
+
+
+def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path):
+    lock = RunLock(tmp_path / "runs" / "mine")
+    lock.take(never)
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+    lock = RunLock(tmp_path / "runs" / "mine")
+    lock.take(never)
+    (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    lock.release()
+    assert [path.name for path in (tmp_path / "runs" / "mine").iterdir()] == ["config.yaml"]
 
 
 def test_a_torn_lock_is_nobodys(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -169,11 +170,14 @@ def test_a_task_that_does_not_see_the_logs_says_so(tmp_path: Path) -> None:
         # A controller that is too busy to say is no reason to give up.
         ("train", "", "requeue 7", "goes back into the queue"),
         ("evaluate", "RUNNING None", "requeue 7", "goes back into the queue"),
+        ("evaluate near its end", "RUNNING None", "", "reached its time limit, and would start from the beginning"),
         ("evaluate", "COMPLETING TimeLimit", "", "reached its time limit, and would start from the beginning"),
     ],
 )
 def test_what_a_job_does_at_its_end(tmp_path: Path, template: str, state: str, end: str, said: str) -> None:
     """After tasks that ended with megarl's code for a start again."""
+    ends = time.time() + (200 if template.endswith("end") else 9000)
+    template = template.split()[0]
     functions = f"""
 sleep() {{ :; }}
 squeue() {{ [[ -z "{state}" ]] || echo "{state}"; }}
@@ -183,7 +187,8 @@ python() {{ :; }}
 run() {{ source <(sed '/common.sh"$/d' "$home/slurm/{template}.sbatch"); }}
 run run.yaml
 """
-    finished = shell(tmp_path, functions, SLURM_SUBMIT_DIR=str(ROOT), SLURM_TASKS_PER_NODE="1")
+    job = {"SLURM_TASKS_PER_NODE": "1", "SLURM_JOB_END_TIME": str(int(ends))}
+    finished = shell(tmp_path, functions, SLURM_SUBMIT_DIR=str(ROOT), **job)
     assert finished.returncode == 75, finished.stderr
     assert said in finished.stderr
     asked = tmp_path / "asked"

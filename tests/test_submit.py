@@ -45,7 +45,7 @@ def refused(folder: Path, *arguments: str) -> str:
     return line.removeprefix("megarl: ")
 
 
-THEN = "Fix: use --then evaluate or --then convert, with arguments as in --then 'evaluate evaluation.samples=4'.\n"
+THEN = "Fix: use --then evaluate or --then convert, with arguments as in --then 'evaluate evaluation.path=FILE'.\n"
 
 
 @pytest.mark.parametrize(
@@ -241,17 +241,18 @@ def test_a_dry_run_of_an_array_and_what_follows_it(case: Path) -> None:
 
 def test_a_job_that_follows_has_options_of_its_own(case: Path) -> None:
     """A conversion needs none of the nodes that the run has, nor their options."""
-    jobs = ("--then", "convert --sbatch=--partition=small --sbatch=--mem=8G --dtype bf16")
-    asked = ("--partition", "big", "--cpus-per-task", "3", "--time", "1:00:00", "--sbatch=--exclusive")
+    jobs = ("--then", "convert --sbatch=--partition=small --sbatch=--mem=8G --sbatch=--cpus-per-task=2 --dtype bf16")
+    asked = ("--partition", "big", "--cpus-per-task", "3", "--time", "1:00:00")
+    asked += ("--sbatch=--exclusive", "--sbatch=--qos=high")
     result = submitted(case, "--nodes", "2", *CPU, *asked, *jobs, "--dry-run")
     assert result.returncode == 0, result.stderr
     train, convert = (
         {line for line in text.splitlines() if "#SBATCH" in line} for text in result.stdout.split("\n#### ")
     )
-    of_run = {"#SBATCH --partition=big", "#SBATCH --cpus-per-task=3", "#SBATCH --exclusive", "#SBATCH --time=1:00:00"}
-    assert of_run < train
-    assert {"#SBATCH --partition=small", "#SBATCH --mem=8G", "#SBATCH --time=1:00:00", "#SBATCH --nodes=1"} < convert
-    assert not {"#SBATCH --cpus-per-task=3", "#SBATCH --exclusive"} & convert
+    common = {"#SBATCH --time=1:00:00", "#SBATCH --qos=high"}
+    assert {"#SBATCH --partition=big", "#SBATCH --cpus-per-task=3", "#SBATCH --exclusive"} | common < train
+    assert {"#SBATCH --partition=small", "#SBATCH --cpus-per-task=2", "#SBATCH --mem=8G"} | common < convert
+    assert "#SBATCH --nodes=1" in convert and "#SBATCH --exclusive" not in convert
     assert "set -- --megatron runs/case --out runs/case/hf --dtype bf16\n" in result.stdout
 
 

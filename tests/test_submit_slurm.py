@@ -173,10 +173,14 @@ def test_a_job_may_wait_for_nodes_that_are_away(on_slurm: Submit, slurm: Cluster
         waits = on_slurm("run.yaml", *CPU, "--nodes", "2", "--sbatch=--hold")
         assert waits.returncode == 0, waits.stderr
         said = "megarl: sbatch --test-only, train: waits for nodes, of which 1 are down or drained ("
-        assert (
-            said in waits.stderr
-            and "--nodes 3: is more than the 2" in on_slurm("run.yaml", *CPU, "--nodes", "3").stderr
-        )
+        assert said in waits.stderr
+        # Which does not help what no node could give.
+        for size, sentence in (
+            ("--nodes 3", "--nodes 3: is more than the 2"),
+            ("--nodes 1 --tasks-per-node 3", "--nodes 1 with 3 tasks each: is more than the default partition has"),
+        ):
+            refused = on_slurm("run.yaml", *CPU, *size.split())
+            assert refused.returncode == 2 and sentence in refused.stderr
     finally:
         slurm.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
     slurm.ask("scancel", waits.stdout.split("job ")[1].split(",")[0])

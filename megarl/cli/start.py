@@ -50,12 +50,16 @@ def answer_stops(notice: float) -> None:
     the code is 2, since a job that is over before it began would be so again.
     """
 
+    place = launcher_place()
+    speaks = place is None or place[0] == 0
+
     def end(number: int, _: object) -> None:
-        what, code = "start it again with resume=auto", Interrupted.exit_code
+        what, code = "start it again", Interrupted.exit_code
         if time_limit.is_near(notice):
             what = "the time limit is shorter than the start. Fix: submit with a longer --time"
             code = Refusal.exit_code
-        os.write(2, f"megarl: stopped at {signal.Signals(number).name}, while it started: {what}\n".encode())
+        if speaks:
+            os.write(2, f"megarl: stopped at {signal.Signals(number).name}, while it started: {what}\n".encode())
         os._exit(code)
 
     for number in (signal.SIGUSR1, signal.SIGTERM):

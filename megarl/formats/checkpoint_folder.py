@@ -79,14 +79,15 @@ def read_progress(directory: Path) -> dict[str, Any]:
     """
     found = json.loads((directory / "progress.json").read_text())
     stated = found.pop("checksum", None)
+    # First, and the same in every format: the number of the format may be what was altered.
+    if stated is not None and stated != _checksum(found):
+        raise Damaged(directory, "has another progress.json than was saved")
     if found.get("format", FORMAT) > FORMAT:
         raise Refusal(
             f"{directory} of format {found['format']}",
             f"was written by a newer megarl; this one reads formats up to {FORMAT}",
             "update megarl, or continue from an earlier checkpoint with model.weights",
         )
-    if stated is not None and stated != _checksum(found):
-        raise Damaged(directory, "has another progress.json than was saved")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -54,8 +55,8 @@ class RunLock:
     """The lock of a run's folder, in `directory/lock`.
 
     A holder that was killed leaves it behind: it is taken over at once where that can be known (its host is this one,
-    or it was this Slurm job before it was put back into the queue, or one that Slurm no longer runs), and else when it
-    has given no sign of life for `PATIENCE` seconds.
+    not started anew since, or it was this Slurm job before it was put back into the queue, or one that Slurm no longer
+    runs), and else when it has given no sign of life for `PATIENCE` seconds.
     """
 
     def __init__(self, directory: Path, say: Callable[[str], None] = lambda _: None) -> None:
@@ -63,16 +64,21 @@ class RunLock:
         self._own = Holder.this_process()
         self._released = threading.Event()
         self._keeper: threading.Thread | None = None
+        # Folders that were not there before, the run's own first.
+        self._made: list[Path] = []
 
     def take(self, lost: Callable[[Refusal], object]) -> None:
         """Become the holder, and give signs of life from now on.
 
-        Raises `Refusal` naming another holder that lives, or where the folder cannot be written. `lost` is called in
+        Raises `Refusal` naming another holder that lives, or where the folder cannot be written; `OSError` where the
+        disk is full. `lost` is called in
         another thread where another has taken the lock over, as it may while this process is suspended.
         """
         try:
             self._take()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise Refusal(
                 f"{self._file.parent} on {self._own.host}",
                 f"must be a folder that a run can write ({error.strerror or error})",
@@ -82,7 +88,10 @@ class RunLock:
         self._keeper.start()
 
     def _take(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        folder = self._file.parent
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made = missing
         while not self._create():
             holder = self._holder()
             if holder is None:
@@ -114,7 +123,7 @@ class RunLock:
                     os.utime(self._file)
 
     def release(self) -> None:
-        """Stop being the holder, of a lock that this process has taken or not."""
+        """Stop being the holder, where this process is it. A folder made for the lock goes if nothing came into it."""
         self._released.set()
         if self._keeper is not None:
             self._keeper.join()
@@ -122,17 +131,19 @@ class RunLock:
             holder = self._holder()
             if holder is not None and holder.token == self._own.token:
                 self._file.unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
 
     def _create(self) -> bool:
         """Whether the lock was free. It appears with its content, by a link: atomic on shared file systems too."""
         fresh = self._file.with_name(f"lock.{self._own.token}")
-        fresh.write_text(json.dumps(asdict(self._own)))
         try:
+            fresh.write_text(json.dumps(asdict(self._own)))
             os.link(fresh, self._file)
         except FileExistsError:
             return False
         finally:
-            fresh.unlink()
+            fresh.unlink(missing_ok=True)
         return True
 
     def _remove(self, holder: Holder) -> bool:
@@ -158,7 +169,8 @@ class RunLock:
     def _holder(self) -> Holder | None:
         """Who holds it now; None where nobody does any more."""
         try:
-            return Holder(**json.loads(self._file.read_text()))
+            # Without a machine: written by a version that did not note it.
+            return Holder(**({"machine": ""} | json.loads(self._file.read_text())))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):

@@ -58,12 +58,14 @@ class Stopping:
         if started_here():
             # There SIGTERM means that the processes that were started beside this one end.
             del notices[signal.SIGTERM]
-        before = {number: signal.signal(number, self._on_signal) for number in notices}
+        for number in notices:
+            signal.signal(number, self._on_signal)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            # What answered them before the run does not know that it has been.
+            for number in notices:
+                signal.signal(number, signal.SIG_DFL)
 
     def _on_signal(self, number: int, _: object) -> None:
         number = forwarded_signal() or number

@@ -133,7 +133,8 @@ def _stops_forwarded(folder: Path) -> Iterator[None]:
     def forward(number: int, _: object) -> None:
         # Which one it was says how much time is left; its own number would come again when the launcher ends a worker.
         with contextlib.suppress(OSError):
-            (folder / _ASKED).write_text(str(number))
+            (folder / f"{_ASKED}.partial").write_text(str(number))
+            (folder / f"{_ASKED}.partial").replace(folder / _ASKED)
         started = [int(file.read_text()) for file in folder.glob("started.*")]
         if not started:
             raise Interrupted(f"stopped at {signal.Signals(number).name}, before any process had started")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 from megarl.submission.resources import Resources
 
-_FIX = "use --then evaluate or --then convert, with arguments as in --then 'evaluate evaluation.samples=4'"
+_FIX = "use --then evaluate or --then convert, with arguments as in --then 'evaluate evaluation.path=FILE'"
 
 
 #: Options of sbatch that an order may have for itself, in the place of the run's.
-_OF_ORDERS = ("partition", "account", "time")
+_OF_ORDERS = ("partition", "account", "time", "cpus-per-task")
+#: Further options that are about nodes with GPUs, whole ones, or a run that saves: not for one task that converts.
+_OF_NODES = r"exclusive|mem(-.*)?|gpu.*|tres.*|ntasks.*|constraint|nodelist|exclude|switches|signal"
 _SBATCH = "--sbatch="
 
 
@@ -31,18 +34,22 @@ class Order:
     def resources(self, asked: Resources) -> Resources:
         """What the job takes of what was asked for, but for its own options. Raises `Refusal` for a wrong one.
 
-        A conversion has one task without GPUs, and none of the run's further options, which are for such nodes.
+        A conversion has one task without GPUs, and of the run's further options those that are not about nodes; an
+        evaluation no signal, as it has nothing to save.
         """
+        left_out = "signal"
         if self.kind == "convert":
-            asked = replace(asked, nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=None, others=())
+            asked, left_out = replace(asked, nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=None), _OF_NODES
+        others = [one for one in asked.others if self.kind == "train" or not re.fullmatch(left_out, _name_of(one))]
         given: dict[str, Any] = {}
-        others = list(asked.others)
         for option in self.options:
-            name, _, value = option.removeprefix("--").partition("=")
-            if name in _OF_ORDERS:
-                given[name] = value
-            else:
+            name, value = _name_of(option), option.partition("=")[2]
+            if name not in _OF_ORDERS:
                 others.append(option)
+            elif name == "cpus-per-task":
+                given["cpus_per_task"] = int(value) if value.isdigit() else 0
+            else:
+                given[name] = value
         found = replace(asked, **given, others=tuple(others))
         found.check()
         return found
@@ -83,6 +90,10 @@ class Order:
         if run.checkpoint.export_hf and not elsewhere:
             rule = "would write the folder hf/ that checkpoint.export_hf=true writes already"
             yield Refusal(text, rule, "leave one of the two away")
+
+
+def _name_of(option: str) -> str:
+    return option.removeprefix("--").partition("=")[0]
 
 
 def parse_order(text: str) -> Order:

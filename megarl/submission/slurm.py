@@ -122,17 +122,19 @@ def test_only(script: str, resources: Resources, known: Sequence[Partition]) -> 
     words = _words(answer.stderr)
     if not answer.returncode:
         return words, False
-    now = "node configuration is not available|node not available"
-    if re.search(now, words) and (away := _away(resources, known)):
+    if re.search("node configuration is not available|node not available", words):
         # Slurm asks here what can start with the nodes that are up; it takes a job that waits for the others.
-        return f"waits for nodes, of which {away} are down or drained ({words})", True
+        for one in chosen(resources, known):
+            away = _away(one)
+            if one.nodes - away < resources.nodes <= one.nodes:
+                return f"waits for nodes, of which {away} are down or drained ({words})", True
     raise explained(words, resources)
 
 
-def _away(resources: Resources, known: Sequence[Partition]) -> int:
-    """How many nodes of the job's partitions no job can have now."""
-    names = ",".join(one.name for one in chosen(resources, known))
-    answer = _ask(["sinfo", "--noheader", f"--partition={names}", "--states=down,drain,fail,maint", "--format=%D"])
+def _away(partition: Partition) -> int:
+    """How many of a partition's nodes no job can have now."""
+    states = "--states=down,drain,fail,maint"
+    answer = _ask(["sinfo", "--noheader", f"--partition={partition.name}", states, "--format=%D"])
     return sum(int(count) for count in answer.stdout.split() if count.isdigit())
 
 

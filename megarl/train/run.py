@@ -20,6 +20,7 @@ from megarl.health.guard import watching
 from megarl.health.preflight import preflight
 from megarl.health.run_lock import RunLock
 from megarl.parallel import bootstrap, progress
+from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
 from megarl.policy import checkpoint
@@ -55,21 +56,27 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     waits = {"score": patience, "evaluate": patience}
     with watching(health, world, directory, waits) as guard, contextlib.ExitStack() as at_end:
         with guard.one_voice():
-            report = preflight(config, world, directory) if writes and health.preflight.enabled else None
             if writes:
                 lock = RunLock(directory, say=_to_terminal)
                 at_end.callback(lock.release)
                 first_decides(lambda: lock.take(lost=guard.end))
-            if report is not None and world.is_first:
-                report.write(directory / "preflight.json")
-                if world.size > 1:
-                    _to_terminal(report.status_line())
+            if writes and health.preflight.enabled:
+                _look_before(config, world)
             grid = form_grid(config.parallel, config.seed)
             session = build(config, world, grid, Stops(guard.stopping), evaluate_only=evaluate_only)
         at_end.callback(session.close)
         with guard.one_voice():
             yield session
     bootstrap.leave()
+
+
+def _look_before(config: RunConfig, world: World) -> None:
+    """The pre-flight, and what it found in preflight.json. Collective."""
+    report = preflight(config, world, run_directory(config))
+    if world.is_first:
+        report.write(run_directory(config) / "preflight.json")
+        if world.size > 1:
+            _to_terminal(report.status_line())
 
 
 def _to_terminal(text: str) -> None:
