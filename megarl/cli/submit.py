@@ -49,7 +49,8 @@ Then = Annotated[
     typer.Option(
         "--then",
         metavar="JOB",
-        help="A job after the one before has succeeded: evaluate or convert, with arguments in the same quotes. "
+        help="A job after the one before has succeeded: evaluate or convert, with arguments in the same quotes, and "
+        "--sbatch=OPTION for what is its own. "
         "Repeatable.",
     ),
 ]
