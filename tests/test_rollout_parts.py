@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 
+import preloaded
 import pytest
 from torch._C._distributed_c10d import HashStore
 
 from megarl.config.model_shape import FAMILIES, ModelShape, model_shape_from_hf
 from megarl.config.schema import RunConfig
-from megarl.errors import PhaseError, Refusal
+from megarl.errors import Interrupted, PhaseError, Refusal
+from megarl.parallel.launch import deliver
+from megarl.rollout import environment
 from megarl.rollout.arguments import engine_arguments, register_model_class
 from megarl.rollout.draw import FixedAssignment, SharedCounter
 from megarl.rollout.phases import NoSleeper, Part, Phase, Phases
@@ -220,3 +224,26 @@ def test_routing_is_asked_of_vllm_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch
 def test_every_family_has_a_class_of_vllm():
     for family in FAMILIES:
         register_model_class(family)
+
+
+def _end_while_quiet() -> None:
+    with environment.quiet():
+        print("noise of a library", flush=True)
+        deliver(Interrupted("rank 1 is gone"))
+        os._exit(75)
+
+
+def _fail_while_quiet() -> None:
+    with environment.quiet():
+        print("what a library said", flush=True)
+        raise Interrupted("failed")
+
+
+def test_last_words_are_heard_while_libraries_are_silenced():
+    """A rank's watch may end the process while an engine is built."""
+    ended = preloaded.Started(_end_while_quiet)
+    output, _ = ended.communicate(60)
+    assert (ended.returncode, output) == (75, "megarl: rank 1 is gone\n")
+    failed = preloaded.Started(_fail_while_quiet)
+    output, _ = failed.communicate(60)
+    assert failed.returncode == 1 and "what a library said\n" in output

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.config.health import HealthSettings
+from megarl.parallel import terminal
 from megarl.parallel.launch import forwarded_signal, started_here
 
 
@@ -71,7 +72,8 @@ class Stopping:
         number = forwarded_signal() or number
         name = signal.Signals(number).name
         self.request(name, self._settings.notice if number == signal.SIGUSR1 else self._settings.term_notice)
-        os.write(2, f"megarl: {name}: the run stops as soon as its state is saved\n".encode() if _speaks() else b"")
+        if _speaks():
+            terminal.say(f"{name}: the run stops as soon as its state is saved")
 
 
 def _speaks() -> bool:

@@ -13,7 +13,6 @@ import logging
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megarl.errors import Interrupted, MegarlError
+from megarl.parallel import terminal
 
 T = TypeVar("T")
 
@@ -121,9 +121,7 @@ def deliver(error: MegarlError) -> None:
             # No room for the report: said here.
             pass
     error.delivered = True
-    # A terminal that is gone must not keep the run from its end.
-    with contextlib.suppress(OSError):
-        print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    terminal.say(str(error))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from megarl.parallel import terminal
+
 #: Read by vLLM when its modules are imported; a user's own setting wins.
 _DEFAULTS = {
     # Warnings of a working engine (deprecations, absent accelerators) would bury the run's own lines.
@@ -45,15 +47,20 @@ def quiet() -> Iterator[None]:
         kept = {descriptor: os.dup(descriptor) for descriptor in streams}
         failed = True
         try:
-            for descriptor in streams:
-                os.dup2(held.fileno(), descriptor)
-            yield
-            failed = False
+            # The run may end meanwhile, and has to say why.
+            with terminal.kept_at(kept[2]):
+                try:
+                    for descriptor in streams:
+                        os.dup2(held.fileno(), descriptor)
+                    yield
+                    failed = False
+                finally:
+                    for descriptor, stream in streams.items():
+                        stream.flush()
+                        os.dup2(kept[descriptor], descriptor)
         finally:
-            for descriptor, stream in streams.items():
-                stream.flush()
-                os.dup2(kept[descriptor], descriptor)
-                os.close(kept[descriptor])
+            for descriptor in kept.values():
+                os.close(descriptor)
             if failed:
                 held.seek(0)
                 sys.stderr.write(held.read().decode(errors="replace"))
