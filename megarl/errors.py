@@ -41,6 +41,10 @@ class Interrupted(MegarlError):
     exit_code = 75
 
 
+class RankLost(Interrupted):
+    """This rank waits for one that is gone or silent, as far as it knows; a watchdog may know more."""
+
+
 class PhaseError(MegarlError):
     """A part was touched in a phase in which it sleeps; names the phase and the part."""
 

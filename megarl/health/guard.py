@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megarl.config.health import HealthSettings
-from megarl.errors import MegarlError, Refusal
+from megarl.errors import MegarlError, RankLost, Refusal
 from megarl.health.stopping import Stopping
 from megarl.health.watchdog import Watchdog
 from megarl.parallel import progress
@@ -66,6 +66,8 @@ class Guard:
         os._exit(error.exit_code)
 
     def _named(self, watchdog: Watchdog, error: Exception) -> MegarlError:
+        if isinstance(error, RankLost):
+            return watchdog.name_the_gone(str(error).partition(". ")[0], PATIENCE)
         if isinstance(error, MegarlError):
             return error
         if (full := disk_is_full(error, self._directory)) is not None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from megarl.errors import MegarlError
+from megarl.errors import Interrupted, RankLost
 from megarl.ops.bits import sum_of_bits
 from megarl.parallel import progress
 from megarl.parallel.absence import find_absent, meet
@@ -38,8 +38,12 @@ class Target(Protocol):
         ...
 
 
-class PushError(MegarlError):
+class PushError(Interrupted):
     """A push that failed: what arrived differs from what was sent, or a rank is gone or silent. Names the ranks."""
+
+
+class PushAbsence(PushError, RankLost):
+    """A push that failed because a rank is gone or silent."""
 
 
 #: Movers are told apart by the order in which they are made.
@@ -200,7 +204,7 @@ class Mover:
     def _run_name(self) -> str:
         return f"move/{self._number}/{self._runs}"
 
-    def _absence(self, message: Message | None, *, gone: bool) -> PushError:
+    def _absence(self, message: Message | None, *, gone: bool) -> PushAbsence:
         """The error that names who is missing, after a wait failed: for `message`, or for the end of all others.
 
         `gone`: the connection to the message's peer broke.
@@ -214,7 +218,7 @@ class Mover:
         else:
             way = "waited for {} from" if message.incoming else "had {} for"
             where = f"rank {self.plan.rank} {way.format(message.transfers[0].target_name)} rank {message.peer}"
-        return PushError(
+        return PushAbsence(
             f"{self.occasion}: {who} {what}; {where}. The policy's weights are unharmed. Fix: look at the end of the "
             f"log of {who}, and start again from the last checkpoint"
         )
