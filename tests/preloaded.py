@@ -37,14 +37,14 @@ _ENVIRONMENT = {
 
 
 @functools.cache
-def _context() -> multiprocessing.context.ForkServerContext:
-    """With its server running."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTS)
+def context() -> multiprocessing.context.ForkServerContext:
+    """Of processes that are forked from the server, which runs."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(IMPORTS)
     with mock.patch.dict(os.environ, _ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
     atexit.register(_kill_all)
-    return context
+    return found
 
 
 def _kill_all() -> None:
@@ -71,7 +71,7 @@ class Started:
         self._kept = tempfile.TemporaryDirectory(prefix="preloaded-")
         self._logs = [Path(self._kept.name, name) for name in (["out", "err"] if apart else ["out"])]
         whole = os.environ | _ENVIRONMENT | environment
-        self._process = _context().Process(target=_begin, args=(self._logs, folder, whole, function, *arguments))
+        self._process = context().Process(target=_begin, args=(self._logs, folder, whole, function, *arguments))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import get_context
 
 from megarl.config.health import HealthSettings
 from megarl.errors import Refusal
@@ -27,10 +27,6 @@ HOST = socket.gethostname()
 #: `limits` bound a phase in which somebody works; `silence` finds who is stopped.
 SETTINGS = HealthSettings(interval=0.2, silence=5.0, first_limit=20, limits={"score": 3.0, "push": 3.0})
 RANKS = 3
-
-#: Forked from a process without threads, which has imported what is slow.
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["megarl.parallel.groups", "megarl.health.guard"])
 
 
 def behave(rank: int, deed: str, folder: str, port: int) -> None:
@@ -150,7 +146,9 @@ def run():
 
         def start(deed: str) -> Ended:
             port, began = free_port(), time.monotonic()
-            ranks = [CONTEXT.Process(target=behave, args=(rank, deed, folder, port)) for rank in range(RANKS)]
+            # Forked from a process without threads, which has imported what is slow.
+            context = preloaded.context()
+            ranks = [context.Process(target=behave, args=(rank, deed, folder, port)) for rank in range(RANKS)]
             for process in ranks:
                 process.start()
             for process in ranks:

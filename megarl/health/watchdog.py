@@ -303,8 +303,8 @@ class Watchdog:
         with self._ending:
             if verdict["folder"] is not None:
                 stacks.dump(Path(verdict["folder"]) / _file_name(self._rank), self._heading())
-            if verdict["folder"] is not None or self._rank == 0:
-                self._wait_until_heard(verdict["hearing"])
+            waits = verdict["folder"] is not None or self._rank == 0
+            self._wait_until_heard(verdict["hearing"] if waits else 1)
             self._end_stopped(pid for host, pid in verdict["pids"] if host == self._host and pid != self._pid)
             forget(self._pid)
             os._exit(verdict["code"])
