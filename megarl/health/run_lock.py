@@ -21,6 +21,9 @@ from megarl.parallel.processes import identity
 #: Seconds between two signs of life of a holder, and without one after which it is taken for gone.
 REFRESH, PATIENCE = 10.0, 45.0
 
+#: Seconds that a process of this host which was killed may take to be gone.
+GOES = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Holder:
@@ -181,7 +184,12 @@ class RunLock:
         if not holder.host:
             return "whose lock cannot be read"
         if (holder.host, holder.machine) == (self._own.host, self._own.machine):
-            return None if identity(holder.pid) == holder.began else "which has ended"
+            until = time.monotonic() + GOES
+            while identity(holder.pid) == holder.began:
+                if time.monotonic() > until:
+                    return None
+                time.sleep(0.05)
+            return "which has ended"
         if holder.job and holder.job == self._own.job:
             return "this job before it was put back into the queue"
         if holder.job and _slurm_ended(holder.job):
