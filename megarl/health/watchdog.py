@@ -212,7 +212,8 @@ class Watchdog:
         verdict = judge(self._beats.seen(), self._settings.silence)
         if verdict is None:
             self._suspicion = None
-        if verdict is None or not self._is_sure(verdict):
+            return
+        if not self._is_sure(verdict):
             return
         if self._take_verdict():
             self._pronounce(verdict)

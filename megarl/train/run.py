@@ -6,7 +6,6 @@ Importing this module imports Megatron and vLLM, so that workers forked afterwar
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from megarl.health import time_limit
 from megarl.health.guard import watching
 from megarl.health.preflight import preflight
 from megarl.health.run_lock import RunLock
-from megarl.parallel import bootstrap, progress
+from megarl.parallel import bootstrap, progress, terminal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
@@ -57,7 +56,7 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     with watching(health, world, directory, waits) as guard, contextlib.ExitStack() as at_end:
         with guard.one_voice():
             if writes:
-                lock = RunLock(directory, say=_to_terminal)
+                lock = RunLock(directory, say=terminal.say)
                 at_end.callback(lock.release)
                 first_decides(lambda: lock.take(lost=guard.end))
             if writes and health.preflight.enabled:
@@ -76,11 +75,7 @@ def _look_before(config: RunConfig, world: World) -> None:
     if world.is_first:
         report.write(run_directory(config) / "preflight.json")
         if world.size > 1:
-            _to_terminal(report.status_line())
-
-
-def _to_terminal(text: str) -> None:
-    print(f"megarl: {text}", file=sys.stderr, flush=True)
+            terminal.say(report.status_line())
 
 
 def _judges_patience(config: RunConfig) -> float:
