@@ -21,8 +21,9 @@ class Prompt:
     """One row of a data set, ready to be generated from.
 
     `index` is the row's position in the data file after nothing but reading (before filters), so it
-    names the row for ever; `answer` is the reference; `solution` a worked solution where the data
-    set has one (supervised training needs it).
+    names the row for ever; `answer` is the reference, `alternatives` further references that count as
+    right; `solution` a worked solution where the data set has one (supervised training needs it);
+    `extra` the cells of `data.extra_columns` by their names there, None where a row has none.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Prompt:
     answer: str
     source: str = ""
     solution: str | None = None
+    alternatives: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
 

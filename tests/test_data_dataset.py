@@ -138,10 +138,22 @@ def test_several_references_numbers_and_templates_with_braces(tmp_path: Path) ->
         write_jsonl(tmp_path / "r.jsonl", rows), prompt_column="q", answer_column="a", template=r"{prompt} in \boxed{}"
     )
     assert loaded.prompts[0].answer == "0.01"
-    assert loaded.prompts[0].extra == {"alternatives": ("0.02",)}
+    assert loaded.prompts[0].alternatives == ("0.02",)
     assert Characters().decode(loaded.prompts[0].token_ids) == r"f{x} in \boxed{}"
     numbers = write_jsonl(tmp_path / "n.jsonl", [{"q": "a", "a": 7}, {"q": "b", "a": None}, {"q": "c", "a": 8}])
     assert [prompt.answer for prompt in load(numbers, prompt_column="q", answer_column="a").prompts] == ["7", "8"]
+
+
+def test_further_columns_are_carried_as_they_are(tmp_path: Path) -> None:
+    rows = [{"q": "x", "a": "1", "level": 3, "meta": {"tags": ["b", "a"]}}, {"q": "y", "a": "2", "level": 4}]
+    path, columns = write_jsonl(tmp_path / "r.jsonl", rows), {"prompt_column": "q", "answer_column": "a"}
+    loaded = load(path, extra_columns=["level", "meta.tags"], **columns)
+    assert [p.extra for p in loaded.prompts] == [
+        {"level": 3, "meta.tags": ["b", "a"]},
+        {"level": 4, "meta.tags": None},
+    ]
+    with pytest.raises(Refusal, match=r"data\.extra_columns=hint: must be among the columns .*: q, a, level, meta\."):
+        load(path, extra_columns=["level", "hint"], **columns)
 
 
 def test_system_message_and_row_bound(tmp_path: Path) -> None:

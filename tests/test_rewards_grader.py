@@ -72,7 +72,7 @@ def test_equivalent_answers_score_high_and_the_order_is_kept() -> None:
 
 
 def test_an_alternative_reference_counts_as_right() -> None:
-    prompt = Prompt(0, (1,), "q", "0.01", extra={"alternatives": ("0.02",)})
+    prompt = Prompt(0, (1,), "q", "0.01", alternatives=("0.02",))
     with Grader(settings("math")) as grader:
         graded = grader.grade([GradingItem.of(prompt, rf"\boxed{{{value}}}") for value in ("0.010", "2/100", "0.03")])
     assert [one.reward for one in graded] == [1.0, 1.0, 0.0]

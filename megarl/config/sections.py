@@ -170,6 +170,9 @@ class DataSettings(Settings):
     source_column: str | None = Field(
         default="data_source", description="Column that names the row's source, where there is one."
     )
+    extra_columns: tuple[str, ...] = Field(
+        default=(), description="Further columns that a reward function is handed, as they are; dots go into records."
+    )
     answer_pattern: str | None = Field(
         default=None,
         description="Regular expression with one group that picks the reference out of the answer column "

@@ -35,7 +35,7 @@ def load_prompts(
 
     The prompt column holds a question or a list of chat messages; the answer column a reference, or a
     list of equally right references, of which the first becomes `Prompt.answer` and the others
-    `Prompt.extra["alternatives"]`. Rows without prompt or answer, with a prompt of more than
+    `Prompt.alternatives`. Rows without prompt or answer, with a prompt of more than
     `max_prompt_tokens` (default `settings.max_prompt_tokens`), and where `need_solution` is set without
     a solution, are skipped and counted.
 
@@ -45,6 +45,7 @@ def load_prompts(
     paths = [(settings.prompt_column, "prompt_column"), (settings.answer_column, "answer_column")]
     if settings.solution_column is not None:
         paths.append((settings.solution_column, "solution_column"))
+    paths += [(column, "extra_columns") for column in settings.extra_columns]
     for column, setting in paths:
         _check_column(settings, table.features, column, setting)
     reader = _RowReader(settings, tokenizer, max_prompt_tokens or settings.max_prompt_tokens, need_solution)
@@ -107,7 +108,8 @@ class _RowReader:
             answer=answers[0],
             source="" if source is None else _text(_lookup(row, source)) or "",
             solution=solution,
-            extra={"alternatives": tuple(answers[1:])} if len(answers) > 1 else {},
+            alternatives=tuple(answers[1:]),
+            extra={column: _lookup(row, column) for column in self._settings.extra_columns},
         )
 
     def _answers(self, value: Any) -> list[str]:

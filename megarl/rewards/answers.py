@@ -24,7 +24,7 @@ class GradingItem:
     @classmethod
     def of(cls, prompt: Prompt, text: str) -> GradingItem:
         """The item for the response `text` to `prompt`, with all references the data set gives."""
-        return cls(text, prompt.answer, prompt.source, tuple(prompt.extra.get("alternatives", ())), prompt.text)
+        return cls(text, prompt.answer, prompt.source, prompt.alternatives, prompt.text)
 
     @property
     def references(self) -> tuple[str, ...]:
