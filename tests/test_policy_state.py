@@ -14,7 +14,7 @@ import numpy as np
 import parity
 import pytest
 
-from megarl.errors import Refusal
+from megarl.errors import Refusal, TrainingStopped
 from megarl.formats import checkpoint_folder
 
 SAVED_UNDER = {"tensor": 2}
@@ -266,6 +266,48 @@ def refusals(world: Any, cases: list[tuple[Path, Path, bool]]) -> list[str]:
             checkpoint.save(policy, cases[-1][1], 3, {}, optimizer=True, keep=1)
         except Refusal as refusal:
             said.append(str(refusal))
+        shutil.disk_usage = free
+    return said + without_trace(world, cases[0][0], cases[-1][1])
+
+
+def without_trace(world: Any, model: Path, root: Path) -> list[str]:
+    """What saving says after updates that did not move the weights, and where the moments are lost."""
+    from megarl.policy import checkpoint
+
+    said = []
+    config = parity.run_config(model)
+    first, second, third = made_batches(3)
+
+    def save(policy: Any, step: int) -> None:
+        try:
+            checkpoint.save(policy, root, step, {}, optimizer=True, keep=9)
+        except TrainingStopped as stopped:
+            said.append(str(stopped))
+
+    with parity.policy_of(config, world) as policy:
+        step = policy.optimizer.step_with_ready_grads
+        policy.optimizer.step_with_ready_grads = lambda: None
+        parity.update(policy, parity.grpo(config), first)
+        save(policy, 3)
+        policy.optimizer.step_with_ready_grads = step
+        parity.update(policy, parity.grpo(config), first)
+        save(policy, 4)
+        # Nothing that should have moved the weights has happened since.
+        save(policy, 5)
+        policy.optimizer.param_groups[0]["lr"] = 0.0
+        parity.update(policy, parity.grpo(config), second)
+        save(policy, 6)
+        policy.optimizer.step_with_ready_grads = lambda: None
+        parity.update(policy, parity.grpo(config), second)
+        parity.update(policy, parity.grpo(config), third)
+        save(policy, 7)
+        policy.optimizer.step_with_ready_grads = step
+        parity.update(policy, parity.grpo(config), third)
+        for adam in policy.optimizer.chained_optimizers:
+            for state in adam.optimizer.state.values():
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        save(policy, 8)
     return said
 
 
@@ -293,13 +335,23 @@ def test_checkpoints_of_other_models_damaged_or_without_moments_are_refused(fold
         (qwen2, flipped, False),
         (qwen2, dropped, True),
     ]
-    other, bare, bit, moments, full = parity.run_world("test_policy_state", "refusals", 1, cases)[0]
+    other, bare, bit, moments, full, *traceless = parity.run_world("test_policy_state", "refusals", 1, cases)[0]
     assert "of a model with family=qwen2: must be of the model in config.json, which has family=qwen3" in other
     assert "was saved without the optimizer's state" in bare
     assert re.search(r"but has other bytes in its file __\d_\d.distcp than were saved. Fix: copy it again", bit)
     assert "must give the optimizer the moments that were saved, and gave it {'exp_avg': '" in moments
     assert re.search(r"with 0.00 GB free: must have room for a checkpoint, 0.00 GB; nothing was written or rem", full)
-    assert sorted(path.name for path in dropped.iterdir()) == ["latest", "step_000001", "step_000002"]
+    start, since, zero = traceless
+    assert start.startswith(
+        "step_000003 was not saved: its weights are bit for bit those of the start of the run, after 1 "
+    )
+    assert since.startswith(
+        "step_000007 was not saved: its weights are bit for bit those of step_000006, after 2 update(s)"
+    )
+    assert zero.startswith("step_000008 was not saved: all of Adam's moments are zero after updates with a gradient")
+    kept = [f"step_{step:06d}" for step in (1, 2, 4, 5, 6)]
+    assert sorted(path.name for path in dropped.iterdir()) == ["latest", *kept]
+    assert (dropped / "latest").read_text() == "step_000006"
 
 
 def test_old_checkpoints_go_but_for_the_newest_and_every_so_many(root: Path):

@@ -3,7 +3,7 @@
 A checkpoint is written under another name and renamed, and `latest` is replaced atomically, so a run killed at any
 moment leaves the previous checkpoint whole. One that was damaged later, by a full disk, a copy that broke off or a bad
 disk, is known by its list of files with sizes and checksums; see `megarl.formats.checkpoint_folder`. That the optimizer
-has its moments again is known by a digest of them.
+has its weights and moments again is known by digests of them, and so is whether a save has anything new.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, checksums, megatron
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import first_decides, from_first, gather_all
-from megarl.policy import adam_state, moments
+from megarl.policy import adam_state
+from megarl.policy import digest as digests
 from megarl.policy.model import is_expert
 from megarl.policy.policy import Policy
 
@@ -36,9 +37,12 @@ def save(
 ) -> Path:
     """Save under `root/step_XXXXXX` and point `root/latest` at it; older ones go as in `checkpoint_folder.publish`.
 
-    Collective. Raises `Refusal` on all ranks, with nothing written, where the disk has no room for it.
+    Collective. With nothing written, raises on all ranks `Refusal` where the disk has no room for it, and
+    `TrainingStopped` where updates were made and have left no trace in it.
     """
     final = root / f"step_{step:06d}"
+    digest = digests.digest(policy.optimizer)
+    policy.movement.check(digest, final.name)
     partial = root / f"{final.name}.partial"
     if policy.world.is_first:
         # A save that was killed has taken room.
@@ -54,9 +58,9 @@ def save(
     writers._results_queue = writers._results_queue or queue.Queue()
     with _causes_named():
         dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
-    facts: dict[str, Any] = {"step": step, "optimizer": optimizer}
+    facts: dict[str, Any] = {"step": step, "optimizer": optimizer, "weights": digest.weights}
     if optimizer:
-        facts["moments"] = moments.digest(policy.optimizer)
+        facts["moments"] = digest.moments
     dist.barrier()
     names = from_first(checkpoint_folder.file_names(partial) if policy.world.is_first else [])
     mine = checksums.share(names, policy.world.rank, policy.world.size)
@@ -67,6 +71,7 @@ def save(
         checkpoint_folder.write_progress(partial, policy.shape, progress | facts, measured)
         checkpoint_folder.publish(partial, final, keep=keep, keep_every=keep_every)
     dist.barrier()
+    policy.movement.begin_from(digest, final.name)
     return final
 
 
@@ -74,7 +79,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     """Load weights, and with `optimizer` its state and schedule too; returns the saved progress. Collective.
 
     Raises `Damaged` where the checkpoint is not whole; `Refusal` where it is of another model, lacks the optimizer's
-    state, or where the optimizer's moments are not those that were saved.
+    state, or where the optimizer's weights or moments are not those that were saved.
     """
     progress = first_decides(lambda: _read_whole(directory))
     checkpoint_folder.check_model(directory, progress, policy.shape)
@@ -91,7 +96,9 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     if optimizer:
         policy.scheduler.load_state_dict(state["scheduler"])
         adam_state.load(policy.optimizer, state["optimizer"], policy.scheduler.num_steps)
-        _check_moments(directory, progress, moments.digest(policy.optimizer))
+        found = digests.digest(policy.optimizer)
+        _check_state(directory, progress, found)
+        policy.movement.begin_from(found, directory.name)
     else:
         policy.weights_changed()
     return progress
@@ -114,13 +121,15 @@ def _check_bytes(directory: Path, progress: dict[str, Any], world: World) -> Non
             raise checkpoint_folder.Damaged(directory, damage)
 
 
-def _check_moments(directory: Path, progress: dict[str, Any], found: dict[str, str]) -> None:
-    if progress["moments"] != found:
-        raise Refusal(
-            f"{directory} with moments {progress['moments']}",
-            f"must give the optimizer the moments that were saved, and gave it {found}",
-            "continue with the versions of megatron-core and megarl that saved it",
-        )
+def _check_state(directory: Path, progress: dict[str, Any], found: digests.Digest) -> None:
+    for name, got in found._asdict().items():
+        # Checkpoints of earlier versions have no digest of the weights.
+        if name in progress and progress[name] != got:
+            raise Refusal(
+                f"{directory} with {name} {progress[name]}",
+                f"must give the optimizer the {name} that were saved, and gave it {got}",
+                "continue with the versions of megatron-core and megarl that saved it",
+            )
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
 from megarl.policy.batch import Cut, MicroBatch, lay_out
+from megarl.policy.digest import Movement
 from megarl.policy.experts import Experts
 from megarl.policy.forward import ForwardArguments
 from megarl.policy.megatron_config import optimizer_config, transformer_config
@@ -104,6 +105,7 @@ class Policy:
         self.scheduler = _scheduler(config, self.optimizer, step_budget)
         self.weight_sets = WeightSets(p for chunk in self.chunks for p in chunk.parameters())
         self.residence = Residence(self.wrapped, self.optimizer)
+        self.movement = Movement(self.optimizer, config.optimizer.lr)
         self.forward_arguments = ForwardArguments(self.megatron_config, shape, self.chunks)
         self.experts: Experts | None = None
         if shape.is_moe:
@@ -120,6 +122,7 @@ class Policy:
     def weights_changed(self) -> None:
         """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
         self.optimizer.reload_model_params()
+        self.movement.forget()
 
     @contextmanager
     def using(self, weights: str | None) -> Iterator[None]:
@@ -173,6 +176,7 @@ class Policy:
             self.skipped_in_a_row += 1
         else:
             self.skipped_in_a_row = 0
+            self.movement.update_begins(grad_norm, lr)
             self._step(grad_norm)
         return replace(record, grad_norm=grad_norm, lr=lr, skipped=skipped)
 
