@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings, GrpoSettings, SftSettings
 from megarl.config.load import dump_config, load_config
 from megarl.config.schema import RunConfig
-from megarl.config.yaml_dialect import Dumper, Loader
+from megarl.config.written import parse, settled
+from megarl.config.yaml_dialect import Dumper
 from megarl.errors import Refusal
 
 
@@ -58,8 +60,8 @@ def test_resolved_file_loads_to_an_equal_configuration(tmp_path: Path, run_file:
         run_file,
         [
             "optimizer.lr=1e-6",
-            "data.template='{prompt}\\n= 1e-6'",
-            "data.answer_pattern='####\\s*(.+)'",
+            'data.template={prompt}\n= 1e-6 # "so',
+            r"data.answer_pattern=####\s*(.+)",
             "megatron.recompute_granularity=full",
             "vllm.note='1e-5'",
             "rollout.stop_token_ids=[1, 2]",
@@ -125,8 +127,7 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
         ),
         (
             "steps=x",
-            "steps=x: must be a valid integer, unable to parse string as an integer. "
-            "Fix: give steps such a value (Steps of the run).",
+            "steps=x: must be a plain decimal number. Fix: give steps such a value (Steps of the run).",
         ),
         (
             "rollout.temperature=0",
@@ -135,7 +136,6 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
         ),
         ("precision=bf61", "precision=bf61: must be 'fp32' or 'bf16'. Fix: use precision=bf16."),
         ("model=3", "model=3: must be a table of keys. Fix: write the keys of model indented below it."),
-        ("name=7", 'name=7: must be text. Fix: write it in quotes, "7".'),
         (
             "name=a/b",
             "name=a/b: must be letters, digits, '.', '_' or '-', and begin with a letter or digit. "
@@ -150,7 +150,8 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
         (
             "steps=[",
             "the value of 'steps=[': must be valid YAML (expected the node content, but found '<stream end>' "
-            "at line 1, column 2). Fix: correct the text there.",
+            "at line 1, column 2). Fix: correct it there; a text that begins with a sign or has ': ' or ' #' in it "
+            "goes in quotes.",
         ),
         (
             "algorithm.name=gpro",
@@ -185,7 +186,22 @@ def test_refused_files(tmp_path: Path, run_file: Path) -> None:
         ("- a\n", "must be a table of keys"),
         ("name: x\nname: y\n", "must be valid YAML (key name is given twice at line 2, column 1)"),
         ("name: [x\n", "must be valid YAML (expected ',' or ']', but got '<stream end>' at line 2, column 1)"),
-        ("name: !!python/object:os.system x\n", "must be valid YAML (could not determine a constructor"),
+        (
+            "name: !!python/object:os.system x\n",
+            "must be valid YAML (tag:yaml.org,2002:python/object:os.system is a tag",
+        ),
+        ("name: &x y\n", "must be valid YAML (&x names a value, as a text in quotes would not at line 1, column 7)"),
+        ("name: *x\n", "must be valid YAML (found undefined alias 'x' at line 1, column 7)"),
+        ("name: x\n---\nsteps: 3\n", "must be valid YAML (but found another document at line 2, column 1)"),
+        ("name:\tx\n", "must be valid YAML (found character '\\t' that cannot start any token"),
+        ("? [a]\n: b\n", "must be valid YAML (a key must be a text at line 1, column 3)"),
+        ("name: a\0b\n", "must be valid YAML (U+0000 is no character of a text at character 8)"),
+        ("[" * 3000, "must be valid YAML (tables and lists are nested too deeply)"),
+        (
+            "a: &a [x]\n"
+            + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}' if i else '*a'] * 9)}]\n" for i in range(9)),
+            "must be valid YAML (there are more than 100000 values)",
+        ),
     ]:
         file.write_text(text)
         assert refusal(file).startswith(f"{file}: {rule}"), text
@@ -195,20 +211,126 @@ def test_refused_files(tmp_path: Path, run_file: Path) -> None:
     assert refusal(file) == "name: must be given. Fix: set name (Name of the run: it lives in runs/<name>/)."
 
 
-def test_yaml_dialect() -> None:
-    read = yaml.load("[1e-6, 1.5E3, .5, on, no, true, 2024-01-02, '1e-6', 007, ~]", Loader)
-    assert read == [1e-6, 1500.0, 0.5, "on", "no", True, "2024-01-02", "1e-6", 7, None]
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Solve it. # think step by step", "007", "7", "0x1F", "1_000", "1:30", "1e3", ".inf", "2024-01-02", "yes",
+        "no", "true", "~", "NULL", "=", "<<", "*bold*", "&c", "!important", "a: b", "- x", "[draft]", "{prompt} x",
+        "@x", "`x`", " blanks kept ", "tab\there", "two\nlines", "'tis", '"a" or "b"', "#", "%", "|", "x=y",
+    ],
+)  # fmt: skip
+def test_a_text_setting_is_the_text_of_its_override(run_file: Path, text: str) -> None:
+    assert load_config(run_file, [f"data.system={text}"]).data.system == text
+
+
+@pytest.mark.parametrize(
+    "text", ["007", "7", "0x1F", "1_000", "1:30", "1e3", ".inf", "2024-01-02", "yes", "true", "=", "<<", "a#b", "x=y"]
+)
+def test_a_text_setting_is_the_text_in_the_file(run_file: Path, text: str) -> None:
+    assert load_config(with_data(run_file, f"system: {text}")).data.system == text
+
+
+def test_numbers_switches_and_nothing_as_they_are_written(run_file: Path) -> None:
+    config = load_config(
+        run_file, ["steps=1e3", "optimizer.lr=+.5e-3", "seed=0", "data.shuffle=false", "optimizer.betas=[0, 1e-2]"]
+    )
+    assert (config.steps, config.optimizer.lr, config.seed, config.data.shuffle) == (1000, 5e-4, 0, False)
+    assert config.optimizer.betas == (0.0, 0.01)
+    table = load_config(run_file, ["vllm={a: 1e-6, b: on-x, c: 12, d: true, e: null, f: '007', g: [1, x]}"]).vllm
+    assert table == {"a": 1e-6, "b": "on-x", "c": 12, "d": True, "e": None, "f": "007", "g": [1, "x"]}
+
+
+#: Overrides, and what is said of what YAML would have made of them.
+NOT_WHAT_WAS_WRITTEN = [
+    ("seed=010", "seed=010: must be a plain decimal number, and YAML reads 010 as 8. "
+     "Fix: write decimal digits, without zeros in front, '_' or ':'."),
+    ("steps=1:30", "must be a plain decimal number, and YAML reads 1:30 as 90"),
+    ("steps=0x1F", "YAML reads 0x1F as 31"),
+    ("steps=0b11", "YAML reads 0b11 as 3"),
+    ("steps=1_000", "YAML reads 1_000 as 1000"),
+    ("optimizer.lr=1:30.5", "YAML reads 1:30.5 as 90.5"),
+    ("optimizer.lr=.inf", "YAML reads .inf as inf"),
+    ("optimizer.lr=1e999", "is beyond what 64 bits hold"),
+    ("steps=" + "9" * 5000, "must be a plain decimal number"),
+    ("steps=9223372036854775808", "is beyond what 64 bits hold"),
+    ("steps=2.5", "must be a valid integer, got a number with a fractional part"),
+    ("steps=1,000", "must be a plain decimal number"),
+    ("steps=٣", "must be a plain decimal number"),
+    ("steps=true", "must be a plain decimal number, and YAML reads true as true"),
+    ("steps='5'", 'steps="5": must be a plain decimal number, and is a text, in quotes. Fix: leave out the quotes.'),
+    ("steps=5 # as agreed", "has a comment, which YAML leaves out"),
+    ("steps=2024-01-02", "YAML reads 2024-01-02 as 2024-01-02"),
+    ("data.shuffle=no", "must be true or false, and YAML reads no as false. Fix: write true or false."),
+    ("data.shuffle=1", "must be true or false, and YAML reads 1 as 1"),
+    ("vllm.x=010", "vllm.x=010: may be a text, and is 8 to YAML"),
+    ("vllm.x=~", "vllm.x=~: is null to YAML"),
+    ("vllm.x=on", "vllm.x=on: may be a text, and is true to YAML"),
+    ("vllm={x: 1:30}", "vllm.x=1:30: may be a text, and is 90 to YAML"),
+    ("data.system=", "data.system=: is empty. Fix: give data.system a text (System message for the chat template)"),
+    ("data.system='a b'", "data.system='a b': is taken as it stands, and would keep its quotes"),
+    ('data.system="a\\n\\"b"', "would keep its quotes"),
+    ("data.system=a\0b", r"data.system=a\0b: has characters that are in no text"),
+    ("data.system=\udcff", r"data.system=\udcff: has characters that are in no text"),
+    ("name=null", "name=null: must be text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "said"), NOT_WHAT_WAS_WRITTEN, ids=[one[:30] for one, _ in NOT_WHAT_WAS_WRITTEN])
+def test_what_yaml_would_have_made_of_it_is_said(run_file: Path, override: str, said: str) -> None:
+    assert said in refusal(run_file, override)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("system: Solve it. # think", "data.system=Solve it.: is a text followed by #, of which YAML makes a comment. "
+         "Fix: put the text in quotes, with what belongs to it, or the comment on a line of its own."),
+        (r"answer_pattern: #### (.+)", "data.answer_pattern: is empty, since what follows # is a comment to YAML"),
+        ("template: {prompt}", "must be text"),
+        ("system: ~", "data.system=~: is null to YAML"),
+        ("system: [a, b]", "data.system=['a', 'b']: must be text"),
+        ("max_rows: '5'", 'data.max_rows="5": must be a plain decimal number, and is a text'),
+        ("max_rows: 0o17", "data.max_rows=0o17: must be a plain decimal number"),
+    ],
+)  # fmt: skip
+def test_what_a_file_would_lose_is_refused(run_file: Path, lines: str, said: str) -> None:
+    assert said in refusal(with_data(run_file, lines))
+
+
+def test_what_a_file_says_is_kept(run_file: Path) -> None:
+    """A comment may follow a number, a switch, one of some words, and a text in quotes."""
+    lines = (
+        "max_rows: 5  # few\n  shuffle: false  # in order\n  subset:   # none\n  system: 'Solve it. # think'  # said\n"
+        "  template: |\n    {prompt} # not cut\n  split: 007"
+    )
+    with pytest.raises(Refusal, match=r"data\.subset: is empty"):
+        load_config(with_data(run_file, lines))
+    config = load_config(with_data(run_file, lines.replace("   # none", "")), ["resume=auto"])
+    assert (config.data.max_rows, config.data.shuffle, config.data.subset) == (5, False, None)
+    assert (config.data.system, config.data.template) == ("Solve it. # think", "{prompt} # not cut\n")
+    assert config.data.split == "007"
+
+
+def with_data(run_file: Path, lines: str) -> Path:
+    """The run with further lines in its `data` section."""
+    changed = run_file.with_name("changed.yaml")
+    changed.write_text(run_file.read_text().replace("data:\n", f"data:\n  {lines}\n"))
+    return changed
 
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers(1 - 2**63, 2**63 - 1)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
         max_leaves=10,
     )
 )
 def test_yaml_dialect_round_trip(value: object) -> None:
-    assert yaml.load(yaml.dump(value, Dumper=Dumper, allow_unicode=True), Loader) == value
+    assert settled(parse(yaml.dump({"x": value}, Dumper=Dumper, allow_unicode=True), "x"), Any) == {"x": value}
 
 
 def test_unknown_key_of_an_optional_record_is_explained(run_file: Path) -> None:

@@ -61,8 +61,6 @@ JUDGE = "reward.kind=judge reward.judge.url=http://host:8000/v1 reward.judge.mod
     ],
 )
 def test_refused(run_file: Path, overrides: str, message: str) -> None:
-    # A template is quoted: braces alone are a YAML table.
-    overrides = overrides.replace("={question}", "='{question}'")
     refusals = broken_rules(load_config(run_file, overrides.split()))
     assert [str(each) for each in refusals] == message.split("\n")
 
@@ -72,7 +70,7 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
     [
         "reward.kind=f1 reward.graded=response",
         JUDGE + "reward.judge.max_cost_per_step=2 reward.judge.output_price=10 reward.judge.temperature=null",
-        JUDGE + "reward.judge.extra.structured_outputs.regex=Score:[0-9] reward.judge.template='{response}?'",
+        JUDGE + "reward.judge.extra.structured_outputs.regex=Score:[0-9] reward.judge.template={response}?",
         JUDGE.replace("http://host:8000/v1", "https://[::1]:8000"),
     ],
 )

@@ -43,7 +43,7 @@ printf '%s\\n' "$@"
         (
             "data.system='be brief, please','take your time'",
             "data.system",
-            ["'be brief, please'", "'take your time'"],
+            ["be brief, please", "take your time"],
             ["systembe-brief-please", "systemtake-your-time"],
         ),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megarl.cli.start import AsJson, ConfigPath, Overrides, answer_stops, prepare, reserved_stdout, run, show
@@ -23,7 +22,7 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
     settings_given = [text for text in given if not text.startswith(_CHECKPOINT)]
     if checkpoint is not None and load_config(config, settings_given).evaluation.consumer != "initial":
         # Known before the rules are checked: model.path then needs no weights, which else are the consumer's.
-        settings_given.append(f"model.weights={json.dumps(checkpoint)}")
+        settings_given.append(f"model.weights={checkpoint}")
     settings = prepare(config, settings_given)
     answer_stops(settings.health.notice)
     with reserved_stdout(as_json) as stream:

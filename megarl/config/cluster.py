@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from megarl.config.base import Settings
-from megarl.config.explain import explain
-from megarl.config.load import read_table
+from megarl.config.load import read_table, record_of
+from megarl.config.yaml_dialect import Plain
 from megarl.errors import Refusal
 
 GIB = 1 << 30
@@ -65,8 +65,5 @@ def read_cluster(name: str, gpu_memory_gib: float | None = None) -> Cluster:
             )
     table = read_table(path, needed=", ".join(Cluster.model_fields))
     if gpu_memory_gib is not None:
-        table["gpu_memory_gib"] = gpu_memory_gib
-    try:
-        return Cluster.model_validate(table)
-    except ValidationError as error:
-        raise explain(error, Cluster) from None
+        table["gpu_memory_gib"] = Plain(repr(gpu_memory_gib))
+    return record_of(table, Cluster)

@@ -2,22 +2,25 @@
 
 A file may name one base (`base: other.yaml`, relative to the file); its own keys win over the base's,
 table by table. An override replaces the value at its path. Relative paths inside a configuration mean
-the working directory.
+the working directory. What a value's text means is said in `megarl.config.written`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megarl.config.explain import explain
 from megarl.config.schema import RunConfig
-from megarl.config.yaml_dialect import Dumper, Loader
+from megarl.config.written import Given, opened, parse, settled, text_of
+from megarl.config.yaml_dialect import Dumper, Plain
 from megarl.errors import Refusal
+
+Record = TypeVar("Record", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -29,10 +32,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     table = _read_with_base(Path(path))
     for override in overrides:
         _apply_override(table, override)
+    return record_of(table, RunConfig)
+
+
+def record_of(table: dict[str, Any], record: type[Record]) -> Record:
+    """The record that a table means, as `read_table` reads it. Raises `Refusal`."""
     try:
-        return RunConfig.model_validate(table)
+        return record.model_validate(settled(table, record))
     except ValidationError as error:
-        raise explain(error, RunConfig) from None
+        raise explain(error, record) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -45,7 +53,7 @@ def _read_with_base(path: Path) -> dict[str, Any]:
     table = read_table(path)
     if "base" not in table:
         return table
-    base = table.pop("base")
+    base = settled(table.pop("base"), str, ("base",))
     if not isinstance(base, str):
         raise Refusal(
             f"base={base!r} in {path}", "must be the path of one YAML file", "name a single file, relative to this one"
@@ -74,22 +82,12 @@ def read_table(path: Path, needed: str = "name, steps, model, algorithm and data
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(str(path), f"cannot be read as text ({error})", "give the path of a YAML file") from None
-    table = _parse(text, str(path))
+    table = parse(text, str(path))
     if table is None:
         raise Refusal(str(path), "is empty", f"write at least {needed}")
     if not isinstance(table, dict):
         raise Refusal(str(path), "must be a table of keys", "write one `key: value` per line")
     return table
-
-
-def _parse(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "unreadable"
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise Refusal(origin, f"must be valid YAML ({problem}{place})", "correct the text there") from None
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -100,25 +98,30 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name")):
-            value = _merge(old, value)
+        if isinstance(old, dict) and isinstance(value, dict):
+            name = text_of(value.get("name"))
+            if name is None or name == text_of(old.get("name")):
+                value = _merge(old, value)
         merged[key] = value
     return merged
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in place; the value is YAML (`[1, 2]`, `null`, `{name: sft}`)."""
+    """Set one `key.path=value` in place; what the value means is known with the setting's type."""
     path, separator, text = override.partition("=")
     parts = path.split(".")
     if not separator or not all(parts):
         raise Refusal(f"argument {override!r}", "must have the form key.path=value", "for example optimizer.lr=1e-5")
-    value = _parse(text, f"the value of {override!r}")
     for depth, part in enumerate(parts[:-1], start=1):
         child = table.setdefault(part, {})
-        if part == "algorithm" and depth == 1 and isinstance(child, str):
+        if isinstance(child, Given):
+            child = table[part] = opened(child)
+        if part == "algorithm" and depth == 1 and isinstance(child, Plain | str):
             child = table[part] = {"name": child}
         if not isinstance(child, dict):
             parent = ".".join(parts[:depth])
-            raise Refusal(f"argument {override!r}", f"{parent} is {child!r} and not a table", f"set {parent} itself")
+            raise Refusal(
+                f"argument {override!r}", f"{parent} is {text_of(child)} and not a table", f"set {parent} itself"
+            )
         table = child
-    table[parts[-1]] = value
+    table[parts[-1]] = Given(text, override)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import yaml
 
-from megarl.config.yaml_dialect import Loader
 from megarl.errors import Refusal
 
 #: Most tasks of an array that is asked for; Slurm's own limit (MaxArraySize) is 1,000 unless the cluster raises it.
@@ -59,16 +58,23 @@ def _items(value: str, listed: str) -> list[str]:
     """The list's items as they were written; YAML's own parser knows which commas are inside brackets or quotes."""
     text = f"[{listed}]"
     try:
-        node = yaml.compose(text, Loader)
+        node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError:
         # Its reason would speak of brackets that are not the user's.
         node = None
     if not isinstance(node, yaml.SequenceNode):
         raise Refusal(value, "must be a list of YAML values", _FORM)
-    items = [text[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+    items = [_written(text, item) for item in node.value]
     if not all(items):
         raise Refusal(value, "has an empty value", _FORM)
     return items
+
+
+def _written(text: str, item: yaml.Node) -> str:
+    """An item as an override has it: without the quotes that keep its commas and brackets together."""
+    if isinstance(item, yaml.ScalarNode) and item.style is not None:
+        return item.value
+    return text[item.start_mark.index : item.end_mark.index].strip()
 
 
 def _range(value: str, item: str) -> list[str]:

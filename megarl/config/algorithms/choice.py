@@ -30,14 +30,14 @@ def algorithm_settings(value: Any) -> AlgorithmSettings:
             "must be a table with a name",
             f"set algorithm.name to {names} or package.module:Class",
         )
-    record = _settings_class(value["name"])
+    record = settings_class(value["name"])
     try:
         return record.model_validate(dict(value))
     except ValidationError as error:
         raise explain(error, record, prefix="algorithm") from None
 
 
-def _settings_class(name: str) -> type[AlgorithmSettings]:
+def settings_class(name: str) -> type[AlgorithmSettings]:
     """The settings record of a built-in algorithm, or of a class named by its import path."""
     if name in ALGORITHM_SETTINGS:
         return ALGORITHM_SETTINGS[name]
@@ -48,10 +48,10 @@ def _settings_class(name: str) -> type[AlgorithmSettings]:
         raise Refusal(value, "is not an algorithm", f"use one of {known}, or an import path package.module:Class")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise Refusal(
-            value, f"cannot be imported ({error})", "put the module on PYTHONPATH and name its class"
-        ) from None
+    except Exception as error:  # the module is the user's, and may raise whatever there is
+        said = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        fix = "put the module on PYTHONPATH and name its class"
+        raise Refusal(value, f"cannot be imported ({said})", fix) from None
     record = getattr(found, "Settings", None)
     if not (isinstance(record, type) and issubclass(record, AlgorithmSettings)):
         rule = "must name a class with an attribute Settings derived from megarl.config.algorithms.AlgorithmSettings"
