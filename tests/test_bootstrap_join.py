@@ -78,10 +78,46 @@ def test_the_place_is_what_the_launcher_says(environment: dict[str, str], place:
         ("gpu01", ["gpu01"]),
         ("gpu[07-09,12],x1", ["gpu07", "gpu08", "gpu09", "gpu12", "x1"]),
         ("a[9-11]-ib,b[1,003]", ["a9-ib", "a10-ib", "a11-ib", "b1", "b003"]),
+        ("rack[1-2]node[1-3]", ["rack1node1", "rack1node2", "rack1node3", "rack2node1", "rack2node2", "rack2node3"]),
+        ("r[1-2]n[08,10]x,y", ["r1n08x", "r1n10x", "r2n08x", "r2n10x", "y"]),
     ],
 )
 def test_node_lists_of_slurm_are_expanded(nodelist: str, hosts: list[str]) -> None:
     assert expand_hosts(nodelist) == hosts
+
+
+@pytest.mark.parametrize("nodelist", ["gpu[1-", "gpu[a-b]", "gpu]1[", "a b", "gpu[]", "gpu[1-2-3]"])
+def test_what_is_no_node_list_is_refused(nodelist: str) -> None:
+    with pytest.raises(Refusal, match=r"of Slurm: must be host names with numbers in brackets"):
+        expand_hosts(nodelist)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"RANK": "abc", "WORLD_SIZE": "2"},
+            "RANK=abc in the environment: must be a whole number, as a launcher sets it. "
+            "Fix: unset RANK, or start by torchrun, srun or mpirun, which set it right.",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2 "}, "WORLD_SIZE=2  in the environment: must be a whole number"),
+        ({"RANK": "abc"}, "RANK=abc in the environment, without WORLD_SIZE: must come with the number of processes"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": "2"},
+            "OMPI_COMM_WORLD_RANK= in the environment: must be",
+        ),
+        ({"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=x in the environment: must be a whole"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2"},
+            "rank 2 of 2 processes, local rank 0: must be a place that a launcher gives",
+        ),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank -1 of 2 processes, local rank 0: must be a place"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_named(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        find_place(environment)
+    assert str(caught.value).startswith(message)
 
 
 def test_mpi_is_not_touched_where_no_mpi_launcher_started_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

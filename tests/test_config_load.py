@@ -142,6 +142,11 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
             "Fix: give name such a value (Name of the run: it lives in runs/<name>/).",
         ),
         (
+            "name=" + "n" * 300,
+            f"name={'n' * 100}... (300 characters): must have at most 200 characters, and has 300. "
+            "Fix: give name such a value (Name of the run: it lives in runs/<name>/).",
+        ),
+        (
             "data.path=null",
             "data.path=null: must be text. Fix: give data.path a text (Hub name, or a .parquet, .jsonl or .json file).",
         ),

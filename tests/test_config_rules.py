@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,30 @@ REFUSED: list[tuple[str, str]] = [
         "resume=must: needs a checkpoint in runs/case/checkpoints. "
         "Fix: use resume=auto to start a new run where there is none.",
     ),
+    (
+        "rollout.top_p=0.5 algorithm.importance_cap=2",
+        "rollout.top_p=0.5: samples from another distribution than the policy's, whose log-probs algorithm.name=grpo "
+        "trains on: gradients and importance weights would be biased. Fix: remove it; evaluation.top_p is free.",
+    ),
+    (
+        "algorithm=nft rollout.top_k=50",
+        "rollout.top_k=50: samples from another distribution than the policy's, whose log-probs algorithm.name=nft "
+        "trains on: gradients and importance weights would be biased. Fix: remove it.",
+    ),
+    (
+        "vllm.logits_processors=[m:C]",
+        "vllm.logits_processors: is set by megarl. Fix: remove it; training depends on megarl's value.",
+    ),
+    (
+        "vllm.override_generation_config={top_p: 0.5}",
+        "vllm.override_generation_config: is set by megarl. "
+        "Fix: set temperature, top_p and max_tokens of rollout and evaluation.",
+    ),
+    (
+        "rollout.stop_token_ids=[299,300,-1]",
+        "rollout.stop_token_ids=[299, 300, -1]: must be tokens of the model's vocabulary, 0 to 299. "
+        "Fix: remove 300 or -1.",
+    ),
     ("rollout.top_k=0", "rollout.top_k=0: must be -1 or at least 1. Fix: use -1 to sample from all tokens."),
     (
         "evaluation.samples=4",
@@ -223,7 +248,7 @@ REFUSED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[overrides for overrides, _ in REFUSED])
 def test_refused(run_file: Path, overrides: str, message: str) -> None:
-    config = load_config(run_file, overrides.split())
+    config = load_config(run_file, re.split(r" (?=[a-z_.]+=)", overrides))
     with pytest.raises(Refusal) as caught:
         check(config)
     assert str(caught.value) == message
@@ -244,6 +269,9 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "algorithm=sft data.solution_column=solution rollout.group_size=1",
         "algorithm.aggregation=constant algorithm.aggregation_constant=64 algorithm.overlong_buffer=63",
         "rollout.group_size=1 algorithm.singleton_advantage=reward",
+        "algorithm=exp_dpo data.max_prompt_tokens=8 algorithm.explanation.max_prompt_tokens=64 rollout.top_p=0.9",
+        "algorithm=sft data.solution_column=solution rollout.top_p=0.9",
+        "evaluation.top_p=0.7 evaluation.temperature=1",
         "reward.low=-1 reward.kind=mine.rewards:grade",
         "optimizer.lr=1e-3 optimizer.min_lr=1e-3",
         "resume=auto",
@@ -316,6 +344,39 @@ def test_broken_checkpoints(run_file: Path) -> None:
     assert message() == (
         "model/model.safetensors.index.json: must be JSON with a weight_map. Fix: copy the checkpoint again."
     )
+
+
+def test_an_adapter_is_no_model(run_file: Path) -> None:
+    folder = Path("adapter")
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(Path("model/model.safetensors").read_bytes())
+    config = load_config(run_file, ["model.path=adapter"])
+    said = (
+        "model.path=adapter: is an adapter (adapter_config.json), not a whole model. Fix: merge it into its base model"
+    )
+    for beside in (None, "config.json"):
+        if beside is not None:
+            (folder / beside).write_bytes((Path("model") / beside).read_bytes())
+        with pytest.raises(Refusal) as caught:
+            check(config)
+        assert str(caught.value).startswith(said)
+    # A whole model that was trained with one keeps its notes.
+    (folder / "model.safetensors").write_bytes(Path("model/model.safetensors").read_bytes())
+    check(config)
+
+
+def test_a_folder_is_no_package(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that wandb writes to, beside the run, and a module that hides an installed package."""
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("wandb").mkdir()
+    config = load_config(run_file, ["logging.wandb=project", "logging.tensorboard=false"])
+    assert [str(each) for each in broken_rules(config)] == [REFUSED[0][1]]
+    Path("tensorboard.py").write_text("")
+    assert [str(each) for each in broken_rules(load_config(run_file))] == [
+        f"logging.tensorboard=true: needs the package tensorboard, which {Path.cwd()}/tensorboard.py hides. "
+        "Fix: rename that file, or set logging.tensorboard=false."
+    ]
 
 
 def test_empty_data_file(run_file: Path) -> None:

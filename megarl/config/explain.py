@@ -27,7 +27,7 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     if details["type"] == "missing":
         return Refusal(key, "must be given", f"set {key}{description}")
     value = details["input"]
-    shown = f"{key}={_yaml(value)}"
+    shown = f"{key}={_shortened(_yaml(value))}"
     rule = details["msg"].replace("Input should be", "must be").replace("Value error, ", "")
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return Refusal(shown, "must be a table of keys", f"write the keys of {key} indented below it")
@@ -38,6 +38,8 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
         return Refusal(shown, rule, _nearest_literal(key, str(value), details.get("ctx", {})["expected"]))
     if details["type"] == "string_pattern_mismatch":
         rule = "must be letters, digits, '.', '_' or '-', and begin with a letter or digit"
+    if details["type"] == "string_too_long":
+        rule = f"must have at most {details['ctx']['max_length']} characters, and has {len(value)}"
     return Refusal(shown, rule[:1].lower() + rule[1:], f"give {key} such a value{description}")
 
 
@@ -46,6 +48,11 @@ def _yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return value if isinstance(value, str) else repr(value)
+
+
+def _shortened(text: str) -> str:
+    """A value as a message can hold it."""
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _description(record: type[BaseModel], path: list[str]) -> str:

@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 
 from megarl.config import files, layout_rules, vendor_fields
 from megarl.config.grid import padded_length, sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import JudgeSettings, RewardSettings
-from megarl.config.wording import divisors
+from megarl.config.wording import divisors, listed
 from megarl.errors import Refusal
 
 #: Fields of a chat-completions request that the judge's client fills, and what to do instead of giving them.
@@ -60,11 +61,12 @@ def broken_setting_rules(
             "leave parallel.processes out under a launcher, or start that many",
         )
     yield from layout_rules.of_grid(config, world)
+    yield from files.adapter_refusals(Path(config.model.path))
     shape = shape or read_model_shape(config.model.path)
     yield from layout_rules.of_model(config, shape)
     yield from chain(_lengths(config, shape), _batch(config, world))
     yield from chain(
-        config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config), _texts(config)
+        config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
     yield from _consumer(config)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
@@ -181,10 +183,27 @@ def _schedule(config: RunConfig) -> Iterator[Refusal]:
         yield Refusal(f"resume={config.resume}", rule, "set checkpoint.every")
 
 
-def _sampling(config: RunConfig) -> Iterator[Refusal]:
+def _sampling(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     rollout, evaluation = config.rollout, config.evaluation
     if rollout.top_k < 1 and rollout.top_k != -1:
         yield Refusal(f"rollout.top_k={rollout.top_k}", "must be -1 or at least 1", "use -1 to sample from all tokens")
+    elif config.algorithm.generates and config.algorithm.draws_from_policy:
+        truncated = {"top_p": rollout.top_p if rollout.top_p < 1 else None, "top_k": max(rollout.top_k, 0) or None}
+        for name, value in truncated.items():
+            if value is not None:
+                yield Refusal(
+                    f"rollout.{name}={value:g}",
+                    f"samples from another distribution than the policy's, whose log-probs algorithm.name="
+                    f"{config.algorithm.name} trains on: gradients and importance weights would be biased",
+                    f"remove it; evaluation.{name} is free" if name == "top_p" else "remove it",
+                )
+    beyond = [token for token in rollout.stop_token_ids if not 0 <= token < shape.vocab_size]
+    if beyond:
+        yield Refusal(
+            f"rollout.stop_token_ids={list(rollout.stop_token_ids)}",
+            f"must be tokens of the model's vocabulary, 0 to {shape.vocab_size - 1}",
+            f"remove {listed(beyond)}",
+        )
     if evaluation.samples > 1 and evaluation.temperature == 0:
         yield Refusal(
             f"evaluation.samples={evaluation.samples}",
@@ -205,12 +224,24 @@ def _consumer(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _packages(config: RunConfig) -> Iterator[Refusal]:
-    if config.logging.wandb is not None and find_spec("wandb") is None:
-        yield Refusal(
-            f"logging.wandb={config.logging.wandb}",
-            "needs the package wandb, which is not installed",
-            "install it (pip install wandb), or leave logging.wandb out",
-        )
+    wanted = {"wandb": config.logging.wandb, "tensorboard": True if config.logging.tensorboard else None}
+    for package, value in wanted.items():
+        if value is None:
+            continue
+        without = f"leave logging.{package} out" if package == "wandb" else f"set logging.{package}=false"
+        shown = f"logging.{package}={str(value) if value is not True else 'true'}"
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            # A folder of that name, such as the one that wandb writes to, can be imported too, and has nothing in it.
+            yield Refusal(
+                shown,
+                f"needs the package {package}, which is not installed",
+                f"install it (pip install {package}), or {without}",
+            )
+        elif Path(spec.origin) in (Path.cwd() / f"{package}.py", Path.cwd() / package / "__init__.py"):
+            yield Refusal(
+                shown, f"needs the package {package}, which {spec.origin} hides", f"rename that file, or {without}"
+            )
 
 
 def _texts(config: RunConfig) -> Iterator[Refusal]:

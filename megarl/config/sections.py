@@ -375,7 +375,12 @@ class WeightsSettings(Settings):
 class RunSettings(Settings):
     """All of a run but its algorithm, whose own rules may ask for the rest."""
 
-    name: str = Field(description="Name of the run: it lives in runs/<name>/.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        # File systems allow 255 bytes; arrays and temporary files add to it.
+        description="Name of the run: it lives in runs/<name>/.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+    )
     runs_dir: str = Field(default="runs", description="Folder of all runs.")
     seed: NonNegativeInt = Field(default=1234, description="Seed of everything drawn.")
     steps: NonNegativeInt = Field(description="Steps of the run.")

@@ -83,9 +83,11 @@ OWNED: dict[str, dict[str, str]] = {
             (
                 "quantization", "hf_overrides", "skip_tokenizer_init", "load_format", "enable_sleep_mode",
                 "logprobs_mode", "generation_config", "enable_return_routed_experts", "aux_output_config",
+                "logits_processors",
             ),
             _FIXED,
         ),
+        "override_generation_config": "set temperature, top_p and max_tokens of rollout and evaluation",
         **dict.fromkeys(
             (
                 "distributed_executor_backend", "pipeline_parallel_size", "data_parallel_size", "data_parallel_rank",

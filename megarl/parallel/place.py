@@ -8,6 +8,7 @@ that Slurm's PMIx started may take each process for the only one of its host.
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import re
 import socket
 from collections.abc import Mapping
@@ -40,13 +41,48 @@ class Place:
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
     """Read a launcher's variables; None where no launcher started this process. Starts nothing, MPI neither."""
+    place = _read_place(environment)
+    if place is not None and not (place.size >= 1 and 0 <= place.rank < place.size and place.local_rank >= 0):
+        raise Refusal(
+            f"rank {place.rank} of {place.size} processes, local rank {place.local_rank}",
+            "must be a place that a launcher gives: ranks count from 0 up to the number of processes",
+            f"correct what sets the environment ({', '.join(_given(environment))}), or start by a launcher",
+        )
+    return place
+
+
+#: Variables that say a process's place, of which some are enough.
+_PLACES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
+)  # fmt: skip
+
+
+def _given(environment: Mapping[str, str]) -> list[str]:
+    return [f"{name}={environment[name]}" for name in _PLACES if name in environment]
+
+
+def _read_place(environment: Mapping[str, str]) -> Place | None:
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
 
     def number(name: str, default: str = "0") -> int:
-        return int(environment.get(name, default))
+        text = environment.get(name, default)
+        if re.fullmatch(r"-?[0-9]{1,9}", text) is None:
+            raise Refusal(
+                f"{name}={text} in the environment",
+                "must be a whole number, as a launcher sets it",
+                f"unset {name}, or start by torchrun, srun or mpirun, which set it right",
+            )
+        return int(text)
 
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Place(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), address, port)
+    if "RANK" in environment:
+        raise Refusal(
+            f"RANK={environment['RANK']} in the environment, without WORLD_SIZE",
+            "must come with the number of processes",
+            "unset RANK for a run of this process alone, or start by a launcher, which sets both",
+        )
     hosts = slurm_hosts(environment)
     guessed = bool(hosts) and not address
     if hosts:
@@ -75,15 +111,38 @@ def slurm_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def expand_hosts(nodelist: str) -> list[str]:
-    """The hosts of a Slurm node list: `gpu[07-09,12],x1` -> gpu07, gpu08, gpu09, gpu12, x1."""
+    """The hosts of a Slurm node list: `gpu[07-09,12],x1` -> gpu07, gpu08, gpu09, gpu12, x1.
+
+    Of several brackets in a name the last counts fastest: `r[1-2]n[1-2]` -> r1n1, r1n2, r2n1, r2n2.
+    Raises `Refusal` for what is no such list.
+    """
+    if re.fullmatch(f"(?:{_NAME},)*(?:{_NAME})?", nodelist) is None:
+        raise Refusal(
+            f"node list {nodelist!r} of Slurm",
+            "must be host names with numbers in brackets, such as gpu[07-09,12]",
+            "unset SLURM_JOB_NODELIST and SLURM_STEP_NODELIST outside a job, or set MASTER_ADDR and MASTER_PORT",
+        )
     hosts: list[str] = []
-    for before, ranges, after in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\]([^,\[]*))?", nodelist):
-        for part in ranges.split(","):
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last) + 1) if last else [first]
-            hosts += [f"{before}{number:0{len(first)}d}" if last else f"{before}{number}" for number in numbers]
-            hosts[len(hosts) - len(numbers) :] = [host + after for host in hosts[len(hosts) - len(numbers) :]]
+    for name in re.findall(_NAME, nodelist):
+        parts = re.split(r"\[([^\]]*)\]", name)
+        # Every second part stood in brackets.
+        choices = [_numbers(part) if index % 2 else [part] for index, part in enumerate(parts)]
+        hosts += ["".join(chosen) for chosen in itertools.product(*choices)]
     return hosts
+
+
+#: A name of a node list, with any number of brackets, and what may stand in those.
+_RANGES = r"[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*"
+_NAME = rf"(?:[^,\[\]\s]|\[{_RANGES}\])+"
+
+
+def _numbers(ranges: str) -> list[str]:
+    """`07-09,12` -> 07, 08, 09, 12: a range keeps the width of its first number."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def place_over_mpi(place: Place, limit: float) -> Place:

@@ -19,6 +19,8 @@ class AlgorithmSettings(Settings):
     generates: ClassVar[bool] = True
     #: Sequences that the loss must see together, in one micro-batch.
     sequences_together: ClassVar[int] = 1
+    #: Whether the loss takes samples for draws from the policy itself, so that none may be left out in sampling.
+    draws_from_policy: ClassVar[bool] = True
 
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
 

@@ -54,6 +54,8 @@ class ExpDpoSettings(AlgorithmSettings):
     """ExP-DPO (arXiv 2507.02834): the self-explanation is preferred to the policy's own chain and answer."""
 
     sequences_together: ClassVar[int] = 2
+    # A preference between two texts holds wherever they come from.
+    draws_from_policy: ClassVar[bool] = False
 
     name: Literal["exp_dpo"] = "exp_dpo"
     mode: Literal["iterative", "offline"] = Field(
