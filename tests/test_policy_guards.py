@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,11 @@ from typing import Any
 import arithmetic_run
 import numpy as np
 import parity
+import preloaded
 import pytest
+
+from megarl.cli.main import main
+from megarl.policy import finite
 
 LAYOUTS: tuple[dict[str, Any], ...] = ({"tensor": 2}, {"tensor": 2, "pipeline": 2})
 #: Where something that is not finite stands in one sequence of a mini-batch.
@@ -35,6 +42,7 @@ class Guarded:
     after: list[np.ndarray]
     after_without_poison: list[np.ndarray]
     in_a_row_at_end: int
+    not_finite: dict[str, str | None]
 
 
 def weights_of(policy: Any) -> list[np.ndarray]:
@@ -86,6 +94,7 @@ def guard_layout(world: Any, config: Any) -> Guarded:
         trained_again = policy.log_probs(mine)
         parity.update(policy, algorithm, third)
         after, in_a_row = weights_of(policy), policy.skipped_in_a_row
+        not_finite = spoil(policy, first[0])
     with parity.policy_of(config, world) as policy:
         for batch in (first, second, third):
             parity.update(policy, parity.grpo(config), batch)
@@ -101,7 +110,28 @@ def guard_layout(world: Any, config: Any) -> Guarded:
         after=after,
         after_without_poison=control,
         in_a_row_at_end=in_a_row,
+        not_finite=not_finite,
     )
+
+
+def spoil(policy: Any, probe: Any) -> dict[str, str | None]:
+    """What is said of a policy as it is, and with something in it that is no number, on the last rank or on all."""
+    said = {"sound": finite.what_is_not(policy, probe)}
+    parameters, last = dict(policy.named_parameters()), policy.world.rank == policy.world.size - 1
+    norm = parameters["decoder.layers.0.mlp.linear_fc1.layer_norm_weight"]
+    (distributed,) = policy.optimizer.chained_optimizers
+    # Each rank of the distributed optimizer has a part of the parameters.
+    held = next(iter(distributed.model_param_group_index_map))
+    moment = distributed._get_main_param_and_optimizer_states(held)["exp_avg_sq"]
+    for name, tensor, value in (("weight", norm.data, np.nan), ("moment", moment, np.inf)):
+        before = tensor.clone()
+        if last:
+            tensor.view(-1)[0] = value
+        said[name] = finite.what_is_not(policy, probe)
+        tensor.copy_(before)
+    norm.data.mul_(1e30)
+    said["too large"] = finite.what_is_not(policy, probe)
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -137,29 +167,101 @@ def test_updates_that_are_not_finite_change_nothing(guarded: list[Guarded]):
         assert found.in_a_row_at_end == 0
 
 
-def test_run_stops_after_too_many_skipped_updates_in_a_row(tmp_path: Path):
-    """Update 2 is one alone, 4 and 5 are two in a row: the run ends at step 5, and step 4 is saved."""
-    arithmetic_run.write_inputs(tmp_path)
+def test_a_policy_that_is_not_finite_is_known_on_all_ranks(guarded: list[Guarded]):
+    for found in guarded:
+        assert found.not_finite["sound"] is None
+        norm = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
+        assert found.not_finite["weight"] == f"the weights {norm} are not finite"
+        assert re.fullmatch(r"the optimizer's exp_avg_sq of \S+ are not finite", found.not_finite["moment"] or "")
+        said = found.not_finite["too large"] or ""
+        assert said.startswith("the log-probs are not finite, though the weights are; the largest is 1")
+        assert said.endswith(f"e+30, in {norm}")
+    # Alike on the ranks of a layout.
+    assert len({json.dumps(found.not_finite) for found in guarded}) == len(LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of which update 2 is skipped, and 4 and 5, which are one too many; and what it printed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    arithmetic_run.write_inputs(folder)
     arithmetic_run.write_run(
-        tmp_path,
+        folder,
         algorithm={"name": "poisoned:Poisoned", "updates": [2, 4, 5]},
         parallel={"processes": 2},
         batch={"prompts": 6, "tokens_per_microbatch": 4096},
         rollout={"max_tokens": 64},
         optimizer={"lr": 1e-3, "max_skipped": 2},
-        checkpoint={"every": 1},
+        checkpoint={"every": 1, "keep": 2},
+        resume="auto",
     )
-    process = arithmetic_run.start(tmp_path, "train", "run.yaml")
+    process = arithmetic_run.start(folder, "train", "run.yaml")
     output = " ".join(process.communicate(timeout=600)[0].split())
     assert process.returncode == 2, output
+    return folder, output
+
+
+def test_run_stops_after_too_many_skipped_updates_in_a_row(stopped: tuple[Path, str]):
+    """It ends at step 5. After a skipped update nothing is saved, until one is made again."""
+    folder, output = stopped
     assert "megarl: 2 updates in a row had a NaN or infinite loss or gradient" in output
+    assert "step 5 is recorded; the last checkpoint is runs/run/checkpoints/step_000003. Fix:" in output
     assert "Traceback" not in output
-    run = tmp_path / "runs" / "run"
+    assert "step 2 is not saved, as its last update was skipped" in output
+    run = folder / "runs" / "run"
     metrics = [strict_json(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert [line["skipped_updates"] for line in metrics] == [0, 1, 1, 2]
     assert [line["loss"] is None for line in metrics] == [False, True, False, True]
-    assert (run / "checkpoints" / "latest").read_text() == "step_000004"
+    assert checkpoints(run) == ["step_000001", "step_000003"]
+
+
+def checkpoints(run: Path) -> list[str]:
+    folder = run / "checkpoints"
+    found = sorted(one.name for one in folder.iterdir() if one.is_dir())
+    assert (folder / "latest").read_text() == found[-1]
+    return found
+
+
+def _save_what_is_no_number(*arguments: str) -> None:
+    """A run that does not look at its weights, of which one is NaN after the third update."""
+
+    def spoil_later(policy: Any, probe: Any) -> None:
+        if policy.scheduler.num_steps == 3:
+            dict(policy.named_parameters())["embedding.word_embeddings.weight"].data[0, 0] = np.nan
+
+    finite.what_is_not = spoil_later
+    sys.argv = ["megarl", *arguments]
+    main()
+
+
+def test_a_run_that_diverges_keeps_its_good_checkpoints(stopped: tuple[Path, str]):
+    folder, _ = stopped
+    run = folder / "runs" / "diverged"
+    shutil.copytree(folder / "runs" / "run", run)
+    good, wild = ("name=diverged", "algorithm.updates=[]"), ("optimizer.lr=1e30", "optimizer.clip_grad=0")
+    process = arithmetic_run.start(folder, "train", "run.yaml", *good, *wild)
+    output = " ".join(process.communicate()[0].split())
+    assert process.returncode == 2, output
+    assert "megarl: diverged diverged: after step 4 the log-probs are not finite" in output
+    assert "the last checkpoint is runs/diverged/checkpoints/step_000003. Fix: lower optimizer.lr" in output
+    assert output.count("Nothing was saved or removed since") == 1 and "Traceback" not in output
+    assert checkpoints(run) == ["step_000001", "step_000003"]
+
+    # As a version that did not look left it.
+    careless = preloaded.Started(_save_what_is_no_number, "train", "run.yaml", *good, "steps=4", folder=folder)
+    arithmetic_run.finish(careless)
+    assert checkpoints(run) == ["step_000003", "step_000004"]
+    said = " ".join(arithmetic_run.finish(arithmetic_run.start(folder, "doctor", "runs/diverged")).split())
+    assert "damaged: it was saved by a run that had diverged: embedding.word_embeddings.weight is not finite" in said
+    assert "resume=auto or must continues from runs/diverged/checkpoints/step_000003" in said
+    output = " ".join(
+        arithmetic_run.finish(arithmetic_run.start(folder, "train", "run.yaml", *good, "steps=4")).split()
+    )
+    words = "step_000004 was saved by a run that had diverged: the weights embedding.word_embeddings.weight are not"
+    assert words in output and "continuing after step 3" in output
+    said = arithmetic_run.finish(arithmetic_run.start(folder, "doctor", "runs/diverged"))
+    assert "damaged" not in said and said.count("whole") == 2
 
 
 def strict_json(line: str) -> Any:

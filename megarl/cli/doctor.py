@@ -44,14 +44,14 @@ def _show_run(console: Console, run_dir: Path, *, every_byte: bool) -> None:
         raise Refusal(str(run_dir), "is no folder", "give a run's folder, such as runs/NAME")
     found = checkpoint_folder.survey(run_dir)
     table = Table("checkpoint", "step", "optimizer", "state", box=box.SIMPLE_HEAD)
-    damaged: set[Path] = set()
+    damaged: dict[Path, str] = {}
     for directory, known in found:
         damage = known
         if damage is None and every_byte:
             print(f"megarl: reading {directory.name}", file=sys.stderr)
-            damage = checkpoint_folder.altered(directory)
+            damage = checkpoint_folder.altered(directory) or _not_finite(directory)
         if damage is not None:
-            damaged.add(directory)
+            damaged[directory] = damage
         progress = {} if known else checkpoint_folder.read_progress(directory)
         optimizer = "?" if known else "yes" if progress["optimizer"] else "no"
         state = f"[red]damaged: it {damage}[/red]" if damage else "[green]whole[/green]"
@@ -64,3 +64,14 @@ def _show_run(console: Console, run_dir: Path, *, every_byte: bool) -> None:
         return
     checkpoint_folder.check_resumable(chosen, checkpoint_folder.read_progress(chosen))
     console.print(f"resume=auto or must continues from {chosen}", soft_wrap=True)
+
+
+def _not_finite(directory: Path) -> str | None:
+    """What of a whole checkpoint is no number, in words; None where all is."""
+    from megarl.formats.megatron import DistributedCheckpoint
+
+    try:
+        key = DistributedCheckpoint(directory).first_not_finite()
+    except Refusal as error:
+        return f"holds what {error.rule}"
+    return None if key is None else f"was saved by a run that had diverged: {key} is not finite"

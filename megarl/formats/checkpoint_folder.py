@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,13 @@ def altered(directory: Path, names: Iterable[str] | None = None) -> str | None:
         return next((said for said in pool.map(differs, chosen) if said is not None), None)
 
 
-def find(path: str | Path, passed_over: Collection[Path] = ()) -> Path | None:
+def find(path: str | Path, passed_over: Mapping[Path, str] | None = None) -> Path | None:
     """The checkpoint that `path` means, or None without one.
 
     `path` is a checkpoint itself, or a folder whose `latest` (or that of its checkpoints/) names one. Where that one
-    is damaged or in `passed_over`, the newest whole one before it is found; where `latest` is missing, which is written
-    after the folder has its name, the newest whole one of all. Raises `Damaged` where damaged ones are all
-    there is. Sizes are looked at here; bytes by `altered`.
+    is damaged or in `passed_over`, which says what is wrong with it, the newest whole one before it is found; where
+    `latest` is missing, which is written after the folder has its name, the newest whole one of all. Raises `Damaged`
+    where damaged ones are all there is. Sizes are looked at here; bytes by `altered`.
     """
     path = Path(path)
     if (path / "progress.json").is_file() or (path.name.startswith("step_") and path.is_dir()):
@@ -170,11 +170,11 @@ def find(path: str | Path, passed_over: Collection[Path] = ()) -> Path | None:
         candidates = _candidates(path)
         if not candidates:
             return None
-    damages = [damage_of(candidate) for candidate in candidates]
+    damages = [damage_of(candidate) or (passed_over or {}).get(candidate) for candidate in candidates]
     for candidate, damage in zip(candidates, damages, strict=True):
-        if damage is None and candidate not in passed_over:
+        if damage is None:
             return candidate
-    raise Damaged(candidates[0], damages[0] or "has other bytes in its files than were saved")
+    raise Damaged(candidates[0], str(damages[0]))
 
 
 def _candidates(path: Path) -> list[Path]:

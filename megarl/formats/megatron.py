@@ -99,6 +99,14 @@ class DistributedCheckpoint:
             for chunk in self._found[key].chunks
         ]
 
+    def first_not_finite(self) -> str | None:
+        """The first tensor, weights before the optimizer's, that holds NaN or infinity. Reads all of them."""
+        for key in sorted(self.tensors, key=lambda key: key.startswith("optimizer.")):
+            floating = self.tensors[key][1].is_floating_point
+            if floating and not all(self.read(key, box).isfinite().all() for box in self.boxes(key)):
+                return key
+        return None
+
     def read(self, key: str, box: Box) -> torch.Tensor:
         """One box of one tensor. Of the chunks that the box touches, one at a time is in memory beside the result."""
         entry = self._found[key]

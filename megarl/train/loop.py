@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.errors import TrainingStopped
 from megarl.records import Sequence
-from megarl.train import chains, supervised
+from megarl.train import chains, divergence, supervised
 from megarl.train.evaluation import evaluate
 from megarl.train.generation import weight_set
 from megarl.train.groups import Rollouts
@@ -28,14 +28,19 @@ def run_steps(session: Session) -> None:
         progress.accuracy_before = evaluate_now(session)["accuracy"]
     elif progress.evaluation_due and progress.step < config.steps:
         evaluate_now(session)
+    save_due = False
     while progress.step < config.steps:
         run_step(session, progress.step + 1)
         progress.evaluation_due = _due(config.evaluation.every, progress.step) and progress.step < config.steps
         session.stops.give_up_if(session.stops.agreed())
         if progress.evaluation_due:
             evaluate_now(session)
-        if _due(config.checkpoint.every, progress.step):
+        save_due |= _due(config.checkpoint.every, progress.step)
+        if save_due and session.policy.skipped_in_a_row > 0:
+            session.recorder.status(f"step {progress.step} is not saved, as its last update was skipped")
+        elif save_due:
             save_checkpoint(session)
+            save_due = False
 
 
 def run_step(session: Session, step: int) -> dict[str, Any]:
@@ -108,10 +113,14 @@ def _due(every: int, step: int) -> bool:
 
 
 def _stop_if_stuck(session: Session) -> None:
+    if session.policy.skipped_in_a_row == 0:
+        return
+    divergence.stop_if_found(session)
     limit = session.config.optimizer.max_skipped
     if session.policy.skipped_in_a_row >= limit:
         raise TrainingStopped(
             f"{limit} updates in a row had a NaN or infinite loss or gradient, so the run stops before step "
-            f"{session.progress.step + 1} is recorded. Fix: lower optimizer.lr, check the data and rewards, and "
-            "continue from the last checkpoint with resume=auto; optimizer.max_skipped sets the limit."
+            f"{session.progress.step + 1} is recorded; {divergence.last_checkpoint(session)}. Fix: lower optimizer.lr, "
+            "check the data and rewards, and continue from the last checkpoint with resume=auto; optimizer.max_skipped "
+            "sets the limit."
         )

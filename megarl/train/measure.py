@@ -53,7 +53,6 @@ class StepRecord:
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
         values["counters"] = dict(self._rollouts.counters) if self._rollouts else {}
-        session.progress.skipped_in_a_row = session.policy.skipped_in_a_row
         session.recorder.metrics(values)
         if self._rollouts is not None:
             shown = self._rollouts.shown

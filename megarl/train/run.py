@@ -24,7 +24,8 @@ from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
 from megarl.policy import checkpoint
 from megarl.rollout import environment
-from megarl.train import evaluation
+from megarl.train import divergence, evaluation
+from megarl.train.divergence import Diverged
 from megarl.train.loop import evaluate_now, roll_out, run_steps
 from megarl.train.measure import peak_memory_bytes
 from megarl.train.saving import resume, save_checkpoint, save_rollouts
@@ -63,6 +64,9 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
                 _look_before(config, world)
             grid = form_grid(config.parallel, config.seed)
             session = build(config, world, grid, Stops(guard.stopping), evaluate_only=evaluate_only)
+            weights = config.model.weights
+            given = f"model.path={config.model.path}" if weights is None else f"model.weights={weights}"
+            divergence.refuse_weights(session, given)
         at_end.callback(session.close)
         with guard.one_voice():
             yield session
@@ -100,6 +104,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         progress.enter("step")
         try:
             run_steps(session)
+        except Diverged:
+            raise
         except TrainingStopped:
             # What was trained until then is kept, as far as it is worth keeping.
             # The evaluation that could not be finished is made when the run continues.
@@ -112,6 +118,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         progress.enter("finish")
         if config.checkpoint.end:
             _save_what_is_new(session, first)
+        if session.saved_step != session.progress.step:
+            divergence.stop_if_found(session)
         # What was learned is safe before anything else can fail.
         try:
             accuracy = evaluate_now(session)["accuracy"] if config.evaluation.end else None
@@ -171,6 +179,7 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
         progress.enter("step")
         if checkpoint_path is not None and later:
             checkpoint.load(session.policy, checkpoint_folder.require(checkpoint_path, "checkpoint"), optimizer=False)
+            divergence.refuse_weights(session, f"checkpoint={checkpoint_path}")
         with awake(session):
             result = evaluation.evaluate(session)
         return {"name": config.name, "checkpoint": checkpoint_path, **result}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,27 @@ from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.parallel.exchange import first_decides
 from megarl.policy import checkpoint
-from megarl.train import journal, replay
+from megarl.train import divergence, journal, replay
 from megarl.train.groups import Rollouts
 from megarl.train.session import Progress, Session, run_directory, unfinished_directory
 
 
 def save_checkpoint(session: Session) -> None:
-    """Save weights, optimizer and progress under runs/<name>/checkpoints. Collective."""
+    """Save weights, optimizer and progress under runs/<name>/checkpoints. Collective.
+
+    Raises `Diverged` on all ranks, with nothing written or removed, where the policy is not finite.
+    """
     settings, start = session.config.checkpoint, time.monotonic()
     with session.clock.phase("save"):
+        divergence.stop_if_found(session)
         checkpoint.save(
             session.policy,
             run_directory(session.config) / "checkpoints",
             session.progress.step,
             dataclasses.asdict(session.progress),
             optimizer=settings.optimizer,
-            keep=settings.keep,
+            # While updates are skipped, nobody knows what these weights are worth.
+            keep=settings.keep if session.policy.skipped_in_a_row == 0 else sys.maxsize,
             keep_every=settings.keep_every,
         )
         if session.world.is_first:
@@ -54,7 +60,6 @@ def resume(session: Session) -> bool:
         return False
     names = {f.name for f in dataclasses.fields(Progress)}
     session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
-    session.policy.skipped_in_a_row = session.progress.skipped_in_a_row
     session.stream.restore(session.progress.cursor)
     session.saved_step = session.progress.step
     return True
@@ -62,23 +67,26 @@ def resume(session: Session) -> bool:
 
 def _load_newest(session: Session) -> dict[str, Any] | None:
     """Load the newest checkpoint that is whole and return its progress; None where there is none. Collective."""
-    root, damaged = run_directory(session.config) / "checkpoints", set()
+    root, damaged = run_directory(session.config) / "checkpoints", {}
     while True:
         # What rank 0 sees decides, so that all do the same.
         directory, newer = first_decides(lambda: _choose(root, damaged))
         for other, damage in newer:
             session.recorder.status(f"{other.name} {damage}: looking at the one before it")
-            damaged.add(other)
+            damaged[other] = damage
         if directory is None:
             return None
         try:
-            return checkpoint.load(session.policy, directory, optimizer=True)
+            progress = checkpoint.load(session.policy, directory, optimizer=True)
+            if (words := divergence.found(session)) is None:
+                return progress
+            raise checkpoint_folder.Damaged(directory, f"was saved by a run that had diverged: {words}")
         except checkpoint_folder.Damaged as found:
             session.recorder.status(f"{directory.name} {found.damage}: looking at the one before it")
-            damaged.add(directory)
+            damaged[directory] = found.damage
 
 
-def _choose(root: Path, damaged: Collection[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
+def _choose(root: Path, damaged: Mapping[Path, str]) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The checkpoint to continue from, and those passed over for it that are not in `damaged`, with what is wrong."""
     directory = checkpoint_folder.find(root, damaged)
     newer = itertools.takewhile(lambda found: found[0] != directory, checkpoint_folder.survey(root))

@@ -47,7 +47,6 @@ class Progress:
     cursor: int = 0
     accuracy_before: float | None = None
     skipped_updates: int = 0
-    skipped_in_a_row: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     explanations: dict[str, list] = field(default_factory=dict)
     evaluation_due: bool = False
