@@ -23,6 +23,17 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 }
 #: Settings under which every term of each loss counts.
 ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo-mismatch": {
+        "name": "grpo",
+        "advantage": "reinforce_pp_baseline",
+        "aggregation": "token_sum",
+        "kl_coefficient": 0.05,
+        "kl_kind": "k3+",
+        "importance_cap": 1.5,
+        "importance_level": "sequence",
+        "rejection_bounds": (0.9, 1.2),
+        "rejection_level": "sequence_mean",
+    },
     "nft": {"name": "nft", "aggregation": "token_mean"},
     "nft-sequence": {"name": "nft", "ratio_level": "sequence", "prompt_weight": "sqrt_odds", "epsilon": 0.9},
     "exp_grpo": {"name": "exp_grpo", "explanation_weight": 0.3, "kl_coefficient": 0.05, "clip_low": 0.15},
@@ -74,6 +85,15 @@ def groups(rank: int) -> Any:
     return made
 
 
+def items_of(algorithm: Any, rollouts: Any) -> dict[int, list[Any]]:
+    """What is trained; the explanations only where the algorithm asks for them."""
+    from megarl.train.selection import step_items
+
+    if not algorithm.needs.explanations:
+        rollouts.targets = {}
+    return step_items(algorithm, rollouts)
+
+
 def near(values: np.ndarray, sequence: Sequence, purpose: int) -> np.ndarray:
     """Values scattered around `values`, always alike for the same sequence."""
     random = np.random.default_rng([purpose, sequence.group, sequence.sample, sequence.target])
@@ -84,15 +104,9 @@ def routed(world: Any, config: Any, algorithm: Any) -> tuple[list[Sequence], Any
     """This rank's sequences of one mini-batch, and the counts of the whole."""
     from megarl.config.grid import grid_of_rank
     from megarl.train.route import assign, deliver
-    from megarl.train.selection import items_of
 
     rollouts = groups(world.rank)
-    items = {
-        group: items_of(algorithm, rollouts, group)
-        if algorithm.needs.explanations
-        else [item for item in items_of(algorithm, rollouts, group) if not item.target]
-        for group in rollouts.kept
-    }
+    items = items_of(algorithm, rollouts)
     grid = grid_of_rank(world.rank, world.size, config.parallel)
     batches = assign(rollouts, items, 1, grid.data, together=algorithm.needs.pairs)
     assert grid.data_rank < len(batches[0].items)
@@ -164,26 +178,19 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
     from megarl.algorithms.base import LossInputs
     from megarl.policy.batch import lay_out
     from megarl.train.route import assign
-    from megarl.train.selection import items_of
 
     config = configuration(model, name, True)
     algorithm = parity.grpo(config)
     algorithm.begin_step(1)
     rollouts = groups(0)
-    items = {
-        g: [i for i in items_of(algorithm, rollouts, g) if algorithm.needs.explanations or not i.target]
-        for g in rollouts.kept
-    }
+    items = items_of(algorithm, rollouts)
     (batch,) = assign(rollouts, items, 1, 1, together=algorithm.needs.pairs)
     network = parity.transformers_model(model)
     sequences, parts, entropies = [], [], []
     for item in batch.items[0]:
         prompt = rollouts.prompts[item.group].token_ids
-        tokens = (
-            rollouts.my_targets[item.group, item.number]
-            if item.target
-            else rollouts.mine[item.group * SIZE + item.number].token_ids
-        )
+        sample = None if item.target else rollouts.mine[item.group * SIZE + item.number]
+        tokens = rollouts.my_targets[item.group, item.number] if sample is None else sample.token_ids
         s = Sequence(
             np.array([*prompt, *tokens[: item.end]], np.int32),
             len(prompt) + item.start,
@@ -191,6 +198,9 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
             group=item.group,
             sample=item.number,
             target=item.target,
+            rollout_log_probs=None
+            if sample is None
+            else np.array(sample.rollout_log_probs[item.start : item.end], np.float32),
             signals=item.signals,
         )
         log_probs, entropy = parity.token_values(network, s)
@@ -210,7 +220,7 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
             lengths_S=flat.lengths,
             totals=batch.totals,
             old_log_probs_T=flat.old_log_probs,
-            rollout_log_probs_T=flat.old_log_probs,
+            rollout_log_probs_T=flat.rollout_log_probs,
             reference_log_probs_T=flat.reference_log_probs,
             advantages_T=flat.advantages,
             signals_S=flat.signals,

@@ -128,6 +128,88 @@ REFUSED: list[tuple[str, str]] = [
         "rollout.group_size=1: gives every answer the advantage 0, from which nothing is learned. "
         "Fix: set rollout.group_size to 2 or more, or algorithm.singleton_advantage=reward.",
     ),
+    (
+        "algorithm.advantage=rloo algorithm.normalize_std=true",
+        "algorithm.normalize_std=true: has no effect with algorithm.advantage=rloo. Fix: remove it.",
+    ),
+    (
+        "algorithm.advantage=opo algorithm.std_estimator=sample",
+        "algorithm.std_estimator=sample: has no effect with algorithm.advantage=opo. Fix: remove it.",
+    ),
+    (
+        "algorithm.advantage=reinforce_pp algorithm.singleton_advantage=reward",
+        "algorithm.singleton_advantage=reward: has no effect with algorithm.advantage=reinforce_pp. Fix: remove it.",
+    ),
+    (
+        "algorithm.advantage=reinforce_pp_baseline algorithm.normalize_std=false",
+        "algorithm.normalize_std=false: has no effect with algorithm.advantage=reinforce_pp_baseline. Fix: remove it.",
+    ),
+    (
+        "algorithm.pass_k=4",
+        "algorithm.pass_k=4: has no effect with algorithm.advantage=grpo. "
+        "Fix: set algorithm.advantage=pass_at_k or pass_at_k_loo, or remove it.",
+    ),
+    (
+        "algorithm.advantage=pass_at_k",
+        "algorithm.advantage=pass_at_k: needs algorithm.pass_k, the k of pass@k. Fix: set algorithm.pass_k.",
+    ),
+    (
+        "algorithm.advantage=pass_at_k algorithm.pass_k=8 rollout.group_size=8",
+        "algorithm.pass_k=8: must be 1 to 7 with algorithm.advantage=pass_at_k and rollout.group_size=8. "
+        "Fix: choose it so, or change rollout.group_size.",
+    ),
+    (
+        "algorithm.advantage=pass_at_k_loo algorithm.pass_k=1 rollout.group_size=8",
+        "algorithm.pass_k=1: must be 2 to 8 with algorithm.advantage=pass_at_k_loo and rollout.group_size=8. "
+        "Fix: choose it so, or change rollout.group_size.",
+    ),
+    (
+        "algorithm.advantage=pass_at_k algorithm.pass_k=2 rollout.group_size=1",
+        "rollout.group_size=1: gives every answer the advantage 0, from which nothing is learned. "
+        "Fix: set rollout.group_size to 2 or more, or algorithm.singleton_advantage=reward.",
+    ),
+    (
+        "algorithm.importance_mode=mask",
+        "algorithm.importance_mode=mask: has no effect without algorithm.importance_cap. "
+        "Fix: set algorithm.importance_cap or remove it.",
+    ),
+    (
+        "algorithm.importance_level=sequence",
+        "algorithm.importance_level=sequence: has no effect without algorithm.importance_cap. "
+        "Fix: set algorithm.importance_cap or remove it.",
+    ),
+    (
+        "algorithm.importance_floor=0.5",
+        "algorithm.importance_floor=0.5: has no effect without algorithm.importance_cap. "
+        "Fix: set algorithm.importance_cap or remove it.",
+    ),
+    (
+        "algorithm.importance_floor=3 algorithm.importance_cap=2",
+        "algorithm.importance_floor=3: must not exceed algorithm.importance_cap=2. "
+        "Fix: lower it, or raise algorithm.importance_cap.",
+    ),
+    (
+        "algorithm.importance_mode=mask algorithm.importance_cap=0.9",
+        "algorithm.importance_mode=mask: needs bounds with 1 between them, else it leaves out every token on which "
+        "policy and engine agree. "
+        "Fix: set algorithm.importance_cap to 1 or more and algorithm.importance_floor to 1 or less.",
+    ),
+    (
+        "algorithm.rejection_level=sequence",
+        "algorithm.rejection_level=sequence: has no effect without algorithm.rejection_bounds. "
+        "Fix: set algorithm.rejection_bounds or remove it.",
+    ),
+    (
+        "algorithm.rejection_bounds=[1.5,2]",
+        "algorithm.rejection_bounds=[1.5, 2]: must be a lower and an upper bound with 1 between them, the ratio where "
+        "policy and engine agree. Fix: choose them so, as in [0.5, 2].",
+    ),
+    (
+        "algorithm.rejection_bounds=[0.5,2] algorithm.ratio_level=sequence",
+        "algorithm.rejection_level=token with algorithm.ratio_level=sequence: would leave tokens out of an answer "
+        "whose ratio is one for all its tokens. "
+        "Fix: use another algorithm.rejection_level, or algorithm.ratio_level=token.",
+    ),
     ("reward.low=1", "reward.low=1: must be below reward.high=1. Fix: widen the range."),
     (
         "reward.kind=maths",
@@ -272,6 +354,15 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "algorithm=exp_dpo data.max_prompt_tokens=8 algorithm.explanation.max_prompt_tokens=64 rollout.top_p=0.9",
         "algorithm=sft data.solution_column=solution rollout.top_p=0.9",
         "evaluation.top_p=0.7 evaluation.temperature=1",
+        "rollout.group_size=1 algorithm.advantage=reinforce_pp algorithm.std_estimator=sample",
+        "algorithm.advantage=rloo",
+        "algorithm.advantage=opo algorithm.normalize_std=null",
+        "algorithm.advantage=reinforce_pp_baseline algorithm.aggregation=token_sum",
+        "algorithm.advantage=pass_at_k algorithm.pass_k=4 rollout.group_size=8",
+        "algorithm.advantage=pass_at_k_loo algorithm.pass_k=8 rollout.group_size=8 algorithm.normalize_std=true",
+        "algorithm.importance_cap=5 algorithm.importance_floor=0.5 algorithm.importance_mode=mask",
+        "algorithm.importance_cap=0.5 algorithm.importance_level=sequence algorithm.kl_kind=k3+",
+        "algorithm.rejection_bounds=[0.9,1.1] algorithm.rejection_level=sequence_mean algorithm.ratio_level=sequence",
         "reward.low=-1 reward.kind=mine.rewards:grade",
         "optimizer.lr=1e-3 optimizer.min_lr=1e-3",
         "resume=auto",

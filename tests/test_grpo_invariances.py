@@ -13,8 +13,17 @@ from megarl.algorithms.grpo import Grpo
 from megarl.config.algorithms import GrpoSettings
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
-EVERY_TERM = {"dual_clip": 3.0, "kl_coefficient": 0.1, "entropy_coefficient": 0.05, "importance_cap": 1.2}
-AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
+EVERY_TERM = {
+    "dual_clip": 3.0,
+    "kl_coefficient": 0.1,
+    "kl_kind": "k3+",
+    "entropy_coefficient": 0.05,
+    "importance_cap": 1.2,
+    "importance_level": "sequence",
+    "rejection_bounds": (0.9, 1.1),
+    "rejection_level": "sequence_mean",
+}
+AGGREGATIONS = ["token_mean", "sequence_mean", "constant", "token_sum"]
 LEVELS = ["token", "sequence"]
 
 
@@ -170,6 +179,7 @@ def test_gspo_equals_its_token_form_for_one_advantage_per_sequence(aggregation):
         "token_mean": torch.full((12,), 12.0),
         "sequence_mean": 3 * inputs.lengths_S[inputs.sequence_T],
         "constant": torch.full((12,), 3 * 64.0),
+        "token_sum": torch.ones(12),
     }[aggregation]
     torch.testing.assert_close(gradient, -advantages(inputs) * means.exp()[inputs.sequence_T] / divisor)
 
@@ -193,6 +203,7 @@ def test_far_off_policy_stays_finite(level, gap, dtype):
         ("old_log_probs_T", {}),
         ("advantages_T", {}),
         ("rollout_log_probs_T", {"importance_cap": 2.0}),
+        ("rollout_log_probs_T", {"rejection_bounds": (0.5, 2.0)}),
         ("reference_log_probs_T", {"kl_coefficient": 0.1}),
     ],
 )

@@ -22,7 +22,8 @@ PER_TOKEN = (
     "reference_log_probs_T",
     "advantages_T",
 )
-ALL_ON = {"dual_clip": 3.0, "kl_coefficient": 0.1, "entropy_coefficient": 0.05, "importance_cap": 1.2}
+TERMS = {"kl_coefficient": 0.1, "entropy_coefficient": 0.05}
+ALL_ON = {**TERMS, "dual_clip": 3.0, "importance_cap": 1.2}
 
 
 def grpo(**chosen) -> Grpo:
@@ -66,7 +67,7 @@ def gradients(algorithm: Grpo, inputs: LossInputs):
 
 def reference_kl(s: GroupRelativeSettings, d: float) -> tuple[float, float]:
     """Estimate and its derivative in the policy's log-prob, at d = log policy - log reference."""
-    if s.kl_kind == "k1":
+    if s.kl_kind in ("k1", "k1+"):
         value, slope = d, 1.0
     elif s.kl_kind == "k2":
         value, slope = d * d / 2, d
@@ -75,6 +76,8 @@ def reference_kl(s: GroupRelativeSettings, d: float) -> tuple[float, float]:
         value, slope = math.exp(-bound) - 1 + bound, 0.0
     else:
         value, slope = math.exp(-d) - 1 + d, 1 - math.exp(-d)
+    if s.kl_kind.endswith("+"):
+        slope = d
     if s.kl_cap is not None and abs(value) > s.kl_cap:
         return math.copysign(s.kl_cap, value), 0.0
     return value, slope
@@ -91,6 +94,32 @@ def reference_objective(s: GroupRelativeSettings, ratio: float, advantage: float
     return ratio * advantage, advantage, False, False
 
 
+def reference_weight(s: GroupRelativeSettings, token: float, product: float) -> tuple[float, bool]:
+    """The importance weight of a token with this ratio, in an answer with this product of ratios; whether a bound
+    changed it."""
+    if s.importance_cap is None:
+        return 1.0, False
+    ratio = token if s.importance_level == "token" else product
+    if (s.importance_floor or 0.0) <= ratio <= s.importance_cap:
+        return ratio, False
+    if s.importance_mode == "mask":
+        return 0.0, True
+    return s.importance_cap if ratio > s.importance_cap else s.importance_floor or 0.0, True
+
+
+def reference_rejected(s: GroupRelativeSettings, token: float, answer: list[float]) -> bool:
+    if s.rejection_bounds is None:
+        return False
+    low, high = s.rejection_bounds
+    compared = {
+        "token": [token],
+        "sequence": [math.prod(answer)],
+        "sequence_mean": [math.prod(answer) ** (1 / len(answer))],
+        "sequence_any": answer,
+    }[s.rejection_level]
+    return any(not low <= ratio <= high for ratio in compared)
+
+
 def reference_loss(s: GroupRelativeSettings, b: LossInputs):
     """The mini-batch's loss, its gradients in log-probs and entropies, and the logged sums."""
     lp, entropy, old, rollout, ref, adv = (getattr(b, name).tolist() for name in PER_TOKEN)
@@ -100,6 +129,8 @@ def reference_loss(s: GroupRelativeSettings, b: LossInputs):
     switched = {
         "dual_clip_share": s.dual_clip is not None,
         "importance_weight_mean": s.importance_cap is not None,
+        "importance_bound_share": s.importance_cap is not None,
+        "rejected_share": s.rejection_bounds is not None,
         "reference_kl": s.kl_coefficient > 0,
     }
     names = ["ratio_mean", "clip_share", "kl_old_k3", "entropy", *(name for name, on in switched.items() if on)]
@@ -110,19 +141,23 @@ def reference_loss(s: GroupRelativeSettings, b: LossInputs):
         x = sum(lp[u] - old[u] for u in averaged) / len(averaged)
         ratio = math.exp(min(max(x, -s.log_ratio_clamp), s.log_ratio_clamp))
         value, slope, clipped, dual_clipped = reference_objective(s, ratio, adv[t])
-        trust = 1.0 if s.importance_cap is None else min(math.exp(old[t] - rollout[t]), s.importance_cap)
+        engine = [math.exp(old[u] - rollout[u]) for u in own]
+        trust, bounded = reference_weight(s, math.exp(old[t] - rollout[t]), math.prod(engine))
+        rejected = reference_rejected(s, math.exp(old[t] - rollout[t]), engine)
         divisor = {
             "token_mean": len(tokens),
             "sequence_mean": len(own) * b.num_sequences,
             "constant": b.num_sequences * (s.aggregation_constant or CONTEXT.max_tokens),
+            "token_sum": 1.0,
         }[s.aggregation]
         kl, kl_slope = reference_kl(s, lp[t] - ref[t])
-        loss += (-trust * value + s.kl_coefficient * kl - s.entropy_coefficient * entropy[t]) / divisor
-        if abs(x) <= s.log_ratio_clamp:
-            for u in averaged:
-                grad_lp[u] -= trust * slope * ratio / len(averaged) / divisor
-        grad_lp[t] += s.kl_coefficient * kl_slope / divisor
-        grad_entropy[t] -= s.entropy_coefficient / divisor
+        if not rejected:
+            loss += (-trust * value + s.kl_coefficient * kl - s.entropy_coefficient * entropy[t]) / divisor
+            if abs(x) <= s.log_ratio_clamp:
+                for u in averaged:
+                    grad_lp[u] -= trust * slope * ratio / len(averaged) / divisor
+            grad_lp[t] += s.kl_coefficient * kl_slope / divisor
+            grad_entropy[t] -= s.entropy_coefficient / divisor
         y = min(max(lp[t] - old[t], -s.log_ratio_clamp), s.log_ratio_clamp)
         logged = {
             "ratio_mean": ratio,
@@ -131,6 +166,8 @@ def reference_loss(s: GroupRelativeSettings, b: LossInputs):
             "entropy": entropy[t],
             "dual_clip_share": dual_clipped,
             "importance_weight_mean": trust,
+            "importance_bound_share": bounded,
+            "rejected_share": rejected,
             "reference_kl": kl,
         }
         for name in names:
@@ -173,6 +210,18 @@ SINGLE_SETTINGS = [
     {"entropy_coefficient": 0.05},
     {"entropy_coefficient": -0.05, "aggregation": "sequence_mean"},
     {"importance_cap": 1.2},
+    {"importance_cap": 1.2, "importance_floor": 0.8},
+    {"importance_cap": 1.2, "importance_floor": 0.8, "importance_mode": "mask"},
+    {"importance_cap": 1.1, "importance_level": "sequence"},
+    {"importance_cap": 1.4, "importance_level": "sequence", "importance_mode": "mask", "ratio_level": "sequence"},
+    {"rejection_bounds": (0.9, 1.2), **TERMS},
+    {"rejection_bounds": (0.9, 1.2), "rejection_level": "sequence", **TERMS},
+    {"rejection_bounds": (0.95, 1.1), "rejection_level": "sequence_mean", "ratio_level": "sequence", **TERMS},
+    {"rejection_bounds": (0.7, 1.6), "rejection_level": "sequence_any", "importance_cap": 1.2, **TERMS},
+    {"kl_coefficient": 0.1, "kl_kind": "k1+"},
+    {"kl_coefficient": 0.1, "kl_kind": "k3+"},
+    {"kl_coefficient": 0.1, "kl_kind": "k3+", "kl_cap": 0.1},
+    {"aggregation": "token_sum", **TERMS},
     {**ALL_ON, "aggregation": "constant", "ratio_level": "sequence"},
 ]
 
@@ -191,7 +240,7 @@ def test_each_setting_against_the_reference(chosen, seed):
     chosen=st.fixed_dictionaries(
         {},
         optional={
-            "aggregation": st.sampled_from(["token_mean", "sequence_mean", "constant"]),
+            "aggregation": st.sampled_from(["token_mean", "sequence_mean", "constant", "token_sum"]),
             "aggregation_constant": st.floats(0.5, 100),
             "clip_low": st.floats(0, 0.9),
             "clip_high": st.floats(0, 3),
@@ -199,10 +248,15 @@ def test_each_setting_against_the_reference(chosen, seed):
             "ratio_level": st.sampled_from(["token", "sequence"]),
             "log_ratio_clamp": st.floats(0.3, 20),
             "kl_coefficient": st.floats(0, 1),
-            "kl_kind": st.sampled_from(["k1", "k2", "k3"]),
+            "kl_kind": st.sampled_from(["k1", "k2", "k3", "k1+", "k3+"]),
             "kl_cap": st.floats(0.05, 5),
             "entropy_coefficient": st.floats(-0.1, 0.1),
             "importance_cap": st.floats(0.5, 3),
+            "importance_floor": st.floats(0.1, 0.5),
+            "importance_level": st.sampled_from(["token", "sequence"]),
+            "importance_mode": st.sampled_from(["truncate", "mask"]),
+            "rejection_bounds": st.tuples(st.floats(0.3, 1), st.floats(1.01, 3)),
+            "rejection_level": st.sampled_from(["token", "sequence", "sequence_mean", "sequence_any"]),
         },
     ),
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
 from megarl.ops.masking import sum_counted, zero_masked
-from megarl.ops.ratios import sequence_ratio, token_ratio, truncated_importance_weight
+from megarl.ops.ratios import sequence_ratio, token_ratio
 from megarl.ops.segments import sum_by_sequence
 
 NAN = float("nan")
@@ -79,14 +79,6 @@ def test_sequence_ratio_clamps_the_mean_not_the_tokens():
     assert gradient(ratio, log_ratio) == pytest.approx([1.0, 1.0, 0.0, 0.0])
 
 
-def test_truncated_importance_weight():
-    old = double(-1.0, -1.0, -1.0, -500.0, 0.0, grad=True)
-    rollout = double(-1.0, -1.5, -3.0, 0.0, -5000.0, grad=True)
-    weight = truncated_importance_weight(old, rollout, cap=2.0)
-    assert weight.tolist() == pytest.approx([1.0, math.exp(0.5), 2.0, math.exp(-500), 2.0])
-    assert not weight.requires_grad
-
-
 # ratio, advantage -> objective, its slope in the ratio, clipped, dual-clipped; low 0.2, high 0.28, dual 3
 REGIONS = [
     (1.0, 2.0, 2.0, 2.0, False, False),
@@ -144,6 +136,7 @@ def test_gradient_is_whole_at_ratio_one(low, high, advantage):
         ("token_mean", [1 / 7, 1 / 7, 0.0, 1 / 7, 0.0]),
         ("sequence_mean", [1 / 6, 1 / 6, 0.0, 1 / 3, 0.0]),
         ("constant", [1 / 30, 1 / 30, 0.0, 1 / 30, 0.0]),
+        ("token_sum", [1.0, 1.0, 0.0, 1.0, 0.0]),
     ],
 )
 def test_token_weights(kind, expected):
@@ -155,7 +148,7 @@ def test_token_weights(kind, expected):
     assert weights.tolist() == pytest.approx(expected, rel=1e-15, abs=0)
 
 
-@pytest.mark.parametrize("kind", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("kind", ["token_mean", "sequence_mean", "constant", "token_sum"])
 def test_nothing_counted_weighs_nothing(kind):
     weights = token_weights(
         kind, torch.tensor([False, False]), torch.tensor([0, 0]), double(0.0), 0.0, 0.0, constant=10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from megarl.records import Prompt, Sample, Sequence
 from megarl.train.groups import Rollouts, Score, Target
 from megarl.train.rollouts import _drop_reason
 from megarl.train.route import Item, MiniBatch, assign, deliver
-from megarl.train.selection import items_of
+from megarl.train.selection import items_of, step_items
 
 #: Of an answer: reward, tokens, and those of its thinking.
 Answer = tuple[float | None, int, int | None]
@@ -56,7 +57,7 @@ def step_of(*groups: list[Answer], targets: dict[int, int] | None = None) -> Rol
 
 
 def batches_of(algorithm: Algorithm, rollouts: Rollouts, updates: int, data_parallel: int) -> list[MiniBatch]:
-    items = {group: items_of(algorithm, rollouts, group) for group in rollouts.kept}
+    items = step_items(algorithm, rollouts)
     return assign(rollouts, items, updates, data_parallel, together=algorithm.needs.pairs)
 
 
@@ -120,6 +121,25 @@ def test_groups_without_a_pair_are_left_out_and_counted() -> None:
     assert rollouts.counters == {"samples_not_trained": 3, "groups_without_pair": 1}
     assert items_of(algorithm, rollouts, 2) == []
     assert rollouts.counters == {"samples_not_trained": 4, "groups_without_pair": 2}
+
+
+def test_advantages_of_the_whole_step() -> None:
+    """REINFORCE++ over the trained tokens of both groups: rewards 1, 0, 0, 0 of 5, 3, 1 and 1 tokens have the mean and
+    the deviation 1/2. Targets have none, and groups that are not kept count nowhere."""
+    rollouts = step_of(
+        [(1.0, 5, None), (0.0, 3, None)], [(1.0, 90, None), (1.0, 90, None)], [(0.0, 1, None), (0.0, 1, None)]
+    )
+    rollouts.kept = [0, 2]
+    items = step_items(algorithm_of("grpo", advantage="reinforce_pp", std_epsilon=0.0), rollouts)
+    assert {group: [item.advantage for item in found] for group, found in items.items()} == {0: [1, -1], 2: [-1, -1]}
+
+    # START's stage 1 trains 2 and 4 tokens; the second output of group 0, with reward 1, is not trained.
+    rollouts = step_of([(1.0, 5, 2), (1.0, 6, None)], [(0.0, 7, 4), (0.0, 8, None)], targets={0: 7})
+    items = step_items(algorithm_of("start", advantage="reinforce_pp", std_epsilon=0.0), rollouts)
+    mean, std = 1 / 3, math.sqrt(2) / 3
+    assert [item.advantage for item in items[0]] == pytest.approx([(1 - mean) / std, 0.0])
+    assert items[0][1].target
+    assert [item.advantage for item in items[1]] == pytest.approx([-mean / std])
 
 
 # Mini-batches

@@ -3,11 +3,11 @@
 The loop provides what `needs` asks for, in this order per step:
 
     begin_step -> rollouts -> drop_reason (on the rewards as scored) -> shape_rewards -> advantages, signals, spans
-               (on the shaped rewards) -> old / reference log-probs -> loss per micro-batch
+               (on the shaped rewards) -> batch_advantages -> old / reference log-probs -> loss per micro-batch
 
-All but the last work on whole groups from metadata that every rank has, so every rank computes the same and no
-algorithm contains parallel code. `loss` sees the flat tokens of whole sequences under every layout; counts over the
-whole mini-batch are passed in.
+All but the last work on whole groups, batch_advantages on all groups of the step, from metadata that every rank has, so
+every rank computes the same and no algorithm contains parallel code. `loss` sees the flat tokens of whole sequences
+under every layout; counts over the whole mini-batch are passed in.
 """
 
 from __future__ import annotations
@@ -227,6 +227,13 @@ class Algorithm(ABC):
         By default the rewards themselves.
         """
         return outcome.rewards
+
+    def batch_advantages(self, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> tuple[float, ...]:
+        """The advantages of all samples that the step trains on, seen together; by default as they are.
+
+        `tokens` has the number of trained tokens, at least 1, of each sample.
+        """
+        return advantages
 
     def signals(self, outcome: GroupOutcome) -> dict[str, tuple[float, ...]]:
         """Further numbers per sample that `loss` finds in `LossInputs.signals_S`, by name; by default none.

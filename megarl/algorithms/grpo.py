@@ -1,15 +1,14 @@
 """GRPO and its family as settings of one algorithm.
 
-GRPO: arXiv 2402.03300; Dr. GRPO: 2503.20783; DAPO: 2503.14476; GSPO: 2507.18071. Which setting is whose, and what is
-our choice: docs/algorithms.md.
+GRPO: arXiv 2402.03300; Dr. GRPO: 2503.20783; DAPO: 2503.14476; GSPO: 2507.18071; other advantages:
+`megarl.algorithms.advantages`. Which setting is whose, and what is our choice: docs/algorithms.md.
 """
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
+from megarl.algorithms.advantages import batch_normalized, group_advantages
 from megarl.algorithms.base import (
     Algorithm,
     AlgorithmContext,
@@ -23,9 +22,10 @@ from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
 from megarl.errors import Refusal
 from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
+from megarl.ops.importance import ImportanceWeights, importance_weights, rejected_tokens
 from megarl.ops.kl import kl_estimate
 from megarl.ops.masking import sum_counted, zero_masked
-from megarl.ops.ratios import k3_from_log_ratio, sequence_ratio, token_ratio, truncated_importance_weight
+from megarl.ops.ratios import k3_from_log_ratio, sequence_ratio, token_ratio
 
 
 class Grpo(Algorithm):
@@ -64,35 +64,25 @@ class Grpo(Algorithm):
         return None
 
     def advantages(self, outcome: GroupOutcome) -> tuple[float, ...]:
-        """(R - mean) / (std + epsilon) within the group, GRPO section 4.1.2; (R - mean) without `normalize_std`.
+        """By `advantage`: `megarl.algorithms.advantages.group_advantages`."""
+        return group_advantages(self.settings, outcome)
 
-        Exactly 0 for all where all rewards are equal.
-        """
-        rewards = outcome.rewards
-        if len(rewards) == 1:
-            return rewards if self.settings.singleton_advantage == "reward" else (0.0,)
-        # Rounding makes the mean of equal rewards miss them by a digit (seven times 0.7), which a division by a
-        # standard deviation of the same size would blow up.
-        if min(rewards) == max(rewards):
-            return (0.0,) * len(rewards)
-        mean = math.fsum(rewards) / len(rewards)
-        deviations = [reward - mean for reward in rewards]
-        if not self.settings.normalize_std:
-            return tuple(deviations)
-        # Scaled by the largest deviation, because the squares of very small ones underflow to 0.
-        largest = max(abs(deviation) for deviation in deviations)
-        divisor = len(rewards) - (self.settings.std_estimator == "sample")
-        std = largest * math.sqrt(math.fsum((deviation / largest) ** 2 for deviation in deviations) / divisor)
-        return tuple(deviation / (std + self.settings.std_epsilon) for deviation in deviations)
+    def batch_advantages(self, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> tuple[float, ...]:
+        """REINFORCE++'s are normalised over the step, the others as they are."""
+        if self.settings.advantage in ("reinforce_pp", "reinforce_pp_baseline"):
+            return batch_normalized(self.settings, advantages, tokens)
+        return advantages
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """See `Algorithm.loss`.
 
-        Per counted token: -weight x clipped objective + kl_coefficient x KL - entropy_coefficient x entropy; all
-        three are aggregated alike. Logs per-token means of `ratio_mean` (the ratio in the objective), `clip_share`
-        (tokens whose gradient the clip took away), `kl_old_k3` (k3 estimate of KL(old || current), from the token
-        ratios), `entropy`, and where their setting is on `dual_clip_share`, `importance_weight_mean` and
-        `reference_kl` (the estimate of `kl_kind`).
+        Per counted token that is not rejected: -weight x clipped objective + kl_coefficient x KL -
+        entropy_coefficient x entropy; all three are aggregated alike, and rejected tokens stay in the divisor, which
+        is known before their ratios are. Logs per-token means of `ratio_mean` (the ratio in the objective),
+        `clip_share` (tokens whose gradient the clip took away), `kl_old_k3` (k3 estimate of KL(old || current), from
+        the token ratios), `entropy`, and where their setting is on `dual_clip_share`, `importance_weight_mean`,
+        `importance_bound_share` (tokens whose weight a bound changed), `rejected_share` and `reference_kl` (the
+        estimate of `kl_kind`).
         """
         settings = self.settings
         counted_T = inputs.mask_T > 0
@@ -115,11 +105,10 @@ class Grpo(Algorithm):
         }
         if settings.dual_clip is not None:
             logged_T["dual_clip_share"] = objective.dual_clipped_T
-        if settings.importance_cap is not None:
-            rollout_T = zero_masked(counted_T, required(inputs.rollout_log_probs_T, "rollout_log_probs_T"))
-            weight_T = truncated_importance_weight(old_T, rollout_T, settings.importance_cap)
-            losses_T = losses_T * weight_T
-            logged_T["importance_weight_mean"] = weight_T
+        weights, rejected_T = self._mismatch(counted_T, old_T, inputs)
+        if weights is not None:
+            losses_T = losses_T * weights.values_T
+            logged_T |= {"importance_weight_mean": weights.values_T, "importance_bound_share": weights.bounded_T}
         if settings.kl_coefficient > 0:
             reference_T = zero_masked(counted_T, required(inputs.reference_log_probs_T, "reference_log_probs_T"))
             kl_T = kl_estimate(log_probs_T, reference_T, settings.kl_kind, clamp, settings.kl_cap)
@@ -127,6 +116,9 @@ class Grpo(Algorithm):
             logged_T["reference_kl"] = kl_T
         if settings.entropy_coefficient != 0:
             losses_T = losses_T - settings.entropy_coefficient * entropy_T
+        if rejected_T is not None:
+            losses_T = zero_masked(~rejected_T, losses_T)
+            logged_T["rejected_share"] = rejected_T
         return LossTerms(
             loss=(self._weights(counted_T, inputs) * losses_T).sum(),
             token_sums={name: sum_counted(counted_T, values_T) for name, values_T in logged_T.items()},
@@ -137,6 +129,31 @@ class Grpo(Algorithm):
         if self.settings.ratio_level == "token":
             return token_ratio(log_ratio_T, clamp)
         return sequence_ratio(log_ratio_T, inputs.sequence_T, inputs.lengths_S, clamp)
+
+    def _mismatch(
+        self, counted_T: Tensor, old_T: Tensor, inputs: LossInputs
+    ) -> tuple[ImportanceWeights | None, Tensor | None]:
+        """The importance weights and which tokens are rejected ([T] bool), None where the settings ask for none."""
+        settings = self.settings
+        if settings.importance_cap is None and settings.rejection_bounds is None:
+            return None, None
+        rollout_T = zero_masked(counted_T, required(inputs.rollout_log_probs_T, "rollout_log_probs_T"))
+        log_ratio_T, weights, rejected_T = old_T - rollout_T, None, None
+        if settings.importance_cap is not None:
+            weights = importance_weights(
+                log_ratio_T,
+                inputs.sequence_T,
+                inputs.num_sequences,
+                settings.importance_level,
+                settings.importance_mode,
+                settings.importance_floor,
+                settings.importance_cap,
+            )
+        if settings.rejection_bounds is not None:
+            rejected_T = rejected_tokens(
+                log_ratio_T, inputs.sequence_T, inputs.lengths_S, settings.rejection_level, *settings.rejection_bounds
+            )
+        return weights, rejected_T
 
     def _weights(self, counted_T: Tensor, inputs: LossInputs) -> Tensor:
         constant = self.settings.aggregation_constant

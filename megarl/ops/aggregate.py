@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant", "token_sum"]
 
 
 def token_weights(
@@ -27,7 +27,7 @@ def token_weights(
 
     Args:
         kind: token_mean: 1 / total_tokens (DAPO, 2503.14476 Eq. 8); sequence_mean: 1 / (length x total_sequences)
-            (GRPO, 2402.03300 Eq. 3); constant: 1 / (total_sequences x constant) (Dr. GRPO, 2503.20783).
+            (GRPO, 2402.03300 Eq. 3); constant: 1 / (total_sequences x constant) (Dr. GRPO, 2503.20783); token_sum: 1.
         counted_T: [T] bool.
         sequence_T: [T] int64, the token's sequence, valid at masked tokens too.
         lengths_S: [S] float, counted tokens of each sequence.
@@ -39,8 +39,10 @@ def token_weights(
         divisor_S = torch.full_like(lengths_S, total_tokens)
     elif kind == "sequence_mean":
         divisor_S = lengths_S * total_sequences
-    else:
+    elif kind == "constant":
         divisor_S = torch.full_like(lengths_S, total_sequences * constant)
+    else:
+        divisor_S = torch.ones_like(lengths_S)
     # Where nothing counts the divisor may be 0; the weight 1/0 is then never taken. A counted token whose count was
     # forgotten takes it, and the loss shows it.
     return torch.where(counted_T, divisor_S.reciprocal()[sequence_T], 0.0)

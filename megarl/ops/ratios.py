@@ -1,4 +1,4 @@
-"""Probability ratios between the policy, its old self and the engine. Log-probs are in nats."""
+"""Probability ratios between the policy and its old self. Log-probs are in nats."""
 
 from __future__ import annotations
 
@@ -32,15 +32,6 @@ def sequence_ratio(log_ratio_T: Tensor, sequence_T: Tensor, lengths_S: Tensor, c
     # An empty sequence must not divide by 0: its gradient would be 0 x inf.
     mean_S = sums_S / lengths_S.clamp(min=1.0)
     return mean_S.clamp(-clamp, clamp).exp()[sequence_T]
-
-
-def truncated_importance_weight(old_log_probs_T: Tensor, rollout_log_probs_T: Tensor, cap: float) -> Tensor:
-    """min(policy_old / engine, cap) per token, a constant for the gradient. Shapes [T].
-
-    Corrects for the engine sampling from slightly other probabilities than the policy's. An overflow of exp is
-    infinite and so becomes `cap`.
-    """
-    return (old_log_probs_T.detach() - rollout_log_probs_T.detach()).exp().clamp(max=cap)
 
 
 def k3_from_log_ratio(log_ratio_T: Tensor) -> Tensor:

@@ -15,14 +15,28 @@ def trainable(session: Session, rollouts: Rollouts) -> tuple[list[list[Sequence]
     """This rank's sequences of each mini-batch, and the whole mini-batch's counts. Collective."""
     config, pairs = session.config, session.algorithm.needs.pairs
     with session.clock.phase("advantages"):
-        items = {group: items_of(session.algorithm, rollouts, group) for group in rollouts.kept}
+        items = step_items(session.algorithm, rollouts)
         batches = assign(rollouts, items, config.batch.updates, session.grid.data, together=pairs)
         sequences = deliver(rollouts, batches, config, session.world, _routing(session))
     return sequences, [batch.totals for batch in batches]
 
 
+def step_items(algorithm: Algorithm, rollouts: Rollouts) -> dict[int, list[Item]]:
+    """`items_of` of each kept group, with the advantages of the whole step."""
+    items = {group: items_of(algorithm, rollouts, group) for group in rollouts.kept}
+    samples = [item for of_group in items.values() for item in of_group if not item.target]
+    advantages = algorithm.batch_advantages(
+        tuple(item.advantage for item in samples), tuple(item.trained for item in samples)
+    )
+    known = {id(item): advantage for item, advantage in zip(samples, advantages, strict=True)}
+    return {
+        group: [dataclasses.replace(item, advantage=known.get(id(item), item.advantage)) for item in of_group]
+        for group, of_group in items.items()
+    }
+
+
 def items_of(algorithm: Algorithm, rollouts: Rollouts, group: int) -> list[Item]:
-    """The group's samples with a trained span, then its targets."""
+    """The group's samples with a trained span, then its targets; advantages are those of the group alone."""
     outcome = rollouts.outcome(group)
     shaped = dataclasses.replace(outcome, rewards=algorithm.shape_rewards(outcome))
     advantages, signals, spans = algorithm.advantages(shaped), algorithm.signals(shaped), algorithm.spans(shaped)

@@ -16,8 +16,21 @@ class GroupRelativeSettings(AlgorithmSettings):
     """Group-relative advantages and the clipped objective (arXiv 2402.03300; Dr. GRPO 2503.20783, DAPO 2503.14476,
     GSPO 2507.18071)."""
 
-    normalize_std: bool = Field(
-        default=True, description="Divide advantages by the group's standard deviation; off is Dr. GRPO."
+    advantage: Literal["grpo", "rloo", "opo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k", "pass_at_k_loo"] = (
+        Field(
+            default="grpo",
+            description="grpo: reward less the group's mean; rloo: less the others' mean (2402.14740); opo: less the "
+            "mean weighted by length (2505.23585); reinforce_pp: the reward, normalised over the step; "
+            "reinforce_pp_baseline: less the group's mean, then so (2501.03262); pass_at_k: the greatest reward of "
+            "the sets of pass_k samples that hold it, less that of all sets (2508.10751); pass_at_k_loo: what it adds "
+            "to pass_k - 1 others (2505.15201).",
+        )
+    )
+    pass_k: PositiveInt | None = Field(default=None, description="k of pass_at_k and pass_at_k_loo.")
+    normalize_std: bool | None = Field(
+        default=None,
+        description="Divide advantages by the group's standard deviation: with grpo and pass_at_k by default yes, and "
+        "no is Dr. GRPO; with pass_at_k_loo by default no. The others have no such choice.",
     )
     std_estimator: Literal["population", "sample"] = Field(
         default="population", description="Divide the squared deviations by n (population) or n-1 (sample)."
@@ -26,10 +39,11 @@ class GroupRelativeSettings(AlgorithmSettings):
     singleton_advantage: Literal["zero", "reward"] = Field(
         default="zero", description="Advantage of a group with one member: 0, or its raw reward."
     )
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+    aggregation: Literal["token_mean", "sequence_mean", "constant", "token_sum"] = Field(
         default="token_mean",
         description="token_mean: sum over all tokens of the mini-batch / their count (DAPO); sequence_mean: mean per "
-        "sequence, then over sequences (classic GRPO); constant: sum / (sequences x aggregation_constant) (Dr. GRPO).",
+        "sequence, then over sequences (classic GRPO); constant: sum / (sequences x aggregation_constant) (Dr. GRPO); "
+        "token_sum: the sum, which grows with the batch.",
     )
     aggregation_constant: PositiveFloat | None = Field(
         default=None, description="Divisor of aggregation=constant in tokens; default rollout.max_tokens."
@@ -52,15 +66,39 @@ class GroupRelativeSettings(AlgorithmSettings):
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Weight of KL(policy || reference) in the loss."
     )
-    kl_kind: Literal["k1", "k2", "k3"] = Field(default="k3", description="KL estimator, per token.")
+    kl_kind: Literal["k1", "k2", "k3", "k1+", "k3+"] = Field(
+        default="k3", description="KL estimator, per token; k1+ and k3+ have the value of k1 and k3 and k2's gradient."
+    )
     kl_cap: PositiveFloat | None = Field(
         default=None, description="Cap on the magnitude of the per-token KL estimate; none by default. Our choice."
     )
     entropy_coefficient: float = Field(default=0.0, description="Weight of the mean entropy subtracted from the loss.")
     importance_cap: PositiveFloat | None = Field(
         default=None,
-        description="Truncated importance correction: weight each token's clipped objective by "
-        "min(policy_old / engine, cap).",
+        description="Importance correction: weight each token's clipped objective by policy_old / engine, bounded by "
+        "this from above; none: no weights.",
+    )
+    importance_floor: PositiveFloat | None = Field(
+        default=None, description="Lower bound of the importance weight; none by default. IcePop: 0.5, with a cap of 5."
+    )
+    importance_level: Literal["token", "sequence"] = Field(
+        default="token",
+        description="policy_old / engine of each token, or the product over the answer's trained tokens.",
+    )
+    importance_mode: Literal["truncate", "mask"] = Field(
+        default="truncate",
+        description="Beyond its bounds a weight is the bound (truncate) or 0 (mask: IcePop at token level, masked "
+        "importance sampling at sequence level).",
+    )
+    rejection_bounds: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=None,
+        description="Tokens whose policy_old / engine lies outside are left out of the loss: objective, KL and "
+        "entropy; the divisor stays (our choice). None: no rejection.",
+    )
+    rejection_level: Literal["token", "sequence", "sequence_mean", "sequence_any"] = Field(
+        default="token",
+        description="What is compared with rejection_bounds: each token's ratio, or, for an answer as a whole, the "
+        "product of its tokens' ratios, their geometric mean, or each of them.",
     )
     overlong_buffer: PositiveInt | None = Field(
         default=None,
@@ -76,6 +114,13 @@ class GroupRelativeSettings(AlgorithmSettings):
         description="Bound on generation batches per step under dynamic_sampling; then the step trains on what it has.",
     )
 
+    @property
+    def divides_by_std(self) -> bool:
+        """Whether advantages are divided by a standard deviation, the group's or, with REINFORCE++, the step's."""
+        if self.normalize_std is not None:
+            return self.normalize_std
+        return self.advantage not in ("rloo", "opo", "pass_at_k_loo")
+
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         if self.aggregation_constant is not None and self.aggregation != "constant":
             yield Refusal(
@@ -89,6 +134,8 @@ class GroupRelativeSettings(AlgorithmSettings):
                 f"must be below rollout.max_tokens={run.rollout.max_tokens}",
                 "shorten the buffer or allow longer responses",
             )
+        yield from _advantage_refusals(self, run.rollout.group_size)
+        yield from _mismatch_refusals(self)
         if run.rollout.group_size > 1:
             return
         if self.dynamic_sampling:
@@ -97,7 +144,7 @@ class GroupRelativeSettings(AlgorithmSettings):
                 "drops every group of rollout.group_size=1, whose rewards are always all equal",
                 "set rollout.group_size to 2 or more",
             )
-        if self.singleton_advantage == "zero":
+        if self.singleton_advantage == "zero" and self.advantage != "reinforce_pp":
             yield Refusal(
                 "rollout.group_size=1",
                 "gives every answer the advantage 0, from which nothing is learned",
@@ -109,3 +156,86 @@ class GrpoSettings(GroupRelativeSettings):
     """GRPO and its family. The defaults are GRPO's advantage with DAPO's token mean, without a KL term."""
 
     name: Literal["grpo"] = "grpo"
+
+
+#: Settings that an advantage does not use.
+_UNUSED = {
+    "rloo": ("normalize_std", "std_estimator", "std_epsilon"),
+    "opo": ("normalize_std", "std_estimator", "std_epsilon"),
+    "reinforce_pp": ("normalize_std", "singleton_advantage"),
+    "reinforce_pp_baseline": ("normalize_std",),
+}
+
+
+def _advantage_refusals(settings: GroupRelativeSettings, group_size: int) -> Iterator[Refusal]:
+    """Settings that contradict `advantage`, or that it does not use."""
+    chosen, k = f"algorithm.advantage={settings.advantage}", settings.pass_k
+    for name in _UNUSED.get(settings.advantage, ()):
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].default:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield Refusal(f"algorithm.{name}={shown}", f"has no effect with {chosen}", "remove it")
+    if settings.advantage not in ("pass_at_k", "pass_at_k_loo"):
+        if k is not None:
+            yield Refusal(
+                f"algorithm.pass_k={k}",
+                f"has no effect with {chosen}",
+                "set algorithm.advantage=pass_at_k or pass_at_k_loo, or remove it",
+            )
+        return
+    # With sets of all samples there is only one set, which nothing can be compared with.
+    low, high = (1, group_size - 1) if settings.advantage == "pass_at_k" else (2, group_size)
+    if k is None:
+        yield Refusal(chosen, "needs algorithm.pass_k, the k of pass@k", "set algorithm.pass_k")
+    elif not low <= k <= high and group_size > 1:
+        yield Refusal(
+            f"algorithm.pass_k={k}",
+            f"must be {low} to {high} with {chosen} and rollout.group_size={group_size}",
+            "choose it so, or change rollout.group_size",
+        )
+
+
+def _mismatch_refusals(settings: GroupRelativeSettings) -> Iterator[Refusal]:
+    """Importance weights and rejection that cannot do what they say. Where policy and engine agree every ratio is 1."""
+    cap, floor = settings.importance_cap, settings.importance_floor
+    for name in ("importance_floor", "importance_level", "importance_mode"):
+        value = getattr(settings, name)
+        if cap is None and value != type(settings).model_fields[name].default:
+            yield Refusal(
+                f"algorithm.{name}={value}",
+                "has no effect without algorithm.importance_cap",
+                "set algorithm.importance_cap or remove it",
+            )
+    if cap is not None and floor is not None and floor > cap:
+        yield Refusal(
+            f"algorithm.importance_floor={floor:g}",
+            f"must not exceed algorithm.importance_cap={cap:g}",
+            "lower it, or raise algorithm.importance_cap",
+        )
+    elif cap is not None and settings.importance_mode == "mask" and not (floor or 0) <= 1 <= cap:
+        yield Refusal(
+            "algorithm.importance_mode=mask",
+            "needs bounds with 1 between them, else it leaves out every token on which policy and engine agree",
+            "set algorithm.importance_cap to 1 or more and algorithm.importance_floor to 1 or less",
+        )
+    if settings.rejection_bounds is None:
+        if settings.rejection_level != "token":
+            yield Refusal(
+                f"algorithm.rejection_level={settings.rejection_level}",
+                "has no effect without algorithm.rejection_bounds",
+                "set algorithm.rejection_bounds or remove it",
+            )
+        return
+    low, high = settings.rejection_bounds
+    if not low <= 1 <= high or low == high:
+        yield Refusal(
+            f"algorithm.rejection_bounds=[{low:g}, {high:g}]",
+            "must be a lower and an upper bound with 1 between them, the ratio where policy and engine agree",
+            "choose them so, as in [0.5, 2]",
+        )
+    if settings.rejection_level == "token" and settings.ratio_level == "sequence":
+        yield Refusal(
+            "algorithm.rejection_level=token with algorithm.ratio_level=sequence",
+            "would leave tokens out of an answer whose ratio is one for all its tokens",
+            "use another algorithm.rejection_level, or algorithm.ratio_level=token",
+        )
