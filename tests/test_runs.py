@@ -224,8 +224,14 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
         "batch.packed=false",
         "algorithm.dynamic_sampling=true",
         "algorithm.max_generation_batches=3",
+        "algorithm.advantage=reinforce_pp_baseline",
         "algorithm.kl_coefficient=0.01",
+        "algorithm.kl_kind=k3+",
         "algorithm.importance_cap=2.0",
+        "algorithm.importance_level=sequence",
+        "algorithm.importance_mode=mask",
+        "algorithm.rejection_bounds=[0.999,1.001]",
+        "algorithm.rejection_level=sequence_mean",
         "algorithm.entropy_coefficient=0.01",
         "algorithm.dual_clip=3",
         "algorithm.overlong_buffer=4",
@@ -240,7 +246,10 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
     assert second["reference_kl"] > 0
     assert first["padding_share"] > 0
     assert abs(first["ratio_mean"] - 1) < 0.5
-    assert {"importance_weight_mean", "dual_clip_share"} <= first.keys()
+    assert "dual_clip_share" in first
+    # Trainer and engine agree.
+    assert first["importance_weight_mean"] == pytest.approx(1.0, abs=1e-2)
+    assert first["importance_bound_share"] == first["rejected_share"] == 0
 
 
 def test_gsm8k_with_a_real_sentencepiece_tokenizer(tmp_path: Path) -> None:
