@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from megarl.algorithms.base import GroupOutcome
 from megarl.config.algorithms import GroupRelativeSettings
@@ -86,7 +87,7 @@ def _pass_at_k(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[
     spread = _std(
         settings, [reward - mean for reward, _ in maxima], [share for _, share in maxima], math.comb(len(rewards), size)
     )
-    gains = {reward: _mean_greatest(_without(reward, rewards), size - 1, reward) - mean for reward in set(rewards)}
+    gains = {reward: _mean_greatest_with(reward, rewards, size) - mean for reward in set(rewards)}
     return _over_std(settings, [gains[reward] for reward in outcome.rewards], spread)
 
 
@@ -96,11 +97,13 @@ def _pass_at_k_loo(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tu
     The leave-one-out estimator of 2505.15201, whose s_i is k / G times this. With k = G it is the distance from
     the best to the second best reward for the best sample, and 0 for the others (2503.19595).
     """
-    rewards, size = sorted(outcome.rewards), _pass_k(settings)
+    rewards = sorted(outcome.rewards)
+    shares = _shares(len(rewards) - 1, _pass_k(settings) - 1)
     gains: dict[float, float] = {}
     for reward in set(rewards):
-        others = _without(reward, rewards)
-        gains[reward] = _mean_greatest(others, size - 1, reward) - _mean_greatest(others, size - 1)
+        # It adds something where the greatest of the others is below it.
+        below = rewards[: rewards.index(reward)]
+        gains[reward] = math.fsum(share * (reward - value) for share, value in zip(shares, below, strict=False))
     return _over_std(
         settings, [gains[reward] for reward in outcome.rewards], _std_of_rewards(settings, outcome.rewards)
     )
@@ -149,20 +152,17 @@ def _pass_k(settings: GroupRelativeSettings) -> int:
     return settings.pass_k
 
 
-def _shares(count: int, size: int) -> list[float]:
+@cache
+def _shares(count: int, size: int) -> tuple[float, ...]:
     """Of the sets of `size` out of `count` ordered values, the share whose greatest is the 1st, 2nd, ... value."""
     # Whole numbers are divided, which rounds once, however large they are.
-    return [math.comb(below, size - 1) / math.comb(count, size) for below in range(count)]
+    return tuple(math.comb(below, size - 1) / math.comb(count, size) for below in range(count))
 
 
-def _mean_greatest(ordered: Sequence[float], size: int, least: float = -math.inf) -> float:
-    """The greatest of `least` and of `size` of the values, in the mean over all choices; `least` where size is 0."""
-    if size == 0:
-        return least
-    shares = _shares(len(ordered), size)
-    return math.fsum(share * max(value, least) for value, share in zip(ordered, shares, strict=True) if share > 0)
-
-
-def _without(value: float, ordered: Sequence[float]) -> list[float]:
-    place = ordered.index(value)
-    return [*ordered[:place], *ordered[place + 1 :]]
+def _mean_greatest_with(value: float, ordered: Sequence[float], size: int) -> float:
+    """The greatest of a set of `size` of the values that holds `value`, in the mean over all such sets."""
+    if size == 1:
+        return value
+    place, shares = ordered.index(value), _shares(len(ordered) - 1, size - 1)
+    others = [*ordered[:place], *ordered[place + 1 :]]
+    return math.fsum(share * max(other, value) for share, other in zip(shares, others, strict=True))
