@@ -39,7 +39,8 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     if details["type"] == "string_pattern_mismatch":
         rule = "must be letters, digits, '.', '_' or '-', and begin with a letter or digit"
     if details["type"] == "string_too_long":
-        rule = f"must have at most {details['ctx']['max_length']} characters, and has {len(value)}"
+        longest = details.get("ctx", {})["max_length"]
+        rule = f"must have at most {longest} characters, and has {len(value)}"
     return Refusal(shown, rule[:1].lower() + rule[1:], f"give {key} such a value{description}")
 
 
