@@ -83,8 +83,7 @@ THEN = "Fix: use --then evaluate or --then convert, with arguments as in --then 
         ),
         (
             ("--nodes", "1", *CPU, "--array", "seeds=1,two"),
-            "seed=two: must be a valid integer, unable to parse string as an integer. "
-            "Fix: give seed such a value (Seed of everything drawn).\n",
+            "seed=two: must be a plain decimal number. Fix: give seed such a value (Seed of everything drawn).\n",
         ),
         (("--nodes", "1", *CPU, "--then", "rest"), f"--then rest: is no job that can follow. {THEN}"),
         (("--nodes", "1", *CPU, "--then", ""), f"--then : is no job that can follow. {THEN}"),
@@ -154,8 +153,8 @@ def test_what_an_earlier_run_of_that_name_makes_impossible(case: Path) -> None:
     assert refused(case, "--nodes", "1", *CPU, "--time", f"0:{minutes:02d}:00") == NO_SLURM, "then Slurm is asked"
     assert refused(case, "--nodes", "1", *CPU, "--time", time, "name=other") == NO_SLURM
     assert refused(case, "--nodes", "1", *CPU, "resume=never") == (
-        "name=case with resume=never: already names a run, in runs/case, which a new one would mix with. "
-        "Fix: leave resume out to continue it, or set another name.\n"
+        "name=case: already names a run, in runs/case, which a new one would mix with. "
+        "Fix: continue it with resume=auto, choose another name, or move the folder away.\n"
     )
 
 

@@ -21,6 +21,7 @@ from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, Refusal
 from megarl.health import time_limit
+from megarl.train import past
 
 T = TypeVar("T")
 
@@ -35,12 +36,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on std
 _LAUNCHER_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
 
 
-def prepare(path: Path, overrides: Sequence[str] | None) -> RunConfig:
-    """The checked configuration. Raises `Refusal` before anything is started or written."""
+def prepare(path: Path, overrides: Sequence[str] | None, *, trains: bool = False) -> RunConfig:
+    """The checked configuration. Raises `Refusal` before anything is started or written.
+
+    `trains`: the run's folder is written as that of a training, so what an earlier run has left there counts.
+    """
     config = load_config(path, overrides or ())
     place = launcher_place()
     rules.check(config, processes=place[1] if place else None)
+    for refusal in past.refusals(config) if trains else ():
+        raise refusal
     return config
+
+
+def say(sentence: str) -> None:
+    """A sentence to the user, once for all processes."""
+    place = launcher_place()
+    if place is None or place[0] == 0:
+        print(f"megarl: {sentence}", file=sys.stderr)
 
 
 def answer_stops(notice: float) -> None:

@@ -388,6 +388,11 @@ class RunSettings(Settings):
         default="never",
         description="auto: continue from the latest checkpoint where there is one; must: refuse without one.",
     )
+    resume_changes: tuple[Literal["seed", "model", "data"], ...] = Field(
+        default=(),
+        description="Parts that a resumed run may have otherwise than its checkpoint was trained with: seed, model, "
+        "data. Other settings may always differ; what does is said.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="Type of weights and activations; the optimizer keeps fp32."
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megarl.data.prefixes import tokens_until
 from megarl.data.tokenizer import Tokenizer
+from megarl.errors import Refusal
 
 
 class ThinkingEnd:
@@ -19,6 +20,16 @@ class ThinkingEnd:
         self.marker = marker
         self.token_id = _own_token(tokenizer, marker)
         self._tokenizer = tokenizer
+
+    def require_token(self) -> None:
+        """Raise `Refusal` where the tokenizer spells the marker with several tokens, for generation must stop there."""
+        if self.token_id is None:
+            raise Refusal(
+                f"rollout.thinking_end={self.marker!r}",
+                "must be one token of the tokenizer, as generation stops there",
+                "name the token that ends the thinking, or answer in one part: no algorithm.responder, "
+                "algorithm.responses or evaluation.consumer",
+            )
 
     def split(self, token_ids: Sequence[int]) -> int | str:
         """How many tokens of a response are its thinking, the marker included; or the name of a counter where the

@@ -54,7 +54,7 @@ class Judge:
             raise Refusal(f"reward.low={settings.low}", f"must be below reward.high={settings.high}", "widen the range")
         self._settings = settings
         self._judge = settings.judge
-        self._key = _key(settings.judge)
+        self._key = key_of(settings.judge)
         self._on_wait = on_wait or (lambda text: None)
         cap = settings.judge.max_cost_per_step
         self._spending = Spending(None if cap is None else cap / replicas)
@@ -251,7 +251,7 @@ class _Call:
         return time.monotonic() - self._started_at
 
 
-def _key(judge: JudgeSettings) -> str | None:
+def key_of(judge: JudgeSettings) -> str | None:
     """The key from the environment; None where none is sent. Raises `Refusal` where the variable holds none."""
     if judge.api_key_env is None:
         return None

@@ -12,9 +12,9 @@ from megarl.config import files, rules
 from megarl.config.cluster import GIB, Cluster
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
-from megarl.formats import checkpoint_folder
 from megarl.rehearsal.rehearse import rehearse
 from megarl.submission.resources import Resources, seconds_of, shown_time
+from megarl.train import past
 
 
 def rule_refusals(config: RunConfig, resources: Resources) -> Iterator[Refusal]:
@@ -36,12 +36,7 @@ def history_refusals(config: RunConfig, time: str | None, lead: float) -> Iterat
     """
     folder = Path(config.runs_dir) / config.name
     metrics = folder / "metrics.jsonl"
-    if config.resume == "never" and checkpoint_folder.holds_a_run(folder):
-        yield Refusal(
-            f"name={config.name} with resume=never",
-            f"already names a run, in {folder}, which a new one would mix with",
-            "leave resume out to continue it, or set another name",
-        )
+    yield from past.refusals(config)
     if time is not None and seconds_of(time) <= lead:
         yield Refusal(
             f"--time {time}",

@@ -16,6 +16,7 @@ from megarl.submission.orders import Order, parse_order
 from megarl.submission.resources import Resources
 from megarl.submission.script import Template, filled_in, read_template
 from megarl.submission.sweep import Sweep
+from megarl.train import past
 
 #: What slurm/train.sbatch gives before all other settings, so that a job that starts again goes on.
 RESUME = "resume=auto"
@@ -72,6 +73,8 @@ def prepare(request: Request, say: Callable[[str], None], *, dry: bool) -> Prepa
     for run in runs:
         _raise_first(checks.rule_refusals(run, request.resources))
         _raise_first(checks.history_refusals(run, request.resources.time, _lead(train, request.resources)))
+        if (sentence := past.finished(run)) is not None:
+            say(sentence)
     _check_orders(request, orders, runs)
     _check_files(runs, say, dry=dry)
     try:

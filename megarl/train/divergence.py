@@ -7,7 +7,8 @@ import numpy as np
 from megarl.errors import Refusal, TrainingStopped
 from megarl.policy import finite
 from megarl.records import Sequence
-from megarl.train.session import Session, run_directory
+from megarl.train.past import run_directory
+from megarl.train.session import Session
 
 #: Tokens of the sequence that weights are tried on. Our choice: weights too large to compute with are so everywhere.
 PROBE = 16

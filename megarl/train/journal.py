@@ -23,7 +23,7 @@ from megarl.rollout.engine import Completion
 from megarl.train.replay import Key
 
 #: Sections whose settings change no number of a rollout by more than rounding.
-_ELSEWHERE = ("name", "runs_dir", "resume", "parallel", "recompute")
+_ELSEWHERE = ("name", "runs_dir", "resume", "resume_changes", "parallel", "recompute")
 _ELSEWHERE += ("evaluation", "checkpoint", "logging", "weights", "health")
 
 

@@ -10,11 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megarl.config.load import dump_config
 from megarl.config.schema import RunConfig
 from megarl.records import Prompt, Sample
 from megarl.train.curves import draw_curves
 from megarl.train.display import Display
+from megarl.train.past import keep_configuration
 
 
 class Recorder:
@@ -36,7 +36,7 @@ class Recorder:
         if not self._writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(dump_config(self.config))
+        keep_configuration(self.config, finished or 0)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_lines_of(self.directory / name, finished, self.config.steps)
         if self.config.logging.tensorboard:

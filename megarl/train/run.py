@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import RunConfig
-from megarl.errors import Interrupted, MegarlError, Refusal, TrainingStopped
+from megarl.errors import Interrupted, MegarlError, TrainingStopped
 from megarl.formats import checkpoint_folder
 from megarl.health import time_limit
 from megarl.health.guard import watching
@@ -24,13 +24,14 @@ from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
 from megarl.policy import checkpoint
 from megarl.rollout import environment
-from megarl.train import divergence, evaluation
+from megarl.train import divergence, evaluation, past
 from megarl.train.divergence import Diverged
 from megarl.train.loop import evaluate_now, roll_out, run_steps
 from megarl.train.measure import peak_memory_bytes
+from megarl.train.past import run_directory
 from megarl.train.saving import resume, save_checkpoint, save_rollouts
 from megarl.train.serving import awake
-from megarl.train.session import Session, build, run_directory
+from megarl.train.session import Session, build
 from megarl.train.stops import StopAsked, Stops
 from megarl.weights.export import export_hf
 
@@ -94,8 +95,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises `Interrupted` where the run was asked to stop, with what it had learned saved.
     """
     started = time.time()
-    if config.resume == "never":
-        refuse_to_overwrite(run_directory(config))
+    for refusal in past.refusals(config):
+        raise refusal
     with session_of(config, writes=True) as session:
         resumed = resume(session)
         session.recorder.open(session.progress.step if resumed else None)
@@ -203,16 +204,6 @@ def generate(config: RunConfig) -> dict[str, Any]:
             "samples": len(rewards),
             "reward_mean": sum(rewards) / len(rewards) if rewards else None,
         }
-
-
-def refuse_to_overwrite(directory: Path) -> None:
-    """Raise `Refusal` where an earlier run has left metrics or checkpoints in `directory`."""
-    if checkpoint_folder.holds_a_run(directory):
-        raise Refusal(
-            f"name={directory.name}",
-            f"already names a run, in {directory}, which a new one would mix with",
-            "continue it with resume=auto, choose another name, or move the folder away",
-        )
 
 
 def _start_line(session: Session, resumed: bool) -> str:

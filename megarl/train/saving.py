@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -16,9 +18,10 @@ from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.parallel.exchange import first_decides
 from megarl.policy import checkpoint
-from megarl.train import divergence, journal, replay
+from megarl.train import divergence, journal, past, replay
 from megarl.train.groups import Rollouts
-from megarl.train.session import Progress, Session, run_directory, unfinished_directory
+from megarl.train.past import run_directory
+from megarl.train.session import Progress, Session, unfinished_directory
 
 
 def save_checkpoint(session: Session) -> None:
@@ -33,7 +36,7 @@ def save_checkpoint(session: Session) -> None:
             session.policy,
             run_directory(session.config) / "checkpoints",
             session.progress.step,
-            dataclasses.asdict(session.progress),
+            dataclasses.asdict(session.progress) | _of_the_run(session),
             optimizer=settings.optimizer,
             # While updates are skipped, nobody knows what these weights are worth.
             keep=settings.keep if session.policy.skipped_in_a_row == 0 else sys.maxsize,
@@ -58,11 +61,45 @@ def resume(session: Session) -> bool:
                 "resume=must", f"needs a complete checkpoint in {root}", "use resume=auto to start from the beginning"
             )
         return False
+    _compare(session, saved)
     names = {f.name for f in dataclasses.fields(Progress)}
     session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
     session.stream.restore(session.progress.cursor)
     session.saved_step = session.progress.step
     return True
+
+
+def _of_the_run(session: Session) -> dict[str, Any]:
+    """What a checkpoint keeps of the run, to be known by what continues from it."""
+    return {"config": session.config.model_dump(mode="json"), "data": _prompts(session)}
+
+
+def _prompts(session: Session) -> dict[str, Any]:
+    """The number of prompts that are trained on, and a digest of them: the same file may have other rows."""
+    prompts = session.data.prompts
+    if session.data_digest is None:
+        digest = hashlib.sha256()
+        for prompt in prompts:
+            digest.update(json.dumps([prompt.index, prompt.text, prompt.answer]).encode())
+        session.data_digest = digest.hexdigest()
+    return {"prompts": len(prompts), "digest": session.data_digest}
+
+
+def _compare(session: Session, saved: dict[str, Any]) -> None:
+    """Say what differs from the run that saved a checkpoint. Raises `Refusal` for what may not, on all ranks."""
+    config, before = session.config, saved.get("config")
+    checkpoint_directory = run_directory(config) / "checkpoints" / f"step_{saved['step']:06d}"
+    for refusal in past.changed_parts(config, before, checkpoint_directory):
+        raise refusal
+    found, known = _prompts(session), saved.get("data")
+    if known not in (None, found) and "data" not in config.resume_changes:
+        raise Refusal(
+            f"data of {found['prompts']} prompts with resume={config.resume}",
+            f"has other rows than those that {checkpoint_directory} was trained on, {known['prompts']} prompts",
+            "bring the data back, begin a new run under another name, or go on all the same with resume_changes=[data]",
+        )
+    if words := past.changes(config, before):
+        session.recorder.status(f"continues {checkpoint_directory.name} with other settings: {words}")
 
 
 def _load_newest(session: Session) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ from megarl.data.dataset import LoadedPrompts, load_prompts
 from megarl.data.sampler import PromptStream
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.parallel.bootstrap import World
 from megarl.parallel.groups import Grid
@@ -28,6 +27,7 @@ from megarl.policy.policy import Policy
 from megarl.rewards.scorer import Scorer, build_scorer
 from megarl.rollout.engine import Engine
 from megarl.train.clock import Clock
+from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
 from megarl.train.stops import Stops
 from megarl.weights.push import Push
@@ -89,6 +89,8 @@ class Session:
     serving: str | None = None
     saved_step: int | None = None
     """The step of the newest checkpoint that this session saved or continues from."""
+    data_digest: str | None = None
+    """Of the prompts that are trained on, once it is known."""
 
     def close(self) -> None:
         """End what finds rewards, flush what is recorded, and shut the engine down."""
@@ -115,7 +117,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     settings = config.evaluation
     thinking_end = ThinkingEnd(tokenizer, config.rollout.thinking_end)
     if algorithm.needs.responder is not None or settings.consumer is not None:
-        _require_token(thinking_end, config)
+        thinking_end.require_token()
     evaluates = evaluate_only or bool(settings.every) or settings.start or settings.end
     evaluation_data = load_prompts(evaluation_source(config), tokenizer) if evaluates else None
     recorder = Recorder(config, world.is_first, show=world.is_first)
@@ -179,17 +181,6 @@ def _scorers(config: RunConfig, engine: Engine | None, recorder: Recorder) -> tu
     return scorer, None if own is None else build_scorer(own, engine.num_replicas, on_wait=recorder.status)
 
 
-def _require_token(thinking_end: ThinkingEnd, config: RunConfig) -> None:
-    """Refuse a tokenizer in which the end of the thinking is not one token, where generation must stop there."""
-    if thinking_end.token_id is None:
-        raise Refusal(
-            f"rollout.thinking_end={config.rollout.thinking_end!r}",
-            "must be one token of the tokenizer, as generation stops there",
-            "name the token that ends the thinking, or answer in one part: no algorithm.responder, algorithm.responses "
-            "or evaluation.consumer",
-        )
-
-
 def evaluation_source(config: RunConfig) -> DataSettings:
     """The data settings of the evaluation: those of training with its own file, in file order."""
     settings = config.evaluation
@@ -197,11 +188,6 @@ def evaluation_source(config: RunConfig) -> DataSettings:
     if settings.path is not None:
         changes["path"] = settings.path
     return config.data.model_copy(update=changes)
-
-
-def run_directory(config: RunConfig) -> Path:
-    """`runs/<name>`."""
-    return Path(config.runs_dir) / config.name
 
 
 def unfinished_directory(config: RunConfig) -> Path:

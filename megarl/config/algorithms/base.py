@@ -24,6 +24,11 @@ class AlgorithmSettings(Settings):
 
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
 
+    @property
+    def answers_in_parts(self) -> bool:
+        """Whether generation stops at the end of the thinking, for responses to be written to it apart."""
+        return False
+
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
         return run.data.max_prompt_tokens

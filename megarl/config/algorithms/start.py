@@ -41,6 +41,10 @@ class StartSettings(GroupRelativeSettings):
         "the gradients of both parts add up to the whole. Our choice.",
     )
 
+    @property
+    def answers_in_parts(self) -> bool:
+        return self.thinking_steps != 0 and (self.responder != "policy" or self.responses > 1)
+
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from super().refusals(run)
         if run.reward.graded != "response":

@@ -1,0 +1,140 @@
+"""What a run of this name has left, and what it means for one that starts: refused, continued or finished. Torch-free.
+
+A checkpoint keeps the configuration that it was trained with. A run that continues from it may have other settings,
+which are said and kept; other data, another model or another seed would make it another run, and are refused unless
+`resume_changes` names them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megarl.config.load import dump_config, load_config
+from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
+
+#: The parts of a run that make it what it is; the choices of `resume_changes`.
+PARTS = ("seed", "model", "data")
+#: Settings and sections that change no number of a run by more than rounding, or that are there to be changed.
+_FREE = (
+    "name", "runs_dir", "resume", "resume_changes", "steps", "parallel", "recompute", "checkpoint", "logging",
+    "weights", "health", "rollout.tensor", "rollout.expert_parallel", "rollout.chunk", "rollout.max_concurrent",
+    "rollout.kv_cache_gib", "rollout.gpu_memory_fraction", "rollout.save", "rollout.keep_unfinished", "reward.workers",
+    "batch.tokens_per_microbatch", "batch.packed", "batch.logprob_chunk",
+)  # fmt: skip
+
+
+def run_directory(config: RunConfig) -> Path:
+    """`runs/<name>`."""
+    return Path(config.runs_dir) / config.name
+
+
+def refusals(config: RunConfig) -> Iterator[Refusal]:
+    """What an earlier run of this name makes impossible."""
+    directory = run_directory(config)
+    if config.resume == "never":
+        if checkpoint_folder.holds_a_run(directory):
+            yield Refusal(
+                f"name={directory.name}",
+                f"already names a run, in {directory}, which a new one would mix with",
+                "continue it with resume=auto, choose another name, or move the folder away",
+            )
+        return
+    checkpoint = checkpoint_folder.find(directory / "checkpoints")
+    if checkpoint is not None:
+        progress = checkpoint_folder.read_progress(checkpoint)
+        yield from changed_parts(config, progress.get("config") or _noted(directory), checkpoint)
+
+
+def changed_parts(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> Iterator[Refusal]:
+    """Refusals of a seed, a model or data that differ from those `before`, of a checkpoint's configuration."""
+    for key, old, new in _differences(config, before):
+        part = key.partition(".")[0]
+        if part in PARTS and part not in config.resume_changes:
+            yield Refusal(
+                f"{key}={_shown(new)} with resume={config.resume}",
+                f"differs from {_shown(old)}, with which {checkpoint} was trained",
+                f"set it back, begin a new run under another name, or go on all the same with resume_changes=[{part}]",
+            )
+
+
+def changes(config: RunConfig, before: Mapping[str, Any] | None) -> str:
+    """What differs from the configuration `before`, in words; empty where nothing of weight does."""
+    return ", ".join(f"{key}={_shown(new)} (was {_shown(old)})" for key, old, new in _differences(config, before))
+
+
+def finished(config: RunConfig) -> str | None:
+    """A sentence where the run that would continue has made all its steps and left its results, else None."""
+    directory = run_directory(config)
+    if config.resume == "never" or (config.checkpoint.export_hf and not (directory / "hf").is_dir()):
+        return None
+    try:
+        steps = json.loads((directory / "summary.json").read_text())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(steps, int) or steps < config.steps:
+        return None
+    return (
+        f"{config.name} is finished: {steps} of {config.steps} steps are made, see {directory}/summary.json; "
+        "raise steps to go on"
+    )
+
+
+def keep_configuration(config: RunConfig, step: int) -> None:
+    """Write config.yaml; another that is there stays beside it, as the one that held until `step`."""
+    directory = run_directory(config)
+    file, text = directory / "config.yaml", dump_config(config)
+    if file.is_file() and (before := file.read_text(encoding="utf-8")) != text:
+        kept, number = directory / f"config.until_step_{step:06d}.yaml", 1
+        while kept.exists():
+            number += 1
+            kept = directory / f"config.until_step_{step:06d}.{number}.yaml"
+        kept.write_text(before, encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
+
+
+def _noted(directory: Path) -> dict[str, Any] | None:
+    """The configuration beside checkpoints that do not keep theirs, as megarl's first versions wrote them."""
+    try:
+        return load_config(directory / "config.yaml").model_dump(mode="json")
+    except Refusal:
+        return None
+
+
+def _differences(config: RunConfig, before: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that both configurations have, with the old and the new value."""
+    if before is None:
+        return
+    # As it will be read from JSON again.
+    now = dict(_flat(json.loads(json.dumps(config.model_dump(mode="json")))))
+    for key, old in _flat(before):
+        if key in now and now[key] != old and not _same_place(key, old, now[key]) and not _is_free(key):
+            yield key, old, now[key]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+
+def _same_place(key: str, old: Any, new: Any) -> bool:
+    """Whether two spellings of a path lead to one place."""
+    if not (key.endswith(("path", "tokenizer", "weights")) and isinstance(old, str) and isinstance(new, str)):
+        return False
+    return Path(old).resolve() == Path(new).resolve()
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

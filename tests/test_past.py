@@ -1,0 +1,132 @@
+"""What an earlier run of a name means for one that starts: refused, continued with what differs said, finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_case import MODEL
+
+from megarl.config.load import dump_config, load_config
+from megarl.config.model_shape import model_shape_from_hf
+from megarl.config.schema import RunConfig
+from megarl.formats import checkpoint_folder
+from megarl.train import past
+
+CHECKPOINT = Path("runs/case/checkpoints/step_000002")
+
+
+def leave_checkpoint(config: RunConfig | None) -> None:
+    """What a run of two steps leaves, but for its weights."""
+    CHECKPOINT.mkdir(parents=True)
+    facts: dict[str, Any] = {"step": 2, "optimizer": True}
+    facts["config"] = None if config is None else config.model_dump(mode="json")
+    checkpoint_folder.write_progress(CHECKPOINT, model_shape_from_hf(MODEL), facts)
+    (CHECKPOINT.parent / "latest").write_text(CHECKPOINT.name)
+
+
+def said(config: RunConfig) -> list[str]:
+    return [str(refusal) for refusal in past.refusals(config)]
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(run_file: Path) -> None:
+    config = load_config(run_file)
+    assert said(config) == []
+    leave_checkpoint(config)
+    assert said(config) == [
+        "name=case: already names a run, in runs/case, which a new one would mix with. "
+        "Fix: continue it with resume=auto, choose another name, or move the folder away."
+    ]
+    assert said(load_config(run_file, ["resume=auto"])) == []
+    assert said(load_config(run_file, ["name=other"])) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "shown", "before", "part"),
+    [
+        ("seed=7", "seed=7", "1234", "seed"),
+        ("data.path=other.jsonl", "data.path=other.jsonl", "rows.jsonl", "data"),
+        ("data.system=Be brief.", "data.system=Be brief.", "null", "data"),
+        ("data.shuffle=false", "data.shuffle=false", "true", "data"),
+        ("model.path=models/other", "model.path=models/other", "model", "model"),
+    ],
+)
+def test_another_run_under_the_same_name_is_refused(
+    run_file: Path, override: str, shown: str, before: str, part: str
+) -> None:
+    leave_checkpoint(load_config(run_file))
+    assert said(load_config(run_file, ["resume=auto", override])) == [
+        f"{shown} with resume=auto: differs from {before}, with which {CHECKPOINT} was trained. Fix: set it back, "
+        f"begin a new run under another name, or go on all the same with resume_changes=[{part}]."
+    ]
+    assert said(load_config(run_file, ["resume=auto", override, f"resume_changes=[{part}]"])) == []
+    other = next(one for one in past.PARTS if one != part)
+    assert len(said(load_config(run_file, ["resume=auto", override, f"resume_changes=[{other}]"]))) == 1
+
+
+def test_other_settings_are_said_and_layouts_are_free(run_file: Path) -> None:
+    before = load_config(run_file)
+    leave_checkpoint(before)
+    free = ["resume=auto", "steps=9", "parallel.tensor=2", "checkpoint.every=1", "logging.samples=3", "rollout.chunk=8"]
+    free += [f"model.path={Path('model').resolve()}", "data.path=./rows.jsonl", "batch.tokens_per_microbatch=1024"]
+    config = load_config(run_file, free)
+    assert said(config) == [] and past.changes(config, before.model_dump(mode="json")) == ""
+    config = load_config(run_file, [*free, "rollout.group_size=4", "optimizer.lr=1e-3", "algorithm=nft"])
+    assert said(config) == []
+    words = past.changes(config, json.loads(json.dumps(before.model_dump(mode="json"))))
+    for change in ("algorithm.name=nft (was grpo)", "rollout.group_size=4 (was 8)", "optimizer.lr=0.001 (was 1e-06)"):
+        assert change in words
+    assert "steps" not in words and "parallel" not in words
+
+
+def test_a_checkpoint_without_its_configuration_has_that_of_its_folder(run_file: Path) -> None:
+    leave_checkpoint(None)
+    config = load_config(run_file, ["resume=auto", "seed=7"])
+    assert said(config) == []
+    Path("runs/case/config.yaml").write_text(dump_config(load_config(run_file)))
+    assert said(config)[0].startswith("seed=7 with resume=auto: differs from 1234")
+
+
+def test_damaged_checkpoints_are_named(run_file: Path) -> None:
+    leave_checkpoint(load_config(run_file))
+    (CHECKPOINT / "progress.json").write_text("{")
+    with pytest.raises(checkpoint_folder.Damaged, match=r"progress\.json that cannot be read"):
+        said(load_config(run_file, ["resume=auto"]))
+
+
+def test_a_finished_run_says_so(run_file: Path) -> None:
+    config = load_config(run_file, ["resume=auto"])
+    leave_checkpoint(config)
+    summary = Path("runs/case/summary.json")
+    assert past.finished(config) is None
+    summary.write_text('{"steps": 2}')
+    assert past.finished(config) is None
+    summary.write_text('{"steps": 3}')
+    sentence = "case is finished: 3 of {} steps are made, see runs/case/summary.json; raise steps to go on"
+    assert past.finished(config) == sentence.format(3)
+    assert past.finished(load_config(run_file, ["resume=must", "steps=1"])) == sentence.format(1)
+    assert past.finished(load_config(run_file, ["resume=auto", "steps=4"])) is None
+    assert past.finished(load_config(run_file)) is None, "a new run is refused instead"
+    exports = load_config(run_file, ["resume=auto", "checkpoint.export_hf=true"])
+    assert past.finished(exports) is None, "what was not exported yet still can be"
+    Path("runs/case/hf").mkdir()
+    assert past.finished(exports) is not None
+    summary.write_text("{")
+    assert past.finished(config) is None
+
+
+def test_the_configuration_of_every_start_is_kept(run_file: Path) -> None:
+    folder = Path("runs/case")
+    folder.mkdir(parents=True)
+    first = load_config(run_file)
+    second, third = load_config(run_file, ["optimizer.lr=1e-3"]), load_config(run_file, ["optimizer.lr=1e-4"])
+    for config, step in ((first, 0), (first, 2), (second, 2), (third, 2), (third, 5)):
+        past.keep_configuration(config, step)
+    kept = {file.name: load_config(file) for file in folder.glob("config*.yaml")}
+    assert kept == {
+        "config.until_step_000002.yaml": first,
+        "config.until_step_000002.2.yaml": second,
+        "config.yaml": third,
+    }
