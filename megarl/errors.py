@@ -24,11 +24,16 @@ class Refusal(MegarlError):
         self.value = value
         self.rule = rule
         self.fix = fix
-        super().__init__(f"{value}: {rule.rstrip('.')}. Fix: {fix.rstrip('.')}.")
+        super().__init__(f"{_cut(value)}: {_cut(rule).rstrip('.')}. Fix: {_cut(fix).rstrip('.')}.")
 
     def __reduce__(self) -> tuple[type["Refusal"], tuple[str, str, str]]:
         # Exceptions pickle by their message alone, which would lose the three parts on the way between processes.
         return type(self), (self.value, self.rule, self.fix)
+
+
+def _cut(text: str) -> str:
+    """As much of a text as a message can hold."""
+    return text if len(text) <= 1000 else f"{text[:300]}... ({len(text)} characters)"
 
 
 class Interrupted(MegarlError):

@@ -143,7 +143,7 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
         ),
         (
             "name=" + "n" * 300,
-            f"name={'n' * 100}... (300 characters): must have at most 200 characters, and has 300. "
+            f"name={'n' * 300}: must have at most 200 characters, and has 300. "
             "Fix: give name such a value (Name of the run: it lives in runs/<name>/).",
         ),
         (

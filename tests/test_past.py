@@ -18,13 +18,14 @@ from megarl.train import past
 CHECKPOINT = Path("runs/case/checkpoints/step_000002")
 
 
-def leave_checkpoint(config: RunConfig | None) -> None:
-    """What a run of two steps leaves, but for its weights."""
-    CHECKPOINT.mkdir(parents=True)
-    facts: dict[str, Any] = {"step": 2, "optimizer": True}
+def leave_checkpoint(config: RunConfig | None, step: int = 2) -> None:
+    """What a run of that many steps leaves, but for its weights."""
+    folder = CHECKPOINT.with_name(f"step_{step:06d}")
+    folder.mkdir(parents=True)
+    facts: dict[str, Any] = {"step": step, "optimizer": True}
     facts["config"] = None if config is None else config.model_dump(mode="json")
-    checkpoint_folder.write_progress(CHECKPOINT, model_shape_from_hf(MODEL), facts)
-    (CHECKPOINT.parent / "latest").write_text(CHECKPOINT.name)
+    checkpoint_folder.write_progress(folder, model_shape_from_hf(MODEL), facts)
+    (folder.parent / "latest").write_text(folder.name)
 
 
 def said(config: RunConfig) -> list[str]:
@@ -104,6 +105,11 @@ def test_a_finished_run_says_so(run_file: Path) -> None:
     summary.write_text('{"steps": 2}')
     assert past.finished(config) is None
     summary.write_text('{"steps": 3}')
+    assert past.finished(config) is None, "somebody went back to the checkpoint of step 2"
+    assert (
+        past.finished(load_config(run_file, ["resume=auto", "checkpoint.end=false", "checkpoint.every=2"])) is not None
+    )
+    leave_checkpoint(config, 3)
     sentence = "case is finished: 3 of {} steps are made, see runs/case/summary.json; raise steps to go on"
     assert past.finished(config) == sentence.format(3)
     assert past.finished(load_config(run_file, ["resume=must", "steps=1"])) == sentence.format(1)

@@ -27,7 +27,7 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     if details["type"] == "missing":
         return Refusal(key, "must be given", f"set {key}{description}")
     value = details["input"]
-    shown = f"{key}={_shortened(_yaml(value))}"
+    shown = f"{key}={_yaml(value)}"
     rule = details["msg"].replace("Input should be", "must be").replace("Value error, ", "")
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return Refusal(shown, "must be a table of keys", f"write the keys of {key} indented below it")
@@ -49,11 +49,6 @@ def _yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return value if isinstance(value, str) else repr(value)
-
-
-def _shortened(text: str) -> str:
-    """A value as a message can hold it."""
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _description(record: type[BaseModel], path: list[str]) -> str:

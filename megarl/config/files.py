@@ -16,8 +16,21 @@ from megarl.errors import Refusal
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
+def named(looks: Iterator[Refusal]) -> Iterator[Refusal]:
+    """What `looks` yields, and a refusal where a path cannot be looked at (too long, forbidden, a disk's error)."""
+    try:
+        yield from looks
+    except OSError as error:
+        rule = f"cannot be looked at ({error.strerror or error})"
+        yield Refusal(f"path {error.filename}", rule, "correct the path, or who may read it")
+
+
 def refusals(config: RunConfig) -> Iterator[Refusal]:
     """What is missing or broken among the files that `config` names."""
+    yield from named(_refusals(config))
+
+
+def _refusals(config: RunConfig) -> Iterator[Refusal]:
     model = config.model
     if model.random_init and model.weights is not None:
         yield Refusal(f"model.weights={model.weights}", "contradicts model.random_init=true", "remove one of the two")

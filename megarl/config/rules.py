@@ -53,6 +53,10 @@ def broken_setting_rules(
     config: RunConfig, shape: ModelShape | None = None, processes: int | None = None
 ) -> Iterator[Refusal]:
     """As `broken_rules`, without what must be on disk: for a run that is planned where its files are not."""
+    yield from files.named(_broken_setting_rules(config, shape, processes))
+
+
+def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes: int | None) -> Iterator[Refusal]:
     world = processes or config.parallel.processes or 1
     if config.parallel.processes not in (None, world):
         yield Refusal(

@@ -174,15 +174,13 @@ class _Place:
         if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
             shown = text.encode("ascii", "backslashreplace").decode().replace("\0", "\\0")
             rule = "has characters that are in no text (NUL, or bytes that are not UTF-8)"
-            raise Refusal(f"{self.key}={shown[:200]}", rule, "remove them")
+            raise Refusal(f"{self.key}={shown}", rule, "remove them")
         return text
 
     def _bounded(self, text: str, number: int | float) -> int | float:
         if (isinstance(number, int) and abs(number) >= _BOUND) or number in (float("inf"), -float("inf")):
-            shown = text if len(text) < 50 else f"{text[:40]}... ({len(text)} characters)"
-            raise Refusal(
-                f"{self.key}={shown}", "is beyond what 64 bits hold", f"give a smaller number{self._sentence}"
-            )
+            fix = f"give a smaller number{self._sentence}"
+            raise Refusal(f"{self.key}={text}", "is beyond what 64 bits hold", fix)
         return number
 
     def _no_number(self, text: str) -> Refusal:

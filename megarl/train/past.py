@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megarl.config import files
 from megarl.config.load import dump_config, load_config
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -35,6 +36,10 @@ def run_directory(config: RunConfig) -> Path:
 
 def refusals(config: RunConfig) -> Iterator[Refusal]:
     """What an earlier run of this name makes impossible."""
+    yield from files.named(_refusals(config))
+
+
+def _refusals(config: RunConfig) -> Iterator[Refusal]:
     directory = run_directory(config)
     if config.resume == "never":
         if checkpoint_folder.holds_a_run(directory):
@@ -77,6 +82,11 @@ def finished(config: RunConfig) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(steps, int) or steps < config.steps:
+        return None
+    checkpoint = checkpoint_folder.find(directory / "checkpoints")
+    saved = 0 if checkpoint is None else checkpoint_folder.read_progress(checkpoint)["step"]
+    if config.checkpoint.end and saved < config.steps:
+        # Somebody went back to an earlier checkpoint.
         return None
     return (
         f"{config.name} is finished: {steps} of {config.steps} steps are made, see {directory}/summary.json; "
