@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -464,6 +465,7 @@ def test_a_folder_is_no_package(run_file: Path, monkeypatch: pytest.MonkeyPatch)
     config = load_config(run_file, ["logging.wandb=project", "logging.tensorboard=false"])
     assert [str(each) for each in broken_rules(config)] == [REFUSED[0][1]]
     Path("tensorboard.py").write_text("")
+    importlib.invalidate_caches()
     assert [str(each) for each in broken_rules(load_config(run_file))] == [
         f"logging.tensorboard=true: needs the package tensorboard, which {Path.cwd()}/tensorboard.py hides. "
         "Fix: rename that file, or set logging.tensorboard=false."
