@@ -472,7 +472,7 @@ BAD_SOURCES: dict[Callable[[Path, Path], Path], str] = {
     uneven_heads: r"num_key_value_heads=3 in .*: must divide the 4 attention heads",
     rope_by_layer: r"rope_parameters=.* in .*: must be one scaling for all layers",
     rope_without_factor: r"without factor: a yarn scaling needs it",
-    half_rotated: r"partial_rotary_factor in .*: must be 1",
+    half_rotated: r"partial_rotary_factor=0.5 in .*: must be 1",
     no_layers: r"num_hidden_layers=-1 in .*: must be a whole number of at least 1",
     a_list: r"config\.json: must be a JSON object",
     unknown: r"model_type='gpt_neox' in .*: must be one of \['llama', 'mistral'",

@@ -283,8 +283,10 @@ def test_configurations_of_mixtures() -> None:
     assert trained.router_aux_loss == 0.02
     stepped = model_shape_from_hf(EXPERTS | {"decoder_sparse_step": 2, "mlp_only_layers": [3]})
     assert stepped.sparse_layers == (False, True, False, False, False, True)
-    newer = {key: value for key, value in EXPERTS.items() if key != "num_experts"} | {"num_local_experts": 6}
-    assert model_shape_from_hf(newer) == MOE
+    third = {key: value for key, value in EXPERTS.items() if key != "shared_expert_intermediate_size"}
+    third |= {"model_type": "qwen3_moe", "head_dim": 8}
+    newer = {key: value for key, value in third.items() if key != "num_experts"} | {"num_local_experts": 6}
+    assert model_shape_from_hf(newer) == model_shape_from_hf(third)
     mixtral = model_shape_from_hf(MODEL | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2})
     assert mixtral.normalize_topk and mixtral.expert_ffn_size == 96 and all(mixtral.sparse_layers)
 
@@ -292,8 +294,8 @@ def test_configurations_of_mixtures() -> None:
 def test_broken_configurations_of_mixtures() -> None:
     with pytest.raises(Refusal, match=r"num_experts_per_tok=7 in config\.json: must be between 1 and the 6 experts"):
         model_shape_from_hf(EXPERTS | {"num_experts_per_tok": 7})
-    without = {key: value for key, value in EXPERTS.items() if key != "moe_intermediate_size"}
-    with pytest.raises(Refusal, match=r"config\.json without moe_intermediate_size"):
+    without = {key: value for key, value in EXPERTS.items() if key != "intermediate_size"}
+    with pytest.raises(Refusal, match=r"config\.json without intermediate_size"):
         model_shape_from_hf(without)
     mixtral = MODEL | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     with pytest.raises(Refusal, match="sliding_window=64"):

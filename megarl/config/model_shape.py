@@ -5,18 +5,22 @@ One record describes every supported family; the weight map and the policy are b
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megarl.config.model_folder import read_config, read_generation
+from megarl.config.model_keys import KEYS, Key
+from megarl.config.model_reading import RESTORE, check_value, positions_of, read_keys, shown
+from megarl.config.model_rope import read_rope
 from megarl.errors import Refusal
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder. Lengths in elements; `rope_scaling` as Hugging Face writes it.
+    """Sizes of a decoder. Lengths in elements; `rope_scaling` with all that transformers' formula needs, but the base.
 
+    `eos_token_ids` are those that config.json and generation_config.json name; the tokenizer has one more.
     `ffn_size` is that of dense MLPs. `sparse_layers` says for each layer whether it is a mixture of experts, with
     `num_experts` MLPs of `expert_ffn_size`, of which a token goes through `experts_per_token`; empty for a dense model.
     Their weights are the router's softmax over all experts, made to add up to 1 where `normalize_topk`. A shared
@@ -78,207 +82,192 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("MixtralForCausalLM"),
 }
 
-#: Rotary scalings, and the numbers that each needs.
-ROPE_FACTORS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-}
 
-
-#: Where the configuration of a mixture of experts has its sizes.
-EXPERT_SIZES: dict[str, dict[str, str]] = {
-    "qwen2_moe": {
-        "num_experts": "num_experts",
-        "experts_per_token": "num_experts_per_tok",
-        "expert_ffn_size": "moe_intermediate_size",
-        "shared_expert_ffn_size": "shared_expert_intermediate_size",
-    },
-    "qwen3_moe": {
-        "num_experts": "num_experts",
-        "experts_per_token": "num_experts_per_tok",
-        "expert_ffn_size": "moe_intermediate_size",
-    },
-    "mixtral": {
-        "num_experts": "num_experts",
-        "experts_per_token": "num_experts_per_tok",
-        "expert_ffn_size": "intermediate_size",
-    },
+#: By family with mixtures of experts: the key of the number of experts, and that of an expert's size.
+EXPERT_KEYS: dict[str, tuple[str, str]] = {
+    "qwen2_moe": ("num_experts", "moe_intermediate_size"),
+    "qwen3_moe": ("num_experts", "moe_intermediate_size"),
+    "mixtral": ("num_local_experts", "intermediate_size"),
 }
 
 
 def read_model_shape(path: str | Path) -> ModelShape:
-    """Read `config.json` in the directory `path`.
+    """Read `config.json` and `generation_config.json` in the directory `path`.
 
-    Raises `Refusal` where the directory, the file, a needed size or the family is missing.
+    Raises `Refusal` where the directory or a file cannot be read, and for what `model_shape_from_hf` refuses.
     """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise Refusal(
-            f"model.path={path}",
-            "must be a Hugging Face checkpoint directory with a config.json",
-            "give an existing directory",
-        )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Refusal(str(file), f"must be JSON ({error})", "restore the file from the original checkpoint") from None
-    if not isinstance(raw, dict):
-        raise Refusal(str(file), "must be a JSON object", "restore the file from the original checkpoint")
-    return model_shape_from_hf(raw, origin=str(file))
+    folder = Path(path)
+    return model_shape_from_hf(
+        read_config(folder),
+        origin=str(folder / "config.json"),
+        generation=read_generation(folder),
+        generation_origin=str(folder / "generation_config.json"),
+    )
 
 
-def model_shape_from_hf(raw: dict[str, Any], origin: str = "config.json") -> ModelShape:
-    """Translate a Hugging Face configuration (as a dict). Raises `Refusal` like `read_model_shape`."""
-    family = str(raw.get("model_type", ""))
-    if family not in FAMILIES:
+def model_shape_from_hf(
+    raw: dict[str, Any],
+    origin: str = "config.json",
+    *,
+    generation: dict[str, Any] | None = None,
+    generation_origin: str = "generation_config.json",
+) -> ModelShape:
+    """Translate a Hugging Face configuration (as a dict), and that of generation, None where there is none.
+
+    Raises `Refusal` where the family is not supported, where a key says what the policy is not or is unknown, where
+    keys contradict each other, and where a needed size is missing or out of range.
+    """
+    family = raw.get("model_type", "")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise Refusal(
-            f"model_type={family!r} in {origin}",
+            f"model_type={shown(family)} in {origin}",
             f"must be one of {sorted(FAMILIES)}",
             "convert to a supported architecture",
         )
     switches = FAMILIES[family]
-    _check_kind(switches, family, raw, origin)
-    if "num_local_experts" in raw:
-        # What transformers writes since 5.0, where older files have num_experts.
-        raw = {"num_experts": raw["num_local_experts"]} | raw
-    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
-    sizes += EXPERT_SIZES.get(family, {}).values()
-    missing = [key for key in sizes if key not in raw]
-    if missing:
-        raise Refusal(
-            f"{origin} without {', '.join(missing)}", "every size must be given", "restore the original config.json"
-        )
-    for key in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings", "decoder_sparse_step"):
-        # A null stands for the default, but not for a size.
-        if raw.get(key) is not None or key in sizes:
-            _check_number(key, raw[key], int, 0 if key == "shared_expert_intermediate_size" else 1, origin)
-    for key in ("rope_theta", "rms_norm_eps"):
-        if raw.get(key) is not None:
-            _check_number(key, raw[key], float, 0, origin)
-    heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
-    if heads % kv_heads:
-        raise Refusal(
-            f"num_key_value_heads={kv_heads} in {origin}",
-            f"must divide the {heads} attention heads",
-            "restore the original config.json",
-        )
-    theta, scaling = _rope(raw, origin)
-    attention_bias = bool(raw.get("attention_bias", False))
+    _check_architecture(switches, family, raw, origin)
+    keys = read_keys(raw, family, origin)
+    positions = positions_of(raw, keys, origin)
+    _check_layers(family, raw, keys, origin)
+    rope = read_rope(raw, family, keys["max_position_embeddings"], origin)
+    attention_bias = keys.get("attention_bias", False)
+    heads, kv_heads, head_dim = _heads(family, raw, keys, origin, scaled=bool(rope.scaling))
     return ModelShape(
         family=family,
-        hidden_size=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
+        hidden_size=keys["hidden_size"],
+        num_layers=keys["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        ffn_size=raw["intermediate_size"],
-        vocab_size=raw["vocab_size"],
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        head_dim=head_dim,
+        ffn_size=keys["intermediate_size"],
+        vocab_size=keys["vocab_size"],
+        tied_embeddings=keys["tie_word_embeddings"],
         qkv_bias=switches.qkv_bias or attention_bias,
-        attention_out_bias=attention_bias and family != "qwen2",
+        attention_out_bias=attention_bias,
         qk_norm=switches.qk_norm,
-        norm_epsilon=float(raw.get("rms_norm_eps") or 1e-6),
-        rope_theta=theta,
-        max_positions=int(raw.get("max_position_embeddings") or 2048),
-        rope_scaling=scaling,
-        eos_token_ids=_end_tokens(raw.get("eos_token_id"), origin),
-        **(_experts(family, raw, origin) if family in EXPERT_SIZES else {}),
+        norm_epsilon=keys["rms_norm_eps"],
+        rope_theta=rope.theta,
+        max_positions=positions if rope.reach is None else min(positions, rope.reach),
+        rope_scaling=rope.scaling,
+        eos_token_ids=_end_tokens(raw, keys, origin, generation, generation_origin),
+        **(_experts(family, keys, origin) if family in EXPERT_KEYS else {}),
     )
 
 
-def _check_kind(switches: Family, family: str, raw: dict[str, Any], origin: str) -> None:
-    """Refuse what the layers of the policy are not."""
+def _check_architecture(switches: Family, family: str, raw: dict[str, Any], origin: str) -> None:
     architectures = raw.get("architectures")
-    if architectures and switches.architecture not in architectures:
+    if architectures and architectures != [switches.architecture]:
         raise Refusal(
-            f"architectures={architectures} in {origin}",
+            f"architectures={shown(architectures)} in {origin}",
             f"must be {switches.architecture} for model_type {family}",
             "use a causal language model",
         )
-    if raw.get("auto_map"):
-        raise Refusal(
-            f"auto_map in {origin}",
-            "names code that comes with the checkpoint, which is never run",
-            f"remove it if the weights are those of a plain {family} model, or use another checkpoint",
-        )
-    window = _sliding_window(family, raw)
-    if window is not None:
+
+
+def _check_layers(family: str, raw: dict[str, Any], keys: dict[str, Any], origin: str) -> None:
+    """Refuse layers that are not the policy's."""
+    if keys["hidden_act"] != "silu":
+        raise Refusal(f"hidden_act={shown(keys['hidden_act'])} in {origin}", "must be silu", "use a SwiGLU model")
+    if keys.get("mlp_bias"):
+        raise Refusal(f"mlp_bias=true in {origin}", "must be false", "use a model without MLP biases")
+    if not keys.get("qkv_bias", True):
+        raise Refusal(f"qkv_bias=false in {origin}", "must be true", f"use a {family} model with these biases")
+    if keys["is_encoder_decoder"]:
+        raise Refusal(f"is_encoder_decoder=true in {origin}", "must be false", "use a causal language model")
+    # Where there is a switch, transformers and vLLM pass over the window without it.
+    window = raw.get("sliding_window", KEYS[family].get("sliding_window", Key(None, "token")).default)
+    check_value("sliding_window", window, Key(None, "token", null=True), origin)
+    if keys.get("use_sliding_window", True) and window is not None and window < keys["max_position_embeddings"]:
         raise Refusal(
             f"sliding_window={window} in {origin}",
             "sliding-window attention is not supported",
             "use a model without it, or lower max_position_embeddings to the window",
         )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise Refusal(f"hidden_act={raw['hidden_act']!r} in {origin}", "must be silu", "use a SwiGLU model")
-    if raw.get("mlp_bias"):
-        raise Refusal(f"mlp_bias=true in {origin}", "must be false", "use a model without MLP biases")
-
-
-def _check_number(key: str, value: Any, kind: type, least: int, origin: str) -> None:
-    fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if not fits or value < least or (kind is float and value == 0):
-        what = f"a whole number of at least {least}" if kind is int else "a number above 0"
-        raise Refusal(f"{key}={value!r} in {origin}", f"must be {what}", "restore the original config.json")
-
-
-def _rope(raw: dict[str, Any], origin: str) -> tuple[float, dict[str, Any]]:
-    """Base of the rotary embedding, and its scaling as Hugging Face writes it, empty for none."""
-    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+    types = raw.get("layer_types")
+    check_value("layer_types", types, Key(None, "names", null=True), origin)
+    if types is not None and types != ["full_attention"] * keys["num_hidden_layers"]:
         raise Refusal(
-            f"rope_parameters={found!r} in {origin}", "must be one scaling for all layers", "use a model with one"
+            f"layer_types={shown(types)} in {origin}",
+            f"must be full_attention, for each of the {keys['num_hidden_layers']} layers",
+            "use a model whose layers all attend to all tokens",
         )
-    rope = dict(found)
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    _check_number("rope_theta", theta, float, 0, origin)
-    if (rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1) != 1:
-        raise Refusal(f"partial_rotary_factor in {origin}", "must be 1: heads are rotated whole", "use another model")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_FACTORS:
+
+
+def _heads(
+    family: str, raw: dict[str, Any], keys: dict[str, Any], origin: str, *, scaled: bool
+) -> tuple[int, int, int]:
+    """Attention heads, key-value heads, and elements of a head."""
+    hidden, heads = keys["hidden_size"], keys["num_attention_heads"]
+    kv_heads = keys["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        said = f"num_key_value_heads={kv_heads}"
+        if "num_key_value_heads" not in raw:
+            said += f" ({family}'s default)"
+        raise Refusal(f"{said} in {origin}", f"must divide the {heads} attention heads", RESTORE)
+    if family == "llama" and hidden % heads:
+        raise Refusal(f"hidden_size={hidden} in {origin}", f"must be a multiple of the {heads} heads", RESTORE)
+    head_dim = keys.get("head_dim") or hidden // heads
+    if "head_dim" in raw and "head_dim" not in KEYS[family]:
+        # No field of the class, and yet its layers go by it; the engine's do for qwen3_moe alone.
+        check_value("head_dim", raw["head_dim"], Key(None, "whole"), origin)
+        if family != "qwen3_moe" and raw["head_dim"] != head_dim:
+            raise Refusal(
+                f"head_dim={raw['head_dim']} in {origin}",
+                f"must be hidden_size / num_attention_heads = {head_dim}, as the engine has it for {family}",
+                "remove it, or use a model of another family",
+            )
+        head_dim = raw["head_dim"]
+    # Where transformers' class has the size of a head, or a scaling needs it, it is checked there too.
+    checked = scaled or family in ("llama", "mistral") or raw.get("head_dim") is not None
+    if head_dim < 1 or (head_dim % 2 and checked):
         raise Refusal(
-            f"rope_type={kind!r} in {origin}",
-            f"must be {', '.join(list(ROPE_FACTORS)[:-1])} or {list(ROPE_FACTORS)[-1]}",
-            "use a model with one of these",
+            f"heads of {head_dim} elements in {origin}", "must have an even number, to be rotated in pairs", RESTORE
         )
-    for key in ROPE_FACTORS[kind]:
-        if key not in rope:
-            raise Refusal(f"{origin} without {key}", f"a {kind} scaling needs it", "restore the original config.json")
-        _check_number(key, rope[key], float, 0, origin)
-    return float(theta), {} if kind == "default" else rope
+    return heads, kv_heads, head_dim
 
 
-def _end_tokens(found: Any, origin: str) -> tuple[int, ...]:
-    tokens = [] if found is None else found if isinstance(found, list) else [found]
-    for token in tokens:
-        _check_number("eos_token_id", token, int, 0, origin)
-    return tuple(tokens)
+def _end_tokens(
+    raw: dict[str, Any], keys: dict[str, Any], origin: str, generation: dict[str, Any] | None, generation_origin: str
+) -> tuple[int, ...]:
+    """What ends an answer, by both files. vLLM stops at all that it finds there, whatever it is told."""
+    stated = [(keys["eos_token_id"], origin)]
+    if generation is not None:
+        check_value("eos_token_id", generation.get("eos_token_id"), Key(None, "tokens", null=True), generation_origin)
+        # Defaults of a family's class are for checkpoints without this file.
+        stated = [(raw.get("eos_token_id"), origin), (generation.get("eos_token_id"), generation_origin)]
+    found: dict[int, None] = {}
+    for tokens, file in stated:
+        for token in [] if tokens is None else tokens if isinstance(tokens, list) else [tokens]:
+            if token < keys["vocab_size"]:
+                found[token] = None
+            elif "eos_token_id" in raw or generation is not None:
+                raise Refusal(
+                    f"eos_token_id={shown(token)} in {file}",
+                    f"must be below vocab_size={keys['vocab_size']}: such a token never comes",
+                    "correct the end token, or restore the original files",
+                )
+    return tuple(found)
 
 
-def _sliding_window(family: str, raw: dict[str, Any]) -> int | None:
-    """The tokens that attention looks back, None for all of them; with transformers' default where it is not said."""
-    if family in ("mistral", "mixtral"):
-        window = raw.get("sliding_window", 4096 if family == "mistral" else None)
-        return window if window and window < int(raw.get("max_position_embeddings", 4096 * 32)) else None
-    return raw.get("sliding_window") if raw.get("use_sliding_window") else None
-
-
-def _experts(family: str, raw: dict[str, Any], origin: str) -> dict[str, Any]:
+def _experts(family: str, keys: dict[str, Any], origin: str) -> dict[str, Any]:
     """The fields of a mixture of experts."""
-    sizes: dict[str, Any] = {ours: raw[theirs] for ours, theirs in EXPERT_SIZES[family].items()}
-    if not 1 <= sizes["experts_per_token"] <= sizes["num_experts"]:
+    number, size = EXPERT_KEYS[family]
+    experts, chosen = keys[number], keys["num_experts_per_tok"]
+    if chosen > experts:
         raise Refusal(
-            f"num_experts_per_tok={sizes['experts_per_token']} in {origin}",
-            f"must be between 1 and the {sizes['num_experts']} experts",
-            "restore the original config.json",
+            f"num_experts_per_tok={chosen} in {origin}", f"must be between 1 and the {experts} experts", RESTORE
         )
-    layers = range(raw["num_hidden_layers"])
     # As in transformers: every `decoder_sparse_step`-th layer, but for those that are named.
-    step, dense = raw.get("decoder_sparse_step", 1), set(raw.get("mlp_only_layers") or ())
-    sizes["sparse_layers"] = tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
-    sizes["normalize_topk"] = family == "mixtral" or bool(raw.get("norm_topk_prob", False))
-    # Transformers adds the loss only where the router's logits are asked for.
-    asked = bool(raw.get("output_router_logits", False))
-    sizes["router_aux_loss"] = float(raw.get("router_aux_loss_coef", 0.001)) if asked else 0.0
-    return sizes
+    step, dense = keys.get("decoder_sparse_step", 1), set(keys.get("mlp_only_layers") or ())
+    return {
+        "num_experts": experts,
+        "experts_per_token": chosen,
+        "expert_ffn_size": keys[size],
+        "shared_expert_ffn_size": keys.get("shared_expert_intermediate_size", 0),
+        "sparse_layers": tuple(
+            layer not in dense and (layer + 1) % step == 0 for layer in range(keys["num_hidden_layers"])
+        ),
+        "normalize_topk": keys.get("norm_topk_prob", True),
+        # Transformers adds the loss only where the router's logits are asked for.
+        "router_aux_loss": keys["router_aux_loss_coef"] if keys["output_router_logits"] else 0.0,
+    }

@@ -61,7 +61,7 @@ def check_source(source: Source, shape: ModelShape, dtype: torch.dtype | None) -
     names = hf_tensors(shape)
     if shape.tied_embeddings and OUTPUT_LAYER in source.tensors:
         _check_tied(source, next(iter(names)))
-    stated = stated_dtype(json.loads((source.path / "config.json").read_text()))
+    stated = stated_dtype(json.loads((source.path / "config.json").read_text(encoding="utf-8")))
     own = next((code for code, kind in DTYPES.items() if DTYPE_NAMES[kind] == stated), None)
     own = own or source.tensors[next(iter(names))].dtype
     for name in names:

@@ -25,19 +25,22 @@ COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def copy_companions(source: Path, target: Path, dtype: str | None = None) -> None:
-    """Copy those that `source` has; with `dtype`, such as bfloat16, config.json states it as the weights' type."""
+    """Copy those that `source` has; with `dtype`, such as bfloat16, config.json states it as the weights' type.
+
+    In one way, that of transformers since 4.56: older files have torch_dtype, and some have both.
+    """
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if dtype is None:
         return
-    config = json.loads((target / "config.json").read_text())
-    if stated_dtype(config) != dtype:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    if "torch_dtype" in config or config.get("dtype") != dtype:
+        config.pop("torch_dtype", None)
+        text = json.dumps(config | {"dtype": dtype}, indent=2, ensure_ascii=False)
+        (target / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def stated_dtype(config: Mapping[str, Any]) -> str | None:
     """The type of the weights that a config.json states, as torch names it, or None."""
-    stated = config.get("dtype") or config.get("torch_dtype")
-    return None if stated is None else str(stated).removeprefix("torch.")
+    return config.get("dtype") or config.get("torch_dtype")

@@ -74,8 +74,8 @@ def rotary_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
     from transformers import PretrainedConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kind = shape.rope_scaling.get("rope_type") or shape.rope_scaling["type"]
-    parameters = dict(shape.rope_scaling) | {"rope_type": kind, "rope_theta": shape.rope_theta}
+    kind = shape.rope_scaling["rope_type"]
+    parameters = shape.rope_scaling | {"rope_theta": shape.rope_theta}
     sizes: dict[str, Any] = {
         "hidden_size": shape.hidden_size,
         "num_attention_heads": shape.num_heads,
