@@ -7,6 +7,7 @@ ranks, which call the scenario under as many layouts as it likes; the test compa
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 import tempfile
 from collections.abc import Iterator
@@ -52,11 +53,16 @@ QWEN_EXPERTS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny architecture; `extra` are further fields of its transformers configuration."""
+    """A tiny architecture; `extra` are further fields of its transformers configuration.
+
+    `file` changes config.json once it is saved: what is left out (...) stands at transformers' default for the family,
+    and some files say things where older versions did.
+    """
 
     classes: str
     tied: bool
     extra: dict[str, Any] = field(default_factory=dict)
+    file: dict[str, Any] = field(default_factory=dict)
 
 
 #: Every family, tied and untied, and every kind of rotary scaling. One key-value head is fewer than two ranks.
@@ -70,8 +76,24 @@ MODELS = {
     "qwen2-moe": Model(
         "Qwen2Moe", True, QWEN_EXPERTS | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}
     ),
-    "mixtral": Model("Mixtral", False, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
-    "mistral-yarn": Model("Mistral", False, {"sliding_window": None, "rope_parameters": YARN_ROPE}),
+    # Its default base is a million, and its epsilon 1e-5, which no other family's is.
+    "mixtral": Model(
+        "Mixtral",
+        False,
+        {"num_local_experts": 4, "sliding_window": None},
+        {"rope_parameters": ..., "rms_norm_eps": ..., "num_experts_per_tok": ..., "sliding_window": ...},
+    ),
+    "mistral-yarn": Model(
+        "Mistral",
+        False,
+        {"sliding_window": None, "rope_parameters": YARN_ROPE},
+        {
+            "rope_parameters": ...,
+            "rope_scaling": {"type": "yarn", "factor": 4.0},
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        },
+    ),
     "llama-linear": Model("Llama", True, {"rope_parameters": LINEAR_ROPE}),
 }
 #: 97 is odd, and less than the 128 rows that Megatron pads it to.
@@ -115,6 +137,9 @@ def write_model(folder: Path, name: str, **sizes: Any) -> Path:
         noise = torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1)
         parameter.data.copy_(noise + 1 if parameter_name.endswith("norm.weight") else noise)
     network.save_pretrained(path)
+    file = path / "config.json"
+    written = json.loads(file.read_text()) | model.file
+    file.write_text(json.dumps({key: value for key, value in written.items() if value is not ...}))
     return path
 
 

@@ -287,6 +287,16 @@ REFUSED: list[tuple[str, str]] = [
         "data.answer_pattern='(': must be a regular expression (missing ), unterminated subpattern at position 0). "
         "Fix: write one pair of brackets around the answer.",
     ),
+    (
+        "rollout.stop_token_ids=[5,300]",
+        "rollout.stop_token_ids=[5, 300]: must be ids of the model's vocabulary of 300, and 300 is none. "
+        "Fix: correct or remove it.",
+    ),
+    (
+        "rollout.stop_token_ids=[-1]",
+        "rollout.stop_token_ids=[-1]: must be ids of the model's vocabulary of 300, and -1 is none. "
+        "Fix: correct or remove it.",
+    ),
     ("vllm.dtype=auto", "vllm.dtype: is set by megarl. Fix: set precision."),
     ("megatron.fp16=true", "megatron.fp16: is set by megarl. Fix: set precision."),
     (
@@ -367,6 +377,7 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "reward.low=-1 reward.kind=mine.rewards:grade",
         "optimizer.lr=1e-3 optimizer.min_lr=1e-3",
         "resume=auto",
+        "rollout.stop_token_ids=[0,299]",
         "evaluation.samples=4 evaluation.temperature=0.6",
         "evaluation.consumer=initial reward.graded=response",
         "evaluation.consumer=model evaluation.reward.kind=f1 evaluation.reward.graded=response",

@@ -70,7 +70,8 @@ REAL: dict[str, dict[str, Any]] = {
         "eos_token_id": 151,
     },
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 1, "qkv_bias": True},
-    "qwen3_moe": EXPERTS | {"head_dim": 16, "mlp_only_layers": [1], "max_window_layers": 4, "router_aux_loss_coef": 0.001},
+    "qwen3_moe": EXPERTS
+    | {"head_dim": 16, "mlp_only_layers": [1], "max_window_layers": 4, "router_aux_loss_coef": 0.001},
     "mixtral": {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
@@ -79,7 +80,7 @@ REAL: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "sliding_window": None,
     },
-}  # fmt: skip
+}
 COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
     "bos_token_id": 1,
@@ -200,12 +201,32 @@ def test_engine_lengths():
 LLAMA3 = REAL["llama"]["rope_scaling"]
 #: A family, what is changed, and what is said of it.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "dtype": ("qwen2", {"dtype": "float32"}, "torch_dtype='bfloat16' and dtype='float32' in config.json: must be the same"),
-    "no dtype": ("qwen2", {"torch_dtype": "torch.bfloat16"}, "torch_dtype='torch.bfloat16' in config.json: must be float32,"),
-    "experts": ("qwen3_moe", {"num_local_experts": 4}, "num_local_experts=4 and num_experts=8 in config.json: must be the"),
+    "dtype": (
+        "qwen2",
+        {"dtype": "float32"},
+        "torch_dtype='bfloat16' and dtype='float32' in config.json: must be the same",
+    ),
+    "no dtype": (
+        "qwen2",
+        {"torch_dtype": "torch.bfloat16"},
+        "torch_dtype='torch.bfloat16' in config.json: must be float32,",
+    ),
+    "experts": (
+        "qwen3_moe",
+        {"num_local_experts": 4},
+        "num_local_experts=4 and num_experts=8 in config.json: must be the",
+    ),
     "experts of mixtral": ("mixtral", {"num_experts": 4}, "num_experts=4 and num_local_experts=8"),
-    "other experts": ("qwen2_moe", {"num_local_experts": 8}, "num_local_experts=8 in config.json: is not known for qwen2_moe"),
-    "theta": ("qwen3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.rope_theta=10000.0 and rope_theta=1000000"),
+    "other experts": (
+        "qwen2_moe",
+        {"num_local_experts": 8},
+        "num_local_experts=8 in config.json: is not known for qwen2_moe",
+    ),
+    "theta": (
+        "qwen3",
+        {"rope_parameters": {"rope_theta": 1e4}},
+        "rope_parameters.rope_theta=10000.0 and rope_theta=1000000",
+    ),
     "scaling": ("llama", {"rope_parameters": LLAMA3 | {"factor": 4.0}}, "rope_scaling={'factor': 8.0"),
     "rope type": ("llama", {"rope_scaling": LLAMA3 | {"type": "yarn"}}, "rope_type='llama3' and type='yarn'"),
     "original length": (
@@ -213,37 +234,81 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"original_max_position_embeddings": 32},
         "rope_scaling.original_max_position_embeddings=64 and original_max_position_embeddings=32",
     ),
-    "no rope type": ("qwen3", {"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor=4.0 in config.json: is no number of a default"),
-    "mrope": ("qwen3", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_type='mrope' in config.json: must be default,"),
+    "no rope type": (
+        "qwen3",
+        {"rope_scaling": {"factor": 4.0}},
+        "rope_scaling.factor=4.0 in config.json: is no number of a default",
+    ),
+    "mrope": (
+        "qwen3",
+        {"rope_scaling": {"type": "mrope", "mrope_section": [1]}},
+        "rope_type='mrope' in config.json: must be default,",
+    ),
     "dynamic": ("qwen3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' in config.json"),
-    "partial": ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 in config.json: must be 1"),
+    "partial": ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor in config.json: must be 1, and is 0.5"),
     "head": ("qwen2", {"head_dim": 32}, "head_dim=32 in config.json: must be hidden_size / num_attention_heads = 16"),
     "quantized": ("llama", {"quantization_config": {"quant_method": "fp8"}}, "says that the weights are quantized"),
-    "dual chunks": ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config={"),
+    "dual chunks": (
+        "qwen2",
+        {"dual_chunk_attention_config": {"chunk_size": 64}},
+        "dual_chunk_attention_config in config.json: changes attention",
+    ),
     "layer types": ("llama", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "layer_types=["),
     "window of llama": ("llama", {"sliding_window": 64}, "sliding_window=64 in config.json: sliding-window attention"),
-    "window of qwen": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64 in config.json"),
-    "biases": ("mistral", {"attention_bias": True}, "attention_bias=True in config.json: adds biases that the policy lacks"),
+    "window of qwen": (
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 64},
+        "sliding_window=64 in config.json",
+    ),
+    "biases": (
+        "mistral",
+        {"attention_bias": True},
+        "attention_bias=True in config.json: adds biases that the policy lacks",
+    ),
     "mlp biases": ("llama", {"mlp_bias": True}, "mlp_bias=true in config.json: must be false"),
     "biases of qkv": ("qwen2_moe", {"qkv_bias": False}, "qkv_bias=false in config.json: must be true"),
     "no cause": ("qwen2", {"is_causal": False}, "is_causal=False in config.json: must be true"),
     "cap": ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in config.json: changes logits"),
     "scale": ("llama", {"logit_scale": 0.5}, "logit_scale=0.5 in config.json: scales"),
     "multiplier": ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 in config.json: scales"),
-    "further layers": ("qwen3", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1 in config.json: adds layers"),
+    "further layers": (
+        "qwen3",
+        {"num_nextn_predict_layers": 1},
+        "num_nextn_predict_layers=1 in config.json: adds layers",
+    ),
     "unknown": ("qwen3", {"n_head_kv": 2}, "n_head_kv=2 in config.json: is not known for qwen3"),
-    "images": ("qwen2", {"text_config": {"hidden_size": 8}}, "text_config={'hidden_size': 8} in config.json: says that this"),
-    "code": ("qwen2", {"auto_map": {"AutoModel": "m.M"}}, "auto_map={'AutoModel': 'm.M'} in config.json: names code"),
+    "images": ("qwen2", {"text_config": {"hidden_size": 8}}, "text_config in config.json: says that this"),
+    "code": ("qwen2", {"auto_map": {"AutoModel": "m.M"}}, "auto_map in config.json: names code"),
     "text": ("qwen2", {"hidden_size": "64"}, "hidden_size='64' in config.json: must be a whole number of at least 1"),
     "no number": ("qwen2", {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan in config.json: must be a number above 0"),
-    "whole": ("qwen2", {"rms_norm_eps": 1}, "rms_norm_eps=1 in config.json: must be a number above 0, written with a decimal point. Fix: write it as 1.0"),
-    "huge": ("qwen2", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 in config.json: must be a whole number of at"),
-    "null": ("qwen3_moe", {"num_key_value_heads": None}, "num_key_value_heads=None in config.json: must be a whole number"),
-    "default heads": ("mistral", {"num_key_value_heads": ...}, "num_key_value_heads=8 (mistral's default) in config.json: must divide"),
-    "default window": ("mistral", {"sliding_window": ..., "max_position_embeddings": ...}, "sliding_window=4096 in config.json"),
+    "whole": ("qwen2", {"rms_norm_eps": 1}, "written with a decimal point. Fix: write it as 1.0"),
+    "huge": (
+        "qwen2",
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers=1000000000 in config.json: must be a whole number of at",
+    ),
+    "null": (
+        "qwen3_moe",
+        {"num_key_value_heads": None},
+        "num_key_value_heads=None in config.json: must be a whole number",
+    ),
+    "default heads": (
+        "mistral",
+        {"num_key_value_heads": ...},
+        "num_key_value_heads=8 (mistral's default) in config.json: must divide",
+    ),
+    "default window": (
+        "mistral",
+        {"sliding_window": ..., "max_position_embeddings": ...},
+        "sliding_window=4096 in config.json",
+    ),
     "end": ("qwen2", {"eos_token_id": 300}, "eos_token_id=300 in config.json: must be below vocab_size=300"),
-    "end in a list": ("qwen2", {"eos_token_id": [2, "2"]}, "eos_token_id=[2, '2'] in config.json: must be a token's number"),
-}  # fmt: skip
+    "end in a list": (
+        "qwen2",
+        {"eos_token_id": [2, "2"]},
+        "eos_token_id=[2, '2'] in config.json: must be a token's number",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -334,9 +399,9 @@ VALUES: tuple[Any, ...] = (
     {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, {"type": "llama3"}, [[[]]], "x" * 1000, 10**400,
 )  # fmt: skip
 OTHERS = (
-    *FOREIGN, *LENGTH_KEYS, "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "dtype",
+    *FOREIGN, *LENGTH_KEYS, "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
     "partial_rotary_factor", "n_embd", "n_layer", "num_kv_heads", "num_experts", "num_local_experts", "head_dim",
-    "layer_types", "sliding_window", "use_sliding_window", "num_labels", "kv_lora_rank", "mlp_layer_types", "head_dtype",
+    "layer_types", "sliding_window", "use_sliding_window", "num_labels", "kv_lora_rank", "mlp_layer_types", "dtype",
     "rotary_pct", "target_layer_count", "llama_4_scaling", "use_cache", "eos_token_id", "id2label", "problem_type",
 )  # fmt: skip
 

@@ -136,6 +136,8 @@ EXPERTS = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+#: Its heads may have another size than the model's by their number.
+FURTHER_EXPERTS = EXPERTS | {"model_type": "qwen3_moe", "shared_expert_intermediate_size": 0}
 
 
 def shape_with(**changes: object) -> ModelShape:
@@ -143,6 +145,7 @@ def shape_with(**changes: object) -> ModelShape:
         "hidden_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "intermediate_size": 256,
         "vocab_size": 100,
         "max_position_embeddings": 128,
@@ -162,6 +165,8 @@ def test_arguments_follow_the_configuration():
         "dtype": "bfloat16",
         "load_format": "dummy",
         "block_size": 32,
+        "config_format": "hf",
+        "runner": "generate",
     }
     assert expected.items() <= arguments.items()
 
@@ -169,10 +174,10 @@ def test_arguments_follow_the_configuration():
 @pytest.mark.parametrize(
     ("sections", "shape", "message"),
     [
-        ({}, {"head_dim": 16}, "attention heads of 16 elements: vLLM's CPU backend has kernels for 32, 64"),
+        ({}, {"hidden_size": 64}, "attention heads of 16 elements: vLLM's CPU backend has kernels for 32, 64"),
         (
             {},
-            EXPERTS | {"hidden_size": 144, "head_dim": 32},
+            FURTHER_EXPERTS | {"hidden_size": 144, "head_dim": 32},
             "hidden_size=144 of a mixture of experts: must be a multiple of 32 for vLLM's CPU kernels",
         ),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 #: Sizes beyond these are taken for mistakes: they would take hours to lay out, or more memory than there is.
 LARGEST, MOST_HEADS, MOST_LAYERS, MOST_EXPERTS = 1 << 24, 4096, 1024, 1024
@@ -48,7 +48,7 @@ class Key:
         return KINDS[self.kind][1](value)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is a number above 0 that fp32 has; not NaN, nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST_NUMBER
 

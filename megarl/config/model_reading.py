@@ -108,4 +108,5 @@ def _check_foreign(key: str, value: Any, family: str, origin: str) -> None:
             "remove it if the weights were trained without it, or use another model",
         )
     elif value not in (foreign := FOREIGN[key])[0]:
-        raise Refusal(said, foreign[1], foreign[2].format(family=family))
+        value_said = f"{key} in {origin}" if isinstance(value, dict) else said
+        raise Refusal(value_said, foreign[1], foreign[2].format(family=family))

@@ -144,7 +144,7 @@ def _check_numbers(kind: str, scaling: dict[str, Any], found: dict[str, Any], or
 def _whole_heads(share: Any, origin: str) -> None:
     if share is not None and (isinstance(share, bool) or share != 1):
         raise Refusal(
-            f"partial_rotary_factor={shown(share)} in {origin}",
-            "must be 1: heads are rotated whole",
+            f"partial_rotary_factor in {origin}",
+            f"must be 1, and is {shown(share)}: heads are rotated whole",
             "use another model",
         )

@@ -83,7 +83,8 @@ OWNED: dict[str, dict[str, str]] = {
             (
                 "quantization", "hf_overrides", "skip_tokenizer_init", "load_format", "enable_sleep_mode",
                 "logprobs_mode", "generation_config", "enable_return_routed_experts", "aux_output_config",
-                "logits_processors",
+                "logits_processors", "config_format", "hf_config_path", "override_generation_config",
+                "quantization_config", "runner", "convert",
             ),
             _FIXED,
         ),

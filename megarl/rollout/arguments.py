@@ -32,6 +32,9 @@ def engine_arguments(
     length = config.algorithm.longest_prompt(config) + max(rollout.max_tokens, config.evaluation.max_tokens or 0)
     arguments: dict[str, Any] = {
         "model": config.model.path,
+        # The model is what config.json says, whatever else lies in the folder: a params.json, or modules of a pooler.
+        "config_format": "hf",
+        "runner": "generate",
         "tensor_parallel_size": rollout.tensor,
         "enable_expert_parallel": rollout.expert_parallel,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.engine_precision],
