@@ -287,16 +287,6 @@ REFUSED: list[tuple[str, str]] = [
         "data.answer_pattern='(': must be a regular expression (missing ), unterminated subpattern at position 0). "
         "Fix: write one pair of brackets around the answer.",
     ),
-    (
-        "rollout.stop_token_ids=[5,300]",
-        "rollout.stop_token_ids=[5, 300]: must be ids of the model's vocabulary of 300, and 300 is none. "
-        "Fix: correct or remove it.",
-    ),
-    (
-        "rollout.stop_token_ids=[-1]",
-        "rollout.stop_token_ids=[-1]: must be ids of the model's vocabulary of 300, and -1 is none. "
-        "Fix: correct or remove it.",
-    ),
     ("vllm.dtype=auto", "vllm.dtype: is set by megarl. Fix: set precision."),
     ("megatron.fp16=true", "megatron.fp16: is set by megarl. Fix: set precision."),
     (

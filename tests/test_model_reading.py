@@ -350,8 +350,8 @@ def folder_with(path: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"adapter_config__json": "{}"}, "holds an adapter (adapter_config.json), which is no whole model"),
-        ({"adapter_config__json": "{}", "config__json": "{}"}, "holds an adapter"),
+        ({"adapter_config__json": "{}"}, "is an adapter (adapter_config.json), not a whole model"),
+        ({"adapter_config__json": "{}", "config__json": "{}"}, "is an adapter"),
         ({"model__gguf": ""}, "holds GGUF files, which are not trained"),
         ({"params__json": "{}"}, "holds a model in its maker's own format (params.json)"),
         ({"config__json": "{}", "hf_quant_config__json": "{}"}, "holds quantized weights (hf_quant_config.json)"),

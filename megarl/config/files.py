@@ -59,17 +59,6 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
             )
 
 
-def adapter_refusals(folder: Path) -> Iterator[Refusal]:
-    """A folder that holds what an adapter adds to a model, and no model."""
-    weights = {file.name for file in folder.glob("*.safetensors")} | {file.name for file in folder.glob("*.bin")}
-    if (folder / "adapter_config.json").is_file() and weights <= {"adapter_model.safetensors", "adapter_model.bin"}:
-        yield Refusal(
-            f"model.path={folder}",
-            "is an adapter (adapter_config.json), not a whole model",
-            "merge it into its base model (peft's merge_and_unload), save that, and give its folder",
-        )
-
-
 def checkpoint_refusals(folder: Path) -> Iterator[Refusal]:
     """What is missing or cut short among a Hugging Face checkpoint's weight files."""
     index = folder / "model.safetensors.index.json"

@@ -58,11 +58,13 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 def _check_kind(folder: Path) -> None:
     value = f"model.path={folder}"
-    if (folder / "adapter_config.json").is_file():
+    weights = {file.name for suffix in ("safetensors", "bin") for file in folder.glob(f"*.{suffix}")}
+    # A whole model that was trained with an adapter may keep its notes.
+    if (folder / "adapter_config.json").is_file() and weights <= {"adapter_model.safetensors", "adapter_model.bin"}:
         raise Refusal(
             value,
-            "holds an adapter (adapter_config.json), which is no whole model",
-            "merge the adapter into its base model, and give the folder of the merged model",
+            "is an adapter (adapter_config.json), not a whole model",
+            "merge it into its base model (peft's merge_and_unload), save that, and give its folder",
         )
     if (folder / "config.json").is_file():
         if (folder / "hf_quant_config.json").is_file():

@@ -65,10 +65,9 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
             "leave parallel.processes out under a launcher, or start that many",
         )
     yield from layout_rules.of_grid(config, world)
-    yield from files.adapter_refusals(Path(config.model.path))
     shape = shape or read_model_shape(config.model.path)
     yield from layout_rules.of_model(config, shape)
-    yield from chain(_lengths(config, shape), _ends(config, shape), _batch(config, world))
+    yield from chain(_lengths(config, shape), _batch(config, world))
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
@@ -100,17 +99,6 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             f"must hold {what}, {times}{f'({sizes})' if times else sizes} = {longest}",
             f"use {longest} or more",
         )
-
-
-def _ends(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    for token in config.rollout.stop_token_ids:
-        if not 0 <= token < shape.vocab_size:
-            yield Refusal(
-                f"rollout.stop_token_ids={list(config.rollout.stop_token_ids)}",
-                f"must be ids of the model's vocabulary of {shape.vocab_size}, and {token} is none",
-                "correct or remove it",
-            )
-            return
 
 
 def _batch(config: RunConfig, world: int) -> Iterator[Refusal]:
