@@ -54,6 +54,7 @@ setup(
             "pyright",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
         ],
     },

@@ -2,11 +2,18 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import slurm_cluster
 from config_case import run_file
 
 __all__ = ["run_file", "slurm"]
+
+pytest_plugins = ["suite_schedule"]
+
+# How long one example takes says nothing where tests run side by side.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,10 @@ _ENVIRONMENT = {
 @functools.cache
 def context() -> multiprocessing.context.ForkServerContext:
     """Of processes that are forked from the server, which runs."""
+    if "MEGARL_TESTS_QUICK" in os.environ:
+        raise RuntimeError(
+            "the quick form starts no processes. Fix: mark the test, or name its file in suite_schedule.py"
+        )
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(IMPORTS)
     with mock.patch.dict(os.environ, _ENVIRONMENT):

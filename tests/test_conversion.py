@@ -99,14 +99,15 @@ def assert_same(found: Path, wanted: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", parity.MODELS)
 def test_there_and_back_is_bitwise_through_every_layout(model: str, dtype: str, models: Path, tmp_path: Path):
-    """fp32 in one file, bf16 in three; the vocabulary of 97 is odd, and one key-value head is fewer than TP 2."""
+    """fp32 in one file, bf16 in three, through a few layouts; the vocabulary of 97 is odd, and one key-value head is
+    fewer than TP 2."""
     source = models / model
     if dtype == "bf16":
         source = rewritten(source, tmp_path / "bf16", as_bf16, files=3)
         edit_config(source, dtype="bfloat16")
     shape = read_model_shape(source)
     converted = 0
-    for number, layout in enumerate(LAYOUTS):
+    for number, layout in enumerate(LAYOUTS if dtype == "fp32" else LAYOUTS[:: len(LAYOUTS) // 3]):
         if any(policy_refusals(shape, layout)) or (layout.expert > 1 and not shape.is_moe):
             continue
         megatron, back = tmp_path / f"megatron-{number}", tmp_path / f"back-{number}"
@@ -116,7 +117,7 @@ def test_there_and_back_is_bitwise_through_every_layout(model: str, dtype: str, 
         assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
         assert (back / "model.safetensors.index.json").is_file() == (dtype == "bf16")
         converted += 1
-    assert converted >= 6 if shape.is_moe else converted >= 4
+    assert converted >= (2 if dtype == "bf16" else 6 if shape.is_moe else 4)
 
 
 def test_a_rank_reads_chunks_that_are_wholly_its_own(models: Path, tmp_path: Path):
@@ -208,6 +209,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+@pytest.mark.processes
 def test_two_processes_write_the_same_bytes(models: Path, tmp_path: Path):
     source = models / "qwen3-moe"
     for processes in (1, 2):
@@ -223,6 +225,7 @@ def test_two_processes_write_the_same_bytes(models: Path, tmp_path: Path):
     assert bytes_of(tmp_path / "back-1") == bytes_of(tmp_path / "back-2")
 
 
+@pytest.mark.processes
 def test_an_error_of_one_process_ends_all(models: Path, tmp_path: Path):
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.3.mlp.down_proj.weight"][0, 0] = float("nan")
@@ -233,6 +236,7 @@ def test_an_error_of_one_process_ends_all(models: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_a_killed_conversion_goes_on_where_it_stopped(models: Path, tmp_path: Path):
     source = models / "qwen2-untied"
     to_megatron.convert(source, tmp_path / "whole", ParallelSettings(), Ranks(), file_bytes=50_000)
@@ -256,6 +260,7 @@ def test_a_killed_conversion_goes_on_where_it_stopped(models: Path, tmp_path: Pa
     assert_same(tmp_path / "back", source)
 
 
+@pytest.mark.processes
 def test_pieces_that_were_lost_are_made_again(models: Path, tmp_path: Path):
     source = models / "qwen2-untied"
     to_megatron.convert(source, tmp_path / "whole", ParallelSettings(), Ranks())
@@ -271,6 +276,7 @@ def test_pieces_that_were_lost_are_made_again(models: Path, tmp_path: Path):
     assert_same(tmp_path / "back", source)
 
 
+@pytest.mark.processes
 def test_two_conversions_into_one_place(models: Path, tmp_path: Path):
     """The second is refused while the first is at work; what no conversion made is not touched."""
     first = Staging(tmp_path / "out", {})
@@ -302,6 +308,7 @@ def test_another_conversion_into_the_same_place_starts_clean(models: Path, tmp_p
     assert not (out / ".records").exists()
 
 
+@pytest.mark.processes
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
     """1.2 GB with an embedding of 50 MB: at its peak a process has three times the largest tensor, and 1 GB."""
     config = {

@@ -26,6 +26,7 @@ verdict = importlib.import_module("faults.verdict")
 SHORT = ("kill", "hang", "stall", "term", "group", "disk-full", "flip", "no-latest", "network", "reward")
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(1800)
 def test_ten_faults_end_well(tmp_path: Path):
     command = [sys.executable, str(TOOLS / "fault_campaign.py"), "--out", str(tmp_path), "--faults", "10"]

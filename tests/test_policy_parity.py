@@ -72,23 +72,27 @@ MOE = ("qwen3-moe", "qwen2-moe", "mixtral")
 TRAINED = ("qwen2-tied", "qwen3-tied", "llama-llama3")
 
 
-def models_of(processes: int, layout: dict[str, Any]) -> tuple[str, ...]:
-    """All models in one process, the dense ones under TP 2; else mixtures where experts are parallel, and `TRAINED`."""
+#: Layouts under which several models are tried, by what of a model they cut: every model in one process, heads,
+#: vocabulary and shared experts by tensor and sequence parallelism, tied and untied embeddings by the pipeline, every
+#: kind of mixture by experts. Under any other layout it is one model, in turns.
+SEVERAL: dict[tuple[int, str], tuple[str, ...]] = {
+    (1, "{}"): tuple(MODELS),
+    (2, str({"tensor": 2})): tuple(name for name in MODELS if name not in MOE),
+    (2, str(SP)): (TRAINED[0], MOE[1]),
+    (2, str({"pipeline": 2})): (TRAINED[0], TRAINED[2], MOE[0], MOE[2]),
+    (2, str({"context": 2})): (TRAINED[1], MOE[1]),
+    (2, str({"expert": 2})): MOE,
+}
+
+
+def models_of(processes: int, number: int, layout: dict[str, Any]) -> tuple[str, ...]:
+    """The models that are trained under the layout of that number."""
+    if several := SEVERAL.get((processes, str(layout))):
+        return several
     if "moe" in str(layout):
         return MOE[1:2]
-    if "expert" in layout or "expert_tensor" in layout:
-        return MOE if processes == 2 and "recompute" not in layout else MOE[:1]
-    if layout == {} and processes == 1:
-        return tuple(MODELS)
-    if processes == 2 and layout == {"tensor": 2}:
-        return tuple(name for name in MODELS if name not in MOE)
-    if processes == 2 and layout == {"pipeline": 2}:
-        return (*TRAINED, *MOE)
-    if processes == 2 and layout in (SP, {"context": 2}):
-        return (*TRAINED, MOE[1])
-    if "recompute" in layout or processes == 8:
-        return TRAINED[:1]
-    return TRAINED if processes == 2 or "context" not in layout else TRAINED[1:2]
+    turns = MOE if "expert" in layout or "expert_tensor" in layout else TRAINED
+    return (turns[number % len(turns)],)
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,13 @@ class Case:
         return " ".join([self.model, f"{self.processes} processes", *sizes, "packed" if self.packed else "padded"])
 
 
-#: Layouts of which every model's padded form is tried; of the others the first model's.
-PADDED = (*LAYOUTS[1], *LAYOUTS[2][:3], LAYOUTS[4][0])
+#: Padded too: every model in one process, else the layout's first.
 CASES = [
     Case(model, processes, number, packed)
     for processes, layouts in LAYOUTS.items()
     for number, layout in enumerate(layouts)
-    for place, model in enumerate(models_of(processes, layout))
-    for packed in ((True, False) if layout in PADDED or (place == 0 and processes < 8) else (True,))
+    for place, model in enumerate(models_of(processes, number, layout))
+    for packed in ((True, False) if (processes, layout) == (1, {}) or (place == 0 and processes < 8) else (True,))
 ]
 
 

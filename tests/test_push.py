@@ -21,7 +21,8 @@ MIXTURE_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"expert": 2},
     {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
 )
-ENGINES_OF_MIXTURES: tuple[dict[str, Any], ...] = ({"tensor": 1}, {"tensor": 2}, {"tensor": 2, "expert_parallel": True})
+ENGINES: tuple[dict[str, Any], ...] = ({"tensor": 1}, {"tensor": 2})
+ENGINES_OF_MIXTURES: tuple[dict[str, Any], ...] = (*ENGINES, {"tensor": 2, "expert_parallel": True})
 PUSHES = 3
 #: Model, layout of the policy, engine.
 GRIDS_OF_8: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
@@ -38,6 +39,21 @@ GRIDS_OF_8: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ),
 )
 PROMPTS = 12
+
+
+def pairwise_cases(models: tuple[str, ...], layouts: tuple[Any, ...], engines: tuple[Any, ...]) -> dict[int, list]:
+    """By number of the engine, models with the numbers of layouts: any two of model, layout and engine meet in a case.
+
+    Every case costs an engine for vLLM's loader, which is most of the time; the product of all three is left to the
+    plans (test_reshard_plan.py).
+    """
+    found: dict[int, list] = {number: [] for number in range(len(engines))}
+    for place, model in enumerate(models):
+        for other in range(max(len(layouts), len(engines))):
+            layout, engine = other % len(layouts), (place + other) % len(engines)
+            if (model, layout) not in found[engine]:
+                found[engine].append((model, layout))
+    return found
 
 
 @dataclass
@@ -140,17 +156,18 @@ def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
 
 
 def pushes(
-    world: Any, folder: Path, settings: dict[str, Any], models: list[str], layouts: list[dict], updates: int
+    world: Any, folder: Path, settings: dict[str, Any], cases: list[tuple[str, int]], layouts: list[dict], updates: int
 ) -> dict[str, Any]:
-    """Of each model and layout: updates with a push after each, and what vLLM loads from the last export."""
+    """Of each case, a model and the number of a layout: updates with a push after each, and what vLLM loads from the
+    last export. A scenario of `run_world`."""
     from megarl.weights.push import Push
 
     found = {}
-    for model in models:
+    for model in dict.fromkeys(model for model, _ in cases):
         engine = engine_of(config_for(folder / model, {}, settings), world)
         engine.sleep()
-        for number, parallel in enumerate(layouts):
-            config = config_for(folder / model, parallel, settings)
+        for number in (number for name, number in cases if name == model):
+            config = config_for(folder / model, layouts[number], settings)
             exported = folder / f"{model}-{'-'.join(map(str, settings.values()))}-{number}"
             with parity.policy_of(config, world) as policy:
                 push = Push(policy, engine)
@@ -174,22 +191,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine_tensor", [1, 2])
-def test_engine_holds_what_vllm_loads_from_the_exported_checkpoint(folder: Path, engine_tensor: int):
+@pytest.mark.parametrize("number", range(len(ENGINES)))
+def test_engine_holds_what_vllm_loads_from_the_exported_checkpoint(folder: Path, number: int):
     """Bitwise, as its kernels use the weights, under every layout of the policy; and so are its answers."""
-    engine = {"tensor": engine_tensor}
-    ranks = parity.run_world("test_push", "pushes", 4, folder, engine, list(MODELS), list(LAYOUTS), PUSHES)
-    check(ranks, {(model, number) for model in MODELS for number in range(len(LAYOUTS))}, PUSHES)
+    cases = pairwise_cases(MODELS, LAYOUTS, ENGINES)[number]
+    ranks = parity.run_world("test_push", "pushes", 4, folder, ENGINES[number], cases, list(LAYOUTS), PUSHES)
+    check(ranks, set(cases), PUSHES)
 
 
-@pytest.mark.parametrize("engine", ENGINES_OF_MIXTURES)
-def test_engine_of_a_mixture_of_experts(folder: Path, engine: dict[str, Any]):
+@pytest.mark.parametrize("number", range(len(ENGINES_OF_MIXTURES)))
+def test_engine_of_a_mixture_of_experts(folder: Path, number: int):
     """As for dense models, with the experts spread over ranks in the policy and split, or spread too, in the engine."""
     for model in MIXTURES:
         parity.write_model(folder, model, **SIZES)
-    layouts = list(MIXTURE_LAYOUTS)
-    ranks = parity.run_world("test_push", "pushes", 2, folder, engine, list(MIXTURES), layouts, PUSHES)
-    check(ranks, {(model, number) for model in MIXTURES for number in range(len(layouts))}, PUSHES)
+    cases = pairwise_cases(MIXTURES, MIXTURE_LAYOUTS, ENGINES_OF_MIXTURES)[number]
+    engine, layouts = ENGINES_OF_MIXTURES[number], list(MIXTURE_LAYOUTS)
+    ranks = parity.run_world("test_push", "pushes", 2, folder, engine, cases, layouts, PUSHES)
+    check(ranks, set(cases), PUSHES)
     for rank in ranks:
         for rounds, _, _ in rank.values():
             # Every token but the last of each answer has its experts.
@@ -203,7 +221,7 @@ def test_engine_of_a_mixture_of_experts(folder: Path, engine: dict[str, Any]):
 def test_grids_of_eight_processes(tmp_path: Path, model: str, parallel: dict[str, Any], engine: dict[str, Any]):
     """TP, PP, interleaved stages, EP, ETP and DP together, onto engines of four ranks."""
     parity.write_model(tmp_path, model, **SIZES)
-    ranks = parity.run_world("test_push", "pushes", 8, tmp_path, engine, [model], [parallel], 1)
+    ranks = parity.run_world("test_push", "pushes", 8, tmp_path, engine, [(model, 0)], [parallel], 1)
     check(ranks, {(model, 0)}, 1)
 
 
@@ -238,10 +256,9 @@ def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):
     """65 rows are padded to 128: of four ranks the third has one row and the fourth none; it pads with zeros."""
     for model in ("qwen2-tied", "qwen3-untied"):
         parity.write_model(tmp_path, model, **SIZES | {"vocab_size": 65})
-    cases = {("qwen2-tied", 0), ("qwen3-untied", 0)}
-    models = [model for model, _ in cases]
-    ranks = parity.run_world("test_push", "pushes", 4, tmp_path, {"tensor": 4}, models, [{"tensor": 2}], PUSHES)
-    check(ranks, cases, PUSHES)
+    cases = [("qwen2-tied", 0), ("qwen3-untied", 0)]
+    ranks = parity.run_world("test_push", "pushes", 4, tmp_path, {"tensor": 4}, cases, [{"tensor": 2}], PUSHES)
+    check(ranks, set(cases), PUSHES)
     for (model, _), (rounds, _, _) in ranks[3].items():
         for outcome in rounds:
             rows = [value for name, value in outcome.engine.items() if "embed_tokens" in name or "lm_head" in name]

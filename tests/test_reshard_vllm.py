@@ -1,17 +1,13 @@
 """vLLM's own model classes and weight loaders against `vllm_tensors`, bitwise, in two tensor-parallel processes."""
 
 import os
-import socket
 import tempfile
-import traceback
-import uuid
 from typing import Any
 
+import parity
 import torch
 import transformers
 from reshard_reference import slice_reader
-from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import spawn
 
 from megarl.config.model_shape import model_shape_from_hf
 from megarl.reshard.copying import read_local
@@ -47,8 +43,11 @@ def compare(name, rank, world):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import ModelRegistry
 
+    from megarl.rollout.arguments import register_model_class
+
     config = hf_config(name)
     shape = model_shape_from_hf(config.to_dict())
+    register_model_class(shape.family)
     random = torch.Generator().manual_seed(1)
     checkpoint = {key: torch.randn(dims, generator=random) for key, dims in hf_tensors(shape).items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -87,33 +86,13 @@ def start_groups(rank, world):
         initialize_model_parallel(world)
 
 
-def worker(rank, world, port, identity, results):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        # vLLM's CPU communicator names its shared memory by this.
-        "VLLM_DIST_IDENT": identity,
-    }
-    try:
-        for name in MODELS:
-            results.put((rank, name, compare(name, rank, world)))
-    except Exception:
-        results.put((rank, "", [traceback.format_exc()]))
+def compare_all(world):
+    """What differs, by model. A scenario of `run_world`."""
+    # vLLM's CPU communicator names its shared memory by this.
+    os.environ["VLLM_DIST_IDENT"] = f"{os.environ['MASTER_PORT']}-layouts"
+    return {name: compare(name, world.rank, world.size) for name in MODELS}
 
 
 def test_vllm_loads_what_the_layout_says():
-    world = 2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("spawn")
-    results = context.SimpleQueue()
-    spawn(worker, (world, port, uuid.uuid4().hex, results), nprocs=world)
-    found = {}
-    while not results.empty():
-        rank, name, faults = results.get()
-        found[rank, name] = faults
-    assert found == {(rank, name): [] for rank in range(world) for name in MODELS}
+    found = parity.run_world("test_reshard_vllm", "compare_all", 2)
+    assert found == [{name: [] for name in MODELS}] * 2

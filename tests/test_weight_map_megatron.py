@@ -1,15 +1,10 @@
 """Real Megatron modules against `megatron_tensors`, in two processes: names, shapes, and what loaded shards compute."""
 
-import os
-import socket
-import traceback
-
+import parity
 import pytest
 import torch
 import torch.nn.functional as F
 from reshard_reference import make_shape, rank_tensors, slice_reader
-from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import spawn
 
 from megarl.reshard.copying import read_local
 from megarl.reshard.weight_map import hf_tensors
@@ -110,29 +105,11 @@ def mlp_faults(mlp, shape, hf, hidden):
     return [] if close else ["MLP output differs"]
 
 
-def worker(rank, port, results):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        from megarl.parallel import cpu_platform
-
-        cpu_platform.activate()
-        torch.distributed.init_process_group("gloo")
-        for case in CASES:
-            results.put((rank, case, faults_of(case, rank)))
-        torch.distributed.destroy_process_group()
-    except Exception:
-        results.put((rank, "", [traceback.format_exc()]))
+def all_faults(world):
+    """What differs, by case. A scenario of `run_world`."""
+    return {case: faults_of(case, world.rank) for case in CASES}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes over gloo on the CPU")
 def test_megatron_computes_the_same_with_shards_of_the_layout():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = get_context("spawn").SimpleQueue()
-    spawn(worker, (port, results), nprocs=2)
-    found = {}
-    while not results.empty():
-        rank, case, faults = results.get()
-        found[rank, case] = faults
-    assert found == {(rank, case): [] for rank in range(2) for case in CASES}
+    assert parity.run_world("test_weight_map_megatron", "all_faults", 2) == [{case: [] for case in CASES}] * 2
