@@ -93,7 +93,7 @@ def budget_faults(taken: dict[str, float], written: dict[str, float]) -> list[st
 
     Of a part of the suite nothing is said: who makes a session's fixture first pays for it.
     """
-    if not written.keys() <= taken.keys():
+    if not written or not written.keys() <= taken.keys():
         return []
     telling = [taken[name] / written[name] for name in taken if written.get(name, 0.0) >= TELLING]
     pace = max(1.0, statistics.median(telling)) if telling else 1.0
