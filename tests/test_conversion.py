@@ -602,11 +602,11 @@ def spoil_the_index(path: Path) -> None:
 
 
 def smaller_model(path: Path) -> None:
-    edit_config(path / "hf", num_hidden_layers=3)
+    edit_config(path / "hf", num_hidden_layers=3, layer_types=...)
 
 
 def larger_model(path: Path) -> None:
-    edit_config(path / "hf", num_hidden_layers=5)
+    edit_config(path / "hf", num_hidden_layers=5, layer_types=...)
 
 
 def wider_model(path: Path) -> None:
