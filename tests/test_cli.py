@@ -169,6 +169,31 @@ def test_reserved_stdout_holds_the_result_alone(tmp_path: Path) -> None:
     assert sorted(result.stderr.split("\n")) == ["", "from C", "from a child", "from python"]
 
 
+def test_a_user_without_a_home_is_given_one(tmp_path: Path) -> None:
+    """As in a container that runs under a number of no user: nothing is written to a folder called ~."""
+    code = (
+        "import os, pwd, sys\n"
+        "def unknown(number): raise KeyError(number)\n"
+        "pwd.getpwuid = unknown\n"
+        "from megarl.cli import main; sys.argv = ['megarl', 'check', 'run.yaml']\n"
+        "try: main.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "print(os.path.expanduser('~'), os.environ['USER'], file=sys.stderr)"
+    )
+    write_case(tmp_path)
+    environment = {key: value for key, value in CLEAN.items() if key not in ("HOME", "USER")}
+    environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    home = tmp_path / f"megarl-home-{os.getuid()}"
+    assert result.stderr.splitlines() == [
+        f"megarl: HOME is not set and this user has none: libraries keep their caches in {home}",
+        f"{home} user{os.getuid()}",
+    ]
+    assert home.is_dir() and not (tmp_path / "~").exists()
+
+
 def test_results_for_people_and_programs() -> None:
     stream = io.StringIO()
     result = {"name": "case", "seconds": {"generate": 1.25, "update": 2.0}, "steps": 3}

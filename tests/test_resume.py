@@ -64,9 +64,18 @@ def test_killed_and_resumed_is_the_same_as_never_interrupted(folder: Path):
     arithmetic_run.kill_when(process, saving.is_dir)
     assert (broken / "checkpoints" / "latest").read_text() == "step_000002"
 
-    output = arithmetic_run.finish(arithmetic_run.start(folder, "train", "run.yaml", "name=broken"))
-    said = " ".join(output.split())
+    # A setting that this run makes nothing of.
+    process = arithmetic_run.start(folder, "train", "run.yaml", "name=broken", "evaluation.rows=5")
+    said = " ".join(arithmetic_run.finish(process).split())
     assert "continuing after step 2" in said
+    assert "continues step_000002 with other settings: evaluation.rows=5 (was null)" in said
+    kept = [file.name for file in sorted(broken.glob("config*.yaml"))]
+    assert kept == ["config.until_step_000002.yaml", "config.yaml"]
+    refused = arithmetic_run.start(folder, "train", "run.yaml", "name=broken", "seed=4", "evaluation.rows=5")
+    assert "seed=4 with resume=auto: differs from 3, with which" in " ".join(
+        refused.communicate(timeout=300)[0].split()
+    )
+    assert refused.returncode == 2
     # 6 prompts x 4 samples, and in a step that dropped groups as many again; those of step 4 were not all made.
     made = {int(step): int(count) for step, count in re.findall(r"step (\d): (\d+) completions were made before", said)}
     assert made.keys() == {3, 4} and made[3] in (24, 48) and made[4] > 0

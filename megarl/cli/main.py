@@ -12,6 +12,7 @@ from megarl.cli.check import check
 from megarl.cli.doctor import doctor
 from megarl.cli.evaluate import evaluate
 from megarl.cli.generate import generate
+from megarl.cli.home import require_home
 from megarl.cli.plan import plan
 from megarl.cli.submit import submit
 from megarl.cli.train import train
@@ -34,6 +35,7 @@ def main() -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
+        require_home()
         app()
     except MegarlError as error:
         if not error.delivered:
