@@ -22,12 +22,23 @@ MODEL = {
     "max_position_embeddings": 256,
 }
 
+#: A tokenizer of two tokens: unknown words, and the end.
+TOKENIZER: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [
+        {"id": 1, "content": "</s>", "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    ],
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "</s>": 1}, "unk_token": "<unk>"},
+}
+
 RUN: dict[str, Any] = {
     "name": "case",
     "steps": 3,
     "model": {"path": "model"},
     "algorithm": {"name": "grpo"},
-    "data": {"path": "rows.jsonl", "max_prompt_tokens": 64},
+    "data": {"path": "rows.jsonl", "answer_column": "answer", "max_prompt_tokens": 64},
     "rollout": {"max_tokens": 64},
     "batch": {"prompts": 12, "tokens_per_microbatch": 512},
 }
@@ -39,6 +50,8 @@ def write_case(folder: Path, **changes: Any) -> Path:
     model.mkdir()
     (model / "config.json").write_text(json.dumps(MODEL))
     save_file({"model.norm.weight": np.ones(64, np.float32)}, model / "model.safetensors")
+    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     run = folder / "run.yaml"
     run.write_text(yaml.safe_dump(RUN | changes, sort_keys=False))

@@ -6,6 +6,7 @@ CONFIGS_FUZZED=1000 python -m pytest tests/test_config_fuzz.py
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import signal
@@ -15,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
-from test_configs import CONFIGS, PROCESSES, write_files
+from config_case import TOKENIZER
+from test_configs import CONFIGS, DATA_SUFFIXES, PROCESSES, write_files
 
 from megarl.cli.start import prepare
 from megarl.config.load import dump_config, load_config
@@ -203,6 +207,28 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def write_contents(config: RunConfig) -> None:
+    """A tokenizer and a row of data in the place of the empty files that the configuration names."""
+    folder = Path(config.model.tokenizer or config.model.path)
+    if folder.is_file():
+        folder.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    row: dict[str, Any] = {}
+    for column in (config.data.prompt_column, config.data.answer_column, config.data.solution_column):
+        *outer, last = (column or "unused").split(".")
+        inside = row
+        for part in outer:
+            inside = inside.setdefault(part, {})
+        inside[last] = "#### 4"
+    for name in (config.data.path, config.evaluation.path):
+        if name is not None and name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), name)
+        elif name is not None and name.endswith(DATA_SUFFIXES):
+            Path(name).write_text(json.dumps(row) + "\n")
+
+
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """For each shipped configuration a folder with the files that it names."""
@@ -213,7 +239,9 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name].mkdir()
         os.chdir(found[name])
         try:
-            write_files(load_config(CONFIGS / f"{name}.yaml"))
+            config = load_config(CONFIGS / f"{name}.yaml")
+            write_files(config)
+            write_contents(config)
         finally:
             os.chdir(here)
     return found

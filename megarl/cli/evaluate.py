@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megarl.cli.start import AsJson, ConfigPath, Overrides, answer_stops, prepare, reserved_stdout, run, show
+from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
 from megarl.config.load import load_config
 from megarl.errors import Refusal
 
@@ -23,8 +23,7 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
     if checkpoint is not None and load_config(config, settings_given).evaluation.consumer != "initial":
         # Known before the rules are checked: model.path then needs no weights, which else are the consumer's.
         settings_given.append(f"model.weights={checkpoint}")
-    settings = prepare(config, settings_given)
-    answer_stops(settings.health.notice)
+    settings = prepare(config, settings_given, listens=True)
     with reserved_stdout(as_json) as stream:
         from megarl.train.run import evaluate as worker
 

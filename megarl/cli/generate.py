@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from megarl.cli.start import ConfigPath, Overrides, answer_stops, prepare, require_rollouts, run, show
+from megarl.cli.start import ConfigPath, Overrides, prepare, require_rollouts, run, show
 
 
 def generate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Generate and score the rollouts of every step without training on them, and save them."""
-    settings = prepare(config, overrides)
-    answer_stops(settings.health.notice)
+    settings = prepare(config, overrides, listens=True)
     require_rollouts(settings)
     from megarl.train.run import generate as worker
 

@@ -16,12 +16,11 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
-from megarl.config import rules
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, Refusal
 from megarl.health import time_limit
-from megarl.train import past
+from megarl.train import admission
 
 T = TypeVar("T")
 
@@ -36,15 +35,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on std
 _LAUNCHER_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
 
 
-def prepare(path: Path, overrides: Sequence[str] | None, *, trains: bool = False) -> RunConfig:
+def prepare(path: Path, overrides: Sequence[str] | None, *, trains: bool = False, listens: bool = False) -> RunConfig:
     """The checked configuration. Raises `Refusal` before anything is started or written.
 
     `trains`: the run's folder is written as that of a training, so what an earlier run has left there counts.
+    `listens`: signals that ask to stop are answered as soon as the configuration says how.
     """
     config = load_config(path, overrides or ())
     place = launcher_place()
-    rules.check(config, processes=place[1] if place else None)
-    for refusal in past.refusals(config) if trains else ():
+    if listens:
+        answer_stops(config.health.notice)
+    for refusal in admission.refusals(config, place[1] if place else None, trains=trains):
         raise refusal
     return config
 

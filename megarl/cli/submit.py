@@ -14,6 +14,7 @@ from megarl.submission.jobs import Request, prepare
 from megarl.submission.queue import dry_run, submit_all
 from megarl.submission.resources import Resources
 from megarl.submission.sweep import parse_sweep
+from megarl.train import admission
 
 Nodes = Annotated[int, typer.Option("--nodes", help="Nodes of the run.", show_default=False)]
 GpusPerNode = Annotated[
@@ -106,7 +107,7 @@ def submit(
     def say(text: str) -> None:
         print(f"megarl: {' '.join(text.split())}", file=sys.stderr)
 
-    prepared = prepare(request, say, dry=dry)
+    prepared = prepare(request, say, admission.contents, dry=dry)
     if dry:
         dry_run(prepared, sys.stdout, say)
     else:

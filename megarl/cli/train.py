@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from megarl.cli.start import ConfigPath, Overrides, answer_stops, prepare, run, say
+from megarl.cli.start import ConfigPath, Overrides, prepare, run, say
 from megarl.train import past
 
 
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train the run that CONFIG describes; it leaves its results in runs/<name>/."""
-    settings = prepare(config, overrides, trains=True)
-    answer_stops(settings.health.notice)
+    settings = prepare(config, overrides, trains=True, listens=True)
     if (sentence := past.finished(settings)) is not None:
         say(sentence)
         return

@@ -22,6 +22,8 @@ from megarl.train import past
 RESUME = "resume=auto"
 #: Sections of a configuration that change nothing of what a GPU must hold.
 _WEIGHTLESS = ("name", "seed", "steps", "optimizer", "logging", "reward")
+#: Those that change nothing of what a run makes of its files.
+_CONTENTLESS = ("name", "seed", "steps", "optimizer", "logging", "batch", "checkpoint", "parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,18 @@ class Prepared:
     verdict: str | None
 
 
-def prepare(request: Request, say: Callable[[str], None], *, dry: bool) -> Prepared:
+def prepare(
+    request: Request,
+    say: Callable[[str], None],
+    contents: Callable[[RunConfig], Iterable[Refusal]],
+    *,
+    dry: bool,
+) -> Prepared:
     """Check everything, what is quick first, and write the scripts in memory.
 
-    `say` is told what takes a while, and in a dry run what a submission would be refused for. Raises `Refusal` for
-    what cannot run, and `NoAnswer` where Slurm is away and this is no dry run.
+    `contents` yields what a run cannot use in its files (`megarl.train.admission`, whose libraries are not this
+    package's). `say` is told what takes a while, and in a dry run what a submission would be refused for. Raises
+    `Refusal` for what cannot run, and `NoAnswer` where Slurm is away and this is no dry run.
     """
     request.resources.check()
     orders = [Order("train"), *map(parse_order, request.following)]
@@ -76,7 +85,7 @@ def prepare(request: Request, say: Callable[[str], None], *, dry: bool) -> Prepa
         if (sentence := past.finished(run)) is not None:
             say(sentence)
     _check_orders(request, orders, runs)
-    _check_files(runs, say, dry=dry)
+    _check_files(runs, say, contents, dry=dry)
     try:
         known = slurm.partitions()
         request = replace(request, resources=_with_cores(request, known))
@@ -137,9 +146,23 @@ def _check_orders(request: Request, orders: Sequence[Order], runs: Iterable[RunC
                 _raise_first(checks.rule_refusals(run, request.resources))
 
 
-def _check_files(runs: Iterable[RunConfig], say: Callable[[str], None], *, dry: bool) -> None:
-    """Refuse a run whose files are missing; in a dry run, which may be made elsewhere, only say so."""
-    missing = {str(refusal): refusal for run in runs for refusal in checks.file_refusals(run)}
+def _check_files(
+    runs: Iterable[RunConfig],
+    say: Callable[[str], None],
+    contents: Callable[[RunConfig], Iterable[Refusal]],
+    *,
+    dry: bool,
+) -> None:
+    """Refuse a run whose files are missing or of no use; in a dry run, which may be made elsewhere, only say so."""
+    missing: dict[str, Refusal] = {}
+    seen: list[RunConfig] = []
+    for run in runs:
+        found = list(checks.file_refusals(run))
+        # The runs of an array mostly have the same files, which take seconds to read.
+        if not found and not any(_alike(run, other, _CONTENTLESS) for other in seen):
+            seen.append(run)
+            found = list(contents(run))
+        missing |= {str(refusal): refusal for refusal in found}
     if not dry:
         _raise_first(missing.values())
     for sentence in missing:
@@ -161,16 +184,16 @@ def _rehearse(runs: Iterable[RunConfig], request: Request, say: Callable[[str], 
     rehearsed: list[RunConfig] = []
     verdict = ""
     for run in runs:
-        if any(_alike(run, other) for other in rehearsed):
+        if any(_alike(run, other, _WEIGHTLESS) for other in rehearsed):
             continue
         verdict = checks.rehearsed(run, request.cluster, request.resources, say)
         rehearsed.append(run)
     return verdict
 
 
-def _alike(run: RunConfig, other: RunConfig) -> bool:
-    """Whether two runs hold the same in memory."""
-    return run.model_copy(update={key: getattr(other, key) for key in _WEIGHTLESS}) == other
+def _alike(run: RunConfig, other: RunConfig, apart_from: Sequence[str]) -> bool:
+    """Whether two runs are the same but for some sections."""
+    return run.model_copy(update={key: getattr(other, key) for key in apart_from}) == other
 
 
 def _job(request: Request, runs: Sequence[RunConfig], order: Order) -> Job:

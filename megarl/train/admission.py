@@ -1,0 +1,80 @@
+"""What can be known of a run within seconds, before anything of it is built: `check`, `submit` and `train` ask here.
+
+Free of torch, and of the libraries that read data until the rules have passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from megarl.config import rules
+from megarl.config.model_shape import read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.config.sections import RewardSettings
+from megarl.data.thinking import ThinkingEnd
+from megarl.data.tokenizer import check_vocabulary, load_tokenizer
+from megarl.errors import MegarlError, Refusal
+from megarl.rewards.grader import TEXT_KINDS, Grader
+from megarl.rewards.judge import key_of
+from megarl.train import past
+
+
+def refusals(config: RunConfig, processes: int | None = None, *, trains: bool) -> Iterator[Refusal]:
+    """Everything that is known to end a run at its start, what is quick to find first.
+
+    `processes` is the world that a launcher started. `trains`: the run's folder is written as that of a training;
+    else it is an evaluation, or rollouts alone.
+    """
+    yield from rules.broken_rules(config, processes=processes)
+    if trains:
+        yield from past.refusals(config)
+    yield from contents(config)
+
+
+def contents(config: RunConfig) -> Iterator[Refusal]:
+    """What a run cannot use in the files that are there: its tokenizer and its reward functions.
+
+    For a run whose rules and files have passed.
+    """
+    for look in (_look_at_tokenizer, _look_at_rewards):
+        try:
+            look(config)
+        except Refusal as refusal:
+            yield refusal
+
+
+def _look_at_tokenizer(config: RunConfig) -> None:
+    folder = config.model.tokenizer or config.model.path
+    with _in_a_sentence(f"tokenizer {folder}", "restore its files, or set model.tokenizer"):
+        tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, read_model_shape(config.model.path).vocab_size)
+        if config.algorithm.answers_in_parts or config.evaluation.consumer is not None:
+            ThinkingEnd(tokenizer, config.rollout.thinking_end).require_token()
+
+
+def _look_at_rewards(config: RunConfig) -> None:
+    """Start what finds rewards, and end it again; a judge is not asked."""
+    for section, settings in (("reward", config.reward), ("evaluation.reward", config.evaluation.reward)):
+        if settings is not None:
+            with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
+                _look_at_reward(settings)
+
+
+def _look_at_reward(settings: RewardSettings) -> None:
+    if settings.judge is not None:
+        key_of(settings.judge)
+    elif settings.kind not in ("math", *TEXT_KINDS):
+        Grader(settings.model_copy(update={"workers": 1})).close()
+
+
+@contextlib.contextmanager
+def _in_a_sentence(value: str, fix: str) -> Iterator[None]:
+    """Turn whatever a library raises on a user's file or code into a `Refusal` that names it."""
+    try:
+        yield
+    except MegarlError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise Refusal(value, f"cannot be used ({said})", fix) from error

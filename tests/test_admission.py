@@ -1,0 +1,101 @@
+"""What ends a run at its start is found by the one function that check, submit and train ask, each in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from config_case import MODEL, TOKENIZER
+
+from megarl.algorithms import build
+from megarl.algorithms.base import AlgorithmContext
+from megarl.cli import start
+from megarl.config.load import load_config
+from megarl.errors import Refusal
+from megarl.train import admission
+
+
+def said(run_file: Path, *overrides: str, trains: bool = True) -> list[str]:
+    return [str(refusal) for refusal in admission.refusals(load_config(run_file, overrides), trains=trains)]
+
+
+def test_a_run_that_can_start_passes(run_file: Path) -> None:
+    assert said(run_file) == []
+    assert said(run_file, "reward.kind=os.path:basename") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("nowhere.mine:grade", "No module named 'nowhere'"),
+        ("mine:other", "other"),
+        ("broken:grade", "invalid syntax"),
+        ("raises:grade", "not today"),
+    ],
+)
+def test_a_reward_that_cannot_be_imported(run_file: Path, kind: str, word: str) -> None:
+    Path("mine.py").write_text("def grade(text, answer, source): return 1.0\n")
+    Path("broken.py").write_text("def grade(:\n")
+    Path("raises.py").write_text("raise ValueError('not today')\n")
+    (sentence,) = said(run_file, f"reward.kind={kind}")
+    assert sentence.startswith(f"reward.kind={kind}: ") and word in sentence and "Fix: " in sentence
+    (sentence,) = said(run_file, "reward.kind=f1", f"evaluation.reward.kind={kind}")
+    assert kind in sentence and word in sentence
+
+
+def test_a_judge_without_its_key(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOBODYS_KEY", raising=False)
+    judge = ("reward.kind=judge", "reward.judge.url=http://127.0.0.1:9/v1", "reward.judge.model=m")
+    assert said(run_file, *judge) == [], "the judge itself is asked by the run"
+    (sentence,) = said(run_file, *judge, "reward.judge.api_key_env=NOBODYS_KEY")
+    assert sentence.startswith("reward.judge.api_key_env=NOBODYS_KEY: must name an environment variable that holds")
+
+
+def test_tokenizers_that_cannot_be_used(run_file: Path) -> None:
+    file = Path("model/tokenizer.json")
+    vocabulary = {f"t{number}": number for number in range(2, MODEL["vocab_size"] + 1)}
+    larger = TOKENIZER | {"model": TOKENIZER["model"] | {"vocab": TOKENIZER["model"]["vocab"] | vocabulary}}
+    file.write_text(json.dumps(larger))
+    (sentence,) = said(run_file)
+    assert sentence.startswith("a tokenizer of 301 tokens: must not exceed the model's vocabulary of 300")
+    for text in ("", "{", "{}", "[1]", json.dumps(TOKENIZER | {"model": {"type": "Nothing"}})):
+        file.write_text(text)
+        (sentence,) = said(run_file)
+        assert sentence.startswith("tokenizer model: ") and "Fix: " in sentence, text
+    file.unlink()
+    Path("model/tokenizer_config.json").unlink()
+    (sentence,) = said(run_file)
+    assert sentence.startswith("tokenizer model: holds neither tokenizer.json nor tokenizer.model")
+
+
+def test_a_thinking_that_ends_in_several_tokens(run_file: Path) -> None:
+    parts = ["algorithm=start", "reward.graded=response", "algorithm.responses=2"]
+    (sentence,) = said(run_file, *parts)
+    assert sentence.startswith("rollout.thinking_end='</think>': must be one token of the tokenizer")
+    assert said(run_file, *parts[:2]) == []
+
+
+@pytest.mark.parametrize(
+    "overrides", ["", "algorithm.responses=2", "algorithm.responder=initial", "algorithm.thinking_steps=0"]
+)
+def test_settings_and_algorithm_agree_on_answers_in_parts(run_file: Path, overrides: str) -> None:
+    settings = load_config(run_file, ["algorithm=start", *overrides.split()]).algorithm
+    algorithm = build(settings, AlgorithmContext(max_tokens=64, group_size=8))
+    assert (algorithm.needs.responder is not None) == settings.answers_in_parts
+
+
+def test_the_past_counts_for_a_training_alone(run_file: Path) -> None:
+    Path("runs/case").mkdir(parents=True)
+    Path("runs/case/metrics.jsonl").write_text("")
+    (sentence,) = said(run_file)
+    assert sentence.startswith("name=case: already names a run")
+    assert said(run_file, trains=False) == []
+
+
+def test_the_commands_ask(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
+    for trains in (True, False):
+        with pytest.raises(Refusal, match=r"reward\.kind=nowhere\.mine:f"):
+            start.prepare(run_file, ["reward.kind=nowhere.mine:f"], trains=trains)
