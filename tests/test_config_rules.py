@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -462,6 +463,8 @@ def test_an_adapter_is_no_model(run_file: Path) -> None:
 def test_a_folder_is_no_package(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder that wandb writes to, beside the run, and a module that hides an installed package."""
     monkeypatch.syspath_prepend(str(Path.cwd()))
+    # As in a process that has not imported it.
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
     Path("wandb").mkdir()
     config = load_config(run_file, ["logging.wandb=project", "logging.tensorboard=false"])
     assert [str(each) for each in broken_rules(config)] == [REFUSED[0][1]]
