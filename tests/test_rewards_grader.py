@@ -101,7 +101,7 @@ def test_shared_words_need_no_process_and_the_best_reference_counts() -> None:
 def test_failures_cost_one_answer_each(user_module: str) -> None:
     texts = ["0.25", "hang", "0.5", "exit", "raise", "sleep", "7", "nan", "-0.5", "none", "1", "inf", "0.75"]
     start = time.monotonic()
-    with Grader(settings(f"{user_module}:obey", time_limit=1.0, low=0.0)) as grader:
+    with Grader(settings(f"{user_module}:obey", time_limit=1.0, max_failed_share=1.0)) as grader:
         graded = grader.grade([GradingItem(text, "") for text in texts])
         assert [(one.reward, one.counter) for one in graded] == [
             (0.25, None),
@@ -157,7 +157,7 @@ def test_an_answer_whose_worker_somebody_else_killed_is_graded_all_the_same(
 
 
 def test_every_answer_may_kill_its_worker(user_module: str) -> None:
-    with Grader(settings(f"{user_module}:obey")) as grader:
+    with Grader(settings(f"{user_module}:obey", max_failed_share=1.0)) as grader:
         assert {one.counter for one in grader.grade([GradingItem("exit", "")] * 6)} == {"grader_died"}
 
 

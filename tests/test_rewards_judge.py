@@ -23,9 +23,12 @@ from megarl.rewards.verdict import REMINDER
 HELLO = "4"
 
 
-def settings(url: str, *, low: float = 0.0, high: float = 1.0, **judge: Any) -> RewardSettings:
+def settings(
+    url: str, *, low: float = 0.0, high: float = 1.0, max_failed_share: float = 0.2, **judge: Any
+) -> RewardSettings:
     defaults: dict[str, Any] = {"url": url, "model": "m", "template": "{response}", "time_limit": 10.0, "patience": 5.0}
-    return RewardSettings.model_validate({"kind": "judge", "low": low, "high": high, "judge": defaults | judge})
+    reward = {"kind": "judge", "low": low, "high": high, "max_failed_share": max_failed_share}
+    return RewardSettings.model_validate(reward | {"judge": defaults | judge})
 
 
 def items(*texts: str) -> list[GradingItem]:
@@ -269,10 +272,44 @@ def test_too_many_answers_without_a_verdict_stop_the_run() -> None:
         with pytest.raises(ScoringStopped) as caught:
             scorer.grade(numbered(10))
         assert scorer.grade(items("later")) == [GradedAnswer(1.0)]
-    message = re.sub(r"in \d+ s", "in 0 s", str(caught.value))
-    assert message.startswith(f"The judge at {server.url} left 3 of 10 answers without a verdict in 0 s, more than ")
-    assert "reward.judge.max_failed_share=0.29 allows (last seen: the unreadable verdict 'no idea'). Fix: " in message
+    message = str(caught.value)
+    assert message.startswith(f"The judge at {server.url} gave no verdict on 3 of 10 answers, more than ")
+    assert "reward.max_failed_share=0.29 allows (first seen: the unreadable verdict 'no idea'). Fix: " in message
+    told = (
+        f"The judge at {server.url} gave no verdict on an answer for the first time: the unreadable verdict 'no idea'"
+    )
+    assert (scorer.take_first_failure(), scorer.take_first_failure()) == (told, None)
     assert "answer 0008" not in server.texts()  # it stopped as soon as that was certain
+
+
+# --- proxies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks9://nowhere", "not an address"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_judge_on_this_machine_is_asked_without_the_proxy(
+    monkeypatch: pytest.MonkeyPatch, proxy: str, host: str
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    with serving(says) as server:
+        scorer = build_scorer(settings(server.url.replace("127.0.0.1", host)))
+        assert scorer.grade(items("Score: 10")) == [GradedAnswer(1.0)]
+
+
+def test_a_refusal_names_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("http_proxy", f"http://me:secret@{address}")
+    with pytest.raises(Refusal, match=rf"Connect call failed.*, through the proxy {address} of http_proxy; ") as caught:
+        build_scorer(settings("http://judge.example:8000/v1", patience=0.0))
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("http_proxy", "socks9://nowhere:1")
+    with pytest.raises(Refusal, match=r"is asked through the proxy socks9://nowhere:1 of http_proxy, which cannot be"):
+        build_scorer(settings("http://judge.example:8000/v1"))
+    monkeypatch.setenv("no_proxy", "judge.example")
+    with pytest.raises(Refusal) as caught:
+        build_scorer(settings("http://judge.example:8000/v1", patience=0.0))
+    assert "proxy" not in str(caught.value)
 
 
 # --- the judge as a whole -------------------------------------------------------------------------------------------

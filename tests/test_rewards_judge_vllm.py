@@ -103,12 +103,13 @@ def settings(url: str, **judge: Any) -> RewardSettings:
         "model": "tiny",
         "max_tokens": 24,
         "retries": 1,
-        "max_failed_share": 1.0,
         "time_limit": 120.0,
         "patience": 500.0,
         "concurrency": 4,
     }
-    return RewardSettings.model_validate({"kind": "judge", "low": -1.0, "high": 1.0, "judge": defaults | judge})
+    return RewardSettings.model_validate(
+        {"kind": "judge", "low": -1.0, "high": 1.0, "max_failed_share": 1.0, "judge": defaults | judge}
+    )
 
 
 def ask_directly(url: str, text: str) -> tuple[str, int]:

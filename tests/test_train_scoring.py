@@ -53,6 +53,9 @@ class Opinions:
     def take_counters(self) -> dict[str, int]:
         return {}
 
+    def take_first_failure(self) -> str | None:
+        return None
+
     def close(self) -> None:
         """Nothing to end."""
 

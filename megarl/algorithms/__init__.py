@@ -6,14 +6,13 @@ row: `algorithm.name` may be an import path `package.module:Class` of a subclass
 
 from __future__ import annotations
 
-import importlib
-
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.algorithms.expo import ExpDpo, ExpGrpo
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.nft import Nft
 from megarl.algorithms.sft import Sft
 from megarl.algorithms.start import Start
+from megarl.config import user_code
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.errors import Refusal
 
@@ -36,16 +35,14 @@ def algorithm_class(name: str) -> type[Algorithm]:
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     value = f"algorithm.name={name}"
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
+    if not user_code.FORM.fullmatch(name):
         raise Refusal(value, "is no known algorithm", f"use one of {', '.join(ALGORITHMS)}, or package.module:Class")
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
+        found = user_code.load(name)
+    except user_code.Unusable as error:
         raise Refusal(
             value, f"could not be imported ({error})", "install the package, or put its folder on PYTHONPATH"
         ) from error
-    found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise Refusal(value, "must name a subclass of megarl.algorithms.base.Algorithm", "correct the part after ':'")
     if not hasattr(found, "Settings"):

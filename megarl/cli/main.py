@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
+import megarl
 from megarl.cli.bench import bench
 from megarl.cli.check import check
 from megarl.cli.doctor import doctor
@@ -16,6 +18,7 @@ from megarl.cli.home import require_home
 from megarl.cli.plan import plan
 from megarl.cli.submit import submit
 from megarl.cli.train import train
+from megarl.config import user_code
 from megarl.errors import MegarlError
 
 app = typer.Typer(
@@ -31,9 +34,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line. A `MegarlError` becomes its sentence on stderr and its exit code, no traceback."""
-    # A console script does not search the working directory, where a user's own algorithm or reward lives.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _leave_working_folder()
     try:
         require_home()
         app()
@@ -41,3 +42,13 @@ def main() -> None:
         if not error.delivered:
             print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _leave_working_folder() -> None:
+    """Let neither this process nor those it starts take modules from the working folder (`megarl.config.user_code`)."""
+    sys.path[:] = user_code.search_path()
+    home = str(Path(megarl.__file__).parents[1])
+    if home not in sys.path:
+        # A checkout that is not installed, started from within: processes started from here must find it.
+        sys.path.append(home)
+    os.environ["PYTHONSAFEPATH"] = "1"

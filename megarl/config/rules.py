@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from megarl.config import files, layout_rules, vendor_fields
+from megarl.config import files, layout_rules, user_code, vendor_fields
 from megarl.config.grid import padded_length, sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
@@ -138,8 +138,8 @@ def _reward_section(name: str, reward: RewardSettings) -> Iterator[Refusal]:
     """The rules of one section of reward settings; `name` is the section's key."""
     if reward.low >= reward.high:
         yield Refusal(f"{name}.low={reward.low:g}", f"must be below {name}.high={reward.high:g}", "widen the range")
-    if reward.kind not in ("math", "boxed", "f1", "judge") and not re.fullmatch(r"[\w.]+:\w+", reward.kind):
-        rule = "must be math, boxed, f1, judge or an import path package.module:function"
+    if reward.kind not in ("math", "boxed", "f1", "judge") and not user_code.FORM.fullmatch(reward.kind):
+        rule = "must be math, boxed, f1, judge, package.module:function or folder/file.py:function"
         yield Refusal(f"{name}.kind={reward.kind}", rule, f"correct {name}.kind")
     if reward.kind == "judge" and reward.judge is None:
         yield Refusal(f"{name}.kind=judge", "needs a judge to ask", f"set {name}.judge.url and {name}.judge.model")

@@ -226,9 +226,6 @@ class JudgeSettings(Settings):
         default=600.0,
         description="Seconds the run waits, asking again, while nobody can reach the judge; then it stops.",
     )
-    max_failed_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.2, description="Share of a call's answers without a verdict above which the run stops."
-    )
     max_cost_per_step: PositiveFloat | None = Field(
         default=None,
         description="What all replicas together may spend in a step, in the prices' currency; past it answers stay "
@@ -249,8 +246,8 @@ class RewardSettings(Settings):
     kind: str = Field(
         default="math",
         description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; f1: words "
-        "shared with the reference; judge: scored by a language model (reward.judge); or an import path "
-        "package.module:function.",
+        "shared with the reference; judge: scored by a language model (reward.judge); or a function of your own, "
+        "package.module:function or folder/file.py:function.",
     )
     graded: Literal["whole", "response"] = Field(
         default="whole", description="What the reward sees: the whole answer, or only what follows its thinking."
@@ -258,6 +255,12 @@ class RewardSettings(Settings):
     judge: JudgeSettings | None = Field(default=None, description="The judge of kind judge.")
     time_limit: PositiveFloat = Field(
         default=5.0, description="Seconds per answer in a grading process; past it the answer scores 0 and is counted."
+    )
+    max_failed_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.2,
+        description="Share of the answers on which the reward may fail (raise, hang, give no number in its range or no "
+        "verdict) before the run stops; of the last hundred, or of those graded together where these are more. Our "
+        "choice.",
     )
     workers: PositiveInt = Field(
         default=2, description="Grading processes per engine replica; boxed, f1 and judge need none."

@@ -12,7 +12,9 @@ from megarl.errors import MegarlError
 
 def main() -> None:
     """Rehearse, and leave the answer."""
-    arguments = pickle.load(sys.stdin.buffer)
+    # The settings of an algorithm of the user's own are found where the process that started this one found them.
+    sys.path[:], arguments = pickle.load(sys.stdin.buffer)
+    arguments = pickle.loads(arguments)
     # First of all: it holds back what Megatron warns of.
     import megarl.parallel  # noqa: F401
     from megarl.rehearsal.build import build_report

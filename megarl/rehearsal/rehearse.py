@@ -80,9 +80,13 @@ def _in_a_process_of_its_own(*arguments: object) -> Report:
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "report"
-        command = [sys.executable, "-m", "megarl.rehearsal.child", str(answer)]
+        command = [sys.executable, "-P", "-m", "megarl.rehearsal.child", str(answer)]
         ended = subprocess.run(
-            command, input=pickle.dumps(arguments), stdout=sys.stderr.fileno(), env=environment, check=False
+            command,
+            input=pickle.dumps((sys.path, pickle.dumps(arguments))),
+            stdout=sys.stderr.fileno(),
+            env=environment,
+            check=False,
         )
         if not answer.is_file():
             raise MegarlError(f"the rehearsal's process ended with code {ended.returncode}; its error is above")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from megarl.config.sections import JudgeSettings
+from megarl.errors import Refusal
+from megarl.rewards.proxies import proxy_of
 from megarl.rewards.spending import Spending
 
 #: Bytes of text per token where the server does not count: English has about four. Our choice, on the dear side.
@@ -81,9 +84,14 @@ class ChatClient:
         self._key = key
         self._counters = counters
         self._spending = spending
+        self._proxy = proxy_of(settings.url)
         # Retries are the caller's: it knows what the other requests saw, and counts.
         self._client = openai.AsyncOpenAI(
-            base_url=settings.url, api_key=key or "none", max_retries=0, timeout=settings.time_limit
+            base_url=settings.url,
+            api_key=key or "none",
+            max_retries=0,
+            timeout=settings.time_limit,
+            http_client=self._http_client(),
         )
         # Without these the library would send what it finds in the environment, meant for another server.
         self._headers: dict[str, Any] = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
@@ -97,6 +105,21 @@ class ChatClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._client.close()
+
+    def _http_client(self) -> Any:
+        """The HTTP client below. Raises `Refusal` for a proxy of the environment that it cannot use."""
+        if self._proxy is None:
+            # The environment is not asked at all: the library would look at each of its proxies. Of the rest it holds,
+            # these name certificates.
+            own = any(os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
+            verify = ssl.create_default_context() if own else True
+            return self._openai.DefaultAsyncHttpxClient(trust_env=False, verify=verify)
+        try:
+            return self._openai.DefaultAsyncHttpxClient()
+        except Exception as error:  # such as for an address of a kind that it does not know
+            rule = f"is asked through the proxy {self._proxy}, which cannot be used ({self._quoted(str(error))})"
+            url = f"reward.judge.url={self._settings.url}"
+            raise Refusal(url, rule, "correct it, or name the judge's host in no_proxy") from None
 
     async def ask(self, text: str, time_limit: float | None = None) -> Reply:
         """The judge's reply to the message `text`, within `time_limit` seconds (default: the setting).
@@ -120,6 +143,8 @@ class ChatClient:
             return self._read(text, body)
         if failure.billed:
             self._spending.charge(most_it_costs(self._settings, text))
+        if self._proxy is not None:
+            failure.seen += f", through the proxy {self._proxy}; hosts in no_proxy are asked without"
         raise failure
 
     async def _post(self, text: str) -> str:

@@ -18,6 +18,7 @@ from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
 from megarl.rewards.chat import AskFailed, ChatClient, most_it_costs
+from megarl.rewards.failures import Failures
 from megarl.rewards.spending import Spending
 from megarl.rewards.verdict import HIGHEST, LOWEST, REMINDER, TEMPLATE, message_of, read_score
 from megarl.rewards.watch import StillAway, Watch, check_message, delay
@@ -46,12 +47,18 @@ class Judge:
     """
 
     def __init__(
-        self, settings: RewardSettings, replicas: int = 1, on_wait: Callable[[str], None] | None = None
+        self,
+        settings: RewardSettings,
+        replicas: int = 1,
+        on_wait: Callable[[str], None] | None = None,
+        section: str = "reward",
     ) -> None:
         if settings.judge is None:
-            raise Refusal("reward.kind=judge", "needs a judge to ask", "set reward.judge.url and reward.judge.model")
+            rule, fix = "needs a judge to ask", f"set {section}.judge.url and {section}.judge.model"
+            raise Refusal(f"{section}.kind=judge", rule, fix)
         if not settings.low < settings.high:
-            raise Refusal(f"reward.low={settings.low}", f"must be below reward.high={settings.high}", "widen the range")
+            value, rule = f"{section}.low={settings.low}", f"must be below {section}.high={settings.high}"
+            raise Refusal(value, rule, "widen the range")
         self._settings = settings
         self._judge = settings.judge
         self._key = key_of(settings.judge)
@@ -62,6 +69,12 @@ class Judge:
         # Its own generator: jitter must not move the run's random numbers.
         self._rng = random.Random()
         self._closed = False
+        self._failures = Failures(
+            f"The judge at {self._judge.url} gave no verdict on",
+            f"{section}.max_failed_share",
+            settings.max_failed_share,
+            _FIXES,
+        )
         self._refuse_small_cap(replicas)
         asyncio.run(self._introduce())
 
@@ -69,11 +82,15 @@ class Judge:
         """Rewards of `items`, in their order; None where there is no verdict.
 
         Raises `ScoringStopped` where the judge is away for longer than `patience`, takes no request any more, leaves
-        more than `max_failed_share` of the items without a verdict, or where the cost cap allows no verdict at all.
+        too many of the items without a verdict (`max_failed_share`), or where the cost cap allows no verdict at all.
         """
         if self._closed:
             raise MegarlError("The judge is closed.")
         return asyncio.run(self._grade(items)) if items else []
+
+    def take_first_failure(self) -> str | None:
+        """A sentence about the first answer without a verdict, once."""
+        return self._failures.take_first()
 
     def begin_step(self) -> None:
         """A new step, whose requests may cost `max_cost_per_step` again."""
@@ -128,7 +145,9 @@ class Judge:
     async def _grade(self, items: Sequence[GradingItem]) -> list[GradedAnswer]:
         async with self._client() as client:
             watch = self._watch(client)
-            call = _Call(self._settings, self._judge, client, watch, self._spending, self._counters, self._rng)
+            call = _Call(
+                self._settings, self._judge, client, watch, self._spending, self._counters, self._rng, self._failures
+            )
             try:
                 return await call.run(items)
             finally:
@@ -147,6 +166,7 @@ class _Call:
         spending: Spending,
         counters: Counter[str],
         rng: random.Random,
+        failures: Failures,
     ) -> None:
         self._settings = settings
         self._judge = judge
@@ -156,21 +176,22 @@ class _Call:
         self._counters = counters
         self._rng = rng
         self._started_at = time.monotonic()
-        self._failures: Counter[str] = Counter()
-        self._seen = ""
+        self._failures = failures
 
     async def run(self, items: Sequence[GradingItem]) -> list[GradedAnswer]:
         """The answers' rewards in order. Raises `ScoringStopped`."""
         graded: dict[int, GradedAnswer] = {}
         work = iter(enumerate(items))
         num_workers = min(self._judge.concurrency, len(items))
-        workers = [asyncio.create_task(self._work(work, graded, len(items))) for _ in range(num_workers)]
+        self._failures.begin(len(items))
+        workers = [asyncio.create_task(self._work(work, graded)) for _ in range(num_workers)]
         try:
             await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        self._failures.end()
         if self._spending.spent == 0 and all(answer.counter == "judge_cap" for answer in graded.values()):
             raise ScoringStopped(
                 f"reward.judge.max_cost_per_step={self._judge.max_cost_per_step:g} pays for a verdict on none of "
@@ -179,14 +200,11 @@ class _Call:
             )
         return [graded[index] for index in range(len(items))]
 
-    async def _work(self, work: Iterator[tuple[int, GradingItem]], graded: dict[int, GradedAnswer], total: int) -> None:
+    async def _work(self, work: Iterator[tuple[int, GradingItem]], graded: dict[int, GradedAnswer]) -> None:
         """Take the next answer and grade it, until none is left."""
         for index, item in work:
-            graded[index] = answer = await self._grade_one(item)
+            graded[index] = await self._grade_one(item)
             progress.tick()
-            if answer.reward is None and answer.counter not in (None, "judge_cap"):
-                self._failures[answer.counter] += 1
-                self._stop_at_too_many(total)
 
     async def _grade_one(self, item: GradingItem) -> GradedAnswer:
         """Ask about one answer until there is a verdict, its tries are used up, or the money is."""
@@ -204,7 +222,6 @@ class _Call:
                 failure = failed
             finally:
                 self._spending.release(cost)
-            self._seen = failure.seen
             if failure.kind == "refused":
                 raise ScoringStopped(
                     f"The judge at {self._judge.url} takes no request any more, {self._elapsed():.0f} s into a call "
@@ -214,6 +231,7 @@ class _Call:
                 spared -= 1
                 continue
             if failure.kind == "rejected" or tries == self._judge.retries:
+                self._failures.note(failure.counter, failure.seen)
                 return GradedAnswer(None, failure.counter)
             self._counters["judge_retries"] += 1
             if failure.kind == "unreadable":
@@ -236,16 +254,6 @@ class _Call:
         clipped = min(max(score, LOWEST), HIGHEST)
         self._counters["judge_clipped"] += clipped != score
         return scaled((clipped - LOWEST) / (HIGHEST - LOWEST), self._settings.low, self._settings.high)
-
-    def _stop_at_too_many(self, total: int) -> None:
-        failed, allowed = self._failures.total(), self._judge.max_failed_share
-        if failed <= allowed * total:
-            return
-        raise ScoringStopped(
-            f"The judge at {self._judge.url} left {failed} of {total} answers without a verdict in "
-            f"{self._elapsed():.0f} s, more than reward.judge.max_failed_share={allowed:g} allows "
-            f"(last seen: {self._seen}). Fix: {_FIXES[self._failures.most_common(1)[0][0]]}, then resume the run."
-        )
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._started_at

@@ -22,11 +22,12 @@ def evaluate(session: Session) -> dict[str, Any]:
     """Answer every held-out prompt `evaluation.samples` times; the numbers are the same on every rank.
 
     Returns `accuracy` (share of scored answers with a reward above the middle of the reward's range) and, with the
-    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples`, `unscored` and
-    `counters`. With `evaluation.consumer` policy and consumer answer the same thinkings with the same seeds; the
-    consumer's numbers are `cross_accuracy` and so on. Collective; the engine must be awake with the current weights.
-    Raises `TrainingStopped` on all ranks where rewards cannot be found any more, and `StopAsked` where the run was
-    asked to stop and the evaluation would not end in time.
+    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples`, `unscored`,
+    `counters`, and `reward_failure` where the reward failed on an answer for the first time. With
+    `evaluation.consumer` policy and consumer answer the same thinkings with the same seeds; the consumer's numbers are
+    `cross_accuracy` and so on. Collective; the engine must be awake with the current weights. Raises `TrainingStopped`
+    on all ranks where rewards cannot be found any more, and `StopAsked` where the run was asked to stop and the
+    evaluation would not end in time.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.engine is not None and session.evaluation_data is not None
@@ -64,7 +65,7 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
     assert data is not None
     scorer = session.evaluation_scorer or session.scorer
     mine: list[tuple[int, float | None, int, bool]] = []
-    failure = None
+    failed = failure = None
     counters: Counter[str] = Counter()
     if scorer is not None:
         scorer.begin_step()
@@ -80,7 +81,10 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
         except ScoringStopped as error:
             failure = str(error)
         counters.update(scorer.take_counters())
-    parts = gather_all((mine, counters, failure))
+        failed = scorer.take_first_failure()
+    parts = gather_all((mine, counters, failed, failure))
+    first_failed = next((failed for *_, failed, _ in parts if failed), None)
+    session.tell_failure(first_failed)
     failures = [failed for *_, failed in parts if failed]
     if failures:
         raise TrainingStopped(failures[0])
@@ -94,5 +98,5 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
         f"{detail}truncated_share": sum(cut for *_, cut in answers) / len(answers),
         f"{detail}length_mean": sum(length for _, _, length, _ in answers) / len(answers),
         f"{detail}unscored": len(answers) - len(rewards),
-        f"{detail}counters": dict(sum((counted for _, counted, _ in parts), Counter())),
-    }
+        f"{detail}counters": dict(sum((counted for _, counted, *_ in parts), Counter())),
+    } | ({} if first_failed is None else {f"{detail}reward_failure": first_failed})

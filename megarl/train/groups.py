@@ -53,6 +53,8 @@ class Rollouts:
     my_targets: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     generated_tokens: Counter[str] = field(default_factory=Counter)
     """Tokens made by all engines, by kind of sample."""
+    reward_failure: str | None = None
+    """How the reward failed on an answer, where a rank saw that for the first time."""
     _earlier: list[int] = field(default_factory=list)
     _drawn: Counter[int] = field(default_factory=Counter)
 

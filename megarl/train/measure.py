@@ -53,6 +53,8 @@ class StepRecord:
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
         values["counters"] = dict(self._rollouts.counters) if self._rollouts else {}
+        if self._rollouts is not None and self._rollouts.reward_failure is not None:
+            values["reward_failure"] = self._rollouts.reward_failure
         session.recorder.metrics(values)
         if self._rollouts is not None:
             shown = self._rollouts.shown

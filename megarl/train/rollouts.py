@@ -244,13 +244,14 @@ def _tell_everyone(
         if number < session.config.logging.samples
     }
     counters: Counter[str] = Counter(session.scorer.take_counters() if session.scorer is not None else {})
+    failed = session.scorer.take_first_failure() if session.scorer is not None else None
     for sample in answers.values():
         counters.update(sample.reward_counters)
     to_show: dict[int, Sample] = {}
     failures: list[str] = []
     found = 0
-    for other_scores, other_texts, other_counters, other_tokens, other_count, other_failure in gather_all(
-        (scores, texts, dict(counters), tokens, len(samples), failure)
+    for other_scores, other_texts, other_counters, other_tokens, other_count, other_failed, other_failure in gather_all(
+        (scores, texts, dict(counters), tokens, len(samples), failed, failure)
     ):
         rollouts.scores |= other_scores
         to_show |= other_texts
@@ -258,7 +259,9 @@ def _tell_everyone(
         found += other_count
         for name, amount in other_counters.items():
             rollouts.count(name, amount)
+        rollouts.reward_failure = rollouts.reward_failure or other_failed
         failures += [other_failure] if other_failure else []
+    session.tell_failure(rollouts.reward_failure)
     if failures:
         raise TrainingStopped(failures[0])
     if found < len(jobs):

@@ -19,6 +19,7 @@ from megarl.data.sampler import PromptStream
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.formats import checkpoint_folder
+from megarl.parallel import terminal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.groups import Grid
 from megarl.policy import checkpoint
@@ -91,6 +92,16 @@ class Session:
     """The step of the newest checkpoint that this session saved or continues from."""
     data_digest: str | None = None
     """Of the prompts that are trained on, once it is known."""
+    failure_told: bool = False
+    """Whether a failure of the reward was said on the terminal."""
+
+    def tell_failure(self, failure: str | None) -> None:
+        """Say once how the reward failed on an answer, where it did; all ranks know it."""
+        if failure is None or self.failure_told:
+            return
+        self.failure_told = True
+        if self.world.is_first:
+            terminal.say(f"{failure}; such answers are counted in metrics.jsonl, and this is said once")
 
     def close(self) -> None:
         """End what finds rewards, flush what is recorded, and shut the engine down."""
@@ -136,7 +147,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         )
         engine.stop = lambda: stops.too_late
         engine.sleep()
-    scorer, evaluation_scorer = _scorers(config, engine, recorder)
+    scorer, evaluation_scorer = _scorers(config, engine, recorder, data, evaluation_data)
     recorder.status("building the policy")
     # Solutions were not sampled: their likelihood is that of the plain distribution.
     temperature = config.rollout.temperature if rollouts else 1.0
@@ -172,13 +183,21 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     )
 
 
-def _scorers(config: RunConfig, engine: Engine | None, recorder: Recorder) -> tuple[Scorer | None, Scorer | None]:
+def _scorers(
+    config: RunConfig,
+    engine: Engine | None,
+    recorder: Recorder,
+    data: LoadedPrompts,
+    evaluation_data: LoadedPrompts | None,
+) -> tuple[Scorer | None, Scorer | None]:
     """What finds the rewards of rollouts, and of evaluations where these have a reward of their own."""
     if engine is None or not engine.speaks:
         return None, None
-    scorer = build_scorer(config.reward, engine.num_replicas, on_wait=recorder.status)
-    own = config.evaluation.reward
-    return scorer, None if own is None else build_scorer(own, engine.num_replicas, on_wait=recorder.status)
+    replicas, say, own = engine.num_replicas, recorder.status, config.evaluation.reward
+    scorer = build_scorer(config.reward, replicas, say, "reward", data.prompts[0])
+    if own is None or evaluation_data is None:
+        return scorer, None
+    return scorer, build_scorer(own, replicas, say, "evaluation.reward", evaluation_data.prompts[0])
 
 
 def evaluation_source(config: RunConfig) -> DataSettings:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from megarl.config import user_code
 from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings
 from megarl.config.explain import explain
 from megarl.errors import Refusal
@@ -42,18 +42,16 @@ def settings_class(name: str) -> type[AlgorithmSettings]:
     if name in ALGORITHM_SETTINGS:
         return ALGORITHM_SETTINGS[name]
     value = f"algorithm.name={name}"
-    module_name, separator, class_name = name.partition(":")
-    if not separator:
+    if not user_code.FORM.fullmatch(name):
         known = ", ".join(ALGORITHM_SETTINGS)
         raise Refusal(value, "is not an algorithm", f"use one of {known}, or an import path package.module:Class")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # the module is the user's, and may raise whatever there is
-        said = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        found = user_code.load(name)
+    except user_code.Unusable as error:
         fix = "put the module on PYTHONPATH and name its class"
-        raise Refusal(value, f"cannot be imported ({said})", fix) from None
+        raise Refusal(value, f"cannot be imported ({error})", fix) from None
     record = getattr(found, "Settings", None)
     if not (isinstance(record, type) and issubclass(record, AlgorithmSettings)):
         rule = "must name a class with an attribute Settings derived from megarl.config.algorithms.AlgorithmSettings"
-        raise Refusal(value, rule, f"give {class_name} such a Settings record")
+        raise Refusal(value, rule, f"give {name.rpartition(':')[2]} such a Settings record")
     return record
