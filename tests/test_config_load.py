@@ -165,7 +165,7 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
         ),
         (
             "algorithm.name=nowhere.mine:Best",
-            "algorithm.name=nowhere.mine:Best: cannot be imported (No module named 'nowhere'). "
+            "algorithm.name=nowhere.mine:Best: cannot be imported (ModuleNotFoundError: No module named 'nowhere'). "
             "Fix: put the module on PYTHONPATH and name its class.",
         ),
         (

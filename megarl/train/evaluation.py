@@ -84,10 +84,10 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
         failed = scorer.take_first_failure()
     parts = gather_all((mine, counters, failed, failure))
     first_failed = next((failed for *_, failed, _ in parts if failed), None)
-    session.tell_failure(first_failed)
     failures = [failed for *_, failed in parts if failed]
     if failures:
         raise TrainingStopped(failures[0])
+    session.tell_failure(first_failed)
     answers = sorted((answer for part, *_ in parts for answer in part), key=lambda answer: answer[0])
     settings = config.evaluation.reward or config.reward
     middle = (settings.low + settings.high) / 2

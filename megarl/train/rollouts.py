@@ -261,9 +261,9 @@ def _tell_everyone(
             rollouts.count(name, amount)
         rollouts.reward_failure = rollouts.reward_failure or other_failed
         failures += [other_failure] if other_failure else []
-    session.tell_failure(rollouts.reward_failure)
     if failures:
         raise TrainingStopped(failures[0])
+    session.tell_failure(rollouts.reward_failure)
     if found < len(jobs):
         raise Refusal(
             f"{len(jobs) - found} of {len(jobs)} samples of this step",
