@@ -97,8 +97,8 @@ def test_what_is_no_node_list_is_refused(nodelist: str) -> None:
     [
         (
             {"RANK": "abc", "WORLD_SIZE": "2"},
-            "RANK=abc in the environment: must be a whole number, as a launcher sets it. "
-            "Fix: unset RANK, or start by torchrun, srun or mpirun, which set it right.",
+            "RANK=abc in the environment: must be a whole number. "
+            "Fix: unset RANK, or let what sets it (torchrun, srun, mpirun, a profile) set it right.",
         ),
         ({"RANK": "0", "WORLD_SIZE": "2 "}, "WORLD_SIZE=2  in the environment: must be a whole number"),
         ({"RANK": "abc"}, "RANK=abc in the environment, without WORLD_SIZE: must come with the number of processes"),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from megarl.config.environment import whole_number
 from megarl.errors import Refusal
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class Ranks:
 
 def find_ranks() -> Ranks:
     """The processes of this launch. Raises `Refusal` where there are several that do not find each other over MPI."""
-    size = next((int(os.environ[name]) for name in _SIZES if name in os.environ), 1)
+    size = next((whole_number(os.environ, name) for name in _SIZES if name in os.environ), 1)
     if size == 1:
         return Ranks()
     try:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megarl.config.environment import whole_number
 from megarl.errors import Interrupted, MegarlError
 from megarl.parallel import terminal
 
@@ -46,7 +47,10 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
     raised again here, the end of a worker by a signal becomes `Interrupted`, and another failure torch's
     `ChildFailedError`, which names rank, exit code and error.
     """
-    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # OpenMP allows a list, of which the first is that of the outermost level.
+    outermost = os.environ["OMP_NUM_THREADS"].partition(",")[0].strip()
+    threads = whole_number({"OMP_NUM_THREADS": outermost}, "OMP_NUM_THREADS")
     if processes == 1:
         return function(*args)
 
@@ -55,7 +59,7 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(max(1, threads))
     # The launcher's own log repeats what the exception says, around a sentence that is meant to stand alone.
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

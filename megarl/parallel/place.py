@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megarl.config.environment import whole_number
 from megarl.errors import Refusal
 
 #: The port that ranks meet at where nothing else names one.
@@ -66,14 +67,7 @@ def _read_place(environment: Mapping[str, str]) -> Place | None:
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
 
     def number(name: str, default: str = "0") -> int:
-        text = environment.get(name, default)
-        if re.fullmatch(r"-?[0-9]{1,9}", text) is None:
-            raise Refusal(
-                f"{name}={text} in the environment",
-                "must be a whole number, as a launcher sets it",
-                f"unset {name}, or start by torchrun, srun or mpirun, which set it right",
-            )
-        return int(text)
+        return whole_number(environment, name, default)
 
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Place(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), address, port)

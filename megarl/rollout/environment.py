@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from megarl.errors import Refusal
 from megarl.parallel import terminal
 
 #: Read by vLLM when its modules are imported; a user's own setting wins.
@@ -32,7 +33,11 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     # The external launcher runs the engine's core in this process, and vLLM asserts this variable.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+    level = os.environ["VLLM_LOGGING_LEVEL"].upper()
+    if level not in logging.getLevelNamesMapping():
+        rule = f"must be one of {', '.join(logging.getLevelNamesMapping())}"
+        raise Refusal(f"VLLM_LOGGING_LEVEL={level} in the environment", rule, "unset or correct it")
+    logging.getLogger("vllm").setLevel(level)
 
 
 @contextmanager

@@ -58,14 +58,14 @@ def _look_at_rewards(config: RunConfig) -> None:
     for section, settings in (("reward", config.reward), ("evaluation.reward", config.evaluation.reward)):
         if settings is not None:
             with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
-                _look_at_reward(settings)
+                _look_at_reward(section, settings)
 
 
-def _look_at_reward(settings: RewardSettings) -> None:
+def _look_at_reward(section: str, settings: RewardSettings) -> None:
     if settings.judge is not None:
         key_of(settings.judge)
     elif settings.kind not in ("math", *TEXT_KINDS):
-        Grader(settings.model_copy(update={"workers": 1})).close()
+        Grader(settings.model_copy(update={"workers": 1}), section).close()
 
 
 @contextlib.contextmanager
