@@ -357,6 +357,7 @@ def folder_with(path: Path, **files: str) -> Path:
         ({"config__json": "{}", "hf_quant_config__json": "{}"}, "holds quantized weights (hf_quant_config.json)"),
         ({}, "must be a Hugging Face checkpoint directory with a config.json"),
         ({"config__json": "[]"}, "must be a JSON object"),
+        ({"config__json": '{"model_type": NaN}'}, "model_type=nan in"),
         ({"config__json": '{"hidden_size": 1, "hidden_size": 2}'}, "hidden_size=1 and hidden_size again=2 in"),
         ({"config__json": "[" * 100000}, "must be JSON, and is nested too deeply"),
         ({"config__json": '{"model_type": "qwen2", "hidden_size": ' + "9" * 5000 + "}"}, "must be JSON (Exceeds"),

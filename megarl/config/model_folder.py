@@ -37,7 +37,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         for key, value in pairs:
-            if found[key] != value:
+            if found[key] is not value and found[key] != value:
                 raise differing({key: value, f"{key} again": found[key]}, str(file))
         return found
 
