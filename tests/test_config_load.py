@@ -127,7 +127,8 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
         ),
         (
             "steps=x",
-            "steps=x: must be a plain decimal number. Fix: give steps such a value (Steps of the run).",
+            "steps=x: must be a plain decimal number. Fix: give steps such a value "
+            "(Steps of the run; with epochs: as many as these take).",
         ),
         (
             "rollout.temperature=0",
@@ -147,8 +148,8 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
             "Fix: give name such a value (Name of the run: it lives in runs/<name>/).",
         ),
         (
-            "data.path=null",
-            "data.path=null: must be text. Fix: give data.path a text (Hub name, or a .parquet, .jsonl or .json file).",
+            "data.split=null",
+            "data.split=null: must be text. Fix: give data.split a text (Split of a hub data set).",
         ),
         ("steps.x=1", "argument 'steps.x=1': steps is 3 and not a table. Fix: set steps itself."),
         ("fast", "argument 'fast': must have the form key.path=value. Fix: for example optimizer.lr=1e-5."),

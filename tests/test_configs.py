@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from megarl.config import rules
-from megarl.config.files import DATA_SUFFIXES
+from megarl.config.data import DATA_SUFFIXES
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megarl.config.sections import DataSettings
+from megarl.config.data import DataSettings
 from megarl.data.dataset import LoadedPrompts, load_prompts
 from megarl.errors import Refusal
 
@@ -207,9 +207,14 @@ def test_refusals(tmp_path: Path, content: str, settings: dict[str, Any], messag
 def test_missing_files_and_unknown_endings_are_refused_without_a_network(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="is not a file"):
         load(str(tmp_path / "none.jsonl"))
-    (tmp_path / "table.csv").write_text("q,a\n")
-    with pytest.raises(Refusal, match=r"must end in one of \.jsonl, \.json, \.parquet"):
-        load(str(tmp_path / "table.csv"))
+    (tmp_path / "table.xlsx").write_text("q,a\n")
+    with pytest.raises(Refusal, match=r"must end in one of \.jsonl, \.json, \.parquet, \.csv, \.tsv\."):
+        load(str(tmp_path / "table.xlsx"))
+    with pytest.raises(Refusal, match="is a folder"):
+        load(str(tmp_path))
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(Refusal, match="is not a file"):
+        load(str(tmp_path / "folder.csv"))
 
 
 def test_several_processes_read_one_file_at_once(tmp_path: Path) -> None:

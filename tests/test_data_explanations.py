@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizer_case import KINDS, byte_ids, choose, load_all
 
 from megarl.config.algorithms import ExplanationSettings
-from megarl.config.sections import DataSettings
+from megarl.config.data import DataSettings
 from megarl.data.dataset import question_ids
 from megarl.data.explanations import cut_chain, hinted_prompt_ids, training_tokens
 from megarl.data.tokenizer import Tokenizer, response_ids

@@ -1,13 +1,14 @@
 """The prompt stream: epochs, resumption, independence of seeds."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.data.sampler import PromptStream
+from megarl.data.sampler import MixedStream, PromptStream
 from megarl.errors import Refusal
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**40), st.booleans(), st.lists(st.integers(0, 25), max_size=12))
 def test_any_way_of_taking_gives_the_same_stream_and_each_epoch_every_row(
     num_prompts: int, seed: int, shuffle: bool, counts: list[int]
@@ -47,8 +48,41 @@ def test_the_order_is_fixed_for_ever() -> None:
     assert PromptStream(8, 1234, True).take(10) == [7, 5, 2, 4, 1, 0, 3, 6, 2, 3]
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 9)), min_size=1, max_size=4),
+    st.integers(0, 60),
+    st.integers(0, 60),
+)
+def test_a_mixture_keeps_its_shares_at_every_row_and_continues_exactly(
+    parts: list[tuple[int, float]], before: int, after: int
+) -> None:
+    counts, weights = [count for count, _ in parts], [weight for _, weight in parts]
+    stream, resumed = (MixedStream(counts, weights, 5, True) for _ in range(2))
+    first = stream.take(before)
+    resumed.restore(stream.state())
+    rest = stream.take(after)
+    assert resumed.take(after) == rest
+    starts = [sum(counts[:number]) for number in range(len(counts) + 1)]
+    for taken in range(1, before + after + 1):
+        rows = (first + rest)[:taken]
+        for number, weight in enumerate(weights):
+            drawn = [row for row in rows if starts[number] <= row < starts[number + 1]]
+            assert abs(len(drawn) - taken * weight / sum(weights)) < len(counts)
+            whole = len(drawn) // counts[number] * counts[number]
+            assert all(drawn[:whole].count(row) == whole // counts[number] for row in set(drawn[:whole]))
+
+
+def test_a_mixtures_order_is_fixed_for_ever() -> None:
+    stream = MixedStream([4, 2], [3.0, 1.0], 1234, True)
+    assert stream.take(8) == [0, 1, 5, 3, 2, 1, 4, 3]
+    assert stream.epoch == 8 / 6
+
+
 def test_refusals() -> None:
     with pytest.raises(Refusal, match="num_prompts=0"):
         PromptStream(0, 1, True)
     with pytest.raises(Refusal, match="negative"):
         PromptStream(1, 1, True).restore(-1)
+    with pytest.raises(Refusal, match="negative"):
+        MixedStream([1], [1.0], 1, True).restore(-1)

@@ -11,6 +11,7 @@ import sentencepiece
 
 from megarl.data.tokenizer import check_vocabulary, load_tokenizer, prompt_ids, response_ids
 from megarl.errors import Refusal
+from megarl.formats.companions import copy_companions
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA = ROOT.parent / "shared" / "data" / "llama2_tokenizer.model"
@@ -196,5 +197,86 @@ def test_chat_template_beside_a_sentencepiece_model(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert load_tokenizer(model).apply_chat([{"role": "user", "content": "the fox"}]) == wanted[1:-1]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
-    with pytest.raises(Refusal, match=r"must be JSON with a chat_template, or with a default one"):
+    with pytest.raises(Refusal, match=r"chat templates of .* \(tool_use\): must include a text called default"):
         load_tokenizer(model)
+
+
+NAMED = [{"name": "tool_use", "template": "-"}, {"name": "default", "template": "{{ messages[0]['content'] }} <think>"}]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": NAMED},
+        {"tokenizer_config.json": NAMED[1]["template"]},
+        {"chat_template.jinja": NAMED[1]["template"]},
+        {"chat_template.jinja": NAMED[1]["template"], "tokenizer_config.json": "-"},
+        {"additional_chat_templates/default.jinja": NAMED[1]["template"], "additional_chat_templates/other.jinja": "-"},
+        {"additional_chat_templates/tool_use.jinja": "-", "tokenizer_config.json": NAMED},
+        {"chat_templates/default.jinja": NAMED[1]["template"], "chat_templates/tool_use.jinja": "-"},
+        {"chat_template.json": NAMED[1]["template"]},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
+def test_the_default_template_in_every_form(tmp_path: Path, kind: str, files: dict[str, Any]) -> None:
+    if kind == "hugging_face":
+        folder = hugging_face_folder(tmp_path / "t", chat_template=files.get("tokenizer_config.json"))
+    else:
+        folder = sentencepiece_model(tmp_path / "tokenizer.model").parent
+    for name, template in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".jinja"):
+            (folder / name).write_text(template)
+        elif not (kind == "hugging_face" and name == "tokenizer_config.json"):
+            (folder / name).write_text(json.dumps({"chat_template": template}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.chat_template == NAMED[1]["template"]
+    wanted = [4, 7] if kind == "hugging_face" else tokenizer.encode("1 <think>")
+    assert tokenizer.apply_chat([{"role": "user", "content": "1"}]) == wanted
+
+
+def test_templates_without_a_default_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"chat templates of .* \(tool_use\): must include a text called default"):
+        load_tokenizer(hugging_face_folder(tmp_path / "t", chat_template=NAMED[:1]))
+    with pytest.raises(Refusal, match="must be JSON"):
+        (tmp_path / "u").mkdir()
+        sentencepiece_model(tmp_path / "u" / "tokenizer.model")
+        (tmp_path / "u" / "tokenizer_config.json").write_text("[")
+        load_tokenizer(tmp_path / "u" / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('only\nuser speaks') }}", r"cannot render a prompt \(only user speaks\)"),
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("{{ 1 // 0 }}", "division"),
+        ("{{ messages[0]['content'] }", "unexpected"),
+        ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "role user"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
+def test_a_template_that_fails_is_named(tmp_path: Path, kind: str, template: str, message: str) -> None:
+    if kind == "hugging_face":
+        folder = hugging_face_folder(tmp_path / "t", chat_template=template)
+    else:
+        folder = sentencepiece_model(tmp_path / "tokenizer.model").parent
+        (folder / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(Refusal, match=message) as caught:
+        tokenizer.apply_chat([{"role": "user", "content": "1 + 2"}])
+    origin = folder if kind == "hugging_face" else folder / "tokenizer.model"
+    assert caught.value.value == f"the chat template of {origin}"
+
+
+def test_a_checkpoints_companions_are_all_kept(tmp_path: Path) -> None:
+    names = ["config.json", "tokenizer.model.v3", "chat_template.jinja", "chat_template.json", "spiece.model"]
+    names += ["additional_chat_templates/tool_use.jinja", "chat_templates/default.jinja", "tokenization_own.py"]
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in [*names, "model.safetensors", "optimizer.pt"]:
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).write_text(name)
+    target.mkdir()
+    copy_companions(source, target)
+    assert sorted(str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()) == sorted(names)
+    assert all((target / name).read_text() == name for name in names)

@@ -244,6 +244,12 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
         "algorithm.ratio_level=sequence",
         "optimizer.warmup_steps=1",
         "optimizer.decay=linear",
+        "steps=null",
+        "epochs=0.25",
+        "data.path=null",
+        "data.sources=[{path: data/train.jsonl, name: easy, weight: 3}, {path: data/heldout.jsonl, weight: 1}]",
+        "evaluation.path=null",
+        "evaluation.sources=[{path: data/heldout.jsonl, name: a, max_rows: 2}, {path: data/train.jsonl, max_rows: 3}]",
     )
     run(base, "train", "run.yaml", "name=options", *options)
     first, second = steps_of(base, "options")
@@ -256,6 +262,16 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
     # Trainer and engine agree.
     assert first["importance_weight_mean"] == pytest.approx(1.0, abs=1e-2)
     assert first["importance_bound_share"] == first["rejected_share"] == 0
+    # A quarter of 48 + 8 rows, at 8 a step, takes two steps; every fourth prompt is of the second source.
+    drawn = first["groups"] + second["groups"]
+    assert (first["epoch"], second["epoch"]) == (first["groups"] / 56, round(drawn / 56, 6))
+    assert first["answers_by_source"] == {"easy": 3 * first["groups"], "heldout": first["groups"]}
+    assert first["reward_mean_by_source"].keys() == first["accuracy_by_source"].keys() == {"easy", "heldout"}
+    parts = [first["reward_mean_by_source"][name] * first["answers_by_source"][name] for name in ("easy", "heldout")]
+    assert sum(parts) / sum(first["answers_by_source"].values()) == pytest.approx(first["reward_mean"])
+    lines = (base / "runs/options/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["evaluation_answers_by_source"] == {"a": 2, "train": 3}
+    assert "steps: 2\n" in (base / "runs/options/config.yaml").read_text()
 
 
 def test_gsm8k_with_a_real_sentencepiece_tokenizer(tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.formats.companions import TOKENIZER_FILES
+from megarl.formats.companions import TOKENIZER_FILES, copy_files
 
 EXAMPLES = """examples:
   python tools/make_tiny_model.py --out models/tiny --tokenizer models/tokenizer
@@ -204,9 +203,8 @@ def make(out: Path, sizes: Sizes, seed: int, tokenizer: Path | None) -> int:
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     weights = draw_weights(sizes, seed)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    for name in TOKENIZER_FILES:
-        if tokenizer is not None and (tokenizer / name).is_file() and tokenizer.resolve() != out.resolve():
-            shutil.copyfile(tokenizer / name, out / name)
+    if tokenizer is not None and tokenizer.resolve() != out.resolve():
+        copy_files(tokenizer, out, TOKENIZER_FILES)
     return sum(weight.size for weight in weights.values())
 
 

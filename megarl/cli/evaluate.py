@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
@@ -15,7 +16,7 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
     """Evaluate the model of CONFIG, or of checkpoint=DIR, on the evaluation data: accuracy and avg@k."""
     given = overrides or []
     checkpoints = [text.removeprefix(_CHECKPOINT) for text in given if text.startswith(_CHECKPOINT)]
-    checkpoint = checkpoints[-1] if checkpoints else None
+    checkpoint = os.path.expanduser(checkpoints[-1]) if checkpoints else None
     if checkpoint is not None and not Path(checkpoint).is_dir():
         fix = "give a megarl checkpoint, or a run's checkpoints/ folder"
         raise Refusal(f"checkpoint={checkpoint}", "is not a directory", fix)

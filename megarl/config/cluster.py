@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -55,7 +56,7 @@ def read_cluster(name: str, gpu_memory_gib: float | None = None) -> Cluster:
     """
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        path = Path(name)
+        path = Path(os.path.expanduser(name))
         if not path.is_file():
             known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
             raise Refusal(

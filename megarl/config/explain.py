@@ -21,9 +21,11 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     details = error.errors(include_url=False)[0]
     path = [str(part) for part in details["loc"]]
     key = ".".join(([prefix] if prefix else []) + path)
-    description = _description(record, path)
+    # A place in a list of records is no name of the schema's.
+    names = [part for part in path if not part.isdecimal()]
+    description = _description(record, names)
     if details["type"] == "extra_forbidden":
-        return Refusal(key, "is not a known key", _nearest(record, path, prefix))
+        return Refusal(key, "is not a known key", _nearest(record, names, prefix))
     if details["type"] == "missing":
         return Refusal(key, "must be given", f"set {key}{description}")
     value = details["input"]

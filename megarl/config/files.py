@@ -10,10 +10,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from megarl.config.data import DATA_SUFFIXES, each_source
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
-
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def named(looks: Iterator[Refusal]) -> Iterator[Refusal]:
@@ -43,9 +42,13 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
     if model.tokenizer is not None and not Path(model.tokenizer).exists():
         fix = "give a tokenizer directory or a sentencepiece .model file"
         yield Refusal(f"model.tokenizer={model.tokenizer}", "does not exist", fix)
-    for key, path in (("data.path", config.data.path), ("evaluation.path", config.evaluation.path)):
-        if path is not None and path.endswith(DATA_SUFFIXES):
-            yield from _data_file(key, path)
+    evaluation = config.data.model_copy(
+        update={"path": config.evaluation.path, "sources": config.evaluation.sources, "max_rows": None}
+    )
+    for source in [*each_source(config.data), *each_source(evaluation, "evaluation")]:
+        path = source.settings.path
+        if path is not None and path.lower().endswith(DATA_SUFFIXES):
+            yield from _data_file(source.key, path)
     if config.rollout.replay is not None and not Path(config.rollout.replay).exists():
         fix = "give a file or a rollouts/ folder that a run with rollout.save=true wrote"
         yield Refusal(f"rollout.replay={config.rollout.replay}", "does not exist", fix)

@@ -7,6 +7,7 @@ the working directory. What a value's text means is said in `megarl.config.writt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises `Refusal` for a missing, empty or malformed file, an unknown key, or a value of the wrong
     type or range. Rules that span sections are checked by `megarl.config.rules.check`.
     """
-    table = _read_with_base(Path(path))
+    table = _read_with_base(Path(os.path.expanduser(path)))
     for override in overrides:
         _apply_override(table, override)
     return record_of(table, RunConfig)
@@ -58,7 +59,7 @@ def _read_with_base(path: Path) -> dict[str, Any]:
         raise Refusal(
             f"base={base!r} in {path}", "must be the path of one YAML file", "name a single file, relative to this one"
         )
-    base_path = path.parent / base
+    base_path = path.parent / os.path.expanduser(base)
     base_table = read_table(base_path)
     if "base" in base_table:
         raise Refusal(

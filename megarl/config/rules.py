@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from megarl.config import files, layout_rules, user_code, vendor_fields
+from megarl.config.data import source_refusals
 from megarl.config.grid import padded_length, sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
@@ -67,13 +68,36 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
     yield from layout_rules.of_grid(config, world)
     shape = shape or read_model_shape(config.model.path)
     yield from layout_rules.of_model(config, shape)
-    yield from chain(_lengths(config, shape), _batch(config, world))
+    yield from chain(_data(config), _lengths(config, shape), _batch(config, world))
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
     yield from _consumer(config)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
+
+
+def _data(config: RunConfig) -> Iterator[Refusal]:
+    data, evaluation = config.data, config.evaluation
+    if data.path is None and not data.sources:
+        yield Refusal("data.path=null", "names no data, and data.sources neither", "give a file or a hub name")
+    yield from source_refusals("data", data.path, data.sources)
+    yield from source_refusals("evaluation", evaluation.path, evaluation.sources)
+    for number, source in enumerate(evaluation.sources):
+        if source.weight is not None:
+            yield Refusal(
+                f"evaluation.sources.{number}.weight={source.weight:g}",
+                "means nothing in an evaluation, which answers every row",
+                "remove it, or use fewer rows with max_rows",
+            )
+    if data.system is not None and data.template is not None:
+        yield Refusal(
+            f"data.system={data.system!r}",
+            "is never said, since data.template takes the place of the chat",
+            "write it into data.template, or remove one of the two",
+        )
+    if config.epochs is not None and config.steps:
+        yield Refusal(f"epochs={config.epochs:g}", f"contradicts steps={config.steps}", "give one: steps=null")
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:

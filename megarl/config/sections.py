@@ -17,18 +17,20 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
-from megarl.config.base import Settings
+from megarl.config.base import PathText, Settings
+from megarl.config.data import DataSettings, DataSource, Sourced
 from megarl.config.health import HealthSettings
 
 
 class ModelSettings(Settings):
-    path: str = Field(description="Hugging Face checkpoint directory: config.json, weights, tokenizer files.")
-    tokenizer: str | None = Field(
+    path: PathText = Field(description="Hugging Face checkpoint directory: config.json, weights, tokenizer files.")
+    tokenizer: PathText | None = Field(
         default=None, description="Tokenizer directory or sentencepiece .model file; default model.path."
     )
-    weights: str | None = Field(
+    weights: PathText | None = Field(
         default=None,
         description="A megarl checkpoint (its directory, or a run's checkpoints/ folder) whose weights replace "
         "those of model.path.",
@@ -151,44 +153,9 @@ class RolloutSettings(Settings):
         description="Keep what the engines make until a checkpoint has the step (unfinished/, 8 bytes a token): a run "
         "that was killed does not make it again. Not with moe.routing_replay.",
     )
-    replay: str | None = Field(
+    replay: PathText | None = Field(
         default=None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."
     )
-
-
-class DataSettings(Settings):
-    path: str = Field(description="Hub name, or a .parquet, .jsonl or .json file.")
-    subset: str | None = Field(default=None, description="Configuration of a hub data set that has several.")
-    split: str = Field(default="train", description="Split of a hub data set.")
-    prompt_column: str = Field(
-        default="prompt", description="Column of the question: a string or a list of messages; dots go into records."
-    )
-    answer_column: str = Field(
-        default="reward_model.ground_truth", description="Column of the reference answer; dots go into records."
-    )
-    solution_column: str | None = Field(default=None, description="Column of a worked solution (supervised training).")
-    source_column: str | None = Field(
-        default="data_source", description="Column that names the row's source, where there is one."
-    )
-    extra_columns: tuple[str, ...] = Field(
-        default=(), description="Further columns that a reward function is handed, as they are; dots go into records."
-    )
-    answer_pattern: str | None = Field(
-        default=None,
-        description="Regular expression with one group that picks the reference out of the answer column "
-        "(GSM8K: '####\\s*(.+)').",
-    )
-    template: str | None = Field(
-        default=None,
-        description="Text with {prompt} in it, put around the question; default: the tokenizer's chat template "
-        "where it has one, else the question.",
-    )
-    system: str | None = Field(default=None, description="System message for the chat template.")
-    max_prompt_tokens: PositiveInt = Field(
-        default=1024, description="Rows with longer prompts are skipped and counted."
-    )
-    max_rows: PositiveInt | None = Field(default=None, description="Use only the first rows of the file.")
-    shuffle: bool = Field(default=True, description="Shuffle each epoch by the run's seed.")
 
 
 class JudgeSettings(Settings):
@@ -313,9 +280,13 @@ class OptimizerSettings(Settings):
     )
 
 
-class EvaluationSettings(Settings):
-    path: str | None = Field(
-        default=None, description="Data file of the evaluation; default data.path. Columns as in data."
+class EvaluationSettings(Sourced):
+    path: PathText | None = Field(
+        default=None,
+        description="Data file of the evaluation, or a list of them; default: those of data. Columns as in data.",
+    )
+    sources: tuple[DataSource, ...] = Field(
+        default=(), description="In place of evaluation.path several, as data.sources; without weights."
     )
     split: str = Field(default="test", description="Split of a hub data set.")
     every: NonNegativeInt = Field(
@@ -323,17 +294,22 @@ class EvaluationSettings(Settings):
     )
     start: bool = Field(default=False, description="Evaluate before the first step.")
     end: bool = Field(default=False, description="Evaluate after the last step.")
-    rows: PositiveInt | None = Field(default=None, description="Use only the first rows.")
+    rows: PositiveInt | None = Field(default=None, description="Use only the first rows of each file.")
     samples: PositiveInt = Field(default=1, description="k of avg@k.")
     temperature: NonNegativeFloat = Field(default=0.0, description="0: greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="Nucleus sampling bound.")
     max_tokens: PositiveInt | None = Field(default=None, description="Longest response; default rollout.max_tokens.")
     reward: RewardSettings | None = Field(default=None, description="How answers are scored; default: as in training.")
-    consumer: str | None = Field(
+    consumer: PathText | None = Field(
         default=None,
         description="Cross-Generation (START, arXiv 2603.20799): whose answers to the policy's thinking are scored "
         "too: a megarl checkpoint of the same model, or initial, the policy that the run started with.",
     )
+
+    @property
+    def names_files(self) -> bool:
+        """Whether the evaluation has files of its own."""
+        return self.path is not None or bool(self.sources)
 
 
 class CheckpointSettings(Settings):
@@ -384,9 +360,14 @@ class RunSettings(Settings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=200,
     )
-    runs_dir: str = Field(default="runs", description="Folder of all runs.")
+    runs_dir: PathText = Field(default="runs", description="Folder of all runs.")
     seed: NonNegativeInt = Field(default=1234, description="Seed of everything drawn.")
-    steps: NonNegativeInt = Field(description="Steps of the run.")
+    steps: NonNegativeInt = Field(description="Steps of the run; with epochs: as many as these take.")
+    epochs: PositiveFloat | None = Field(
+        default=None,
+        description="Length of the run in passes over the data's usable rows, in place of steps, at batch.prompts rows "
+        "a step.",
+    )
     resume: Literal["never", "auto", "must"] = Field(
         default="never",
         description="auto: continue from the latest checkpoint where there is one; must: refuse without one.",
@@ -418,6 +399,14 @@ class RunSettings(Settings):
         description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",
     )
     vllm: dict[str, Any] = Field(default={}, description="Further fields of vLLM's EngineArgs.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_epochs(cls, given: Any) -> Any:
+        """Where epochs are given the number of steps is known when the data is read; until then it is 0."""
+        if isinstance(given, dict) and given.get("epochs") is not None and given.get("steps") is None:
+            return given | {"steps": 0}
+        return given
 
     @property
     def engine_precision(self) -> Literal["fp32", "bf16"]:

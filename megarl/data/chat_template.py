@@ -1,51 +1,109 @@
-"""Chat templates beside a sentencepiece model: the Jinja texts that Hugging Face's tokenizers carry. Torch-free."""
+"""Chat templates: the Jinja texts that Hugging Face's tokenizers carry, in all the places where they keep them.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megarl.errors import Refusal
 
+Message = Mapping[str, Any]
+
+#: Folders of named templates, NAME.jinja each.
+_FOLDERS = ("additional_chat_templates", "chat_templates")
+
+
+class TemplateRefusal(Refusal):
+    """A chat template that cannot render a conversation."""
+
+
+class TurnLost(TemplateRefusal):
+    """A chat template that renders a conversation without one of its turns."""
+
 
 def find_template(folder: Path) -> str | None:
-    """The template in `folder`: chat_template.jinja, else that of tokenizer_config.json, else None.
+    """The template in `folder`, None where there is none; of several named ones it is the one called default.
 
-    Of several named templates it is the one called default. Raises `Refusal` where the file cannot be read.
+    Template files go before tokenizer_config.json, and this before chat_template.json, a processor's. Raises `Refusal`
+    where a file cannot be read, or none of several is the default.
     """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
-    config = folder / "tokenizer_config.json"
-    if not config.is_file():
-        return None
-    try:
-        template = json.loads(config.read_text()).get("chat_template")
-        if isinstance(template, list):
-            template = {one["name"]: one["template"] for one in template}["default"]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    named: dict[str, Any] = {}
+    for name in _FOLDERS:
+        named |= {file.stem: _read(file) for file in sorted((folder / name).glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        named["default"] = _read(folder / "chat_template.jinja")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if "default" not in named and (folder / name).is_file():
+            named |= _templates_in(folder / name)
+    template = named.get("default")
+    if named and not isinstance(template, str):
         raise Refusal(
-            str(config), f"must be JSON with a chat_template, or with a default one ({error!r})", "restore the file"
-        ) from None
+            f"the chat templates of {folder} ({', '.join(map(str, named))})",
+            "must include a text called default",
+            "name the one that is meant default, or write it to chat_template.jinja",
+        )
     return template
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str], origin: str) -> str:
+def _templates_in(config: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_read(config)).get("chat_template")
+        if isinstance(found, list):
+            return {one["name"]: one["template"] for one in found}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        rule = f"must be JSON with a chat_template, or with a list of them by name ({error!r})"
+        raise Refusal(str(config), rule, "restore the file") from None
+    if isinstance(found, Mapping):
+        return dict(found)
+    return {} if found is None else {"default": found}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(str(file), f"cannot be read as UTF-8 text ({error})", "restore the file") from None
+
+
+def render(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
     """The text of a conversation up to where the assistant speaks, by transformers' own renderer, in its sandbox.
 
-    `tokens` are bos_token and its siblings. Raises `Refusal` where the template is broken, or refuses the messages.
+    `tokens` are bos_token and its siblings. Raises what the template raises.
     """
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rows = [dict(message) for message in messages]
     options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True, **tokens}
+    return render_jinja_template([[dict(message) for message in messages]], **options)[0][0]
+
+
+def checked(renderer: Callable[[], str], messages: Sequence[Message], origin: str) -> str:
+    """What `renderer` makes of `messages` by the chat template of `origin`.
+
+    Raises `TemplateRefusal` where it raises anything, and `TurnLost` where the text of a turn is not in what it makes.
+    Turns of the assistant are the template's business: many leave out what was thought in them.
+    """
     try:
-        rendered = render_jinja_template([rows], **options)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise Refusal(
-            f"the chat template of {origin}", f"cannot render a prompt ({error})", "correct it, or the messages"
+        text = renderer()
+    except Exception as error:  # a template is a program of the user's
+        what = " ".join(f"{error}".split())[:300] or type(error).__name__
+        raise TemplateRefusal(
+            f"the chat template of {origin}", f"cannot render a prompt ({what})", "correct it, or the messages"
         ) from None
-    return rendered[0][0]
+    for message in messages:
+        if message["role"] != "assistant" and not _holds(text, message["content"]):
+            raise TurnLost(
+                f"the chat template of {origin}",
+                f"leaves out what a turn of role {message['role']} says",
+                "correct the template, use roles that it knows, or set data.template",
+            )
+    return text
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether `part` is in `text`, whatever becomes of its blanks."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())

@@ -1,132 +1,290 @@
-"""Prompts with their references from a data file or a hub data set. Torch-free."""
+"""Prompts with their references from data files or hub data sets. Torch-free."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megarl.config.sections import DataSettings
-from megarl.data.tokenizer import Message, Tokenizer, prompt_ids
+from megarl.config.data import DataSettings, OneSource, each_source
+from megarl.config.schema import RunConfig
+from megarl.data.cells import NoText, lookup, names_at, native, text_of
+from megarl.data.chat_template import TemplateRefusal, TurnLost
+from megarl.data.messages import Message, Unfit, messages_of, question_of
+from megarl.data.tables import Row, Table, open_table
+from megarl.data.tokenizer import Tokenizer, prompt_ids
 from megarl.errors import Refusal
 from megarl.records import Prompt
 
-#: File endings and the reader of the `datasets` library for each.
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+#: Counters of rows that are skipped, and what is wrong with such a row.
+REASONS = {
+    "no_prompt": "without a question",
+    "no_answer": "without an answer",
+    "too_long": "with a prompt of more tokens than the limit",
+    "no_solution": "without a solution",
+    "not_text": "with pictures, sound, files or calls of tools in the prompt",
+    "bad_turns": "whose prompt is neither a text nor a list of whole messages",
+    "bad_answer": "whose answer or solution is no text",
+    "template_refused": "that the chat template refuses",
+    "template_lost": "of which the chat template leaves a turn out",
+}
+#: Counters that are there even where they are 0.
+_ALWAYS: tuple[str, ...] = ("rows", "no_prompt", "no_answer", "too_long", "no_solution", "kept")
+#: Share of rows that may be skipped before it is worth a warning. Our choice.
+SKIPPED_SHARE = 0.1
+#: Most names of sources that metrics are told apart by. Our choice: with more of them they name something else.
+MOST_SOURCES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source's prompts: `count` of `LoadedPrompts.prompts`, drawn by `weight`; None: each row is drawn alike."""
+
+    count: int
+    weight: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedPrompts:
-    """The usable rows in file order, and how many rows were read, skipped (by reason) and kept.
+    """The usable rows in file order, source after source, and how many rows were read, skipped (by reason) and kept.
 
-    Counters: rows, no_prompt, no_answer, too_long, no_solution, kept; rows is the sum of the others.
+    Counters: rows, kept, and the keys of `REASONS`; rows is the sum of the others. `first` names the first row of each
+    reason.
     """
 
     prompts: tuple[Prompt, ...]
     counters: dict[str, int]
+    parts: tuple[Part, ...]
+    first: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the prompts' sources, in order, where there are several, by which metrics are told apart."""
+        names = tuple(sorted({prompt.source for prompt in self.prompts}))
+        return names if 1 < len(names) <= MOST_SOURCES else ()
+
+    @property
+    def skipped_share(self) -> float:
+        """The part of the rows that is not kept."""
+        return 1 - self.counters["kept"] / self.counters["rows"]
+
+    def sentence(self) -> str:
+        """How many rows were kept and skipped, why, and which was the first of each kind."""
+        rows, kept = self.counters["rows"], self.counters["kept"]
+        if rows == kept:
+            return f"all {rows:,} rows kept"
+        reasons = [
+            f"{self.counters[name]:,} {what} (the first is {self.first[name]})"
+            for name, what in REASONS.items()
+            if self.counters.get(name)
+        ]
+        return f"{kept:,} of {rows:,} rows kept, skipped: {'; '.join(reasons)}"
+
+
+def training_data(config: RunConfig, tokenizer: Tokenizer, *, need_solution: bool) -> LoadedPrompts:
+    """The prompts that `config` trains on. Raises `Refusal` as `load_prompts`."""
+    return load_prompts(config.data, tokenizer, need_solution=need_solution)
+
+
+def evaluation_data(config: RunConfig, tokenizer: Tokenizer) -> LoadedPrompts:
+    """The prompts that `config` evaluates on. Raises `Refusal` as `load_prompts`."""
+    return load_prompts(evaluation_settings(config), tokenizer, key=evaluation_key(config))
+
+
+def evaluation_key(config: RunConfig) -> str:
+    """The section that names the evaluation's files."""
+    return "evaluation" if config.evaluation.names_files else "data"
+
+
+def evaluation_settings(config: RunConfig) -> DataSettings:
+    """The data settings of the evaluation: those of training with its own files, in file order."""
+    settings, data = config.evaluation, config.data
+    changes: dict[str, Any] = {"max_rows": settings.rows, "shuffle": False, "split": settings.split}
+    changes["solution_column"] = None
+    if settings.names_files:
+        changes |= {"path": settings.path, "sources": settings.sources}
+    else:
+        training: dict[str, Any] = dict.fromkeys(("weight", "split", "max_rows", "solution_column"))
+        changes["sources"] = tuple(source.model_copy(update=training) for source in data.sources)
+    return data.model_copy(update=changes)
 
 
 def load_prompts(
-    settings: DataSettings, tokenizer: Tokenizer, *, max_prompt_tokens: int | None = None, need_solution: bool = False
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_tokens: int | None = None,
+    need_solution: bool = False,
+    key: str = "data",
 ) -> LoadedPrompts:
-    r"""Read the data set that `settings` names and tokenize its prompts.
+    r"""Read the data sets that `settings` names and tokenize their prompts.
 
     The prompt column holds a question or a list of chat messages; the answer column a reference, or a
     list of equally right references, of which the first becomes `Prompt.answer` and the others
-    `Prompt.alternatives`. Rows without prompt or answer, with a prompt of more than
-    `max_prompt_tokens` (default `settings.max_prompt_tokens`), and where `need_solution` is set without
-    a solution, are skipped and counted.
+    `Prompt.alternatives`. A row is kept with all its text or not at all: one without prompt or answer, with a prompt
+    of more than `max_prompt_tokens` (default `settings.max_prompt_tokens`), where `need_solution` is set without
+    a solution, or for another of `REASONS`, is skipped and counted. `key` is the section that names the files.
 
-    Raises `Refusal` where the file is missing, empty or unreadable, a column does not exist, or no row is left.
+    Raises `Refusal` where a file is missing, empty or unreadable, a column does not exist, or no row of a source is
+    left.
     """
-    table = _read(settings)
-    paths = [(settings.prompt_column, "prompt_column"), (settings.answer_column, "answer_column")]
-    if settings.solution_column is not None:
-        paths.append((settings.solution_column, "solution_column"))
-    paths += [(column, "extra_columns") for column in settings.extra_columns]
-    for column, setting in paths:
-        _check_column(settings, table.features, column, setting)
-    reader = _RowReader(settings, tokenizer, max_prompt_tokens or settings.max_prompt_tokens, need_solution)
-    counters: dict[str, int] = dict.fromkeys(("rows", "no_prompt", "no_answer", "too_long", "no_solution", "kept"), 0)
-    prompts = []
-    for index, row in enumerate(_rows(table, settings.max_rows)):
-        prompt = reader.prompt(index, row)
-        counters["rows"] += 1
-        if isinstance(prompt, str):
-            counters[prompt] += 1
-        else:
-            counters["kept"] += 1
-            prompts.append(prompt)
-    if not prompts:
-        skips = ", ".join(f"{reason} {count}" for reason, count in counters.items() if reason != "kept" and count)
-        raise Refusal(
-            f"data.path={settings.path}",
-            f"has no usable row ({skips or 'rows 0'})",
-            "check the column settings, data.answer_pattern and data.max_prompt_tokens",
-        )
-    return LoadedPrompts(tuple(prompts), counters)
+    sources = each_source(settings, key)
+    prompts: list[Prompt] = []
+    counters = dict.fromkeys(_ALWAYS, 0)
+    first: dict[str, str] = {}
+    parts = []
+    for source in sources:
+        reader = SourceReader(source, tokenizer, max_prompt_tokens, need_solution, several=len(sources) > 1)
+        before, offset = len(prompts), counters["rows"]
+        prompts += reader.prompts(offset)
+        for name, amount in reader.counters.items():
+            counters[name] = counters.get(name, 0) + amount
+        first = reader.first | first
+        parts.append(Part(len(prompts) - before, source.weight))
+    return LoadedPrompts(tuple(prompts), counters, tuple(parts), first)
 
 
-class _RowReader:
-    """Turns one row into a `Prompt`, or into the name of the counter of its skip."""
+class _Usable(NamedTuple):
+    messages: list[Message]
+    answers: list[str]
+    solution: str | None
+    token_ids: list[int]
 
-    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, max_tokens: int, need_solution: bool) -> None:
-        self._settings = settings
+
+class SourceReader:
+    """Turns the rows of one source into prompts, and counts those that it skips; `first` names the first of each kind.
+
+    Raises `Refusal` where the source cannot be read, or has no such columns.
+    """
+
+    def __init__(
+        self, source: OneSource, tokenizer: Tokenizer, max_tokens: int | None, need_solution: bool, several: bool
+    ) -> None:
+        self._source, self._settings = source, source.settings
         self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
+        self._max_tokens = max_tokens or source.settings.max_prompt_tokens
         self._need_solution = need_solution
-        self._pattern = _compiled(settings.answer_pattern)
-        if settings.template is not None and "{prompt}" not in settings.template:
+        self._pattern = _compiled(self._settings.answer_pattern)
+        if self._settings.template is not None and "{prompt}" not in self._settings.template:
             raise Refusal(
-                f"data.template={settings.template!r}",
+                f"data.template={self._settings.template!r}",
                 "must contain {prompt}",
                 "write {prompt} where the question goes",
             )
+        self.counters = dict.fromkeys(_ALWAYS, 0)
+        self.first: dict[str, str] = {}
+        self._file = str(self._settings.path)
+        self._default_name = Path(self._file).stem if several else ""
+        self._table = _with_columns(source)
+        self._refused: TemplateRefusal | None = None
 
-    def prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | str:
-        messages = _messages(_lookup(row, self._settings.prompt_column))
-        if not messages:
-            return "no_prompt"
-        answers = self._answers(_lookup(row, self._settings.answer_column))
-        if not answers:
-            return "no_answer"
-        text, token_ids = self._tokenized(messages)
-        if len(token_ids) > self._max_tokens:
-            return "too_long"
-        solution = None
-        if self._settings.solution_column is not None:
-            solution = _text(_lookup(row, self._settings.solution_column))
+    def prompts(self, offset: int = 0) -> Iterator[Prompt]:
+        """The usable rows; the first row has index `offset`. Raises `Refusal` where none of them is usable."""
+        for index, row in enumerate(self.rows()):
+            prompt = self._prompt(offset + index, row)
+            if self.count(prompt, index) and isinstance(prompt, Prompt):
+                yield prompt
+        self.refuse_if_empty()
+
+    def rows(self) -> Iterator[Row]:
+        """The rows to look at."""
+        return islice(self._table.rows(), self._settings.max_rows)
+
+    def count(self, found: object, index: int) -> bool:
+        """Count what became of the row `index`, the name of a reason where it is a text; whether it is kept."""
+        reason = found if isinstance(found, str) else None
+        self.counters["rows"] += 1
+        self.counters[reason or "kept"] = self.counters.get(reason or "kept", 0) + 1
+        if reason is not None and reason not in self.first:
+            said = f": {self._refused.rule}" if self._refused is not None and reason.startswith("template") else ""
+            self.first[reason] = f"row {index + 1} of {self._file}{said}"
+        return reason is None
+
+    def refuse_if_empty(self) -> None:
+        """Raise `Refusal` where no row was kept."""
+        if self.counters["kept"]:
+            return
+        value = f"{self._source.key}={self._file}"
+        if self._refused is not None:
+            where = next(self.first[reason] for reason in self.first if reason.startswith("template"))
+            raise Refusal(f"{self._refused.value}, at {where.partition(':')[0]}", self._refused.rule, self._refused.fix)
+        skips = ", ".join(f"{reason} {count}" for reason, count in self.counters.items() if reason != "kept" and count)
+        fix = "check the column settings, data.answer_pattern and data.max_prompt_tokens"
+        raise Refusal(value, f"has no usable row ({skips or 'rows 0'})", fix)
+
+    def usable(self, row: Row, *, tokenize: bool = True) -> _Usable | str:
+        """What a prompt is made of, or the reason for which the row is skipped; without `tokenize` there are no ids."""
+        found = self._read(row)
+        if isinstance(found, str):
+            return found
+        messages, answers, solution = found
+        token_ids = self._token_ids(messages) if tokenize else []
+        if isinstance(token_ids, str):
+            return token_ids
         if self._need_solution and solution is None:
             return "no_solution"
-        source = self._settings.source_column
+        return _Usable(messages, answers, solution, token_ids)
+
+    def _read(self, row: Row) -> tuple[list[Message], list[str], str | None] | str:
+        try:
+            messages = messages_of(lookup(row, self._settings.prompt_column))
+        except Unfit as unfit:
+            return unfit.reason
+        try:
+            answers = self._answers(lookup(row, self._settings.answer_column))
+            solution = None
+            if self._settings.solution_column is not None:
+                solution = text_of(lookup(row, self._settings.solution_column))
+        except NoText:
+            return "bad_answer"
+        if not answers:
+            return "no_answer"
+        return messages, answers, solution
+
+    def _token_ids(self, messages: Sequence[Message]) -> list[int] | str:
+        try:
+            token_ids = question_ids(self._settings, self._tokenizer, messages)
+        except TemplateRefusal as error:
+            self._refused = self._refused or error
+            return "template_lost" if isinstance(error, TurnLost) else "template_refused"
+        return "too_long" if len(token_ids) > self._max_tokens else token_ids
+
+    def _prompt(self, index: int, row: Row) -> Prompt | str:
+        found = self.usable(row)
+        if isinstance(found, str):
+            return found
         return Prompt(
             index=index,
-            token_ids=tuple(token_ids),
-            text=text,
-            answer=answers[0],
-            source="" if source is None else _text(_lookup(row, source)) or "",
-            solution=solution,
-            alternatives=tuple(answers[1:]),
-            extra={column: _lookup(row, column) for column in self._settings.extra_columns},
+            token_ids=tuple(found.token_ids),
+            text=question_of(found.messages),
+            answer=found.answers[0],
+            source=self._source.name or self._named_in(row) or self._default_name,
+            solution=found.solution,
+            alternatives=tuple(found.answers[1:]),
+            extra={column: native(lookup(row, column)) for column in self._settings.extra_columns},
         )
+
+    def _named_in(self, row: Row) -> str | None:
+        column = self._settings.source_column
+        try:
+            return None if column is None else text_of(lookup(row, column))
+        except NoText:
+            return None
 
     def _answers(self, value: Any) -> list[str]:
         """The references in one cell, without blanks at their ends, without repetitions, in order."""
         found = []
         for one in value if isinstance(value, list) else [value]:
-            text = _text(one)
+            text = text_of(one)
             if text is not None and self._pattern is not None:
                 match = self._pattern.search(text)
-                text = _text(match.group(1)) if match else None
+                text = text_of(match.group(1)) if match else None
             if text is not None:
                 found.append(text.strip())
         return list(dict.fromkeys(found))
-
-    def _tokenized(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        """The question as text, and the ids of the whole prompt."""
-        return _question(messages), question_ids(self._settings, self._tokenizer, messages)
 
 
 def question_ids(settings: DataSettings, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -136,114 +294,38 @@ def question_ids(settings: DataSettings, tokenizer: Tokenizer, messages: Sequenc
     """
     if settings.template is not None:
         # Not str.format: questions and templates are full of braces.
-        return prompt_ids(tokenizer, settings.template.replace("{prompt}", _question(messages)))
+        return prompt_ids(tokenizer, settings.template.replace("{prompt}", question_of(messages)))
     if settings.system is not None:
         messages = [{"role": "system", "content": settings.system}, *messages]
     return tokenizer.apply_chat(messages)
 
 
-def _question(messages: Sequence[Message]) -> str:
-    return "\n\n".join(message["content"] for message in messages)
-
-
-def _read(settings: DataSettings) -> Any:
-    """The table of `settings.path` as a `datasets.Dataset`.
-
-    Importing the library and reading GSM8K take under a second together. Its cache is locked per file, so any
-    number of processes may read the same data at once: one of them converts it, the others map the result.
-    """
-    path = Path(settings.path)
-    reader = READERS.get(path.suffix)
-    if reader is None:
-        if path.exists() or path.is_absolute() or settings.path.startswith("."):
-            raise Refusal(
-                f"data.path={settings.path}",
-                f"must end in one of {', '.join(READERS)}",
-                "convert the file, or give a hub name",
-            )
-        return _load(settings, settings.path, name=settings.subset, split=settings.split)
-    if not path.is_file():
+def _with_columns(source: OneSource) -> Table:
+    """The source's table. Raises `Refusal` where a column leads nowhere, naming what there is at that depth."""
+    settings = source.settings
+    named = [(settings.prompt_column, "prompt_column"), (settings.answer_column, "answer_column")]
+    if settings.solution_column is not None:
+        named.append((settings.solution_column, "solution_column"))
+    named += [(column, "extra_columns") for column in settings.extra_columns]
+    default = DataSettings.model_fields["source_column"].default
+    if settings.source_column not in (None, default):
+        named.append((settings.source_column, "source_column"))
+    columns = [column for column, _ in named]
+    table = open_table(source, [*columns, settings.source_column or default])
+    for column, setting in named:
+        missing = names_at(iter([table.names]) if table.names is not None else table.rows(), column)
+        depth, names = missing or (0, [])
+        # A file without any row says no names; it is refused for that.
+        if missing is None or not (names or depth or table.names is not None):
+            continue
+        path = ".".join(column.split(".")[:depth])
+        where = f"the fields of {path}" if depth else f"the columns of {settings.path}"
         raise Refusal(
-            f"data.path={settings.path}", "is not a file", "correct the path; it is relative to where you start megarl"
+            f"data.{setting}={column}",
+            f"must be among {where}: {', '.join(names) or 'none'}",
+            f"set data.{setting}",
         )
-    if path.stat().st_size == 0:
-        raise Refusal(f"data.path={settings.path}", "is an empty file", "write it again")
-    return _load(settings, reader, data_files=str(path.resolve()), split="train")
-
-
-def _load(settings: DataSettings, path: str, **options: Any) -> Any:
-    import datasets
-
-    bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(path, **options)
-    except Exception as error:  # the library raises whatever its readers, its file systems and the network raise
-        cause = error.__cause__ or error
-        raise Refusal(
-            f"data.path={settings.path}",
-            f"cannot be read ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})",
-            "check the file's format, or the hub name, data.subset, data.split and the connection",
-        ) from error
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _rows(table: Any, max_rows: int | None) -> Iterator[dict[str, Any]]:
-    return iter(table if max_rows is None else table.select(range(min(max_rows, len(table)))))
-
-
-def _check_column(settings: DataSettings, features: Any, column: str, setting: str) -> None:
-    """Raise `Refusal` where the dotted `column` leads nowhere, naming what there is at that depth."""
-    inside: Any = features
-    for depth, part in enumerate(column.split(".")):
-        names = list(inside) if isinstance(inside, Mapping) else []
-        if part not in names:
-            where = (
-                f"the columns of {settings.path}"
-                if depth == 0
-                else f"the fields of {'.'.join(column.split('.')[:depth])}"
-            )
-            raise Refusal(
-                f"data.{setting}={column}",
-                f"must be among {where}: {', '.join(names) or 'none'}",
-                f"set data.{setting}",
-            )
-        inside = inside[part]
-
-
-def _lookup(row: Mapping[str, Any], column: str) -> Any:
-    """The value at a dotted column, None where a record on the way is missing."""
-    value: Any = row
-    for part in column.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(part)
-    return value
-
-
-def _text(value: Any) -> str | None:
-    """A cell as text; None for a missing or blank one. Whole floats lose their .0: readers make them of ints."""
-    if value is None or isinstance(value, (list, Mapping)):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value)
-    return text if text.strip() else None
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    """Chat messages of a prompt cell; empty where it holds no question."""
-    if isinstance(value, list):
-        messages = [
-            {"role": _text(message.get("role")) or "user", "content": content}
-            for message in value
-            if isinstance(message, Mapping) and (content := _text(message.get("content"))) is not None
-        ]
-        return messages if any(message["role"] != "system" for message in messages) else []
-    text = _text(value)
-    return [] if text is None else [{"role": "user", "content": text}]
+    return table
 
 
 def _compiled(pattern: str | None) -> re.Pattern[str] | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from megarl.config.algorithms import ExplanationSettings
-from megarl.config.sections import DataSettings
+from megarl.config.data import DataSettings
 from megarl.data.dataset import question_ids
 from megarl.data.prefixes import tokens_until
 from megarl.data.tokenizer import Tokenizer

@@ -7,14 +7,13 @@ sentencepiece model is read without transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megarl.data.chat_template import find_template, render
+from megarl.data.chat_template import checked, find_template, render
+from megarl.data.messages import Message, question_of
 from megarl.errors import Refusal
-
-Message = Mapping[str, str]
 
 
 class Tokenizer(Protocol):
@@ -42,7 +41,8 @@ class Tokenizer(Protocol):
     def apply_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant speaks, by the chat template.
 
-        Without one: the start token, then the messages' contents with blank lines between them.
+        Without one: the start token, then the messages' contents with blank lines between them. Raises
+        `TemplateRefusal` where the template raises, or leaves a turn out.
         """
         ...
 
@@ -128,7 +128,8 @@ class SentencePieceTokenizer:
             return _plain_chat(self, messages)
         named = {"bos_token": self.bos, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
         tokens = {name: self._model.IdToPiece(number) for name, number in named.items() if number is not None}
-        text = render(self.chat_template, messages, tokens, str(self._path))
+        template = self.chat_template
+        text = checked(lambda: render(template, messages, tokens), messages, str(self._path))
         ids: list[int] = []
         for part in re.split(f"({'|'.join(map(re.escape, self._controls))})", text):
             ids += [self._controls[part]] if part in self._controls else self.encode(part)
@@ -141,7 +142,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path) -> None:
         try:
             self._inner: Any = _transformers_class(path).from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # whatever its files make the library raise
             raise Refusal(
                 f"tokenizer {path}", f"cannot be read by transformers ({_one_line(error)})", "restore its files"
             ) from None
@@ -151,7 +152,10 @@ class HuggingFaceTokenizer:
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
         self.bos = self._start_token()
         template = self._inner.chat_template
-        self.chat_template = template if isinstance(template, str) else None
+        # Where the library finds none there may be one in a form that it does not look at.
+        default = template.get("default") if isinstance(template, dict) else template
+        self.chat_template = default if isinstance(default, str) else find_template(path)
+        self._path = path
 
     def _start_token(self) -> int | None:
         """The start token, where the tokenizer itself puts it before a text."""
@@ -169,7 +173,9 @@ class HuggingFaceTokenizer:
         if self.chat_template is None:
             return _plain_chat(self, messages)
         rows = [dict(message) for message in messages]
-        return list(self._inner.apply_chat_template(rows, add_generation_prompt=True, tokenize=True, return_dict=False))
+        options = {"chat_template": self.chat_template, "add_generation_prompt": True, "tokenize": False}
+        text = checked(lambda: self._inner.apply_chat_template(rows, **options), messages, str(self._path))
+        return self.encode(text)
 
 
 def _transformers_class(path: Path) -> Any:
@@ -199,7 +205,7 @@ def response_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _plain_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    return prompt_ids(tokenizer, "\n\n".join(message["content"] for message in messages))
+    return prompt_ids(tokenizer, question_of(messages))
 
 
 def _end_token(token_id: int | None, path: Path) -> int:

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+#: Patterns of a tokenizer's files in all the forms that transformers and the model's makers have for it.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
+    "tokenizer*",
+    "tokenization_*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template.jinja",
-    # Mistral's own forms of the tokenizer.
-    "tokenizer.model.v3",
+    "*.model",
+    "*.tiktoken",
     "tekken.json",
+    "*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "chat_templates/*.jinja",
 )
 COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of `source` that fit one of `patterns`, each to the same place in `target`."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                place = target / file.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)
 
 
 def copy_companions(source: Path, target: Path, dtype: str | None = None) -> None:
@@ -29,9 +43,7 @@ def copy_companions(source: Path, target: Path, dtype: str | None = None) -> Non
 
     In one way, that of transformers since 4.56: older files have torch_dtype, and some have both.
     """
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    copy_files(source, target, COMPANIONS)
     if dtype is None:
         return
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))

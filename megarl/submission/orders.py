@@ -78,7 +78,7 @@ class Order:
         if not run.checkpoint.end and not run.checkpoint.every:
             rule = "needs a checkpoint, which checkpoint.every=0 with checkpoint.end=false never saves"
             yield Refusal(text, rule, "set checkpoint.end=true")
-        if self.kind == "evaluate" and run.evaluation.path is None and run.evaluation.rows is None:
+        if self.kind == "evaluate" and not run.evaluation.names_files and run.evaluation.rows is None:
             rule = "would answer all of data.path, which the run learns from, as evaluation.path names nothing else"
             yield Refusal(text, rule, "add evaluation.path=FILE, or evaluation.rows=N if that is meant")
         if self.kind != "convert":

@@ -13,6 +13,7 @@ from megarl.parallel.exchange import gather_all
 from megarl.policy.policy import UpdateResult
 from megarl.train.groups import Rollouts
 from megarl.train.session import Session
+from megarl.train.sources import by_source
 
 
 class StepRecord:
@@ -43,9 +44,11 @@ class StepRecord:
     def write(self) -> dict[str, Any]:
         """Complete the numbers, record them, and return them."""
         session = self._session
-        values: dict[str, Any] = {"step": self._step, "algorithm": session.config.algorithm.name}
+        values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
+        values["algorithm"] = session.config.algorithm.name
         values |= _of_updates(self._results)
         values |= _of_rollouts(self._rollouts)
+        values |= _by_source(session, self._rollouts)
         values |= self._measured
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
@@ -125,6 +128,15 @@ def _of_rollouts(rollouts: Rollouts | None) -> dict[str, Any]:
         "groups": len(rollouts.prompts),
         "groups_trained": len(rollouts.kept) - rollouts.counters.get("groups_without_pair", 0),
     }
+
+
+def _by_source(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
+    """The answers' numbers apart by source, where the data has several."""
+    if rollouts is None or not session.data.source_names:
+        return {}
+    size = rollouts.group_size
+    answers = [(rollouts.prompts[number // size].source, score.reward) for number, score in rollouts.scores.items()]
+    return by_source(answers, session.config.reward)
 
 
 def _time_shares(seconds: dict[str, float], results: list[UpdateResult], rollouts: Rollouts | None) -> dict[str, float]:

@@ -22,7 +22,7 @@ from megarl.formats import checkpoint_folder
 PARTS = ("seed", "model", "data")
 #: Settings and sections that change no number of a run by more than rounding, or that are there to be changed.
 _FREE = (
-    "name", "runs_dir", "resume", "resume_changes", "steps", "parallel", "recompute", "checkpoint", "logging",
+    "name", "runs_dir", "resume", "resume_changes", "steps", "epochs", "parallel", "recompute", "checkpoint", "logging",
     "weights", "health", "rollout.tensor", "rollout.expert_parallel", "rollout.chunk", "rollout.max_concurrent",
     "rollout.kv_cache_gib", "rollout.gpu_memory_fraction", "rollout.save", "rollout.keep_unfinished", "reward.workers",
     "batch.tokens_per_microbatch", "batch.packed", "batch.logprob_chunk",
@@ -75,6 +75,9 @@ def changes(config: RunConfig, before: Mapping[str, Any] | None) -> str:
 def finished(config: RunConfig) -> str | None:
     """A sentence where the run that would continue has made all its steps and left its results, else None."""
     directory = run_directory(config)
+    if config.epochs is not None:
+        # How many steps they take is known when the data is read.
+        return None
     if config.resume == "never" or (config.checkpoint.export_hf and not (directory / "hf").is_dir()):
         return None
     try:

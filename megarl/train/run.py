@@ -192,7 +192,7 @@ def generate(config: RunConfig) -> dict[str, Any]:
     with session_of(config, writes=True) as session:
         progress.enter("step")
         rewards: list[float] = []
-        for step in range(1, config.steps + 1):
+        for step in range(1, session.config.steps + 1):
             session.algorithm.begin_step(step)
             rollouts = roll_out(session, step)
             save_rollouts(session, step, rollouts)
@@ -215,4 +215,5 @@ def _start_line(session: Session, resumed: bool) -> str:
         else ""
     )
     begin = f"continuing after step {session.progress.step}" if resumed else "starting"
-    return f"{config.name}: {config.algorithm.name}, {session.world.size} process(es), {layout}{engines}; {begin}"
+    run = f"{config.name}: {config.algorithm.name}, {session.world.size} process(es), {layout}{engines}"
+    return f"{run}; data: {session.data.sentence()}; {begin}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,8 @@ from megarl import algorithms
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
-from megarl.config.sections import DataSettings
-from megarl.data.dataset import LoadedPrompts, load_prompts
-from megarl.data.sampler import PromptStream
+from megarl.data.dataset import SKIPPED_SHARE, LoadedPrompts, evaluation_data, training_data
+from megarl.data.sampler import MixedStream, PromptStream
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.formats import checkpoint_folder
@@ -73,7 +73,7 @@ class Session:
     tokenizer: Tokenizer
     data: LoadedPrompts
     evaluation_data: LoadedPrompts | None
-    stream: PromptStream
+    stream: PromptStream | MixedStream
     algorithm: Algorithm
     policy: Policy
     engine: Engine | None
@@ -124,14 +124,18 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.low),
     )
     rollouts = config.algorithm.generates
-    data = load_prompts(config.data, tokenizer, need_solution=not rollouts and not evaluate_only)
+    data = training_data(config, tokenizer, need_solution=not rollouts and not evaluate_only)
+    config = _with_steps(config, data)
     settings = config.evaluation
     thinking_end = ThinkingEnd(tokenizer, config.rollout.thinking_end)
     if algorithm.needs.responder is not None or settings.consumer is not None:
         thinking_end.require_token()
     evaluates = evaluate_only or bool(settings.every) or settings.start or settings.end
-    evaluation_data = load_prompts(evaluation_source(config), tokenizer) if evaluates else None
+    held_out = evaluation_data(config, tokenizer) if evaluates else None
     recorder = Recorder(config, world.is_first, show=world.is_first)
+    for key, loaded in (("data", data), ("evaluation", held_out)):
+        if loaded is not None and loaded.skipped_share > SKIPPED_SHARE:
+            recorder.status(f"warning: {key}: {loaded.sentence()}")
     generates = evaluates or (rollouts and config.rollout.replay is None)
     engine = None
     eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
@@ -166,8 +170,8 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         grid=grid,
         tokenizer=tokenizer,
         data=data,
-        evaluation_data=evaluation_data,
-        stream=PromptStream(len(data.prompts), config.seed, config.data.shuffle),
+        evaluation_data=held_out,
+        stream=_stream(config, data),
         algorithm=algorithm,
         policy=policy,
         engine=engine,
@@ -200,13 +204,20 @@ def _scorers(
     return scorer, build_scorer(own, replicas, say, "evaluation.reward", evaluation_data.prompts[0])
 
 
-def evaluation_source(config: RunConfig) -> DataSettings:
-    """The data settings of the evaluation: those of training with its own file, in file order."""
-    settings = config.evaluation
-    changes = {"max_rows": settings.rows, "shuffle": False, "split": settings.split, "solution_column": None}
-    if settings.path is not None:
-        changes["path"] = settings.path
-    return config.data.model_copy(update=changes)
+def _with_steps(config: RunConfig, data: LoadedPrompts) -> RunConfig:
+    """`config` with the number of steps that its epochs take, the last of them begun if not whole."""
+    if config.epochs is None:
+        return config
+    steps = math.ceil(config.epochs * len(data.prompts) / config.batch.prompts)
+    return config.model_copy(update={"steps": steps, "epochs": None})
+
+
+def _stream(config: RunConfig, data: LoadedPrompts) -> PromptStream | MixedStream:
+    """The order of the prompts: all as one, or parts with weights."""
+    weights = [part.weight for part in data.parts if part.weight is not None]
+    if not weights:
+        return PromptStream(len(data.prompts), config.seed, config.data.shuffle)
+    return MixedStream([part.count for part in data.parts], weights, config.seed, config.data.shuffle)
 
 
 def unfinished_directory(config: RunConfig) -> Path:

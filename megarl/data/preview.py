@@ -1,0 +1,61 @@
+"""The data of a run looked at before it starts: what makes it fail, or drops its rows, found within seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from megarl.config.data import OneSource, each_source
+from megarl.config.model_shape import read_model_shape
+from megarl.config.schema import RunConfig
+from megarl.data.dataset import SourceReader, evaluation_key, evaluation_settings
+from megarl.data.tables import is_hub_name
+from megarl.data.tokenizer import check_vocabulary, load_tokenizer
+from megarl.errors import Refusal
+
+#: Rows at the start of a source that are tokenized; of the others only the cells are looked at. Our choice.
+TOKENIZED_ROWS = 256
+#: Seconds after which the rest of a source's rows is left to the run. Our choice.
+SECONDS = 5.0
+
+
+def data_refusals(config: RunConfig, seconds: float = SECONDS) -> Iterator[Refusal]:
+    """Yield what the run would refuse of its tokenizer, and of each file that it reads prompts from.
+
+    Rows are read in their order, the first `TOKENIZED_ROWS` as the run does it, until `seconds` have passed for a file.
+    Data sets of the hub, which may have to be fetched, are left to the run.
+    """
+    try:
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        check_vocabulary(tokenizer, read_model_shape(config.model.path).vocab_size)
+    except Refusal as refusal:
+        yield refusal
+        return
+    for source, need_solution in _sources(config):
+        if is_hub_name(str(source.settings.path)):
+            continue
+        try:
+            _look_at(SourceReader(source, tokenizer, None, need_solution, several=False), seconds)
+        except Refusal as refusal:
+            yield refusal
+
+
+def _sources(config: RunConfig) -> Iterator[tuple[OneSource, bool]]:
+    """What the run reads, each file once, with whether its rows must have solutions."""
+    training = each_source(config.data)
+    yield from ((source, not config.algorithm.generates) for source in training)
+    evaluation = config.evaluation
+    if evaluation.every or evaluation.start or evaluation.end:
+        seen = [source.settings.path for source in training]
+        held_out = each_source(evaluation_settings(config), evaluation_key(config))
+        yield from ((source, False) for source in held_out if source.settings.path not in seen)
+
+
+def _look_at(reader: SourceReader, seconds: float) -> None:
+    """Raise `Refusal` where a row cannot be read, or none is usable of all those that were looked at."""
+    end = time.monotonic() + seconds
+    for index, row in enumerate(reader.rows()):
+        reader.count(reader.usable(row, tokenize=index < TOKENIZED_ROWS), index)
+        if time.monotonic() > end and reader.counters["kept"]:
+            return
+    reader.refuse_if_empty()
