@@ -212,6 +212,35 @@ REFUSED: list[tuple[str, str]] = [
         "whose ratio is one for all its tokens. "
         "Fix: use another algorithm.rejection_level, or algorithm.ratio_level=token.",
     ),
+    ("data.path=null", "data.path=null: names no data, and data.sources neither. Fix: give a file or a hub name."),
+    (
+        "data.sources=[{path: o/n}]",
+        "data.path=rows.jsonl: contradicts data.sources. Fix: give one: data.path=null.",
+    ),
+    (
+        "data.path=[a.csv,b.csv]",
+        "data.path=[a.csv,b.csv]: is one path in an argument, not a list. "
+        "Fix: give data.sources='[{path: FILE}, {path: FILE}]'.",
+    ),
+    (
+        "data.path=null data.sources=[{path: a/b, weight: 2}, {path: c/d}]",
+        "data.sources.1.weight: must be given, since other sources have one. Fix: give all sources a weight, or none.",
+    ),
+    (
+        "data.path=null data.sources=[{path: a/b, name: x}, {path: c/d, name: x}]",
+        "data.sources: name=x: names several sources. Fix: give each a name of its own.",
+    ),
+    (
+        "evaluation.sources=[{path: a/b, weight: 2}]",
+        "evaluation.sources.0.weight=2: means nothing in an evaluation, which answers every row. "
+        "Fix: remove it, or use fewer rows with max_rows.",
+    ),
+    (
+        "data.system=Short. data.template={prompt}",
+        "data.system='Short.': is never said, since data.template takes the place of the chat. "
+        "Fix: write it into data.template, or remove one of the two.",
+    ),
+    ("epochs=2", "epochs=2: contradicts steps=3. Fix: give one: steps=null."),
     ("reward.low=1", "reward.low=1: must be below reward.high=1. Fix: widen the range."),
     (
         "reward.kind=maths",

@@ -264,7 +264,7 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
     assert first["importance_bound_share"] == first["rejected_share"] == 0
     # A quarter of 48 + 8 rows, at 8 a step, takes two steps; every fourth prompt is of the second source.
     drawn = first["groups"] + second["groups"]
-    assert (first["epoch"], second["epoch"]) == (first["groups"] / 56, round(drawn / 56, 6))
+    assert (first["epoch"], second["epoch"]) == (round(first["groups"] / 56, 6), round(drawn / 56, 6))
     assert first["answers_by_source"] == {"easy": 3 * first["groups"], "heldout": first["groups"]}
     assert first["reward_mean_by_source"].keys() == first["accuracy_by_source"].keys() == {"easy", "heldout"}
     parts = [first["reward_mean_by_source"][name] * first["answers_by_source"][name] for name in ("easy", "heldout")]
