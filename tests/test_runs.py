@@ -265,12 +265,12 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
     # A quarter of 48 + 8 rows, at 8 a step, takes two steps; every fourth prompt is of the second source.
     drawn = first["groups"] + second["groups"]
     assert (first["epoch"], second["epoch"]) == (round(first["groups"] / 56, 6), round(drawn / 56, 6))
-    assert first["answers_by_source"] == {"easy": 3 * first["groups"], "heldout": first["groups"]}
-    assert first["reward_mean_by_source"].keys() == first["accuracy_by_source"].keys() == {"easy", "heldout"}
-    parts = [first["reward_mean_by_source"][name] * first["answers_by_source"][name] for name in ("easy", "heldout")]
+    assert first["answers_by_source"] == {"easy": 3 * first["groups"], "arithmetic": first["groups"]}
+    assert first["reward_mean_by_source"].keys() == first["accuracy_by_source"].keys() == {"easy", "arithmetic"}
+    parts = [first["reward_mean_by_source"][name] * first["answers_by_source"][name] for name in ("easy", "arithmetic")]
     assert sum(parts) / sum(first["answers_by_source"].values()) == pytest.approx(first["reward_mean"])
     lines = (base / "runs/options/metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["evaluation_answers_by_source"] == {"a": 2, "train": 3}
+    assert json.loads(lines[-1])["evaluation_answers_by_source"] == {"a": 2, "arithmetic": 3}
     assert "steps: 2\n" in (base / "runs/options/config.yaml").read_text()
 
 
