@@ -45,6 +45,16 @@ def test_a_reward_that_cannot_be_imported(run_file: Path, kind: str, word: str) 
     assert kind in sentence and word in sentence
 
 
+def test_data_that_cannot_be_used(run_file: Path) -> None:
+    Path("rows.csv").write_text("prompt,reply\n1+1=,2\n")
+    (sentence,) = said(run_file, "data.path=rows.csv")
+    assert sentence.startswith("data.answer_column=answer: must be among the columns of rows.csv: prompt, reply.")
+    assert said(run_file, "data.path=rows.csv", "data.answer_column=reply") == []
+    Path("model/chat_template.jinja").write_text("{{ messages.missing.content }}")
+    (sentence,) = said(run_file)
+    assert sentence.startswith("the chat template of model, at row 1 of rows.jsonl: cannot render a prompt (")
+
+
 def test_a_judge_without_its_key(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOBODYS_KEY", raising=False)
     judge = ("reward.kind=judge", "reward.judge.url=http://127.0.0.1:9/v1", "reward.judge.model=m")

@@ -13,6 +13,7 @@ from megarl.config.load import dump_config, load_config
 from megarl.config.sections import RewardSettings
 from megarl.data.dataset import Part, evaluation_settings, load_prompts
 from megarl.data.preview import data_refusals
+from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import Refusal
 from megarl.train.sources import by_source
 
@@ -137,7 +138,7 @@ def test_what_is_found_before_a_run_starts(
     (tmp_path / "rows.jsonl").write_text(rows + "\n")
     if template is not None:
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    refusals = list(data_refusals(load_config(file, settings)))
+    refusals = list(data_refusals(load_config(file, settings), load_tokenizer("model")))
     if message is None:
         assert refusals == []
         return

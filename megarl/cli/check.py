@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from megarl.cli.start import ConfigPath, Overrides, prepare, say
 from megarl.config.load import dump_config
-from megarl.data.preview import data_refusals
 from megarl.train import past
 
 
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check CONFIG against every rule, and the rows of its data, without starting anything, and print it resolved."""
+    """Check CONFIG against every rule without starting anything, and print it resolved."""
     settings = prepare(config, overrides, trains=True)
-    for refusal in data_refusals(settings):
-        raise refusal
     if (sentence := past.finished(settings)) is not None:
         say(sentence)
     print(dump_config(settings), end="")

@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 
 from megarl.config.data import OneSource, each_source
-from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import SourceReader, evaluation_key, evaluation_settings
 from megarl.data.tables import is_hub_name
-from megarl.data.tokenizer import check_vocabulary, load_tokenizer
+from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal
 
 #: Rows at the start of a source that are tokenized; of the others only the cells are looked at. Our choice.
@@ -19,18 +18,12 @@ TOKENIZED_ROWS = 256
 SECONDS = 5.0
 
 
-def data_refusals(config: RunConfig, seconds: float = SECONDS) -> Iterator[Refusal]:
-    """Yield what the run would refuse of its tokenizer, and of each file that it reads prompts from.
+def data_refusals(config: RunConfig, tokenizer: Tokenizer, seconds: float = SECONDS) -> Iterator[Refusal]:
+    """Yield what the run would refuse of each file that it reads prompts from.
 
     Rows are read in their order, the first `TOKENIZED_ROWS` as the run does it, until `seconds` have passed for a file.
     Data sets of the hub, which may have to be fetched, are left to the run.
     """
-    try:
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        check_vocabulary(tokenizer, read_model_shape(config.model.path).vocab_size)
-    except Refusal as refusal:
-        yield refusal
-        return
     for source, need_solution in _sources(config):
         if is_hub_name(str(source.settings.path)):
             continue

@@ -12,8 +12,9 @@ from megarl.config import rules
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import RewardSettings
+from megarl.data.preview import data_refusals
 from megarl.data.thinking import ThinkingEnd
-from megarl.data.tokenizer import check_vocabulary, load_tokenizer
+from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.errors import MegarlError, Refusal
 from megarl.rewards.grader import TEXT_KINDS, Grader
 from megarl.rewards.judge import key_of
@@ -33,24 +34,30 @@ def refusals(config: RunConfig, processes: int | None = None, *, trains: bool) -
 
 
 def contents(config: RunConfig) -> Iterator[Refusal]:
-    """What a run cannot use in the files that are there: its tokenizer and its reward functions.
+    """What a run cannot use in the files that are there: its tokenizer, its data and its reward functions.
 
     For a run whose rules and files have passed.
     """
-    for look in (_look_at_tokenizer, _look_at_rewards):
-        try:
-            look(config)
-        except Refusal as refusal:
-            yield refusal
+    try:
+        tokenizer = _usable_tokenizer(config)
+    except Refusal as refusal:
+        yield refusal
+    else:
+        yield from data_refusals(config, tokenizer)
+    try:
+        _look_at_rewards(config)
+    except Refusal as refusal:
+        yield refusal
 
 
-def _look_at_tokenizer(config: RunConfig) -> None:
+def _usable_tokenizer(config: RunConfig) -> Tokenizer:
     folder = config.model.tokenizer or config.model.path
     with _in_a_sentence(f"tokenizer {folder}", "restore its files, or set model.tokenizer"):
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, read_model_shape(config.model.path).vocab_size)
         if config.algorithm.answers_in_parts or config.evaluation.consumer is not None:
             ThinkingEnd(tokenizer, config.rollout.thinking_end).require_token()
+        return tokenizer
 
 
 def _look_at_rewards(config: RunConfig) -> None:

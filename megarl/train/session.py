@@ -151,7 +151,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         )
         engine.stop = lambda: stops.too_late
         engine.sleep()
-    scorer, evaluation_scorer = _scorers(config, engine, recorder, data, evaluation_data)
+    scorer, evaluation_scorer = _scorers(config, engine, recorder, data, held_out)
     recorder.status("building the policy")
     # Solutions were not sampled: their likelihood is that of the plain distribution.
     temperature = config.rollout.temperature if rollouts else 1.0
