@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 
 from megarl.config.sections import RewardSettings
@@ -14,8 +13,6 @@ from megarl.errors import MegarlError, Refusal
 from megarl.records import Prompt
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.grader import Grader
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 #: A user's reward functions, as a module outside the package.
 USER_MODULE = r"""
@@ -78,11 +75,36 @@ def test_an_alternative_reference_counts_as_right() -> None:
     assert [one.reward for one in graded] == [1.0, 1.0, 0.0]
 
 
-def test_the_strict_rule_needs_no_process() -> None:
-    with Grader(settings("boxed")) as grader:
-        assert grader._workers == []
+def test_the_strict_rule_scores_in_one_process() -> None:
+    with Grader(settings("boxed", low=-1.0, high=2.0)) as grader:
+        assert len(grader._workers) == 1
         graded = grader.grade([GradingItem(text, "42") for text in (r"\boxed{42}", r"\boxed{42.0}", "42")])
-    assert graded == [GradedAnswer(1.0), GradedAnswer(0.0), GradedAnswer(0.0)]
+    assert graded == [GradedAnswer(2.0), GradedAnswer(-1.0), GradedAnswer(-1.0)]
+
+
+@pytest.mark.parametrize("kind", ["math", "boxed"])
+def test_nothing_of_an_answer_is_parsed_in_this_process(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parsed(*_: object) -> None:
+        raise AssertionError("parsed outside a worker")
+
+    for module in list(sys.modules.values()):
+        name = getattr(module, "__name__", "")
+        if name.startswith("megarl.rewards."):
+            for rule in (
+                "boxed",
+                "boxes",
+                "answer_in",
+                "after_thinking",
+                "boxed_equals",
+                "math_equals",
+                "answers_equal",
+            ):
+                if hasattr(module, rule):
+                    monkeypatch.setattr(module, rule, parsed)
+    texts = [r"\boxed{42}", "\\boxed{" * 20_000, "nothing", ""]
+    with Grader(settings(kind)) as grader:
+        graded = grader.grade([GradingItem(text, "42") for text in texts])
+    assert [(one.reward, one.counter) for one in graded] == [(1.0, None), (0.0, None), (0.0, None), (0.0, None)]
 
 
 def test_shared_words_need_no_process_and_the_best_reference_counts() -> None:
@@ -161,17 +183,6 @@ def test_every_answer_may_kill_its_worker(user_module: str) -> None:
         assert {one.counter for one in grader.grade([GradingItem("exit", "")] * 6)} == {"grader_died"}
 
 
-def test_sympy_beyond_the_time_limit_is_killed() -> None:
-    # Evaluating this tower needs more time and memory than there is, inside one call into C.
-    tower = r"\boxed{" + "9^{9^{9^{9}}}}"
-    with Grader(settings("math", time_limit=1.0, workers=1)) as grader:
-        start = time.monotonic()
-        hard, easy = grader.grade([GradingItem(tower, "10^{9^{9^{9}}}"), GradingItem(r"\boxed{2/4}", "0.5")])
-        assert time.monotonic() - start < 15
-    assert hard.reward == 0.0
-    assert easy == GradedAnswer(1.0)
-
-
 def test_a_worker_that_dies_while_idle_costs_nothing(user_module: str) -> None:
     with Grader(settings(f"{user_module}:obey", workers=1)) as grader:
         assert grader.grade([GradingItem("0.5", "")])[0].reward == 0.5
@@ -247,15 +258,3 @@ def _runs(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is absent")
-@pytest.mark.parametrize(("name", "share"), [("math500", 0.98), ("olympiad", 0.97), ("minerva", 0.97)])
-def test_references_written_differently_grade_as_right(name: str, share: float) -> None:
-    # A thin space inside the box defeats string equality, so that math-verify decides.
-    table = pyarrow.parquet.read_table(SHARED_DATA / f"{name}.parquet").to_pylist()
-    answers = [row["reward_model"]["ground_truth"][0].strip() for row in table[:120]]
-    with Grader(settings("math", time_limit=60.0)) as grader:
-        graded = grader.grade([GradingItem(rf"Thus \boxed{{{answer}\,}}", answer) for answer in answers])
-    assert sum(one.reward or 0.0 for one in graded) / len(answers) >= share
-    assert all(one.counter is None for one in graded)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from megarl.rewards.math import boxed, boxed_equals
+from megarl.rewards.extraction import boxed
+from megarl.rewards.math import boxed_equals
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"

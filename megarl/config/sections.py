@@ -212,9 +212,9 @@ class JudgeSettings(Settings):
 class RewardSettings(Settings):
     kind: str = Field(
         default="math",
-        description="math: graded by math-verify; boxed: the last \\boxed{} equals the reference as text; f1: words "
-        "shared with the reference; judge: scored by a language model (reward.judge); or a function of your own, "
-        "package.module:function or folder/file.py:function.",
+        description="math: the answer equals the reference, however both are written; boxed: the last \\boxed{} equals "
+        "the reference as text; f1: words shared with the reference; judge: scored by a language model (reward.judge); "
+        "or a function of your own, package.module:function or folder/file.py:function.",
     )
     graded: Literal["whole", "response"] = Field(
         default="whole", description="What the reward sees: the whole answer, or only what follows its thinking."
@@ -230,7 +230,7 @@ class RewardSettings(Settings):
         "choice.",
     )
     workers: PositiveInt = Field(
-        default=2, description="Grading processes per engine replica; boxed, f1 and judge need none."
+        default=2, description="Grading processes per engine replica; boxed has one, f1 and judge none."
     )
     last_characters: PositiveInt | None = Field(
         default=None, description="The reward sees only the last that many characters; none: all."

@@ -16,7 +16,6 @@ from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
 from megarl.rewards.failures import Failures
-from megarl.rewards.math import boxed, boxed_equals, nothing_to_grade
 from megarl.rewards.process import GradingProcess
 from megarl.rewards.text import token_f1
 
@@ -27,8 +26,10 @@ MAX_FAILED_STARTS = 3
 #: Counts answers whose grading process ended.
 DIED = "grader_died"
 TIMEOUT, ERROR, OUT_OF_RANGE = "grader_timeout", "grader_error", "reward_out_of_range"
-#: Kinds decided by comparing text, in this process.
-TEXT_KINDS = ("boxed", "f1")
+#: Kinds that answer right or wrong, by rules of ours.
+RULE_KINDS = ("math", "boxed")
+#: Kinds that call no function of the user's.
+BUILTIN_KINDS = (*RULE_KINDS, "f1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ class Grader:
     """Grades responses in `settings.workers` processes of its own, started at construction.
 
     An answer that hangs, kills its process or raises costs that answer its reward and is counted; the process
-    is replaced. Past a share of such answers it stops. Answers that need no mathematics are decided at once. Use as a
-    context manager, or `close()`.
+    is replaced. Past a share of such answers it stops. Nothing of an answer is parsed in this process; f1, which only
+    counts words, is decided at once. Use as a context manager, or `close()`.
 
     Each process calls a function of the user's own with `trial` first. `section` names the settings.
 
@@ -59,7 +60,7 @@ class Grader:
             )
         self._settings = settings
         self._section = section
-        builtin = settings.kind in ("math", *TEXT_KINDS)
+        builtin = settings.kind in BUILTIN_KINDS
         self._trial = None if builtin else trial
         self._failures = Failures(
             f"{section}.kind={settings.kind} failed on",
@@ -77,9 +78,10 @@ class Grader:
         """Whether a worker was ready once."""
         self._workers: list[GradingProcess] = []
         self._closed = False
-        if settings.kind in TEXT_KINDS:
-            return  # comparing text needs no process
-        self._workers = [self._start() for _ in range(settings.workers)]
+        if settings.kind == "f1":
+            return
+        # One process compares more boxes than engines write.
+        self._workers = [self._start() for _ in range(1 if settings.kind == "boxed" else settings.workers)]
         if not builtin:
             self._await_first_worker()  # a function of no use is refused here, not after the first generation
 
@@ -149,16 +151,10 @@ class Grader:
 
     def _decide(self, item: GradingItem) -> GradedAnswer | None:
         """The reward of what is decided without a worker, else None."""
-        if self._settings.kind == "f1":
-            share = max(token_f1(item.text, reference) for reference in item.references)
-            return GradedAnswer(scaled(share, self._settings.low, self._settings.high))
-        if self._settings.kind not in ("math", "boxed"):
+        if self._settings.kind != "f1":
             return None
-        right = any(boxed_equals(item.text, answer) for answer in item.references)
-        if right:
-            return GradedAnswer(self._settings.high)
-        nothing = boxed(item.text) is None and nothing_to_grade(item.text)
-        return GradedAnswer(self._settings.low) if nothing or self._settings.kind == "boxed" else None
+        share = max(token_f1(item.text, reference) for reference in item.references)
+        return GradedAnswer(scaled(share, self._settings.low, self._settings.high))
 
     def _collect(self) -> list[tuple[int, float | _Failure]]:
         """Wait for the next message or deadline; returns (item number, reward or failure) of what ended by it."""
@@ -266,7 +262,7 @@ class Grader:
         reward, low, high = message.get("reward"), self._settings.low, self._settings.high
         if not isinstance(reward, float):
             return _Failure(ERROR, str(message.get("error", "gave no result")))
-        if self._settings.kind == "math":
+        if self._settings.kind in RULE_KINDS:
             return high if reward else low
         if not low <= reward <= high:  # NaN included
             return _Failure(OUT_OF_RANGE, f"returned {reward:g}, outside {self._range()}")

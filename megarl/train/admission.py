@@ -16,7 +16,7 @@ from megarl.data.preview import data_refusals
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.errors import MegarlError, Refusal
-from megarl.rewards.grader import TEXT_KINDS, Grader
+from megarl.rewards.grader import BUILTIN_KINDS, Grader
 from megarl.rewards.judge import key_of
 from megarl.train import past
 
@@ -71,7 +71,7 @@ def _look_at_rewards(config: RunConfig) -> None:
 def _look_at_reward(section: str, settings: RewardSettings) -> None:
     if settings.judge is not None:
         key_of(settings.judge)
-    elif settings.kind not in ("math", *TEXT_KINDS):
+    elif settings.kind not in BUILTIN_KINDS:
         Grader(settings.model_copy(update={"workers": 1}), section).close()
 
 
