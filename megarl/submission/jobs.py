@@ -82,7 +82,7 @@ def prepare(
     for run in runs:
         _raise_first(checks.rule_refusals(run, request.resources))
         _raise_first(checks.history_refusals(run, request.resources.time, _lead(train, request.resources)))
-        if (sentence := past.finished(run)) is not None:
+        if (sentence := past.outlook(run)) is not None:
             say(sentence)
     _check_orders(request, orders, runs)
     _check_files(runs, say, contents, dry=dry)

@@ -51,8 +51,7 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
         return
     checkpoint = checkpoint_folder.find(directory / "checkpoints")
     if checkpoint is not None:
-        progress = checkpoint_folder.read_progress(checkpoint)
-        yield from changed_parts(config, progress.get("config") or _noted(directory), checkpoint)
+        yield from changed_parts(config, _configuration(checkpoint, directory), checkpoint)
 
 
 def changed_parts(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> Iterator[Refusal]:
@@ -67,9 +66,21 @@ def changed_parts(config: RunConfig, before: Mapping[str, Any] | None, checkpoin
             )
 
 
-def changes(config: RunConfig, before: Mapping[str, Any] | None) -> str:
-    """What differs from the configuration `before`, in words; empty where nothing of weight does."""
-    return ", ".join(f"{key}={_shown(new)} (was {_shown(old)})" for key, old, new in _differences(config, before))
+def changes(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> str | None:
+    """A sentence about what differs from a checkpoint's configuration `before`; None where nothing of weight does."""
+    words = ", ".join(f"{key}={_shown(new)} (was {_shown(old)})" for key, old, new in _differences(config, before))
+    return f"continues {checkpoint.name} with other settings: {words}" if words else None
+
+
+def outlook(config: RunConfig) -> str | None:
+    """A sentence about what is left of a run that would continue, for a run whose `refusals` are none."""
+    if (sentence := finished(config)) is not None or config.resume == "never":
+        return sentence
+    directory = run_directory(config)
+    checkpoint = checkpoint_folder.find(directory / "checkpoints")
+    if checkpoint is None:
+        return None
+    return changes(config, _configuration(checkpoint, directory), checkpoint)
 
 
 def finished(config: RunConfig) -> str | None:
@@ -110,8 +121,11 @@ def keep_configuration(config: RunConfig, step: int) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _noted(directory: Path) -> dict[str, Any] | None:
-    """The configuration beside checkpoints that do not keep theirs, as megarl's first versions wrote them."""
+def _configuration(checkpoint: Path, directory: Path) -> dict[str, Any] | None:
+    """What a checkpoint was trained with; of one that does not keep it, as older ones, what its run's folder says."""
+    kept = checkpoint_folder.read_progress(checkpoint).get("config")
+    if kept is not None:
+        return kept
     try:
         return load_config(directory / "config.yaml").model_dump(mode="json")
     except Refusal:

@@ -98,8 +98,8 @@ def _compare(session: Session, saved: dict[str, Any]) -> None:
             f"has other rows than those that {checkpoint_directory} was trained on, {known['prompts']} prompts",
             "bring the data back, begin a new run under another name, or go on all the same with resume_changes=[data]",
         )
-    if words := past.changes(config, before):
-        session.recorder.status(f"continues {checkpoint_directory.name} with other settings: {words}")
+    if (sentence := past.changes(config, before, checkpoint_directory)) is not None:
+        session.recorder.status(sentence)
 
 
 def _load_newest(session: Session) -> dict[str, Any] | None:
