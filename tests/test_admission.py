@@ -23,7 +23,8 @@ def said(run_file: Path, *overrides: str, trains: bool = True) -> list[str]:
 
 def test_a_run_that_can_start_passes(run_file: Path) -> None:
     assert said(run_file) == []
-    assert said(run_file, "reward.kind=os.path:basename") == []
+    Path("mine.py").write_text("def grade(text, answer, source): return float(text == answer == '2')\n")
+    assert said(run_file, "reward.kind=mine:grade", "evaluation.reward.kind=mine:grade") == []
 
 
 @pytest.mark.parametrize(
@@ -33,10 +34,12 @@ def test_a_run_that_can_start_passes(run_file: Path) -> None:
         ("mine:other", "other"),
         ("broken:grade", "invalid syntax"),
         ("raises:grade", "not today"),
+        ("mine:nothing", "None"),
+        ("mine:few", "few"),
     ],
 )
 def test_a_reward_that_cannot_be_imported(run_file: Path, kind: str, word: str) -> None:
-    Path("mine.py").write_text("def grade(text, answer, source): return 1.0\n")
+    Path("mine.py").write_text("def nothing(text, answer, source): pass\ndef few(text): return 1.0\n")
     Path("broken.py").write_text("def grade(:\n")
     Path("raises.py").write_text("raise ValueError('not today')\n")
     (sentence,) = said(run_file, f"reward.kind={kind}")
@@ -78,6 +81,35 @@ def test_tokenizers_that_cannot_be_used(run_file: Path) -> None:
     Path("model/tokenizer_config.json").unlink()
     (sentence,) = said(run_file)
     assert sentence.startswith("tokenizer model: holds neither tokenizer.json nor tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "overrides", "message"),
+    [
+        (
+            b'{"prompt": "x", "answer": "1"}',
+            None,
+            ["data.answer_column=truth"],
+            "data.answer_column=truth: must be among",
+        ),
+        (b'{"prompt": "gr\xfc\xdfe", "answer": "1"}', None, [], "data.path=rows.jsonl"),
+        (b"no json", None, [], "data.path=rows.jsonl"),
+        (b'{"prompt": "x", "answer": "1"}', "{{ raise_exception('no such role') }}", [], "no such role"),
+        (b'{"prompt": "x", "answer": "1"}', None, ["algorithm=sft"], "data.path=rows.jsonl: has no usable row"),
+    ],
+)
+def test_data_that_cannot_be_read(
+    run_file: Path, rows: bytes, template: str | None, overrides: list[str], message: str
+) -> None:
+    Path("rows.jsonl").write_bytes(rows + b"\n")
+    if template is not None:
+        Path("model/chat_template.jinja").write_text(template)
+    (sentence,) = said(run_file, *overrides)
+    assert message in sentence and "Fix: " in sentence
+    # An evaluation alone reads no solutions.
+    config = load_config(run_file, overrides)
+    alone = [str(refusal) for refusal in admission.refusals(config, trains=False, evaluates=True)]
+    assert alone == ([] if overrides == ["algorithm=sft"] else [sentence])
 
 
 def test_a_thinking_that_ends_in_several_tokens(run_file: Path) -> None:

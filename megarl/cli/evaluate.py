@@ -24,7 +24,7 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
     if checkpoint is not None and load_config(config, settings_given).evaluation.consumer != "initial":
         # Known before the rules are checked: model.path then needs no weights, which else are the consumer's.
         settings_given.append(f"model.weights={checkpoint}")
-    settings = prepare(config, settings_given, listens=True)
+    settings = prepare(config, settings_given, evaluates=True, starts=True)
     with reserved_stdout(as_json) as stream:
         from megarl.train.run import evaluate as worker
 

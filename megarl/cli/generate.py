@@ -9,7 +9,7 @@ from megarl.cli.start import ConfigPath, Overrides, prepare, require_rollouts, r
 
 def generate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Generate and score the rollouts of every step without training on them, and save them."""
-    settings = prepare(config, overrides, listens=True)
+    settings = prepare(config, overrides, starts=True)
     require_rollouts(settings)
     from megarl.train.run import generate as worker
 

@@ -35,17 +35,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on std
 _LAUNCHER_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
 
 
-def prepare(path: Path, overrides: Sequence[str] | None, *, trains: bool = False, listens: bool = False) -> RunConfig:
+def prepare(
+    path: Path,
+    overrides: Sequence[str] | None,
+    *,
+    trains: bool = False,
+    evaluates: bool = False,
+    starts: bool = False,
+) -> RunConfig:
     """The checked configuration. Raises `Refusal` before anything is started or written.
 
     `trains`: the run's folder is written as that of a training, so what an earlier run has left there counts.
-    `listens`: signals that ask to stop are answered as soon as the configuration says how.
+    `evaluates`: it is an evaluation alone. `starts`: the run follows, so signals that ask to stop are answered as soon
+    as the configuration says how.
     """
     config = load_config(path, overrides or ())
     place = launcher_place()
-    if listens:
+    if starts:
         answer_stops(config.health.notice)
-    for refusal in admission.refusals(config, place[1] if place else None, trains=trains):
+    world = place[1] if place else None
+    for refusal in admission.refusals(config, world, trains=trains, evaluates=evaluates, starts=starts):
         raise refusal
     return config
 

@@ -8,7 +8,7 @@ from megarl.train import past
 
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train the run that CONFIG describes; it leaves its results in runs/<name>/."""
-    settings = prepare(config, overrides, trains=True, listens=True)
+    settings = prepare(config, overrides, trains=True, starts=True)
     if (sentence := past.finished(settings)) is not None:
         say(sentence)
         return

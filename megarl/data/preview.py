@@ -11,6 +11,7 @@ from megarl.data.dataset import SourceReader, evaluation_key, evaluation_setting
 from megarl.data.tables import is_hub_name
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal
+from megarl.records import Prompt
 
 #: Rows at the start of a source that are tokenized; of the others only the cells are looked at. Our choice.
 TOKENIZED_ROWS = 256
@@ -18,13 +19,17 @@ TOKENIZED_ROWS = 256
 SECONDS = 5.0
 
 
-def data_refusals(config: RunConfig, tokenizer: Tokenizer, seconds: float = SECONDS) -> Iterator[Refusal]:
+def data_refusals(
+    config: RunConfig, tokenizer: Tokenizer, seconds: float = SECONDS, *, evaluates: bool = False
+) -> Iterator[Refusal]:
     """Yield what the run would refuse of each file that it reads prompts from.
+
+    `evaluates`: it is an evaluation alone, which needs no solutions.
 
     Rows are read in their order, the first `TOKENIZED_ROWS` as the run does it, until `seconds` have passed for a file.
     Data sets of the hub, which may have to be fetched, are left to the run.
     """
-    for source, need_solution in _sources(config):
+    for source, need_solution in _sources(config, evaluates):
         if is_hub_name(str(source.settings.path)):
             continue
         try:
@@ -33,12 +38,23 @@ def data_refusals(config: RunConfig, tokenizer: Tokenizer, seconds: float = SECO
             yield refusal
 
 
-def _sources(config: RunConfig) -> Iterator[tuple[OneSource, bool]]:
+def first_prompt(config: RunConfig, tokenizer: Tokenizer, *, held_out: bool) -> Prompt | None:
+    """The first usable row of the training data, or of the evaluation's; None where it has to be fetched from a hub.
+
+    Raises `Refusal` as the run would.
+    """
+    sources = each_source(evaluation_settings(config), evaluation_key(config)) if held_out else each_source(config.data)
+    if is_hub_name(str(sources[0].settings.path)):
+        return None
+    return next(SourceReader(sources[0], tokenizer, None, need_solution=False, several=len(sources) > 1).prompts())
+
+
+def _sources(config: RunConfig, evaluates: bool) -> Iterator[tuple[OneSource, bool]]:
     """What the run reads, each file once, with whether its rows must have solutions."""
     training = each_source(config.data)
-    yield from ((source, not config.algorithm.generates) for source in training)
+    yield from ((source, not (config.algorithm.generates or evaluates)) for source in training)
     evaluation = config.evaluation
-    if evaluation.every or evaluation.start or evaluation.end:
+    if evaluates or evaluation.every or evaluation.start or evaluation.end:
         seen = [source.settings.path for source in training]
         held_out = each_source(evaluation_settings(config), evaluation_key(config))
         yield from ((source, False) for source in held_out if source.settings.path not in seen)

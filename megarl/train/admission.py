@@ -12,40 +12,42 @@ from megarl.config import rules
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import RewardSettings
-from megarl.data.preview import data_refusals
+from megarl.data.preview import SECONDS, data_refusals, first_prompt
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.errors import MegarlError, Refusal
-from megarl.rewards.grader import BUILTIN_KINDS, Grader
+from megarl.rewards.grader import BUILTIN_KINDS
 from megarl.rewards.judge import key_of
+from megarl.rewards.scorer import build_scorer
 from megarl.train import past
 
 
-def refusals(config: RunConfig, processes: int | None = None, *, trains: bool) -> Iterator[Refusal]:
+def refusals(
+    config: RunConfig, processes: int | None = None, *, trains: bool, evaluates: bool = False, starts: bool = False
+) -> Iterator[Refusal]:
     """Everything that is known to end a run at its start, what is quick to find first.
 
-    `processes` is the world that a launcher started. `trains`: the run's folder is written as that of a training;
-    else it is an evaluation, or rollouts alone.
+    `processes` is the world that a launcher started. `trains`: the run's folder is written as that of a training.
+    `evaluates`: it is an evaluation alone. `starts`: the run, which reads all of its data, follows at once.
     """
     yield from rules.broken_rules(config, processes=processes)
     if trains:
         yield from past.refusals(config)
-    yield from contents(config)
+    yield from contents(config, evaluates=evaluates, seconds=1.0 if starts else SECONDS)
 
 
-def contents(config: RunConfig) -> Iterator[Refusal]:
-    """What a run cannot use in the files that are there: its tokenizer, its data and its reward functions.
+def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SECONDS) -> Iterator[Refusal]:
+    """The first that a run cannot use in the files that are there: its tokenizer, its data or its reward functions.
 
-    For a run whose rules and files have passed.
+    For a run whose rules and files have passed. A file's rows are looked at for `seconds`.
     """
     try:
         tokenizer = _usable_tokenizer(config)
-    except Refusal as refusal:
-        yield refusal
-    else:
-        yield from data_refusals(config, tokenizer)
-    try:
-        _look_at_rewards(config)
+        with _in_a_sentence(f"data.path={config.data.path}", "check the file, and the tokenizer's chat template"):
+            for refusal in data_refusals(config, tokenizer, seconds, evaluates=evaluates):
+                raise refusal
+        _look_at_reward("reward", config.reward, config, tokenizer)
+        _look_at_reward("evaluation.reward", config.evaluation.reward, config, tokenizer)
     except Refusal as refusal:
         yield refusal
 
@@ -60,19 +62,16 @@ def _usable_tokenizer(config: RunConfig) -> Tokenizer:
         return tokenizer
 
 
-def _look_at_rewards(config: RunConfig) -> None:
-    """Start what finds rewards, and end it again; a judge is not asked."""
-    for section, settings in (("reward", config.reward), ("evaluation.reward", config.evaluation.reward)):
-        if settings is not None:
-            with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
-                _look_at_reward(section, settings)
-
-
-def _look_at_reward(section: str, settings: RewardSettings) -> None:
-    if settings.judge is not None:
-        key_of(settings.judge)
-    elif settings.kind not in BUILTIN_KINDS:
-        Grader(settings.model_copy(update={"workers": 1}), section).close()
+def _look_at_reward(section: str, settings: RewardSettings | None, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Start what finds rewards, try it on the first row as the run will, and end it again; a judge is not asked."""
+    if settings is None or settings.kind in BUILTIN_KINDS:
+        return
+    with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
+        if settings.kind == "judge" and settings.judge is not None:
+            key_of(settings.judge)
+            return
+        first = first_prompt(config, tokenizer, held_out=section != "reward")
+        build_scorer(settings.model_copy(update={"workers": 1}), section=section, first=first).close()
 
 
 @contextlib.contextmanager
