@@ -16,6 +16,8 @@ from megarl.config.load import load_config
 from megarl.errors import Refusal
 from megarl.train import admission
 
+NO_SOLUTION = b'{"prompt": "x", "answer": "1", "solution": ""}'
+
 
 def said(run_file: Path, *overrides: str, trains: bool = True) -> list[str]:
     return [str(refusal) for refusal in admission.refusals(load_config(run_file, overrides), trains=trains)]
@@ -95,7 +97,12 @@ def test_tokenizers_that_cannot_be_used(run_file: Path) -> None:
         (b'{"prompt": "gr\xfc\xdfe", "answer": "1"}', None, [], "data.path=rows.jsonl"),
         (b"no json", None, [], "data.path=rows.jsonl"),
         (b'{"prompt": "x", "answer": "1"}', "{{ raise_exception('no such role') }}", [], "no such role"),
-        (b'{"prompt": "x", "answer": "1"}', None, ["algorithm=sft"], "data.path=rows.jsonl: has no usable row"),
+        (
+            NO_SOLUTION,
+            None,
+            ["algorithm=sft", "data.solution_column=solution"],
+            "data.path=rows.jsonl: has no usable row",
+        ),
     ],
 )
 def test_data_that_cannot_be_read(
@@ -109,7 +116,7 @@ def test_data_that_cannot_be_read(
     # An evaluation alone reads no solutions.
     config = load_config(run_file, overrides)
     alone = [str(refusal) for refusal in admission.refusals(config, trains=False, evaluates=True)]
-    assert alone == ([] if overrides == ["algorithm=sft"] else [sentence])
+    assert alone == ([] if rows == NO_SOLUTION else [sentence])
 
 
 def test_a_thinking_that_ends_in_several_tokens(run_file: Path) -> None:

@@ -22,7 +22,7 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     path = [str(part) for part in details["loc"]]
     key = ".".join(([prefix] if prefix else []) + path)
     # A place in a list of records is no name of the schema's.
-    names = [part for part in path if not part.isdecimal()]
+    names = [part for part in details["loc"] if isinstance(part, str)]
     description = _description(record, names)
     if details["type"] == "extra_forbidden":
         return Refusal(key, "is not a known key", _nearest(record, names, prefix))
@@ -34,7 +34,9 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return Refusal(shown, "must be a table of keys", f"write the keys of {key} indented below it")
     if details["type"] == "string_type":
-        fix = f"give {key} a text{description}" if value is None else f'write it in quotes, "{_yaml(value)}"'
+        fix = f"give {key} a text{description}"
+        if isinstance(value, bool | int | float):
+            fix = f'write it in quotes, "{_yaml(value)}"'
         return Refusal(shown, "must be text", fix)
     if details["type"] == "literal_error":
         return Refusal(shown, rule, _nearest_literal(key, str(value), details.get("ctx", {})["expected"]))
