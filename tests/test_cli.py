@@ -56,6 +56,24 @@ def test_every_command_refuses_in_one_line(tmp_path: Path, command: list[str]) -
     assert not (tmp_path / "runs").exists(), "a refused run leaves nothing behind"
 
 
+def test_a_locale_of_another_encoding_changes_nothing(tmp_path: Path) -> None:
+    write_case(tmp_path)
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    result = megarl(tmp_path, "check", "run.yaml", "data.system=Réponds, 日本", **ascii_only)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "system: Réponds, 日本\n" in result.stdout
+
+
+def test_a_benchmark_has_steps(tmp_path: Path) -> None:
+    write_case(tmp_path)
+    result = megarl(tmp_path, "bench", "step", "run.yaml", "steps=null", "epochs=2")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "megarl: epochs=2: says how long a run is, and not how many steps are measured. "
+        "Fix: give steps=N epochs=null.\n",
+    )
+
+
 def test_check_prints_the_resolved_file(tmp_path: Path) -> None:
     run = write_case(tmp_path)
     result = megarl(tmp_path, "check", "run.yaml", "optimizer.lr=3e-5", "parallel.tensor=2", "parallel.processes=2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line. A `MegarlError` becomes its sentence on stderr and its exit code, no traceback."""
+    _speak_utf8()
     _leave_working_folder()
     try:
         require_home()
@@ -42,6 +44,18 @@ def main() -> None:
         if not error.delivered:
             print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale is of another encoding.
+
+    Files of models, data and runs are UTF-8, and neither megarl's libraries nor the processes that it starts say so
+    everywhere they read, write and print.
+    """
+    if sys.flags.utf8_mode or locale.getencoding().lower() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _leave_working_folder() -> None:
