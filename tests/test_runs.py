@@ -251,7 +251,9 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
         "evaluation.path=null",
         "evaluation.sources=[{path: data/heldout.jsonl, name: a, max_rows: 2}, {path: data/train.jsonl, max_rows: 3}]",
     )
-    run(base, "train", "run.yaml", "name=options", *options)
+    code, _, errors = call(base, "train", "run.yaml", "name=options", *options)
+    assert code == 0, errors[-4000:]
+    assert "data: all 56 rows kept; starting" in " ".join(errors.split())
     first, second = steps_of(base, "options")
     assert first["groups_trained"] == 8
     assert first["lr"] == 1e-3 and 0 <= second["lr"] < 1e-3
