@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import parity
 import pytest
 import torch
 
@@ -24,3 +29,23 @@ def test_device_contexts_hold_for_the_redirected_factories() -> None:
     """In a fresh process: whoever enters such a context first decides which functions it knows."""
     done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[0] == "{'meta'} cpu", done.stderr
+
+
+def threads_of_an_update(world: Any, folder: Path) -> tuple[int, int]:
+    """Threads of this process before and after an update of all weights by two threads. A scenario of `run_world`."""
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).exp()
+    with parity.policy_of(parity.run_config(folder / "qwen2-tied"), world) as policy:
+        batch = parity.mini_batch(0)
+        values = [np.full(s.response_length, -4.5) for s in batch]
+        policy.log_probs(batch)
+        before = len(os.listdir("/proc/self/task"))
+        parity.update(policy, parity.grpo(policy.config), parity.with_old_log_probs(batch, values, 0))
+        return before, len(os.listdir("/proc/self/task"))
+
+
+def test_an_update_starts_no_further_threads(tmp_path: Path):
+    """With more threads of OpenMP than cores none of them spins between loops any more."""
+    parity.write_model(tmp_path, "qwen2-tied")
+    ((before, after),) = parity.run_world("test_cpu_platform", "threads_of_an_update", 1, tmp_path)
+    assert after == before

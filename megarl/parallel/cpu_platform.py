@@ -53,6 +53,7 @@ def activate() -> None:
     _redirect_recompute()
     _redirect_experts()
     _redirect_uneven_collectives()
+    _leave_out_gathers_of_one()
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,6 +203,27 @@ def _redirect_uneven_collectives() -> None:
         return None
 
     distributed.all_gather, distributed.reduce_scatter = uneven_all_gather, uneven_reduce_scatter
+
+
+def _leave_out_gathers_of_one() -> None:
+    """Gather no updated weights where one rank has them all.
+
+    Of such a gather nothing comes but harm: gloo copies large tensors in a thread of its own by a team of OpenMP
+    threads, which outlives the copy. From then on there are more such threads than cores, so that OpenMP's threads no
+    longer spin between loops but sleep, and small operations take twice as long, in generation too.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    group: Any = param_and_grad_buffer._ParamAndGradBucketGroup
+    original = group.start_param_sync
+
+    def start_param_sync(self: Any, force_sync: bool = False) -> None:
+        if self.intra_distributed_optimizer_instance_size > 1 or self.ddp_config.overlap_param_gather:
+            original(self, force_sync)
+        else:
+            self.param_gather_dispatched = True
+
+    group.start_param_sync = start_param_sync
 
 
 def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
