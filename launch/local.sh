@@ -12,4 +12,4 @@ processes=$1
 shift
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-exec torchrun --standalone --nproc-per-node "$processes" -m megarl "$@"
+exec torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" -m megarl "$@"

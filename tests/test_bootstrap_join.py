@@ -11,19 +11,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from failing_judge import free_port
 from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing import get_context
 
 from megarl.errors import Interrupted, MegarlError, Refusal
 from megarl.parallel import bootstrap, cpu_platform, roll_call
 from megarl.parallel import place as place_module
-from megarl.parallel.place import Place, expand_hosts, find_place, free_port, place_over_mpi
+from megarl.parallel.place import Place, expand_hosts, find_place, place_over_mpi
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -170,7 +172,7 @@ def test_mpi_gives_rank_size_layout_and_a_place_to_meet(hosts: str) -> None:
     ports = {place.port for place in found}
     assert len(ports) == 1 and int(ports.pop()) > 1023
     assert sorted((p.rank, p.size, p.local_rank, p.address, p.node) for p in found) == [
-        (rank, 4, rank, HOST, 0) for rank in range(4)
+        (rank, 4, rank, "127.0.0.1", 0) for rank in range(4)
     ]
 
 
@@ -376,6 +378,21 @@ def test_something_else_at_the_port_is_not_waited_for_without_end() -> None:
         ((seconds, said),) = end_of([place_of(1, 2, listener.getsockname()[1])])
     assert seconds < LIMIT + 3
     assert "(health.join_limit; what listens there does not answer): see that it was" in said
+
+
+def test_a_port_that_megarl_chose_is_held_until_the_store_has_it() -> None:
+    listener = place_module._listen()
+    port = listener.getsockname()[1]
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("", port))
+    places = [replace(place_of(0, 2, port), listener=listener), place_of(1, 2, port)]
+    assert [said for _, said in end_of(places)] == ["came"] * 2
+
+
+def test_a_process_alone_lets_the_system_choose_as_the_store_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert bootstrap._meeting_place(2.0) == Place(0, 1, 0, "127.0.0.1", "0")
 
 
 def test_a_port_that_is_taken_is_refused() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from config_case import write_case
+from failing_judge import free_port
 from torch.multiprocessing import get_context
 
 from megarl.config.cluster import GIB
@@ -30,7 +31,6 @@ from megarl.health import preflight as module
 from megarl.health.preflight import preflight
 from megarl.health.readiness import Gpu, Link, RankFacts, broken_rules, slow_links
 from megarl.parallel.bootstrap import World
-from megarl.parallel.place import free_port
 
 SETTINGS = PreflightSettings()
 HOST = socket.gethostname()

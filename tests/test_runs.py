@@ -15,10 +15,10 @@ import arithmetic_run
 import numpy as np
 import preloaded
 import pytest
+from failing_judge import free_port
 from parity import read_checkpoint
 
 from megarl.health.run_lock import RunLock
-from megarl.parallel.bootstrap import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -16,12 +16,12 @@ import preloaded
 import pytest
 import torch
 import torch.distributed as dist
+from failing_judge import free_port
 
 from megarl.config.health import HealthSettings
 from megarl.errors import Refusal
 from megarl.health.guard import Guard, watching
 from megarl.parallel import bootstrap, progress
-from megarl.parallel.bootstrap import free_port
 
 HOST = socket.gethostname()
 #: `limits` bound a phase in which somebody works; `silence` finds who is stopped.

@@ -19,7 +19,9 @@ EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> int:
     from megarl.conversion import command
+    from megarl.parallel import terminal
 
+    terminal.keep()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

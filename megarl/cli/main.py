@@ -21,6 +21,7 @@ from megarl.cli.submit import submit
 from megarl.cli.train import train
 from megarl.config import user_code
 from megarl.errors import MegarlError
+from megarl.parallel import terminal
 
 app = typer.Typer(
     help="Reinforcement learning of language models on Megatron-core policies and vLLM engines.",
@@ -36,13 +37,14 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     """Run the command line. A `MegarlError` becomes its sentence on stderr and its exit code, no traceback."""
     _speak_utf8()
+    terminal.keep()
     _leave_working_folder()
     try:
         require_home()
         app()
     except MegarlError as error:
         if not error.delivered:
-            print(f"megarl: {' '.join(str(error).split())}", file=sys.stderr)
+            terminal.say(str(error))
         sys.exit(error.exit_code)
 
 

@@ -6,6 +6,7 @@ Nothing here imports torch before the configuration has passed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, Refusal
 from megarl.health import time_limit
+from megarl.parallel import terminal
+from megarl.parallel.launch import launch, stop_signals
 from megarl.train import admission
 
 T = TypeVar("T")
@@ -67,7 +70,7 @@ def say(sentence: str) -> None:
 
 
 def answer_stops(notice: float) -> None:
-    """Until the run listens to them, let SIGUSR1 and SIGTERM end this process with a sentence and its exit code.
+    """Until the run listens, let a signal that asks for a stop end this process with a sentence and its exit code.
 
     Heavy imports come first, and by default such a signal would end them without a word. Ahead of a job's time limit
     the code is 2, since a job that is over before it began would be so again.
@@ -82,10 +85,10 @@ def answer_stops(notice: float) -> None:
             what = "the time limit is shorter than the start. Fix: submit with a longer --time"
             code = Refusal.exit_code
         if speaks:
-            os.write(2, f"megarl: stopped at {signal.Signals(number).name}, while it started: {what}\n".encode())
+            terminal.say(f"stopped at {signal.Signals(number).name}, while it started: {what}")
         os._exit(code)
 
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, end)
 
 
@@ -116,8 +119,6 @@ def run(worker: Callable[..., T], *args: Any, processes: int | None) -> T | None
     if place is not None:
         result = worker(*args)
         return result if place[0] == 0 else None
-    from megarl.parallel.launch import launch
-
     return launch(worker, args, processes or 1)
 
 
@@ -135,7 +136,7 @@ def reserved_stdout(reserve: bool) -> Iterator[TextIO]:
     saved = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream:
+        with terminal.stream(saved) as stream:
             yield stream
     finally:
         sys.stdout.flush()
@@ -144,14 +145,21 @@ def reserved_stdout(reserve: bool) -> Iterator[TextIO]:
 
 
 def show(result: Any, stream: TextIO, as_json: bool) -> None:
-    """Print a result: one JSON line, or one `key  value` line per entry with nested keys dotted."""
+    """Print a result: one JSON line, or one `key  value` line per entry with nested keys dotted.
+
+    Raises `Refusal` where it cannot be written; a reader that has left does not want it.
+    """
     if result is None:
         return
-    if as_json:
-        print(json.dumps(result), file=stream, flush=True)
-        return
-    for key, value in _flat(result):
-        print(f"{key:<32} {value:.6g}" if isinstance(value, float) else f"{key:<32} {value}", file=stream)
+    lines = [json.dumps(result)] if as_json else [_line(key, value) for key, value in _flat(result)]
+    print("\n".join(lines), file=stream, flush=True)
+    error = terminal.lost(stream)
+    if error is not None and error.errno != errno.EPIPE:
+        raise Refusal("stdout", f"must take the command's result ({error.strerror})", "send it to a place with room")
+
+
+def _line(key: str, value: Any) -> str:
+    return f"{key:<32} {value:.6g}" if isinstance(value, float) else f"{key:<32} {value}"
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,8 +12,13 @@ import torch
 import torch.distributed as dist
 
 from megarl.config.health import HealthSettings
+from megarl.errors import Interrupted
 from megarl.parallel import terminal
-from megarl.parallel.launch import forwarded_signal, started_here
+from megarl.parallel.launch import KEYBOARD, at_once, forwarded_signal, started_here, stop_signals
+
+#: Seconds within which two signals are one press of a key under torchrun: the terminal sends it to every process, and
+#: torchrun once more to those that it started.
+_SAME_PRESS = 1.0
 
 
 class Stopping:
@@ -22,6 +27,8 @@ class Stopping:
     def __init__(self, settings: HealthSettings) -> None:
         self._settings = settings
         self._ends: float | None = None
+        self._pid = os.getpid()
+        self._pressed = float("inf")
         self.reason = ""
 
     @property
@@ -54,26 +61,35 @@ class Stopping:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn SIGUSR1 and SIGTERM into requests inside."""
-        notices = {signal.SIGUSR1: self._settings.notice, signal.SIGTERM: self._settings.term_notice}
-        if started_here():
-            # There SIGTERM means that the processes that were started beside this one end.
-            del notices[signal.SIGTERM]
-        for number in notices:
+        """Turn the signals that ask for a stop into requests inside; the second from the keyboard ends the process."""
+        # Under megarl's own launcher SIGTERM means that the processes that were started beside this one end, and all
+        # that ask for a stop come as SIGUSR1.
+        numbers = [signal.SIGUSR1] if started_here() else stop_signals()
+        for number in numbers:
             signal.signal(number, self._on_signal)
         try:
             yield
         finally:
             # What answered them before the run does not know that it has been.
-            for number in notices:
+            for number in numbers:
                 signal.signal(number, signal.SIG_DFL)
 
     def _on_signal(self, number: int, _: object) -> None:
+        if os.getpid() != self._pid:
+            # A process that this one forked, such as a writer of a save, has its handlers.
+            return
         number = forwarded_signal() or number
         name = signal.Signals(number).name
+        if number in KEYBOARD:
+            if time.monotonic() - self._pressed > (_SAME_PRESS if "TORCHELASTIC_RUN_ID" in os.environ else 0):
+                if _speaks():
+                    terminal.say(at_once(name))
+                os._exit(Interrupted.exit_code)
+            self._pressed = time.monotonic()
         self.request(name, self._settings.notice if number == signal.SIGUSR1 else self._settings.term_notice)
         if _speaks():
-            terminal.say(f"{name}: the run stops as soon as its state is saved")
+            again = f"; a second {name} ends it at once" if number in KEYBOARD else ""
+            terminal.say(f"{name}: the run stops as soon as its state is saved{again}")
 
 
 def _speaks() -> bool:

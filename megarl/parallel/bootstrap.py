@@ -11,6 +11,7 @@ import socket
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megarl.errors import Interrupted, Refusal
 from megarl.parallel import cpu_platform, roll_call
-from megarl.parallel.place import DEFAULT_PORT, Place, find_place, free_port, place_over_mpi
+from megarl.parallel.place import DEFAULT_PORT, LOOPBACK, Place, find_place, place_over_mpi
 
 #: Minutes that a rank waits for the others in a collective before it gives up.
 TIMEOUT_MINUTES = 30.0
 
 #: Seconds that the ranks wait for all of them to come.
 JOIN_LIMIT = 600.0
+
+#: Linux's name of the interface of the loopback address.
+_LOOPBACK_INTERFACE = "lo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,11 @@ def join(timeout_minutes: float = TIMEOUT_MINUTES, join_limit: float = JOIN_LIMI
     cuda = cpu_platform.has_cuda()
     if cuda:
         place = replace(place, local_rank=_gpu(place))
+    if cuda:
+        torch.cuda.set_device(place.local_rank)
+    formed = not dist.is_initialized()
+    if formed:
+        place = _form(place, "cpu:gloo,cuda:nccl" if cuda else "gloo", join_limit)
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.size),
@@ -66,11 +75,6 @@ def join(timeout_minutes: float = TIMEOUT_MINUTES, join_limit: float = JOIN_LIMI
         MASTER_ADDR=str(place.address),
         MASTER_PORT=str(place.port),
     )
-    if cuda:
-        torch.cuda.set_device(place.local_rank)
-    formed = not dist.is_initialized()
-    if formed:
-        _form(place, "cpu:gloo,cuda:nccl" if cuda else "gloo", join_limit)
     named: list[tuple[str, int | str]] = [("", "")] * place.size
     host = socket.gethostname()
     try:
@@ -102,8 +106,8 @@ def _meeting_place(join_limit: float) -> Place:
     """This process's place, with rank 0's address and port."""
     place = place_over_mpi(find_place(os.environ) or Place(0, 1, 0, None, None), join_limit)
     if place.size == 1:
-        port = place.port if place.port not in (None, "0") else str(free_port())
-        return replace(place, address=place.address or "127.0.0.1", port=port)
+        # Port 0: the system chooses one as the store opens, which nobody can take in between.
+        return replace(place, address=place.address or LOOPBACK, port=place.port or "0")
     if place.address is None:
         raise Refusal(
             f"rank {place.rank} of {place.size} without MASTER_ADDR",
@@ -128,10 +132,15 @@ def _gpu(place: Place) -> int:
     return place.local_rank
 
 
-def _form(place: Place, backend: str, limit: float) -> None:
-    """Meet the other ranks and form the default process group with them, in `limit` seconds."""
+def _form(place: Place, backend: str, limit: float) -> Place:
+    """Meet the other ranks and form the default process group with them, in `limit` seconds; returns the place with the
+    port that they met at."""
     started = time.monotonic()
-    store: Store = PrefixStore("default_pg", roll_call.meet(place, limit))
+    if place.address == LOOPBACK and _LOOPBACK_INTERFACE in (name for _, name in socket.if_nameindex()):
+        # All are on this host. gloo would look up the host's name, which a resolver need not know, for an address.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+    met = roll_call.meet(place, limit)
+    store: Store = PrefixStore("default_pg", met)
     left = timedelta(seconds=max(10.0, limit - (time.monotonic() - started)))
     try:
         # gloo waits five times as long as it is told to for a connection.
@@ -139,6 +148,8 @@ def _form(place: Place, backend: str, limit: float) -> None:
         dist.distributed_c10d._set_pg_timeout(left)
     except RuntimeError as error:
         raise _unreached(place, error) from None
+    opened: Any = met.underlying_store
+    return replace(place, port=str(opened.port))
 
 
 def _unreached(place: Place, error: RuntimeError) -> Interrupted:

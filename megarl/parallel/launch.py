@@ -1,4 +1,4 @@
-"""Starts the local processes of a run with torch's elastic launcher.
+"""Starts the local processes of a run, by torch's multiprocessing.
 
 On the CPU the workers are forked from a parent that has already imported the function they run, and
 with it the heavy libraries: they start at once and share that memory. With CUDA they are spawned,
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 from megarl.config.environment import whole_number
 from megarl.errors import Interrupted, MegarlError
 from megarl.parallel import terminal
+from megarl.parallel.place import LOOPBACK
 
 T = TypeVar("T")
 
@@ -32,6 +34,9 @@ _REPORT = "MEGARL_REPORT"
 
 #: The file, beside that one, that holds the number of the signal which was passed on.
 _ASKED = "asked"
+
+#: Signals that a user sends with a key: interrupt and quit.
+KEYBOARD = frozenset((signal.SIGINT, signal.SIGQUIT))
 
 #: From linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
@@ -45,7 +50,7 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
 
     One process runs here, in this process. When a worker raises, the others are ended; a `MegarlError` is
     raised again here, the end of a worker by a signal becomes `Interrupted`, and another failure torch's
-    `ChildFailedError`, which names rank, exit code and error.
+    `ProcessRaisedException`, which has its traceback.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # OpenMP allows a list, of which the first is that of the outermost level.
@@ -55,44 +60,67 @@ def launch(function: Callable[..., T], args: tuple[Any, ...], processes: int) ->
         return function(*args)
 
     import torch
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch._C._distributed_c10d import TCPStore
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
     torch.set_num_threads(max(1, threads))
     # The launcher's own log repeats what the exception says, around a sentence that is meant to stand alone.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="spawn" if torch.cuda.is_available() else "fork",
-        max_restarts=0,
-        monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(),
-        # SIGTERM is passed on, for the workers to save what they have.
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
-    )
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    result = multiprocessing.get_context(method).SimpleQueue()
+    # Held until the last of them has ended. The system chooses the port; nothing here asks for a host's name.
+    store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    place = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    others = multiprocessing.active_children()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "error"
+        given = (function, args, place, str(report), result)
         with _stops_forwarded(Path(folder)):
             try:
-                return elastic_launch(config, _worker)(function, args, str(report))[0]
-            except ChildFailedError as error:
+                started = start_processes(_worker, given, processes, join=False, start_method=method)
+                return _result_of(started, result)
+            except (ProcessRaisedException, ProcessExitedException) as error:
                 if report.is_file():
                     raise pickle.loads(report.read_bytes()) from None
-                rank, failure = error.get_first_failure()
-                if failure.exitcode >= 0:
-                    raise
-                name = signal.Signals(-failure.exitcode).name
-                raise Interrupted(
-                    f"rank {rank}, process {failure.pid}, was ended by {name}: where that was not meant, see the "
-                    "system's log for memory that ran out, and start again with resume=auto"
-                ) from None
+                if (ended := _ended_by_signal(error, Path(folder))) is not None:
+                    raise ended from None
+                raise
+            finally:
+                # Some are left where this process was told to end at once.
+                for process in multiprocessing.active_children():
+                    if process not in others:
+                        process.kill()
+
+
+def _result_of(started: Any, result: Any) -> Any:
+    """What the first of the processes sends, once all of them have ended."""
+    value = None
+    while not started.join(timeout=0.2):
+        # One that sends much waits for its reader.
+        if not result.empty():
+            value = pickle.loads(result.get())
+    return value if result.empty() else pickle.loads(result.get())
+
+
+def _ended_by_signal(error: Any, folder: Path) -> Interrupted | None:
+    """The sentence for a process that a signal ended; None for another failure."""
+    number = -getattr(error, "exit_code", 0)
+    if number <= 0:
+        return None
+    if number == signal.SIGUSR1 and (asked := folder / _ASKED).is_file():
+        name = signal.Signals(int(asked.read_text(encoding="utf-8"))).name
+        return Interrupted(f"stopped at {name}, while it started: start it again")
+    return Interrupted(
+        f"rank {error.error_index}, process {error.error_pid}, was ended by {signal.Signals(number).name}: where that "
+        "was not meant, see the system's log for memory that ran out, and start again with resume=auto"
+    )
 
 
 def started_here() -> bool:
@@ -130,16 +158,25 @@ def deliver(error: MegarlError) -> None:
 
 @contextlib.contextmanager
 def _stops_forwarded(folder: Path) -> Iterator[None]:
-    """Inside, a signal that asks this process to stop asks the workers, which save what they have and end."""
+    """Inside, a signal that asks this process to stop asks the workers, which save what they have and end.
+
+    The second that a user sends from the keyboard ends all of them at once.
+    """
+    seen: list[int] = []
 
     def forward(number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        pressed_before = number in KEYBOARD and not KEYBOARD.isdisjoint(seen)
+        seen.append(number)
+        started = [int(file.read_text()) for file in folder.glob("started.*")]
+        if not started:
+            raise Interrupted(f"stopped at {name}, before any process had started")
+        if pressed_before:
+            raise Interrupted(at_once(name))
         # Which one it was says how much time is left; its own number would come again when the launcher ends a worker.
         with contextlib.suppress(OSError):
             (folder / f"{_ASKED}.partial").write_text(str(number))
             (folder / f"{_ASKED}.partial").replace(folder / _ASKED)
-        started = [int(file.read_text()) for file in folder.glob("started.*")]
-        if not started:
-            raise Interrupted(f"stopped at {signal.Signals(number).name}, before any process had started")
         for pid in started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
@@ -147,7 +184,7 @@ def _stops_forwarded(folder: Path) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         yield
     finally:
@@ -155,24 +192,45 @@ def _stops_forwarded(folder: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _worker(function: Callable[..., T], args: tuple[Any, ...], report: str) -> T | None:
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask this process to stop: a scheduler's and a terminal's, but for those that it was started with
+    to ignore (nohup, a shell's background)."""
+    terminals = [number for number in (*KEYBOARD, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    return [signal.SIGUSR1, signal.SIGTERM, *terminals]
+
+
+def at_once(name: str) -> str:
+    """What is said where a second signal from the keyboard ends a run."""
+    return f"ended at once by a second {name}: what was saved before stays, go on with resume=auto"
+
+
+def _worker(
+    rank: int, function: Callable[..., T], args: tuple[Any, ...], place: dict[str, str], report: str, result: Any
+) -> None:
     """Run the function; a user-facing error is left in the file `report`, for the parent to print its sentence.
 
     The process then fails, so that the launcher ends the others, which may be waiting for this one.
     """
+    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ[_REPORT] = report
     _end_with_parent()
     # Forked workers inherit the handlers of the parent. Until a run listens, a stop is the end; a run that watches over
     # its ranks is told nothing by the launcher's SIGTERM, since it names who failed and ends.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    # A terminal sends them to all of its processes: the parent passes them on.
+    for number in (*KEYBOARD, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    terminal.keep()
     _wait_for_all(Path(report).parent)
     try:
         value = function(*args)
     except MegarlError as error:
         deliver(error)
         raise
-    return value if os.environ["RANK"] == "0" else None
+    if rank == 0:
+        # By value: what it shares ends with this process.
+        result.put(pickle.dumps(value))
 
 
 def _end_with_parent() -> None:

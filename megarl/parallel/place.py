@@ -12,11 +12,14 @@ import itertools
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megarl.config.environment import whole_number
 from megarl.errors import Refusal
+
+#: Where processes of one host meet: no name that a resolver would have to know.
+LOOPBACK = "127.0.0.1"
 
 #: The port that ranks meet at where nothing else names one.
 DEFAULT_PORT = "29500"
@@ -27,7 +30,8 @@ class Place:
     """Where a process stands. `address` and `port` are rank 0's, None where the launcher does not say.
 
     `mpi`: an MPI launcher started it. `guessed`: the address is Slurm's first host, where MPI's rank 0 need not be.
-    `node` is equal on a host's processes, None where host names or MPI must tell.
+    `node` is equal on a host's processes, None where host names or MPI must tell. `listener` is rank 0's socket at
+    `port`, where it has chosen that: it is held until the ranks' store takes it over.
     """
 
     rank: int
@@ -38,6 +42,7 @@ class Place:
     mpi: bool = False
     guessed: bool = False
     node: int | None = None
+    listener: socket.socket | None = field(default=None, compare=False, repr=False)
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
@@ -193,16 +198,18 @@ def _asked(mpi: Any, place: Place) -> Place:
         host = world.Split_type(mpi.COMM_TYPE_SHARED)
         node, local_rank = host.bcast(world.Get_rank(), root=0), host.Get_rank()
         host.Free()
-    meeting = (socket.gethostname(), str(free_port())) if world.Get_rank() == 0 else None
-    address, port = world.bcast(meeting, root=0)
+    found = replace(place, rank=world.Get_rank(), local_rank=local_rank, node=node, guessed=False)
     if place.address is not None and not place.guessed:
-        address, port = place.address, place.port or DEFAULT_PORT
-    found = replace(place, rank=world.Get_rank(), local_rank=local_rank, node=node)
-    return replace(found, address=address, port=port, guessed=False)
+        return replace(found, port=place.port or DEFAULT_PORT)
+    # On one host no name needs to be known.
+    address = LOOPBACK if len(set(world.allgather(node))) == 1 else socket.gethostname()
+    listener = _listen() if world.Get_rank() == 0 else None
+    address, port = world.bcast((address, str(listener.getsockname()[1])) if listener else None, root=0)
+    return replace(found, address=address, port=port, listener=listener)
 
 
-def free_port() -> int:
-    """A TCP port free on this host at the time of the call."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
+def _listen() -> socket.socket:
+    """A socket that listens at a port of the system's choice, which is nobody else's from then on."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=socket.SOMAXCONN)
+    return socket.create_server(("", 0), backlog=socket.SOMAXCONN)

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -18,6 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from megarl.config.wording import name_ranks
 from megarl.errors import Interrupted, MegarlError, Refusal
+from megarl.parallel import terminal
 from megarl.parallel.place import Place, slurm_hosts
 
 #: Seconds of waiting after which the missing are named on the terminal, and between two such lines.
@@ -30,7 +30,7 @@ FAREWELL = 5.0
 _attempts = itertools.count()
 
 
-def meet(place: Place, limit: float) -> Store:
+def meet(place: Place, limit: float) -> PrefixStore:
     """The store that the ranks share, once each of them has come to it. `limit` is in seconds.
 
     Raises `Interrupted` alike on all ranks that came, naming those that did not, or where rank 0 cannot be reached;
@@ -101,6 +101,7 @@ def _open(place: Place, opens: bool, hosted: bool, seconds: float) -> Store | st
                 timeout=timedelta(seconds=seconds),
                 wait_for_workers=False,
                 multi_tenant=hosted,
+                master_listen_fd=None if place.listener is None else place.listener.detach(),
                 use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
             )
             found.append(store)
@@ -131,7 +132,7 @@ def _knock(place: Place, deadline: float) -> str | None:
         if now >= deadline:
             return cause
         if now >= speak and place.local_rank == 0:
-            _say(f"rank {place.rank} waits for rank 0 at {place.address}:{place.port} ({cause})")
+            terminal.say(f"rank {place.rank} waits for rank 0 at {place.address}:{place.port} ({cause})")
             speak = now + NEXT_WORD
         time.sleep(min(0.2, deadline - now))
 
@@ -159,7 +160,7 @@ def call(store: Store, rank: int, size: int, limit: str, deadline: float) -> Non
             # One voice: rank 0's, whose output is looked at first; while it is missing, that of whoever came first.
             if rank == 0 or (nth == 1 and not store.check([_here(0)])):
                 missing = [other for other in range(size) if not store.check([_here(other)])]
-                _say(f"waiting for {name_ranks(missing)} of {size} to come{_empty_hosts(store, size)}")
+                terminal.say(f"waiting for {name_ranks(missing)} of {size} to come{_empty_hosts(store, size)}")
             speak = now + NEXT_WORD
         time.sleep(min(pause, max(0.0, deadline - now)))
         pause = min(0.5, 1.5 * pause)
@@ -232,7 +233,3 @@ def _here(rank: int) -> str:
 def cause_of(error: BaseException) -> str:
     """The first sentence of an error of torch's, whose further ones are stacks and advice, without its full stop."""
     return str(error).splitlines()[0].split(". ")[0].rstrip(". ")
-
-
-def _say(text: str) -> None:
-    print(f"megarl: {text}", file=sys.stderr, flush=True)

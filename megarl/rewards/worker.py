@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from megarl.config import user_code
+from megarl.parallel import terminal
 from megarl.rewards.math import boxed_equals, math_equals, prepare
 
 #: f(text, answer, source), with further columns of the data set by name.
@@ -124,9 +125,11 @@ def main(kind: str, backstop_seconds: float) -> int:
     """Serve until standard input closes. The exit status is 1 where `kind` cannot be imported."""
     # A scheduler or a terminal sends them to every process of a run; what is graded then is still wanted. The end comes
     # by the pipe.
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     requests, replies = _private_pipes()
+    # A reward that prints must not fail because nobody reads it.
+    terminal.keep()
     try:
         function = reward_function(kind)
         if kind in ("math", "boxed"):
