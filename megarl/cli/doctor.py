@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
+from megarl.parallel import terminal
 
 RunFolder = Annotated[
     Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run's folder; none: the installation.", show_default=False)
@@ -48,7 +48,7 @@ def _show_run(console: Console, run_dir: Path, *, every_byte: bool) -> None:
     for directory, known in found:
         damage = known
         if damage is None and every_byte:
-            print(f"megarl: reading {directory.name}", file=sys.stderr)
+            terminal.say(f"reading {directory.name}")
             damage = checkpoint_folder.altered(directory) or _not_finite(directory)
         if damage is not None:
             damaged[directory] = damage

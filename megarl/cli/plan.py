@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from megarl.cli.start import AsJson, ConfigPath, Overrides
 from megarl.config.cluster import read_cluster
 from megarl.config.load import load_config
 from megarl.errors import Refusal
+from megarl.parallel import terminal
 from megarl.rehearsal import rehearse as rehearsal
 from megarl.rehearsal.table import print_report
 
@@ -48,7 +48,7 @@ def plan(
         for line in rehearsal.schedule(settings, machines, gpus, schedule):
             print(line)
         return
-    report = rehearsal.rehearse(settings, machines, gpus, status=lambda text: print(f"megarl: {text}", file=sys.stderr))
+    report = rehearsal.rehearse(settings, machines, gpus, status=terminal.say)
     if as_json:
         print(json.dumps(report.as_table()))
     else:

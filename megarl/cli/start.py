@@ -66,7 +66,7 @@ def say(sentence: str) -> None:
     """A sentence to the user, once for all processes."""
     place = launcher_place()
     if place is None or place[0] == 0:
-        print(f"megarl: {sentence}", file=sys.stderr)
+        terminal.say(sentence)
 
 
 def answer_stops(notice: float) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from megarl.cli.start import ConfigPath, Overrides
 from megarl.config.cluster import read_cluster
+from megarl.parallel import terminal
 from megarl.submission.jobs import Request, prepare
 from megarl.submission.queue import dry_run, submit_all
 from megarl.submission.resources import Resources
@@ -104,11 +105,8 @@ def submit(
         command=shlex.join(["megarl", *sys.argv[1:]]),
     )
 
-    def say(text: str) -> None:
-        print(f"megarl: {' '.join(text.split())}", file=sys.stderr)
-
-    prepared = prepare(request, say, admission.contents, dry=dry)
+    prepared = prepare(request, terminal.say, admission.contents, dry=dry)
     if dry:
-        dry_run(prepared, sys.stdout, say)
+        dry_run(prepared, sys.stdout, terminal.say)
     else:
-        submit_all(prepared, sys.stdout, say)
+        submit_all(prepared, sys.stdout, terminal.say)
