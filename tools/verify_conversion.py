@@ -129,6 +129,7 @@ def log_prob_difference(options: argparse.Namespace, sequences: list[Any]) -> fl
 
 def main(arguments: list[str] | None = None) -> int:
     from megarl.conversion import command
+    from megarl.parallel import terminal
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=command.positive, default=8, help="texts to take (default: 8)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory or .model file (default: beside the model)")
     options = parser.parse_args(arguments)
+    terminal.keep()
     return command.run(lambda ranks: verify(options))
 
 
