@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-_version = re.search(r'__version__ = "(.+)"', (ROOT / "megarl" / "__init__.py").read_text())
+_version = re.search(r'__version__ = "(.+)"', (ROOT / "megarl" / "__init__.py").read_text(encoding="utf-8"))
 assert _version, "megarl/__init__.py must define __version__"
 
 setup(

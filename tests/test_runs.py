@@ -18,6 +18,7 @@ import pytest
 from failing_judge import free_port
 from parity import read_checkpoint
 
+from megarl.cli.main import main
 from megarl.health.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +101,24 @@ def start_script(folder: Path, script: str, *arguments: str, **environment: str)
     return subprocess.Popen(command, cwd=folder, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
 
 
+def _without_a_reader(*arguments: str) -> None:
+    """As `megarl ARGUMENTS 2>&1 | head`, whose reader is gone."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(reader)
+    sys.argv = ["megarl", *arguments]
+    main()
+
+
 def test_every_launcher_gives_the_same_run(base: Path) -> None:
     """MPI with four processes, of which the weights are compared to the bit, and torchrun with two, on one machine and
     on two that are the same one."""
     four = ("parallel.processes=4", "steps=1", "evaluation.end=false", "checkpoint.export_hf=true")
-    run(base, "train", "run.yaml", "name=forked", *four)
+    # The one that the others are compared with has nobody who reads what it prints.
+    forked = preloaded.Started(_without_a_reader, "train", "run.yaml", "name=forked", *four, folder=base)
+    forked.communicate(LIMIT)
+    assert forked.returncode == 0
     launch(base, [("mpirun.sh", "4", "train", "run.yaml", "name=mpirun", *four)], MPIRUN_OPTIONS="--oversubscribe")
     assert steps_of(base, "mpirun") == steps_of(base, "forked")
     expected, before = read_checkpoint(base / "runs/forked/hf"), read_checkpoint(base / "model")

@@ -68,7 +68,7 @@ class Campaign:
         from faults.trial import Trial
 
         seen = Trial(fault, self._references[fault.world], self._halfway, say).make()
-        with open(self._out / "results.jsonl", "a") as file:
+        with open(self._out / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(seen.line() + "\n")
         return seen
 
@@ -131,8 +131,8 @@ def keep_seed(out: Path, seed: int) -> None:
     """Have the folder hold one seed's faults, whose names do not tell it. Raises `OtherSeed`."""
     file = out / "seed"
     if not file.is_file():
-        file.write_text(f"{seed}\n")
-    elif (there := int(file.read_text())) != seed:
+        file.write_text(f"{seed}\n", encoding="utf-8")
+    elif (there := int(file.read_text(encoding="utf-8"))) != seed:
         raise OtherSeed(f"--seed {seed}: must be {there} as in {out}. Fix: use that seed, or another --out.")
 
 

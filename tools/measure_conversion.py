@@ -57,7 +57,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> tuple[int, int]:
     }
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shapes = hf_tensors(model_shape_from_hf(config))
     names, files = list(shapes), 6
     source = torch.Generator().manual_seed(0)
@@ -69,7 +69,9 @@ def make_checkpoint(folder: Path, gigabytes: float) -> tuple[int, int]:
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
         sizes += [tensor.nbytes for tensor in part.values()]
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8"
+    )
     return sum(sizes), max(sizes)
 
 
@@ -89,7 +91,7 @@ def convert(tool: str, arguments: list[str | Path], out: Path, processes: int) -
     shutil.rmtree(out, ignore_errors=True)
     launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(processes)] if processes > 1 else []
     command = [*launcher, sys.executable, "-c", PEAK, str(TOOLS), tool, *map(str, arguments), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise SystemExit(done.stderr)
     seconds = re.search(r"in ([\d.]+) s", done.stdout)

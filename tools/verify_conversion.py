@@ -54,7 +54,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompts is None:
         return list(PROMPTS)
     try:
-        rows = [json.loads(line) for line in options.prompts.read_text().splitlines()[: options.rows]]
+        rows = [json.loads(line) for line in options.prompts.read_text(encoding="utf-8").splitlines()[: options.rows]]
     except ValueError as error:
         raise Refusal(f"--prompts {options.prompts}", f"must be .jsonl ({error})", "give such a file") from None
     if not rows or any(not isinstance(row, dict) or not isinstance(row.get(options.column), str) for row in rows):

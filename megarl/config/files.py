@@ -67,7 +67,7 @@ def checkpoint_refusals(folder: Path) -> Iterator[Refusal]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
             yield Refusal(str(index), "must be JSON with a weight_map", "copy the checkpoint again")
             return

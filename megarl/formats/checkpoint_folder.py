@@ -77,7 +77,7 @@ def read_progress(directory: Path) -> dict[str, Any]:
 
     Raises `Refusal` where a newer version of megarl wrote it, `Damaged` where it is not what was written.
     """
-    found = json.loads((directory / "progress.json").read_text())
+    found = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
     stated = found.pop("checksum", None)
     # First, and the same in every format: the number of the format may be what was altered.
     if stated is not None and stated != _checksum(found):
@@ -211,7 +211,7 @@ def newest(path: str | Path) -> Path:
 def _named(path: Path) -> Path | None:
     """The checkpoint that the `latest` in `path`, or in its checkpoints/, names, whether it is there or not."""
     root = next((r for r in (path, path / "checkpoints") if (r / "latest").is_file()), None)
-    return None if root is None else root / (root / "latest").read_text().strip()
+    return None if root is None else root / (root / "latest").read_text(encoding="utf-8").strip()
 
 
 def require(path: str | Path, setting: str) -> Path:

@@ -131,7 +131,7 @@ class HfCheckpoint:
 def read_weight_map(index: Path) -> dict[str, str]:
     """The file of every tensor, from an index. Raises `Refusal` where it cannot be read."""
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         raise Refusal(str(index), "must be JSON with a weight_map", "copy the checkpoint again") from None
 
@@ -204,7 +204,7 @@ class HfFiles:
             total = self.total_bytes - sum(map(len, self._headers.values()))
             weight_map = {name: place.file for name, place in self._places.items()}
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (directory / INDEX).write_text(json.dumps(content, indent=1))
+            (directory / INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def write(self, directory: Path, name: str, box: Box, data: torch.Tensor) -> None:
         """Put the rows `box` of a tensor, whole in all dimensions but the first, at their place."""

@@ -228,7 +228,7 @@ def write_index(directory: Path, chunks: Iterable[Chunk]) -> None:
     metadata = Metadata(tensors, storage_data=places)
     metadata.version = CURRENT_DCP_VERSION
     torch.save({"content_metadata": CONTENT}, directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps(BACKEND))
+    (directory / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 

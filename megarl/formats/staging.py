@@ -42,7 +42,7 @@ class Staging:
             raise Refusal(str(self.out), f"cannot be made ({error.strerror})", "give another directory") from None
         self._take_lock()
         identity = self._records / "identity.json"
-        again = identity.is_file() and identity.read_text() == self._identity
+        again = identity.is_file() and identity.read_text(encoding="utf-8") == self._identity
         if not again:
             self._clear()
         present = sum(file.stat().st_blocks * 512 for file in self.path.iterdir() if file.is_file())
@@ -57,12 +57,12 @@ class Staging:
             )
         if not again:
             # Last, so that a directory without it is never continued.
-            identity.write_text(self._identity)
+            identity.write_text(self._identity, encoding="utf-8")
         return again
 
     def _take_lock(self) -> None:
         """Held by the open file, so that a process that was killed leaves none behind."""
-        self._lock = open(self._records / "lock", "w")  # noqa: SIM115 (kept open)
+        self._lock = open(self._records / "lock", "w", encoding="utf-8")  # noqa: SIM115 (kept open)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -83,20 +83,20 @@ class Staging:
     def forget(self) -> None:
         """Have all pieces made anew."""
         self._clear()
-        (self._records / "identity.json").write_text(self._identity)
+        (self._records / "identity.json").write_text(self._identity, encoding="utf-8")
 
     def recorded(self, piece: str) -> Any:
         """What was recorded of a finished piece, or None."""
         file = self._records / f"{piece}.json"
         try:
-            return json.loads(file.read_text())
+            return json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
 
     def record(self, piece: str, facts: Any) -> None:
         """Say that a piece is finished, its bytes on the disk."""
         fresh = self._records / f"{piece}.new"
-        fresh.write_text(json.dumps(facts))
+        fresh.write_text(json.dumps(facts), encoding="utf-8")
         fresh.replace(self._records / f"{piece}.json")
 
     def finish(self) -> None:

@@ -93,5 +93,5 @@ def gpu(device: torch.device) -> Gpu | None:
 def _driver() -> str | None:
     if not _DRIVER.is_file():
         return None
-    match = re.search(r"Kernel Module\D*([\d.]+)", _DRIVER.read_text())
+    match = re.search(r"Kernel Module\D*([\d.]+)", _DRIVER.read_text(encoding="utf-8"))
     return match.group(1) if match else None

@@ -96,7 +96,7 @@ class PreflightReport:
 
     def write(self, file: Path) -> None:
         """Write `as_table` as JSON."""
-        file.write_text(json.dumps(self.as_table(), indent=1) + "\n")
+        file.write_text(json.dumps(self.as_table(), indent=1) + "\n", encoding="utf-8")
 
 
 def preflight(config: RunConfig, world: World, run_directory: Path) -> PreflightReport:
@@ -203,7 +203,7 @@ class _Token:
             for folder in reversed(missing):
                 folder.mkdir(exist_ok=True)
                 self._made.append(folder)
-            self._path(self.content).write_text(self.content)
+            self._path(self.content).write_text(self.content, encoding="utf-8")
         except OSError as error:
             self.withdraw_folders = True
             return error.strerror or str(error)
@@ -217,7 +217,7 @@ class _Token:
                 # To list a folder makes NFS ask the server again for what is in it.
                 for folder in (self.directory.parent, self.directory):
                     os.listdir(folder)
-                if self._path(content).read_text() == content:
+                if self._path(content).read_text(encoding="utf-8") == content:
                     return True
             if time.monotonic() > until:
                 return False

@@ -141,7 +141,7 @@ class RunLock:
         """Whether the lock was free. It appears with its content, by a link: atomic on shared file systems too."""
         fresh = self._file.with_name(f"lock.{self._own.token}")
         try:
-            fresh.write_text(json.dumps(asdict(self._own)))
+            fresh.write_text(json.dumps(asdict(self._own)), encoding="utf-8")
             os.link(fresh, self._file)
         except FileExistsError:
             return False
@@ -173,7 +173,7 @@ class RunLock:
         """Who holds it now; None where nobody does any more."""
         try:
             # Without a machine: written by a version that did not note it.
-            return Holder(**({"machine": ""} | json.loads(self._file.read_text())))
+            return Holder(**({"machine": ""} | json.loads(self._file.read_text(encoding="utf-8"))))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
@@ -217,7 +217,7 @@ def _machine() -> str:
     """This boot of this machine, and the container's own numbers of processes."""
     parts: list[str] = []
     with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return "/".join(parts)
 
@@ -228,7 +228,8 @@ def _slurm_ended(job: str) -> bool:
         found = subprocess.run(
             ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -81,7 +81,7 @@ def dump(file: Path, heading: str) -> None:
     """Write the stacks of all threads to `file`, below `heading`. A full disk keeps no run from ending."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "w") as handle:
+        with open(file, "w", encoding="utf-8") as handle:
             handle.write(heading + "\n\n")
             handle.flush()
             faulthandler.dump_traceback(handle, all_threads=True)

@@ -133,7 +133,7 @@ def forwarded_signal() -> int | None:
     if not started_here():
         return None
     asked = Path(os.environ[_REPORT]).with_name(_ASKED)
-    return int(asked.read_text()) if asked.is_file() else None
+    return int(asked.read_text(encoding="utf-8")) if asked.is_file() else None
 
 
 def deliver(error: MegarlError) -> None:
@@ -168,14 +168,14 @@ def _stops_forwarded(folder: Path) -> Iterator[None]:
         name = signal.Signals(number).name
         pressed_before = number in KEYBOARD and not KEYBOARD.isdisjoint(seen)
         seen.append(number)
-        started = [int(file.read_text()) for file in folder.glob("started.*")]
+        started = [int(file.read_text(encoding="utf-8")) for file in folder.glob("started.*")]
         if not started:
             raise Interrupted(f"stopped at {name}, before any process had started")
         if pressed_before:
             raise Interrupted(at_once(name))
         # Which one it was says how much time is left; its own number would come again when the launcher ends a worker.
         with contextlib.suppress(OSError):
-            (folder / f"{_ASKED}.partial").write_text(str(number))
+            (folder / f"{_ASKED}.partial").write_text(str(number), encoding="utf-8")
             (folder / f"{_ASKED}.partial").replace(folder / _ASKED)
         for pid in started:
             with contextlib.suppress(ProcessLookupError):
@@ -270,7 +270,7 @@ def _wait_for_all(folder: Path) -> None:
     inherits the resolver's lock without the thread that would release it, and would wait for it for ever.
     """
     own = folder / f"pid.{os.environ['RANK']}"
-    own.write_text(str(os.getpid()))
+    own.write_text(str(os.getpid()), encoding="utf-8")
     own.rename(folder / f"started.{os.environ['RANK']}")
     while len(list(folder.glob("started.*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)

@@ -55,7 +55,7 @@ def history_refusals(config: RunConfig, time: str | None, lead: float) -> Iterat
 def step_seconds(metrics: Path) -> float | None:
     """The median over steps of all phases' seconds in a metrics.jsonl; None where no step is known."""
     steps: list[float] = []
-    for text in metrics.read_text().splitlines() if metrics.is_file() else ():
+    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:

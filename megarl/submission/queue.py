@@ -67,7 +67,7 @@ def keep(prepared: Prepared) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> Path:
-    with open(path, "x") as file:
+    with open(path, "x", encoding="utf-8") as file:
         file.write(text)
     return path
 

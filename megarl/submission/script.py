@@ -54,7 +54,7 @@ def read_template(name: str, folder: Path = FOLDER) -> Template:
     path = folder / f"{name}.sbatch"
     if not path.is_file():
         raise Refusal(str(path), "is missing beside the package", "install megarl from its repository (pip install -e)")
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH"))
     header = tuple(line.rstrip("\n") for line in lines[: last + 1])
     return Template(name, header, "".join(lines[last + 1 :]))

@@ -147,7 +147,7 @@ def submit(path: Path, resources: Resources, dependency: str | None = None) -> s
     if dependency is not None:
         # A job whose predecessor failed is removed instead of waiting for ever.
         command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
-    answer = _ask([*command, str(path)], environment=_environment(path.read_text()))
+    answer = _ask([*command, str(path)], environment=_environment(path.read_text(encoding="utf-8")))
     if answer.returncode:
         raise explained(_words(answer.stderr), resources)
     # With several clusters: number;cluster.
@@ -228,7 +228,14 @@ def _ask(
         raise NoAnswer(f"{missing[0]}: is not on this machine. Fix: submit on a login node of a cluster with Slurm.")
     try:
         answer = subprocess.run(
-            command, input=script, env=environment, capture_output=True, text=True, timeout=_PATIENCE, check=False
+            command,
+            input=script,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_PATIENCE,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{command[0]}: did not answer in {_PATIENCE:.0f} s. {_FIX}") from None

@@ -122,7 +122,7 @@ def _extra(work: Callable[[], None]) -> int:
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _memory("VmRSS")
     dist.barrier()
     work()
@@ -142,6 +142,6 @@ def _memory(kind: str) -> int:
     """Bytes resident now (VmRSS) or at most (VmHWM); on a GPU, bytes of tensors there."""
     if has_cuda():
         return torch.cuda.memory_allocated() if kind == "VmRSS" else torch.cuda.max_memory_allocated()
-    found = re.search(rf"{kind}:\s*(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(rf"{kind}:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) * 1024

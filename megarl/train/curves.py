@@ -22,7 +22,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     """Write `picture` (PNG) with one panel per metric that has values, and the seconds per phase."""
     if not metrics.is_file():
         return
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     panels = [(name, label) for name, label in _PANELS if any(_number(line.get(name)) for line in lines)]
     if not panels:
         return

@@ -92,7 +92,7 @@ def finished(config: RunConfig) -> str | None:
     if config.resume == "never" or (config.checkpoint.export_hf and not (directory / "hf").is_dir()):
         return None
     try:
-        steps = json.loads((directory / "summary.json").read_text())["steps"]
+        steps = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(steps, int) or steps < config.steps:

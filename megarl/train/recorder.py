@@ -62,7 +62,7 @@ class Recorder:
         """Append one step's (or evaluation's) line."""
         if not self._writes:
             return
-        with open(self.directory / "metrics.jsonl", "a") as file:
+        with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(_null_where_not_finite(values)) + "\n")
         flat = {f"{k}/{n}": v for k, d in values.items() if isinstance(d, dict) for n, v in d.items()}
         flat |= {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
@@ -77,7 +77,7 @@ class Recorder:
         """Append samples with their prompts; `prompts[i]` belongs to `samples[i]`."""
         if not self._writes or not samples:
             return
-        with open(self.directory / "samples.jsonl", "a") as file:
+        with open(self.directory / "samples.jsonl", "a", encoding="utf-8") as file:
             for prompt, sample in zip(prompts, samples, strict=True):
                 line = {
                     "step": step,
@@ -100,7 +100,7 @@ class Recorder:
         """Write summary.json."""
         if self._writes:
             partial = self.directory / "summary.json.partial"
-            partial.write_text(json.dumps(values, indent=2) + "\n")
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             partial.replace(self.directory / "summary.json")
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ def _keep_lines_of(file: Path, finished: int | None, steps: int) -> None:
     if not file.is_file():
         return
     kept: list[str] = []
-    for text in file.read_text().splitlines():
+    for text in file.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -136,5 +136,5 @@ def _keep_lines_of(file: Path, finished: int | None, steps: int) -> None:
         if finished is not None and line["step"] <= finished and not made_again:
             kept.append(text + "\n")
     fresh = file.with_name(file.name + ".partial")
-    fresh.write_text("".join(kept))
+    fresh.write_text("".join(kept), encoding="utf-8")
     fresh.replace(file)

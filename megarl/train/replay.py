@@ -25,7 +25,7 @@ def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Sample
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"step_{step:06d}.rank_{rank:04d}.jsonl"
     fresh = file.with_suffix(".partial")
-    fresh.write_text("".join(json.dumps(_saved(sample)) + "\n" for sample in samples))
+    fresh.write_text("".join(json.dumps(_saved(sample)) + "\n" for sample in samples), encoding="utf-8")
     fresh.replace(file)
     return file
 
@@ -59,7 +59,7 @@ def read_samples(source: str, step: int, keys: Sequence[Key], world: World) -> d
         )
     saved: dict[Key, Sample] = {}
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             sample = _sample(line, file, number)
             saved[sample.prompt_index, sample.sample_index, sample.kind] = sample
     mine = range(world.rank, len(keys), world.size)

@@ -41,7 +41,7 @@ def trace(folder: Path) -> None:
 
     def enter(phase: str) -> None:
         before(phase)
-        with open(folder / f"rank_{_rank()}.jsonl", "a") as file:
+        with open(folder / f"rank_{_rank()}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([phase, time.time()]) + "\n")
 
     progress.enter = enter
@@ -120,7 +120,7 @@ class Trigger:
             "at": time.time(),
         }
         partial = self._note.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
+        partial.write_text(json.dumps(found), encoding="utf-8")
         partial.rename(self._note)
 
 
@@ -177,7 +177,7 @@ def kill_grader() -> None:
     """SIGKILL for the grading processes of this rank."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int((folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue

@@ -53,7 +53,7 @@ class Hosts:
     def enter(self, host: int) -> None:
         """Put this process on that host."""
         libc = ctypes.CDLL(None, use_errno=True)
-        with open(Path("/run/netns") / self.names[host]) as namespace:
+        with open(Path("/run/netns") / self.names[host], encoding="utf-8") as namespace:
             if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0 or libc.unshare(_CLONE_NEWUTS) != 0:
                 raise OSError(ctypes.get_errno(), f"cannot enter {self.names[host]}")
         socket.sethostname(f"host{host}")
@@ -90,7 +90,7 @@ def why_no_hosts() -> str | None:
 
 def _run(*command: str) -> None:
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         raise NotPermitted(f"{' '.join(command[:3])}: {said}") from None

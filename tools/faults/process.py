@@ -60,7 +60,7 @@ class Started:
 
     def text(self) -> str:
         """What was printed so far."""
-        return self.log.read_text(errors="replace") if self.log.is_file() else ""
+        return self.log.read_text(errors="replace", encoding="utf-8") if self.log.is_file() else ""
 
     def left_over(self) -> list[int]:
         """Processes of its session that are still there."""
@@ -143,7 +143,7 @@ def _sessions() -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue
         if fields[0] not in "ZX":

@@ -21,7 +21,7 @@ def read(out: Path) -> list[dict[str, Any]]:
     """The faults that are done, the last result of each; a line that was cut off is left out."""
     file = out / "results.jsonl"
     found: dict[str, dict[str, Any]] = {}
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             one = json.loads(line)
         except ValueError:
@@ -63,7 +63,7 @@ def write(out: Path, results: Sequence[dict[str, Any]], skipped: Sequence[str], 
     if failures:
         lines += ["", "## Failures", ""]
         lines += [f"- {one['name']}: {one['outcome']}: {one['why']}" for one in failures]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw(out: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -81,7 +81,7 @@ def write_inputs(folder: Path) -> None:
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (folder / "run.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
     if (folder / "complete").is_file():
         return
     for tool in (
@@ -164,7 +164,7 @@ class Reference:
         """How long each time was in seconds that a rank was in a phase."""
         if phase == deeds.JOINED:
             return [0.0]
-        lines = (self._traces / f"rank_{rank}.jsonl").read_text().splitlines()
+        lines = (self._traces / f"rank_{rank}.jsonl").read_text(encoding="utf-8").splitlines()
         times = [json.loads(line) for line in lines]
         return [after[1] - one[1] for one, after in itertools.pairwise(times) if one[0] == phase]
 

@@ -114,7 +114,7 @@ class Trial:
 
         def too_long() -> bool:
             if not seen.note and self._note.is_file():
-                seen.note = json.loads(self._note.read_text())
+                seen.note = json.loads(self._note.read_text(encoding="utf-8"))
                 seen.limit = verdict.limit_of(self.fault, seen.note["watched"])
                 self._say(f"happened after {seen.note['at'] - began:.0f} s; waiting for the end")
             if not seen.note:
