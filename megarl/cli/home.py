@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 from megarl.errors import Refusal
+from megarl.parallel import terminal
 
 
 def require_home() -> None:
@@ -25,4 +25,4 @@ def require_home() -> None:
     os.environ["HOME"] = str(home)
     # Some ask for the user's name as well.
     os.environ.setdefault("USER", f"user{os.getuid()}")
-    print(f"megarl: HOME is not set and this user has none: libraries keep their caches in {home}", file=sys.stderr)
+    terminal.say(f"HOME is not set and this user has none: libraries keep their caches in {home}")

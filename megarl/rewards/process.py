@@ -90,7 +90,7 @@ class GradingProcess:
         """The process's state letter and the processor seconds it has used; ("?", 0.0) where nothing says so."""
         try:
             # The name, in brackets, may hold anything; state is the first field after it, the times the 12th and 13th.
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             return "?", 0.0
         return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
