@@ -14,7 +14,7 @@ def references(folder: Path, name: str) -> list[tuple[str, ...]]:
     """The references of every problem of a benchmark; several where any of them counts as right."""
     lines = folder / f"{name}.jsonl"
     if lines.is_file():
-        rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
         return [(row["answer"].rpartition("####")[2].strip(),) for row in rows]
     import pyarrow.parquet
 
