@@ -63,6 +63,13 @@ class HealthSettings(Settings):
     """All times in seconds. All are our choice."""
 
     preflight: PreflightSettings = PreflightSettings()
+    gap_limit: PositiveFloat | None = Field(
+        default=0.2,
+        description="The run stops before it learns from a step whose sampled tokens have log-probs that differ "
+        "between engine and policy by more than that in the mean, in nats per token; null: no limit. Kernels differ by "
+        "1e-6 in fp32 and 0.01 in bf16, other weights or positions by 0.4 and more. Rollouts that are replayed, or "
+        "made by the initial weights, are not looked at.",
+    )
     join_limit: PositiveFloat = Field(
         default=600.0, description="How long ranks wait for each other when the run starts; then the missing are named."
     )

@@ -343,8 +343,9 @@ class WeightsSettings(Settings):
         description="Most a rank sends and receives in one round of a weight push, in MiB; two are under way.",
     )
     checksum: Literal["every", "first", "never"] = Field(
-        default="first",
-        description="Which weight pushes compare sums of what was sent and of what lies in the engine.",
+        default="every",
+        description="Which weight pushes compare digests of what was sent and of what lies in the engine, and these "
+        "again once it has generated.",
     )
     time_limit: PositiveFloat = Field(
         default=600.0, description="Seconds that a rank waits for others in a push or an export; then it names them."

@@ -24,6 +24,13 @@ def gather_all(value: T) -> list[T]:
     return found
 
 
+def anywhere(fact: bool) -> bool:
+    """Whether it holds on any rank; the same on all. Collective."""
+    found = torch.tensor([fact], dtype=torch.int8)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
 def from_first(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]

@@ -153,9 +153,16 @@ class Policy:
             self._run(sequences, consume, forward_only=True)
         return found if self.grid.is_last_stage else None
 
-    def update(self, sequences: Sequences[Sequence], algorithm: Algorithm, totals: BatchTotals) -> UpdateResult:
+    def update(
+        self,
+        sequences: Sequences[Sequence],
+        algorithm: Algorithm,
+        totals: BatchTotals,
+        look: Callable[[UpdateResult], None] | None = None,
+    ) -> UpdateResult:
         """One optimizer update on a mini-batch, of which `sequences` are this data-parallel rank's share.
 
+        `look` sees what the forward passes have found, the same on all ranks, before anything is learned; it may raise.
         A NaN or infinite loss or gradient norm skips the update; `skipped_in_a_row` counts them.
         """
         self.residence.require_ready("update the policy")
@@ -168,6 +175,8 @@ class Policy:
         record = self._gather(stage, work)
         if self.experts is not None:
             record = replace(record, means=record.means | self.experts.report(work.micro_batches))
+        if look is not None:
+            look(record)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         lr = float(self.optimizer.param_groups[0]["lr"])

@@ -10,14 +10,18 @@ put these in an order of their own get them like packed ones (`megarl.rollout.ex
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
 from megarl.errors import MegarlError, Refusal
+from megarl.ops.bits import Digest, as_numbers, digest
+from megarl.reshard.boxes import Box
+from megarl.reshard.copying import box_view
 from megarl.rollout import experts
 from megarl.rollout.phases import Part, Phases
 
@@ -37,6 +41,15 @@ class WeightSlot:
     dtype: torch.dtype
     num_rows: int
     staged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Print:
+    """What a slot holds: digests of what can be read, and the packed copies, which nothing can write to: other weights
+    come with another packed copy."""
+
+    digests: tuple[Digest, ...]
+    packed: tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +103,28 @@ class EngineWeights:
         self._engine = engine
         self._model: nn.Module = engine.call_worker(lambda worker: worker.get_model())
         self._slots, self._places = _find_slots(self._model)
+        self.device = next(self._model.parameters()).device
         self._staged: dict[str, torch.Tensor] = {}
         # Staging tensors that were packed, for the next layer of their shape: fresh memory costs more than the copy.
         self._spare: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
         self._written: set[str] = set()
         self._finished: set[str] = set()
         self._open = False
+        self._watched = False
+        self._prints: dict[str, _Print] = {}
+        # What slots that are not staged are digested by.
+        self._boxes: dict[str, list[Box]] = {}
 
     def tensors(self) -> Mapping[str, WeightSlot]:
         """All slots by name; a tied output head has none of its own."""
         return self._slots
 
-    def begin(self) -> None:
-        """Start a push. Raises `PhaseError` where the engine's weights sleep."""
+    def begin(self, *, watched: bool = False) -> None:
+        """Start a push; `watched`: `changed` will be asked. Raises `PhaseError` where the engine's weights sleep."""
         self._engine.phases.require(Part.ENGINE_WEIGHTS)
+        self._watched = watched
+        self._prints.clear()
+        self._boxes.clear()
         self._written.clear()
         self._finished.clear()
         self._staged.clear()
@@ -123,8 +144,8 @@ class EngineWeights:
         if slot.staged:
             if name not in self._staged:
                 spare = self._spare.get((slot.shape, slot.dtype))
-                device = self._live(name).device
-                self._staged[name] = spare.pop() if spare else torch.empty(slot.shape, dtype=slot.dtype, device=device)
+                made = spare.pop() if spare else torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
+                self._staged[name] = made
             found = self._staged[name]
         else:
             found = self._live(name).data
@@ -141,12 +162,14 @@ class EngineWeights:
         """
         modules: dict[int, nn.Module] = {}
         packed: list[tuple[_Place, torch.Tensor]] = []
+        filled: list[str] = []
         for name in names:
             self._finished.add(name)
             place = self._places[name]
             if experts.are_packed(place.modules[0]):
                 self._finish_experts(name)
                 continue
+            filled.append(name)
             staged = self._staged.pop(name, None)
             if staged is not None:
                 packed.append((place, staged))
@@ -164,6 +187,7 @@ class EngineWeights:
             # Packing empties the parameter; where it did not, the tensor is the engine's now.
             if all(getattr(module, place.attribute).numel() == 0 for module in place.modules):
                 self._spare.setdefault((tuple(staged.shape), staged.dtype), []).append(staged)
+        self._note(filled)
 
     def _finish_experts(self, name: str) -> None:
         """Pack a layer's experts if `name` was the last of its stacks."""
@@ -172,16 +196,75 @@ class EngineWeights:
         if self._finished.issuperset(stacks) and self._staged.keys() >= set(stacks):
             staged = {attribute: self._staged.pop(f"{prefix}.{attribute}") for attribute in experts.STACKS}
             experts.pack(self._places[name].modules[0], staged)
+            self._note(stacks)
 
-    def end(self) -> None:
-        """Close the push; the engine forgets cached prefixes. Raises `MegarlError` naming unwritten slots."""
+    def _note(self, names: Iterable[str]) -> None:
+        """Remember what vLLM has made of staged slots."""
+        if self._watched:
+            self._prints.update((name, self._print(name)) for name in names if self._slots[name].staged)
+
+    def end(self, known: Mapping[str, Sequence[tuple[Box, Digest]]] = MappingProxyType({})) -> None:
+        """Close the push; the engine forgets cached prefixes. Raises `MegarlError` naming unwritten slots.
+
+        Of a watched push `known` are digests of what was written into the boxes of slots: what is not staged need not
+        be read again.
+        """
         missing = [name for name in self._slots if name not in self._written]
         if missing:
             raise MegarlError(f"weight push incomplete: {len(missing)} engine weights not written, first {missing[0]}")
         self.finish([name for name in self._slots if name not in self._finished])
         self._spare.clear()
         self._open = False
+        if self._watched:
+            for name in self._slots.keys() - self._prints.keys():
+                pieces = known.get(name, ())
+                self._boxes[name] = [box for box, _ in pieces]
+                digests = tuple(one for _, one in pieces)
+                self._prints[name] = _Print(digests, self._packed(name)) if pieces else self._print(name)
         self._engine.weights_changed()
+
+    def changed(self) -> list[str]:
+        """Slots that no longer hold what the last push, a watched one, has left in them."""
+        now = {name: self._print(name) for name in self._prints}
+        found = {
+            name
+            for name, before in self._prints.items()
+            if before.packed != now[name].packed or len(before.digests) != len(now[name].digests)
+        }
+        rest = [name for name in self._prints if name not in found]
+        # All at once, as a GPU is waited for.
+        old, new = (as_numbers([one for name in rest for one in of[name].digests]) for of in (self._prints, now))
+        owners = [name for name in rest for _ in now[name].digests]
+        found |= {name for name, differs in zip(owners, old != new, strict=True) if differs}
+        return [name for name in self._prints if name in found]
+
+    def _print(self, name: str) -> _Print:
+        place = self._places[name]
+        held = {id(one): one.detach() for one in (getattr(module, place.attribute) for module in place.modules)}
+        parts = [part for one in held.values() if one.numel() for part in self._parts(name, one)]
+        return _Print(tuple(digest(part) for part in parts), self._packed(name))
+
+    def _parts(self, name: str, held: torch.Tensor) -> list[torch.Tensor]:
+        boxes = self._boxes.get(name)
+        return [box_view(held, box) for box in boxes] if boxes else [held]
+
+    def _packed(self, name: str) -> tuple[object, ...]:
+        return tuple(vars(module).get("cpu_linear") for module in self._places[name].modules)
+
+    def held(self, name: str) -> list[torch.Tensor]:
+        """A slot's weight as the kernels of its modules use it, in the slot's shape; as in `read_back`."""
+        place, slot = self._places[name], self._slots[name]
+        found: list[torch.Tensor] = []
+        for module in place.modules:
+            parameter: nn.Parameter = getattr(module, place.attribute)
+            if experts.are_packed(module):
+                found.append(experts.unpack(module)[place.attribute])
+                continue
+            if parameter.numel():
+                found.append(parameter.detach().view(slot.shape))
+            if place.attribute == "weight" and _is_packed(module):
+                found.append(_unpack(module))
+        return found
 
     def read_back(self) -> dict[str, torch.Tensor]:
         """The weights as the engine's kernels use them, by module path; for tests and diagnosis.

@@ -59,6 +59,12 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     push, gather = Push(policy, engine), GatherPush(policy, engine)
     engine.wake_weights()
     fills = {"push": push.run, "gather": gather.run}
+    turns = fills | {
+        "unchecked": lambda: push.run(checked=False),
+        "checked": lambda: push.run(checked=True),
+        # Of the checked push before it.
+        "check": push.check,
+    }
     hashes: list[str] = []
     for fill in fills.values():
         # Other weights first, so that no fill can leave any of the last one's.
@@ -70,11 +76,12 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     peaks = {name: max(gather_all(_extra(fill))) for name, fill in fills.items()}
     # For that of time: as glibc is by itself where large blocks come and go.
     _set_glibc(map_from=32 << 20)
-    seconds: dict[str, list[float]] = {name: [] for name in fills}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(config.steps + 1):
         if world.is_first:
             print(f"turn {turn} of {config.steps}", file=sys.stderr, flush=True)
-        for name, fill in fills.items():
+        # Forth and back, so that each comes as often before another as after it; `check` always has its push before it.
+        for name, fill in list(turns.items())[:: -1 if turn % 2 else 1]:
             seconds[name].append(_seconds(fill))
     # The first turn warms up.
     seconds = {name: values[1:] for name, values in seconds.items()}
@@ -86,7 +93,8 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     report = {
         "seconds": round(statistics.median(seconds["push"]), 4),
         "gather_seconds": round(statistics.median(seconds["gather"]), 4),
-        "ratios": [round(slow / fast, 2) for fast, slow in zip(*seconds.values(), strict=True)],
+        "ratios": [round(slow / fast, 2) for fast, slow in zip(seconds["push"], seconds["gather"], strict=True)],
+        **{f"{name}_seconds": round(statistics.median(seconds[name]), 4) for name in ("unchecked", "checked", "check")},
         "bytes_received_max_rank": max(gather_all(push.mover.received_bytes)),
         "gather_bytes_received_max_rank": max(gather_all(gather.received_bytes)),
         "bytes_lower_bound_max_rank": max(gather_all(needs * element)),

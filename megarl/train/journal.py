@@ -95,6 +95,12 @@ def forget(directory: Path, step: int) -> None:
             file.unlink(missing_ok=True)
 
 
+def discard(directory: Path, step: int) -> None:
+    """Remove what is kept of one step, which is not to be used."""
+    for file in directory.glob(f"step_{step:06d}.*bin"):
+        file.unlink(missing_ok=True)
+
+
 def _identity(config: RunConfig) -> str:
     table = {name: value for name, value in config.model_dump(mode="json").items() if name not in _ELSEWHERE}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

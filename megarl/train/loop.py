@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.errors import TrainingStopped
 from megarl.records import Sequence
-from megarl.train import chains, divergence, supervised
+from megarl.train import chains, divergence, supervised, trust
 from megarl.train.evaluation import evaluate
 from megarl.train.generation import weight_set
 from megarl.train.groups import Rollouts
@@ -57,9 +57,11 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     else:
         batches, totals = supervised.batches(session)
     add_log_probs(session, batches)
+    look = trust.gap_guard(session, step, batches)
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
-            result = session.policy.update(batch, session.algorithm, total)
+            result = session.policy.update(batch, session.algorithm, total, look)
+        look = None
         record.update(result)
         _stop_if_stuck(session)
     session.progress.step = step
@@ -72,9 +74,10 @@ def roll_out(session: Session, step: int) -> Rollouts:
     """The step's groups; the engine is awake meanwhile. Collective.
 
     Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back; where
-    the run was asked to stop and the step would not end in time, `StopAsked`.
+    the run was asked to stop and the step would not end in time, `StopAsked`. Raises `EngineChanged` on all ranks where
+    an engine's weights have changed since the push.
     """
-    with awake(session, weight_set(session.algorithm.needs.rollout_weights)):
+    with trust.discarding(session, step), awake(session, weight_set(session.algorithm.needs.rollout_weights)):
         return make_rollouts(session, step)
 
 

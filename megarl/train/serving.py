@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megarl.errors import TrainingStopped
+from megarl.parallel.cpu_platform import has_cuda
 from megarl.train.session import Session
 from megarl.train.stops import StopAsked
 
@@ -40,7 +41,7 @@ def sleep_engine(session: Session) -> None:
     if session.engine is None:
         return
     with session.clock.phase("push"):
-        session.engine.sleep()
+        _let_sleep(session)
         session.policy.residence.onload()
 
 
@@ -49,10 +50,18 @@ def serve(session: Session, weights: str | None) -> None:
     if session.engine is None or session.serving == weights:
         return
     with session.clock.phase("push"):
-        session.engine.sleep()
+        _let_sleep(session)
         if weights is None:
             session.policy.residence.onload_weights()
         _fill(session, weights)
+
+
+def _let_sleep(session: Session) -> None:
+    """Put the engine to sleep, which must still hold what it was filled with: raises `EngineChanged` on all ranks."""
+    assert session.engine is not None and session.push is not None
+    with session.policy.using(None if has_cuda() else session.serving):
+        session.push.check()
+    session.engine.sleep()
 
 
 def _fill(session: Session, weights: str | None) -> None:

@@ -1,22 +1,42 @@
 """The weight push: after an update, the policy's shards go straight into the engine's tensors.
 
 The plan is made once from the two layouts. Each rank receives the elements it lacks and copies those it
-has; no whole tensor is put together anywhere.
+has; no whole tensor is put together anywhere. What the engine holds afterwards can be looked at again, and compared
+with the policy's weights.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from megarl.errors import Refusal
+from megarl.errors import Interrupted, Refusal
 from megarl.formats.huggingface import PRECISIONS
+from megarl.parallel.cpu_platform import has_cuda
+from megarl.parallel.exchange import anywhere, gather_all
 from megarl.policy.policy import Policy
-from megarl.reshard.boxes import LocalTensor
+from megarl.reshard.boxes import LocalTensor, contains
+from megarl.reshard.copying import box_view
 from megarl.rollout.weights import EngineWeights, Fillable
+from megarl.weights.ledger import Journey
 from megarl.weights.push_plan import engine_tensors, push_plan
 from megarl.weights.transfer import Mover
+
+
+class EngineChanged(Interrupted):
+    """The engine's weights are no longer those that were pushed; names the rank and the parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A parameter, by its name in a Hugging Face checkpoint, that differs between engine and policy on some rank:
+    by at most `largest` (infinite where a NaN is)."""
+
+    name: str
+    largest: float
 
 
 class Push:
@@ -29,32 +49,109 @@ class Push:
         self.policy = policy
         self.engine_weights = EngineWeights(engine)
         self._pushed = False
-        targets = engine_tensors(policy.config, policy.shape, policy.world.rank)
-        _check_slots(self.engine_weights, targets)
+        self._targets = engine_tensors(policy.config, policy.shape, policy.world.rank)
+        _check_slots(self.engine_weights, self._targets)
         # A rank late in a large group may hold padding rows of the vocabulary alone: nothing arrives for those tensors.
-        self._padding = [name for name, target in targets.items() if not target.regions]
+        self._padding = [name for name, target in self._targets.items() if not target.regions]
         self.mover = Mover(
             push_plan(policy.config, policy.shape, policy.world.rank, policy.world.node_of_rank),
             dtype=PRECISIONS[policy.config.engine_precision],
             device=policy.world.device,
             time_limit=policy.config.weights.time_limit,
+            say=self._hf_name,
         )
 
-    def run(self) -> None:
+    def run(self, checked: bool | None = None) -> None:
         """Fill the engine with the policy's current weights. Collective; the engine's weights must be awake.
 
-        Raises `PushError` where checksums are compared (`weights.checksum`) and differ.
+        Raises `PushError` where what arrived is compared with what was sent, and differs. `checked`: whether it is,
+        and whether `check` may follow; default: as `weights.checksum` says.
         """
-        self.engine_weights.begin()
+        if checked is None:
+            # The first push of a process shows whether the links and the plan are sound.
+            checked = {"every": True, "first": not self._pushed, "never": False}[self.policy.config.weights.checksum]
+        self.engine_weights.begin(watched=checked)
         layers = _Layers(self.engine_weights)
         for name in self._padding:
             layers.buffer(name)
             layers.complete(name)
-        # The first push of a process shows whether the links and the plan are sound.
-        verify = {"every": True, "first": not self._pushed, "never": False}[self.policy.config.weights.checksum]
-        self.mover.run({name: p.detach() for name, p in self.policy.named_parameters()}, layers, verify=verify)
+        self.mover.run(self._sources(), layers, verify=checked)
         self._pushed = True
-        self.engine_weights.end()
+        self.engine_weights.end(self.mover.lying)
+
+    def check(self) -> None:
+        """Raise `EngineChanged` on all ranks where the engine holds anything but what a checked push left in it.
+
+        Collective; the engine's weights must be awake, and on the CPU the policy's the same as in the push.
+        """
+        changed = self.engine_weights.changed()
+        if not anywhere(bool(changed)):
+            return
+        everywhere = gather_all(changed)
+        rank = next(rank for rank, slots in enumerate(everywhere) if slots)
+        targets = engine_tensors(self.policy.config, self.policy.shape, rank)
+        names = list(dict.fromkeys(r.hf_name for slot in everywhere[rank] for r in targets[slot].regions))
+        if not has_cuda():
+            # Of what the engine holds as one, only a part may differ. On a GPU the policy's weights are away now.
+            found = self.differences({slot for slots in everywhere for slot in slots})
+            names = [f"{one.name} (by up to {one.largest:.3g})" for one in found] or names
+        raise EngineChanged(
+            f"the engine of rank {rank} does not hold any more what was pushed into it: {shortened(names)} changed "
+            "before or while it generated. Nothing is learned from that, and the policy's weights are unharmed. Fix: "
+            f"start again from the last checkpoint, without the host of rank {rank} if it happens again"
+        )
+
+    def differences(self, slots: Collection[str] | None = None) -> list[Difference]:
+        """Parameters in which an engine differs from the policy's current weights, the same list on all ranks.
+
+        Collective. The engine's tensors, or `slots` of them, are read as its kernels use them, one by one, and compared
+        with what a push would write; nothing is written.
+        """
+        comparison = _Comparison(self.engine_weights, self._targets, slots)
+        self.mover.run(self._sources(), comparison)
+        found: dict[str, float] = {}
+        for part in gather_all(comparison.found):
+            for name, largest in part.items():
+                found[name] = max(largest, found.get(name, 0.0))
+        return [Difference(name, largest) for name, largest in sorted(found.items())]
+
+    def _sources(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in self.policy.named_parameters()}
+
+    def _hf_name(self, piece: Journey) -> str:
+        """What a piece on its way to any rank's engine is called in a checkpoint."""
+        regions = engine_tensors(self.policy.config, self.policy.shape, piece.target)[piece.name].regions
+        return next(region.hf_name for region in regions if contains(region.local_box, piece.box))
+
+
+def shortened(names: Sequence[str]) -> str:
+    """A list of names for a message."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+class _Comparison:
+    """A push's target that keeps nothing: `found` is the largest difference by parameter."""
+
+    def __init__(self, weights: EngineWeights, targets: dict[str, LocalTensor], slots: Collection[str] | None) -> None:
+        self._weights, self._targets = weights, targets
+        self._slots = targets.keys() if slots is None else slots
+        self._open: dict[str, torch.Tensor] = {}
+        self.found: dict[str, float] = {}
+
+    def buffer(self, name: str) -> torch.Tensor:
+        if name not in self._open:
+            slot = self._weights.tensors()[name]
+            self._open[name] = torch.zeros(slot.shape, dtype=slot.dtype, device=self._weights.device)
+        return self._open[name]
+
+    def complete(self, name: str) -> None:
+        wanted = self._open.pop(name)
+        for held in self._weights.held(name) if name in self._slots else ():
+            for region in self._targets[name].regions:
+                pair = (box_view(one, region.local_box).float() for one in (wanted, held.to(wanted.dtype)))
+                largest = float(torch.sub(*pair).abs().nan_to_num(nan=torch.inf).max())
+                if largest > 0:
+                    self.found[region.hf_name] = max(largest, self.found.get(region.hf_name, 0.0))
 
 
 class _Layers:

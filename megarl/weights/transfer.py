@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count, groupby
@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from megarl.errors import Interrupted, RankLost
-from megarl.ops.bits import sum_of_bits
+from megarl.ops.bits import Digest, digest
 from megarl.parallel import progress
 from megarl.parallel.absence import find_absent, meet
-from megarl.parallel.exchange import gather_all
+from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
+from megarl.weights.ledger import Journey, Ledger
 
 
 class Target(Protocol):
@@ -54,21 +55,32 @@ class Mover:
     """Runs one rank's plan again and again; `dtype` is the type that travels: sources are cast before sending.
 
     `time_limit`: seconds that a rank waits for others, in a round and at the end. `occasion`: what the move is, for
-    errors. All ranks must make their movers in the same order.
+    errors, and `say` what a piece is. All ranks must make their movers in the same order.
     """
 
     def __init__(
-        self, plan: Plan, *, dtype: torch.dtype, device: torch.device, time_limit: float, occasion: str = "weight push"
+        self,
+        plan: Plan,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        time_limit: float,
+        occasion: str = "weight push",
+        say: Callable[[Journey], str] = lambda piece: piece.name,
     ) -> None:
         self.plan, self.dtype, self.device = plan, dtype, device
-        self.time_limit, self.occasion = time_limit, occasion
+        self.time_limit, self.occasion, self._say = time_limit, occasion, say
         self._number, self._runs = next(_NUMBERS), 0
         # NCCL has one request for a turn's messages: which of the peers is gone, it does not say.
         self._one_wait_for_all = device.type == "cuda"
         #: Bytes that arrived from other ranks, and that went to them, in the last run.
         self.received_bytes = self.sent_bytes = 0
-        # Bits sent to, and arrived from, each rank; the own one for copies. None where nobody asks.
-        self._sums: tuple[dict[int, int], dict[int, int]] | None = None
+        self._ledger = Ledger()
+        self._verify = False
+        #: Digests of what lies in the boxes of the targets' tensors after a run with `verify`.
+        self.lying: dict[str, list[tuple[Box, Digest]]] = {}
+        # Pieces of tensors that are not complete, with their digests where these are known.
+        self._landed: dict[str, list[tuple[Transfer, torch.Tensor, Digest | None]]] = defaultdict(list)
         arriving = [t for one in plan.rounds for t in (*one.local, *one.arriving())]
         self._pieces = Counter(t.target_name for t in arriving)
         self._order = {name: number for number, name in enumerate(self._pieces)}
@@ -76,14 +88,17 @@ class Mover:
     def run(self, sources: Mapping[str, torch.Tensor], target: Target, *, verify: bool = False) -> None:
         """Move everything once; called by all ranks together.
 
-        With `verify` sums over the bits that leave and over those that lie in their places are compared, pair by pair
-        of ranks. Raises `PushError` on all ranks where they differ, and where one is gone or takes no part within the
+        With `verify` digests of every piece that leaves, and of what lies in its place when its tensor is complete, are
+        compared. Raises `PushError` on all ranks where they differ, and where one is gone or takes no part within the
         time limit. Sources are read, never written.
         """
         self._runs += 1
         left = dict(self._pieces)
         self.received_bytes = self.sent_bytes = 0
-        self._sums = (defaultdict(int), defaultdict(int)) if verify else None
+        self._verify = verify
+        self._ledger.begin()
+        self._landed.clear()
+        self.lying.clear()
         buffers = [_Buffer(self.dtype, self.device) for _ in range(2)]
         before: _Travelling | None = None
         with torch.no_grad():
@@ -95,8 +110,12 @@ class Mover:
             if before is not None:
                 self._land(before, sources, target, left)
         self._meet()
-        if self._sums is not None:
-            _compare([(dict(sent), dict(arrived)) for sent, arrived in gather_all(self._sums)])
+        if verify and (wrong := self._ledger.first_difference()) is not None:
+            raise PushError(
+                f"{self.occasion}: what rank {wrong.source} sent to rank {wrong.target} is not what lies in rank "
+                f"{wrong.target}'s engine, in {self._say(wrong)}. The policy's weights are unharmed. Fix: "
+                "start again from the last checkpoint, without the host of one of the two ranks if it happens again"
+            )
 
     def _start(self, one: Round, sources: Mapping[str, torch.Tensor], target: Target, buffer: _Buffer) -> _Travelling:
         """Pack and post a round. What cannot leave or arrive in place goes through `buffer`."""
@@ -106,7 +125,7 @@ class Mover:
         pieces = [_Piece(transfer, None, False) for transfer in one.local]
         for message, place in messages:
             flat = buffer.take(message.numel) if place is None else place
-            parts = zip(message.transfers, flat.split([t.numel for t in message.transfers]), strict=True)
+            parts = list(zip(message.transfers, flat.split([t.numel for t in message.transfers]), strict=True))
             if message.incoming:
                 pieces.extend(_Piece(transfer, part, place is not None) for transfer, part in parts)
                 self.received_bytes += flat.nbytes
@@ -115,8 +134,9 @@ class Mover:
                     for transfer, part in parts:
                         view = box_view(sources[transfer.source_name], transfer.source_box)
                         part.view(view.shape).copy_(view)
-                if self._sums is not None:
-                    self._sums[0][message.peer] += sum_of_bits(flat)
+                if self._verify:
+                    for transfer, part in parts:
+                        self._ledger.sent(transfer, part)
                 self.sent_bytes += flat.nbytes
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
         # Tensor by tensor, so that few are begun and not complete.
@@ -169,18 +189,28 @@ class Mover:
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
             if part is None:
                 part = box_view(sources[transfer.source_name], transfer.source_box).to(self.dtype)
-                if self._sums is not None:
-                    self._sums[0][transfer.source] += sum_of_bits(part)
+                if self._verify:
+                    self._ledger.sent(transfer, part)
             if not landed:
                 view.copy_(part.reshape(view.shape))
-            if self._sums is not None:
+            if self._verify:
                 # A tensor of another type has other bits: there what arrived counts.
-                self._sums[1][transfer.source] += sum_of_bits(view if view.dtype == self.dtype else part)
+                known = None if view.dtype == self.dtype else digest(part)
+                self._landed[transfer.target_name].append((transfer, view, known))
             left[transfer.target_name] -= 1
             if left[transfer.target_name] == 0:
+                self._look_at(transfer.target_name)
                 target.complete(transfer.target_name)
         if not arrived:
             self._wait(one)
+
+    def _look_at(self, name: str) -> None:
+        """Note what lies in a complete tensor, piece by piece: none may have been written over by another."""
+        for transfer, view, known in self._landed.pop(name, ()):
+            if known is None:
+                known = digest(view)
+                self.lying.setdefault(name, []).append((transfer.target_box, known))
+            self._ledger.arrived(transfer, known)
 
     def _wait(self, one: _Travelling) -> None:
         """Until all messages of a round have left or come. Raises `PushError` naming the rank that fails to."""
@@ -262,15 +292,3 @@ class _Travelling:
 
     requests: list[tuple[Any, Message]]
     pieces: list[_Piece]
-
-
-def _compare(ranks: list[tuple[dict[int, int], dict[int, int]]]) -> None:
-    """Raise `PushError` for the first pair of ranks whose sums differ; `ranks`: sent and arrived, by peer, of each."""
-    for source, (sent, _) in enumerate(ranks):
-        for target, (_, arrived) in enumerate(ranks):
-            if sent.get(target, 0) != arrived.get(source, 0):
-                raise PushError(
-                    f"weight push: what rank {source} sent to rank {target} is not what lies in rank {target}'s "
-                    "engine. The policy's weights are unharmed. Fix: start again from the last checkpoint, without the "
-                    "host of one of the two ranks if it happens again"
-                )

@@ -1,0 +1,111 @@
+"""Whether the engine samples from the policy: the gap between their log-probs, bounded, and where it may come from."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from megarl import records
+from megarl.errors import TrainingStopped
+from megarl.parallel.cpu_platform import has_cuda
+from megarl.parallel.exchange import gather_all
+from megarl.policy.policy import UpdateResult
+from megarl.train import journal
+from megarl.train.session import Session, unfinished_directory
+from megarl.weights.push import Difference, EngineChanged, shortened
+
+
+@contextmanager
+def discarding(session: Session, step: int) -> Iterator[None]:
+    """What a changed engine made inside is not taken up when the run goes on."""
+    try:
+        yield
+    except EngineChanged:
+        _discard(session, step)
+        raise
+
+
+def _discard(session: Session, step: int) -> None:
+    if session.world.is_first:
+        journal.discard(unfinished_directory(session.config), step)
+
+
+def gap_guard(
+    session: Session, step: int, batches: Sequence[Sequence[records.Sequence]]
+) -> Callable[[UpdateResult], None] | None:
+    """Raise `TrainingStopped` on all ranks where the step's log-prob gap exceeds `health.gap_limit`. Collective.
+
+    Where the policy's own log-probs are not known yet, those of the step's first update will do: returned is what
+    looks at them before anything is learned.
+    """
+    config = session.config
+    generates = config.algorithm.generates and config.rollout.replay is None
+    if config.health.gap_limit is None or not generates or session.algorithm.needs.rollout_weights != "current":
+        return None
+    if session.algorithm.needs.old_log_probs and len(batches) > 1:
+        _stop_above(session, step, _mean_gap(session, batches))
+        return None
+    return lambda result: _stop_above(session, step, result.means.get("logprob_gap_mean"))
+
+
+def _mean_gap(session: Session, batches: Sequence[Sequence[records.Sequence]]) -> float | None:
+    """Mean absolute difference, in nats per token, over all answers of the step; None without any."""
+    gaps = [
+        np.abs(sequence.old_log_probs - sequence.rollout_log_probs)
+        for batch in batches
+        for sequence in batch
+        if sequence.old_log_probs is not None and sequence.rollout_log_probs is not None
+    ]
+    mine = (float(sum(gap.sum() for gap in gaps)), sum(len(gap) for gap in gaps)) if session.grid.reports else (0.0, 0)
+    sums, tokens = zip(*gather_all(mine), strict=True)
+    return sum(sums) / sum(tokens) if sum(tokens) else None
+
+
+def _stop_above(session: Session, step: int, gap: float | None) -> None:
+    limit = session.config.health.gap_limit
+    if limit is None or gap is None or not gap > limit:
+        return
+    _discard(session, step)
+    raise TrainingStopped(
+        f"step {step}: the log-probs of the sampled tokens differ between engine and policy by {gap:.3g} nats per "
+        f"token in the mean, more than health.gap_limit={limit:g}, so nothing is learned from them; {_cause(session)}"
+    )
+
+
+def _cause(session: Session) -> str:
+    """What the two differ in, and what to do. Collective."""
+    elsewhere = (
+        "look for what only one of the two obeys: sampling (rollout.top_p, rollout.top_k), keys of config.json such as "
+        "rope_scaling or sliding windows, kernels (rollout.precision); or raise health.gap_limit, or set it to null"
+    )
+    if has_cuda():
+        # The engine's weights are gone by now.
+        known = session.config.weights.checksum == "every"
+        said = "still were those pushed when it had generated" if known else "are not known (weights.checksum=every)"
+        return f"the engine's weights {said}. Fix: {elsewhere}"
+    assert session.push is not None
+    with session.policy.using(session.serving):
+        found = session.push.differences()
+    if not found:
+        return f"the weights of both are the same. Fix: {elsewhere}"
+    return (
+        f"the engine's weights are not the policy's in {shortened(_groups(found))}. Fix: start again from the last "
+        "checkpoint with weights.checksum=every; if it happens again, this model is not pushed as it should be"
+    )
+
+
+def _groups(found: Sequence[Difference]) -> list[str]:
+    """Parameters that differ but for their layer or expert as one, those with the largest difference first."""
+    groups: dict[str, list[Difference]] = defaultdict(list)
+    for one in found:
+        groups[re.sub(r"\.\d+(?=\.)", ".*", one.name)].append(one)
+    largest = sorted(groups.items(), key=lambda group: -max(one.largest for one in group[1]))
+    return [
+        f"{pattern if len(members) > 1 else members[0].name} "
+        f"({f'{len(members)} of them, ' if len(members) > 1 else ''}by up to {max(m.largest for m in members):.3g})"
+        for pattern, members in largest
+    ]
