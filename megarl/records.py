@@ -44,7 +44,8 @@ class Sample:
     `rollout_log_probs` (T,) the engine's log-probs of these ids in nats under the sampling
     distribution; `seed` the sample's own seed, see `rollout.seeds`. `reward` is None where none could be found.
     `thinking_length`: tokens up to the end of the thinking, None where it was not asked for or there is none.
-    `routed_experts`: see `Sequence`; not saved with the sample.
+    `reward_terms`: of a reward that is a sum, what each term gave, without its weight. `routed_experts`: see
+    `Sequence`; not saved with the sample.
     """
 
     prompt_index: int
@@ -58,6 +59,7 @@ class Sample:
     kind: SampleKind = "answer"
     thinking_length: int | None = None
     reward_counters: dict[str, int] = field(default_factory=dict)
+    reward_terms: dict[str, float | None] = field(default_factory=dict)
     routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 

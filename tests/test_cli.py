@@ -172,6 +172,14 @@ def test_own_algorithm_in_the_working_directory(tmp_path: Path) -> None:
     assert yaml.safe_load(result.stdout)["algorithm"] == {"name": "mine:Best", "factor": 2.0}
 
 
+def test_modules_in_the_working_directory_hide_no_others(tmp_path: Path) -> None:
+    write_case(tmp_path)
+    for name in ("random", "queue", "tokenize", "typer", "yaml", "pydantic", "wandb"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('from the working directory')\n")
+    result = megarl(tmp_path, "check", "run.yaml")
+    assert result.returncode == 0, result.stderr
+
+
 def test_reserved_stdout_holds_the_result_alone(tmp_path: Path) -> None:
     code = (
         "import os, sys; from megarl.cli.start import reserved_stdout, show\n"

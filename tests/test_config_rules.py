@@ -244,7 +244,7 @@ REFUSED: list[tuple[str, str]] = [
     ("reward.low=1", "reward.low=1: must be below reward.high=1. Fix: widen the range."),
     (
         "reward.kind=maths",
-        "reward.kind=maths: must be math, boxed, f1, judge, package.module:function or folder/file.py:function. "
+        "reward.kind=maths: must be math, boxed, f1, judge, sum, package.module:function or folder/file.py:function. "
         "Fix: correct reward.kind.",
     ),
     ("optimizer.min_lr=1e-3", "optimizer.min_lr=0.001: must not exceed optimizer.lr=1e-06. Fix: lower min_lr."),

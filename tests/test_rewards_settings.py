@@ -21,7 +21,7 @@ JUDGE = "reward.kind=judge reward.judge.url=http://host:8000/v1 reward.judge.mod
     [
         (
             "reward.kind=f2",
-            "reward.kind=f2: must be math, boxed, f1, judge, package.module:function or folder/file.py:function. "
+            "reward.kind=f2: must be math, boxed, f1, judge, sum, package.module:function or folder/file.py:function. "
             "Fix: correct reward.kind.",
         ),
         (
@@ -58,6 +58,28 @@ JUDGE = "reward.kind=judge reward.judge.url=http://host:8000/v1 reward.judge.mod
             "reward.judge.max_cost_per_step=2.5: needs prices to count by. "
             "Fix: set reward.judge.input_price and reward.judge.output_price.",
         ),
+        (
+            "data.extra_columns=[level,info.level]",
+            "data.extra_columns=['level', 'info.level']: must differ in what stands behind the last dots, the names by "
+            "which a reward function gets them. Fix: leave one of the like-named out.",
+        ),
+        (
+            "reward.kind=sum",
+            "reward.kind=sum: needs the rewards that it adds up. "
+            "Fix: list them in reward.terms, each with a name, a kind and a weight.",
+        ),
+        (
+            'reward.terms=[{"name":a}]',
+            "reward.terms: are never asked, since reward.kind=math. Fix: set reward.kind=sum, or remove reward.terms.",
+        ),
+        (
+            'reward.kind=sum reward.low=-1 reward.terms=[{"name":a,"weight":0},{"name":a,"kind":sum}]',
+            "reward.terms with the name a: must have a name each. Fix: give one another name.\n"
+            "reward.low=-1.0: belongs to each term, since reward.kind=sum. Fix: set it in reward.terms.\n"
+            "reward.terms.0.weight=0: must not be 0. Fix: give another weight, or remove the term.\n"
+            "reward.terms.1.kind=sum: must be math, boxed, f1, judge, package.module:function or "
+            "folder/file.py:function. Fix: correct reward.terms.1.kind.",
+        ),
     ],
 )
 def test_refused(run_file: Path, overrides: str, message: str) -> None:
@@ -69,6 +91,7 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
     "overrides",
     [
         "reward.kind=f1 reward.graded=response",
+        'reward.kind=sum reward.terms=[{"name":a,"weight":-2},{"name":b,"kind":rewards/my.file.py:f,"low":-1}]',
         JUDGE + "reward.judge.max_cost_per_step=2 reward.judge.output_price=10 reward.judge.temperature=null",
         JUDGE + "reward.judge.extra.structured_outputs.regex=Score:[0-9] reward.judge.template={response}?",
         JUDGE.replace("http://host:8000/v1", "https://[::1]:8000"),

@@ -26,6 +26,11 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 #: The virtual environment's own commands: torchrun, mpirun.
 COMMANDS = Path(sys.executable).parent
 LIMIT = 400
+#: The base run's reward: a function's, and half more for every answer, since none of them holds the right box.
+TERMS = [
+    {"name": "digits", "kind": f"{ROOT}/tests/arithmetic_run.py:digit_share", "time_limit": 60.0, "workers": 1},
+    {"name": "box", "kind": "boxed", "weight": -0.5, "low": -1.0},
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rollout={"tensor": 2, "group_size": 4, "max_tokens": 12, "save": True, "kv_cache_gib": 0.02},
         batch={"prompts": 8, "tokens_per_microbatch": 256},
         evaluation={"path": "data/heldout.jsonl", "end": True},
+        reward={"kind": "sum", "terms": TERMS},
     )
     run(folder, "train", "run.yaml")
     return folder
@@ -85,9 +91,13 @@ def test_metrics_have_the_names_that_people_script_on(base: Path) -> None:
         assert line["peak_memory_bytes"] > 10_000_000
         assert 0 < line["time_shares"]["loss"] < 0.5
         assert 0 < line["logprob_gap_max"] < 1e-4
-        assert 0 < line["reward_mean"] < 1 and line["grad_norm"] > 0
+        assert 0 < line["reward_terms"]["digits"] < 1 and line["grad_norm"] > 0
+        assert line["reward_terms"].keys() == {"digits", "box"} and line["reward_terms"]["box"] == -1.0
+        assert line["reward_mean"] == pytest.approx(line["reward_terms"]["digits"] + 0.5)
     assert [line["step"] for line in lines] == [1, 2, 2]
-    assert "accuracy" in lines[2]
+    assert "accuracy" in lines[2] and lines[2]["evaluation_reward_terms"]["box"] == -1.0
+    sample = json.loads((base / "runs/base/samples.jsonl").read_text().splitlines()[0])
+    assert sample["reward"] == pytest.approx(sample["reward_terms"]["digits"] + 0.5)
     for file in ("config.yaml", "samples.jsonl", "summary.json", "curves.png", "checkpoints/latest"):
         assert (base / "runs/base" / file).stat().st_size > 0
     assert (base / "runs/base/curves.png").read_bytes().startswith(b"\x89PNG")

@@ -16,10 +16,10 @@ from megarl.data.tokenizer import Tokenizer
 from megarl.errors import ScoringStopped
 from megarl.records import FinishReason, Prompt
 from megarl.rewards.answers import GradedAnswer, GradingItem
-from megarl.rewards.scorer import Scorer, build_scorer
+from megarl.rewards.scorer import Part, Scorer, Scoring, build_scorer, build_scoring
 from megarl.rollout.engine import Completion
 from megarl.train.generation import Output
-from megarl.train.scoring import Graded, grade
+from megarl.train.scoring import Graded, grade, term_means
 
 LOW, HIGH = -1.0, 2.0
 #: One in which the marker is a token, one that spells it with several.
@@ -92,11 +92,15 @@ def in_two_parts(tokenizer: Tokenizer, thinking: str, responses: Sequence[Comple
     return Output(whole, tuple(responses))
 
 
+def alone(scorer: Scorer, settings: RewardSettings) -> Scoring:
+    return Scoring([Part(settings, scorer)], settings.bounds)
+
+
 def graded_by(
     scorer: Scorer, tokenizer: Tokenizer, output: Output, answer: str, settings: RewardSettings, needs: Needs
 ) -> Graded:
     prompt = Prompt(0, (1,), "question", answer)
-    return grade(session_of(tokenizer, needs), scorer, [prompt], [output], settings)[0]
+    return grade(session_of(tokenizer, needs), alone(scorer, settings), [prompt], [output])[0]
 
 
 def graded_as_boxed(
@@ -327,7 +331,7 @@ def test_every_output_gets_its_own_reward_and_prompt(tokenizers: dict[str, Token
     texts = [("so</think>1",), ("2",), ("so</think>3?",), ("so</think>4</think>4",), ("so</think>5",)]
     outputs = [Output(completion(tokenizer, *one, index=10 - number)) for number, one in enumerate(texts)]
     prompts = [Prompt(number, (1,), f"question {number}", str(number)) for number in range(5)]
-    found = grade(session_of(tokenizer, Needs()), scorer, prompts, outputs, settings_of(graded="response"))
+    found = grade(session_of(tokenizer, Needs()), alone(scorer, settings_of(graded="response")), prompts, outputs)
     assert [one.reward for one in found] == [0.1, LOW, None, LOW, 0.5]
     assert [one.counters for one in found] == [
         {},
@@ -347,3 +351,44 @@ def test_a_scorer_that_is_away_stops_the_grading(tokenizers: dict[str, Tokenizer
     tokenizer = tokenizers["sentencepiece"]
     with pytest.raises(ScoringStopped, match="away"):
         graded_by(Away(), tokenizer, Output(completion(tokenizer, "4")), "4", settings_of(), Needs())
+
+
+# Several rewards that add up
+
+
+def test_a_sum_finds_each_term_by_its_own_settings(tokenizers: dict[str, Tokenizer]) -> None:
+    """Totals by hand: 1 for the box in the response, half for the last character, a penalty for a box anywhere."""
+    tokenizer = tokenizers["sentencepiece"]
+    terms = [
+        {"name": "right", "kind": "boxed", "graded": "response"},
+        {"name": "words", "kind": "f1", "weight": 0.5, "low": -1.0, "graded": "response", "last_characters": 1},
+        {"name": "leak", "kind": "boxed", "weight": -0.1, "high": 2.0},
+    ]
+    settings = RewardSettings.model_validate({"kind": "sum", "terms": terms})
+    assert settings.bounds == pytest.approx((-0.5 - 0.2, 1.0 + 0.5))
+    scoring = build_scoring(settings)
+    texts = [("so \\boxed{4}", "</think>", "4"), ("so", "</think>", "\\boxed{4}"), ("\\boxed{4}",)]
+    outputs = [Output(completion(tokenizer, *one, index=number)) for number, one in enumerate(texts)]
+    prompts = [Prompt(number, (1,), "question", "4") for number in range(3)]
+    found = grade(session_of(tokenizer, Needs()), scoring, prompts, outputs)
+    assert [one.terms for one in found] == [
+        {"right": 0.0, "words": 1.0, "leak": 2.0},
+        {"right": 1.0, "words": -1.0, "leak": 2.0},
+        {"right": 0.0, "words": -1.0, "leak": 2.0},
+    ]
+    assert [one.reward for one in found] == pytest.approx([0.3, 0.3, -0.7])
+    # One output that two terms find malformed is one.
+    assert [one.counters for one in found] == [{}, {}, {"thinking_missing": 1}]
+    assert [one.thinking_length is None for one in found] == [False, False, True]
+    assert term_means(one.terms for one in found) == pytest.approx({"right": 1 / 3, "words": -1 / 3, "leak": 2.0})
+
+
+def test_a_sum_is_not_known_where_a_term_is_not(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, settings = tokenizers["sentencepiece"], settings_of()
+    scoring = Scoring([Part(settings, Opinions(), "a", 2.0), Part(settings, Opinions(), "b")], (-10.0, 10.0))
+    outputs = [Output(completion(tokenizer, text, index=number)) for number, text in enumerate(("4", "4?"))]
+    prompts = [Prompt(number, (1,), "question", "4") for number in range(2)]
+    found = grade(session_of(tokenizer, Needs()), scoring, prompts, outputs)
+    assert [one.reward for one in found] == [pytest.approx(1.2), None]
+    assert found[1].counters == {"judge_unreadable": 1}
+    assert term_means(one.terms for one in found) == {"a": 0.4, "b": 0.4}

@@ -77,7 +77,7 @@ class AlgorithmContext:
     group_size: int = 1
     """rollout.group_size: samples per prompt."""
     reward_low: float = 0.0
-    """reward.low: the least reward."""
+    """The least reward: reward.low, of a sum what its terms' add up to."""
 
 
 @dataclass(frozen=True)

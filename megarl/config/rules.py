@@ -18,7 +18,7 @@ from megarl.config.data import source_refusals
 from megarl.config.grid import padded_length, sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.schema import RunConfig
-from megarl.config.sections import JudgeSettings, RewardSettings
+from megarl.config.sections import JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
 from megarl.config.wording import divisors, listed
 from megarl.errors import Refusal
 
@@ -160,10 +160,35 @@ def _reward(config: RunConfig) -> Iterator[Refusal]:
 
 def _reward_section(name: str, reward: RewardSettings) -> Iterator[Refusal]:
     """The rules of one section of reward settings; `name` is the section's key."""
+    if reward.kind != "sum":
+        yield from _one_reward(name, reward)
+        if reward.terms:
+            rule = f"are never asked, since {name}.kind={reward.kind}"
+            yield Refusal(f"{name}.terms", rule, f"set {name}.kind=sum, or remove {name}.terms")
+        return
+    if not reward.terms:
+        fix = f"list them in {name}.terms, each with a name, a kind and a weight"
+        yield Refusal(f"{name}.kind=sum", "needs the rewards that it adds up", fix)
+    names = [term.name for term in reward.terms]
+    for doubled in sorted({one for one in names if names.count(one) > 1}):
+        yield Refusal(f"{name}.terms with the name {doubled}", "must have a name each", "give one another name")
+    for field, info in ScoreSettings.model_fields.items():
+        value = getattr(reward, field)
+        if field != "kind" and value != info.default:
+            shown = f"{name}.{field}" if field == "judge" else f"{name}.{field}={value}"
+            yield Refusal(shown, f"belongs to each term, since {name}.kind=sum", f"set it in {name}.terms")
+    for number, term in enumerate(reward.terms):
+        if term.weight == 0:
+            yield Refusal(f"{name}.terms.{number}.weight=0", "must not be 0", "give another weight, or remove the term")
+        yield from _one_reward(f"{name}.terms.{number}", term)
+
+
+def _one_reward(name: str, reward: ScoreSettings) -> Iterator[Refusal]:
     if reward.low >= reward.high:
         yield Refusal(f"{name}.low={reward.low:g}", f"must be below {name}.high={reward.high:g}", "widen the range")
     if reward.kind not in ("math", "boxed", "f1", "judge") and not user_code.FORM.fullmatch(reward.kind):
-        rule = "must be math, boxed, f1, judge, package.module:function or folder/file.py:function"
+        kinds = "math, boxed, f1, judge" if isinstance(reward, RewardTerm) else "math, boxed, f1, judge, sum"
+        rule = f"must be {kinds}, package.module:function or folder/file.py:function"
         yield Refusal(f"{name}.kind={reward.kind}", rule, f"correct {name}.kind")
     if reward.kind == "judge" and reward.judge is None:
         yield Refusal(f"{name}.kind=judge", "needs a judge to ask", f"set {name}.judge.url and {name}.judge.model")
@@ -241,13 +266,14 @@ def _sampling(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
 
 def _consumer(config: RunConfig) -> Iterator[Refusal]:
     reward = config.evaluation.reward or config.reward
-    if config.evaluation.consumer is not None and reward.graded != "response":
-        name = "reward" if config.evaluation.reward is None else "evaluation.reward"
-        yield Refusal(
-            f"{name}.graded={reward.graded}",
-            "must be response with evaluation.consumer: only the response is the consumer's",
-            f"set {name}.graded=response",
-        )
+    section = "reward" if config.evaluation.reward is None else "evaluation.reward"
+    for name, part in reward.named_parts(section):
+        if config.evaluation.consumer is not None and part.graded != "response":
+            yield Refusal(
+                f"{name}.graded={part.graded}",
+                "must be response with evaluation.consumer: only the response is the consumer's",
+                f"set {name}.graded=response",
+            )
 
 
 def _packages(config: RunConfig) -> Iterator[Refusal]:
@@ -276,6 +302,13 @@ def _texts(config: RunConfig) -> Iterator[Refusal]:
     if data.template is not None and "{prompt}" not in data.template:
         yield Refusal(
             f"data.template={data.template!r}", "must contain {prompt}", "put {prompt} where the question belongs"
+        )
+    names = [column.rpartition(".")[2] for column in data.extra_columns]
+    if len(set(names)) < len(names):
+        yield Refusal(
+            f"data.extra_columns={list(data.extra_columns)}",
+            "must differ in what stands behind the last dots, the names by which a reward function gets them",
+            "leave one of the like-named out",
         )
     if data.answer_pattern is None:
         return

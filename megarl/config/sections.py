@@ -209,12 +209,15 @@ class JudgeSettings(Settings):
         return url
 
 
-class RewardSettings(Settings):
+class ScoreSettings(Settings):
+    """How an answer gets one reward."""
+
     kind: str = Field(
         default="math",
         description="math: the answer equals the reference, however both are written; boxed: the last \\boxed{} equals "
         "the reference as text; f1: words shared with the reference; judge: scored by a language model (reward.judge); "
-        "or a function of your own, package.module:function or folder/file.py:function.",
+        "or a function of your own, package.module:function or folder/file.py:function. sum: the weighted "
+        "sum of reward.terms.",
     )
     graded: Literal["whole", "response"] = Field(
         default="whole", description="What the reward sees: the whole answer, or only what follows its thinking."
@@ -245,6 +248,35 @@ class RewardSettings(Settings):
     truncated: Literal["score", "zero"] = Field(
         default="score", description="zero: a response cut at rollout.max_tokens scores reward.low."
     )
+
+
+class RewardTerm(ScoreSettings):
+    """One of several rewards that add up."""
+
+    name: str = Field(
+        description="Name under which its mean stands in metrics.jsonl.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
+    weight: float = Field(default=1.0, description="Factor of its reward in the sum; below 0 it is a penalty.")
+
+
+class RewardSettings(ScoreSettings):
+    terms: tuple[RewardTerm, ...] = Field(
+        default=(), description="The rewards of kind sum: each a table with name, weight and the settings of a reward."
+    )
+
+    def named_parts(self, section: str = "reward") -> list[tuple[str, ScoreSettings]]:
+        """The rewards that are found for an answer, with their keys: the terms of a sum, else this one."""
+        if not self.terms:
+            return [(section, self)]
+        return [(f"{section}.terms.{number}", term) for number, term in enumerate(self.terms)]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest reward: `low` and `high`, or what those of the terms add up to."""
+        if not self.terms:
+            return self.low, self.high
+        ends = [(t.weight * t.low, t.weight * t.high) for t in self.terms]
+        return sum(min(pair) for pair in ends), sum(max(pair) for pair in ends)
 
 
 class BatchSettings(Settings):

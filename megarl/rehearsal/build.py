@@ -49,7 +49,7 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
 
 
 def _run(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> Run:
-    context = AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.low)
+    context = AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.bounds[0])
     needs: Needs = algorithms.build(config.algorithm, context).needs
     evaluation = config.evaluation
     evaluates = bool(evaluation.every) or evaluation.start or evaluation.end

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
-from megarl.config.sections import RewardSettings
+from megarl.config.sections import ScoreSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
@@ -53,7 +53,7 @@ class Grader:
     its range, or low is not below high.
     """
 
-    def __init__(self, settings: RewardSettings, section: str = "reward", trial: GradingItem | None = None) -> None:
+    def __init__(self, settings: ScoreSettings, section: str = "reward", trial: GradingItem | None = None) -> None:
         if not settings.low < settings.high:
             raise Refusal(
                 f"{section}.low={settings.low}", f"must be below {section}.high={settings.high}", "swap or widen them"

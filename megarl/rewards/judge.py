@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from megarl.config.sections import JudgeSettings, RewardSettings
+from megarl.config.sections import JudgeSettings, ScoreSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
@@ -48,7 +48,7 @@ class Judge:
 
     def __init__(
         self,
-        settings: RewardSettings,
+        settings: ScoreSettings,
         replicas: int = 1,
         on_wait: Callable[[str], None] | None = None,
         section: str = "reward",
@@ -159,7 +159,7 @@ class _Call:
 
     def __init__(
         self,
-        settings: RewardSettings,
+        settings: ScoreSettings,
         judge: JudgeSettings,
         client: ChatClient,
         watch: Watch,

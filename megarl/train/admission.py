@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megarl.config import rules
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
-from megarl.config.sections import RewardSettings
+from megarl.config.sections import ScoreSettings
 from megarl.data.preview import SECONDS, data_refusals, first_prompt
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -46,8 +46,9 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
         with _in_a_sentence(f"data.path={config.data.path}", "check the file, and the tokenizer's chat template"):
             for refusal in data_refusals(config, tokenizer, seconds, evaluates=evaluates):
                 raise refusal
-        _look_at_reward("reward", config.reward, config, tokenizer)
-        _look_at_reward("evaluation.reward", config.evaluation.reward, config, tokenizer)
+        for section, reward in (("reward", config.reward), ("evaluation.reward", config.evaluation.reward)):
+            for name, one in () if reward is None else reward.named_parts(section):
+                _look_at_reward(name, one, config, tokenizer)
     except Refusal as refusal:
         yield refusal
 
@@ -62,15 +63,15 @@ def _usable_tokenizer(config: RunConfig) -> Tokenizer:
         return tokenizer
 
 
-def _look_at_reward(section: str, settings: RewardSettings | None, config: RunConfig, tokenizer: Tokenizer) -> None:
+def _look_at_reward(section: str, settings: ScoreSettings, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Start what finds rewards, try it on the first row as the run will, and end it again; a judge is not asked."""
-    if settings is None or settings.kind in BUILTIN_KINDS:
+    if settings.kind in BUILTIN_KINDS:
         return
     with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
         if settings.kind == "judge" and settings.judge is not None:
             key_of(settings.judge)
             return
-        first = first_prompt(config, tokenizer, held_out=section != "reward")
+        first = first_prompt(config, tokenizer, held_out=section.startswith("evaluation."))
         build_scorer(settings.model_copy(update={"workers": 1}), section=section, first=first).close()
 
 

@@ -14,7 +14,7 @@ from megarl.parallel.exchange import gather_all
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
 from megarl.train.generation import Output, generate, respond, think
-from megarl.train.scoring import grade
+from megarl.train.scoring import grade, term_means
 from megarl.train.session import CONSUMER, REFERENCE, Session
 from megarl.train.sources import above_middle, by_source
 
@@ -24,11 +24,11 @@ def evaluate(session: Session) -> dict[str, Any]:
 
     Returns `accuracy` (share of scored answers with a reward above the middle of the reward's range) and, with the
     prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples`, `unscored`,
-    `counters`, and `reward_failure` where the reward failed on an answer for the first time; where the data has several
-    sources also the numbers of `megarl.train.sources`. With `evaluation.consumer` policy and consumer answer the same
-    thinkings with the same seeds; the consumer's numbers are `cross_accuracy` and so on. Collective; the engine must be
-    awake with the current weights. Raises `TrainingStopped` on all ranks where rewards cannot be found any more, and
-    `StopAsked` where the run was asked to stop and the evaluation would not end in time.
+    `counters`, `reward_terms` (means of a sum's terms) and `reward_failure` where there are such; where the data has
+    several sources also the numbers of `megarl.train.sources`. With `evaluation.consumer` policy and consumer answer
+    the same thinkings with the same seeds; the consumer's numbers are `cross_accuracy` and so on. Collective; the
+    engine must be awake with the current weights. Raises `TrainingStopped` on all ranks where rewards cannot be found
+    any more, and `StopAsked` where the run was asked to stop and the evaluation would not end in time.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.engine is not None and session.evaluation_data is not None
@@ -65,16 +65,22 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
     config, data = session.config, session.evaluation_data
     assert data is not None
     scorer = session.evaluation_scorer or session.scorer
-    mine: list[tuple[int, float | None, int, bool]] = []
+    mine: list[tuple[int, float | None, dict[str, float | None], int, bool]] = []
     failed = failure = None
     counters: Counter[str] = Counter()
     if scorer is not None:
         scorer.begin_step()
         prompts = [data.prompts[o.completion.index // config.evaluation.samples] for o in outputs]
         try:
-            graded = grade(session, scorer, prompts, outputs, config.evaluation.reward or config.reward)
+            graded = grade(session, scorer, prompts, outputs)
             mine = [
-                (o.completion.index, g.reward, len(o.completion.token_ids), o.completion.finish_reason == "length")
+                (
+                    o.completion.index,
+                    g.reward,
+                    g.terms,
+                    len(o.completion.token_ids),
+                    o.completion.finish_reason == "length",
+                )
                 for o, g in zip(outputs, graded, strict=True)
             ]
             for one in graded:
@@ -91,17 +97,21 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
     session.tell_failure(first_failed)
     answers = sorted((answer for part, *_ in parts for answer in part), key=lambda answer: answer[0])
     settings = config.evaluation.reward or config.reward
-    rewards = [reward for _, reward, _, _ in answers if reward is not None]
+    rewards = [reward for _, reward, *_ in answers if reward is not None]
     numbers: dict[str, Any] = {
         f"{prefix}accuracy": above_middle(rewards, settings),
         f"{detail}reward_mean": sum(rewards) / len(rewards) if rewards else None,
         f"{detail}truncated_share": sum(cut for *_, cut in answers) / len(answers),
-        f"{detail}length_mean": sum(length for _, _, length, _ in answers) / len(answers),
+        f"{detail}length_mean": sum(length for *_, length, _ in answers) / len(answers),
         f"{detail}unscored": len(answers) - len(rewards),
         f"{detail}counters": dict(sum((counted for _, counted, *_ in parts), Counter())),
-    } | ({} if first_failed is None else {f"{detail}reward_failure": first_failed})
+    }
+    if terms := term_means(terms for _, _, terms, *_ in answers):
+        numbers[f"{detail}reward_terms"] = terms
+    if first_failed is not None:
+        numbers[f"{detail}reward_failure"] = first_failed
     if data.source_names:
         k = config.evaluation.samples
-        sources = [(data.prompts[index // k].source, reward) for index, reward, _, _ in answers]
+        sources = [(data.prompts[index // k].source, reward) for index, reward, *_ in answers]
         numbers |= by_source(sources, settings, prefix, detail)
     return numbers

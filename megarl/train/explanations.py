@@ -89,9 +89,9 @@ def _target_tokens(
     session: Session, settings: ExplanationSettings, prompt: Prompt, sample: Sample, counters: Counter[str]
 ) -> tuple[tuple[int, ...], int] | None:
     """The tokens to learn and the length of their chain, or None for an explanation that is left out, and counted."""
-    reward = session.config.reward
+    low, high = session.config.reward.bounds
     # Without a reward where no explanation is graded, see `graded`.
-    matches = sample.reward is not None and sample.reward > (reward.low + reward.high) / 2
+    matches = sample.reward is not None and sample.reward > (low + high) / 2
     counters["explanations_matching"] += matches
     if sample.finish_reason == "length":
         counters["explanations_truncated"] += 1

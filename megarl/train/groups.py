@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from megarl.algorithms.base import GroupOutcome
@@ -23,13 +23,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What all ranks know of an answer. `reward` is None where none could be found."""
+    """What all ranks know of an answer. `reward` is None where none could be found; `reward_terms` is what each term of
+    a sum gave."""
 
     reward: float | None
     length: int
     finished: bool
     holder: int
     thinking_length: int | None = None
+    reward_terms: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.policy import UpdateResult
 from megarl.train.groups import Rollouts
+from megarl.train.scoring import term_means
 from megarl.train.session import Session
 from megarl.train.sources import by_source
 
@@ -119,7 +120,8 @@ def _of_rollouts(rollouts: Rollouts | None) -> dict[str, Any]:
         return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean"))
     scores = list(rollouts.scores.values())
     rewards = [s.reward for s in scores if s.reward is not None]
-    return {
+    terms = term_means(s.reward_terms for s in scores)
+    return ({"reward_terms": terms} if terms else {}) | {
         "reward_mean": statistics.fmean(rewards) if rewards else None,
         "reward_std": statistics.pstdev(rewards) if rewards else None,
         "response_length_mean": statistics.fmean(s.length for s in scores),

@@ -89,6 +89,8 @@ class Recorder:
                     "reward": sample.reward,
                     "finish_reason": sample.finish_reason,
                 }
+                if sample.reward_terms:
+                    line["reward_terms"] = sample.reward_terms
                 file.write(json.dumps(line) + "\n")
 
     def curves(self) -> None:

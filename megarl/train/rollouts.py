@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Sample
-from megarl.rewards.scorer import Scorer
+from megarl.rewards.scorer import Scoring
 from megarl.rollout.engine import Request
 from megarl.train import explanations, replay
 from megarl.train.generation import (
@@ -165,12 +165,12 @@ def _tokens(job: Job, output: Output) -> Counter[str]:
 
 
 def _samples(
-    session: Session, scorer: Scorer, rollouts: Rollouts, jobs: Sequence[Job], outputs: Sequence[Output]
+    session: Session, scoring: Scoring, rollouts: Rollouts, jobs: Sequence[Job], outputs: Sequence[Output]
 ) -> dict[int, Sample]:
     """The outputs as samples, graded, by position in `jobs`."""
     asked = [o for o in outputs if jobs[o.completion.index].kind == "answer" or explanations.graded(session)]
     prompts = [rollouts.prompts[jobs[o.completion.index].group] for o in asked]
-    graded = grade(session, scorer, prompts, asked, session.config.reward)
+    graded = grade(session, scoring, prompts, asked)
     by_position = {o.completion.index: one for o, one in zip(asked, graded, strict=True)}
     samples = {}
     for output in outputs:
@@ -188,6 +188,7 @@ def _samples(
             kind=job.kind,
             thinking_length=None if one is None else one.thinking_length,
             reward_counters={} if one is None else one.counters,
+            reward_terms={} if one is None else one.terms,
             routed_experts=completion.routed_experts,
         )
     return samples
@@ -235,7 +236,7 @@ def _tell_everyone(
     rollouts.mine |= answers
     rollouts.explanations += [sample for sample in samples.values() if sample.kind == "explanation"]
     scores = {
-        number: Score(s.reward, len(s.token_ids), s.finish_reason == "stop", rank, s.thinking_length)
+        number: Score(s.reward, len(s.token_ids), s.finish_reason == "stop", rank, s.thinking_length, s.reward_terms)
         for number, s in answers.items()
     }
     texts = {

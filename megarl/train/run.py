@@ -85,7 +85,8 @@ def _look_before(config: RunConfig, world: World) -> None:
 
 def _judges_patience(config: RunConfig) -> float:
     """How many seconds a rank may wait for a judge while the others wait for the rank."""
-    judges = [reward.judge for reward in (config.reward, config.evaluation.reward) if reward is not None]
+    rewards = [reward for reward in (config.reward, config.evaluation.reward) if reward is not None]
+    judges = [part.judge for reward in rewards for _, part in reward.named_parts()]
     return max((judge.patience for judge in judges if judge is not None), default=0.0)
 
 

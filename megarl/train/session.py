@@ -25,7 +25,7 @@ from megarl.parallel.groups import Grid
 from megarl.policy import checkpoint
 from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
 from megarl.policy.policy import Policy
-from megarl.rewards.scorer import Scorer, build_scorer
+from megarl.rewards.scorer import Scoring, build_scoring
 from megarl.rollout.engine import Engine
 from megarl.train.clock import Clock
 from megarl.train.past import run_directory
@@ -78,8 +78,8 @@ class Session:
     policy: Policy
     engine: Engine | None
     push: Push | None
-    scorer: Scorer | None
-    evaluation_scorer: Scorer | None
+    scorer: Scoring | None
+    evaluation_scorer: Scoring | None
     thinking_end: ThinkingEnd
     stop_ids: frozenset[int]
     """Token ids that end a response."""
@@ -121,7 +121,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     check_vocabulary(tokenizer, shape.vocab_size)
     algorithm = algorithms.build(
         config.algorithm,
-        AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.low),
+        AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.bounds[0]),
     )
     rollouts = config.algorithm.generates
     data = training_data(config, tokenizer, need_solution=not rollouts and not evaluate_only)
@@ -193,15 +193,15 @@ def _scorers(
     recorder: Recorder,
     data: LoadedPrompts,
     evaluation_data: LoadedPrompts | None,
-) -> tuple[Scorer | None, Scorer | None]:
+) -> tuple[Scoring | None, Scoring | None]:
     """What finds the rewards of rollouts, and of evaluations where these have a reward of their own."""
     if engine is None or not engine.speaks:
         return None, None
     replicas, say, own = engine.num_replicas, recorder.status, config.evaluation.reward
-    scorer = build_scorer(config.reward, replicas, say, "reward", data.prompts[0])
+    scorer = build_scoring(config.reward, replicas, say, "reward", data.prompts[0])
     if own is None or evaluation_data is None:
         return scorer, None
-    return scorer, build_scorer(own, replicas, say, "evaluation.reward", evaluation_data.prompts[0])
+    return scorer, build_scoring(own, replicas, say, "evaluation.reward", evaluation_data.prompts[0])
 
 
 def _with_steps(config: RunConfig, data: LoadedPrompts) -> RunConfig:

@@ -10,7 +10,7 @@ from megarl.config.sections import RewardSettings
 
 def above_middle(rewards: list[float], settings: RewardSettings) -> float | None:
     """Accuracy: the share of rewards above the middle of their range; None where there is no reward."""
-    middle = (settings.low + settings.high) / 2
+    middle = sum(settings.bounds) / 2
     return sum(reward > middle for reward in rewards) / len(rewards) if rewards else None
 
 

@@ -107,12 +107,13 @@ class ExplanationSettings(Settings):
                 f"must not exceed rollout.max_tokens={run.rollout.max_tokens}, beyond which no response is trained",
                 "lower it, or raise rollout.max_tokens",
             )
-        if run.reward.kind == "judge" and self.must_match:
-            yield Refusal(
-                "algorithm.explanation.must_match=true",
-                "needs a reward that knows the right answer, and reward.kind=judge gives an opinion",
-                "set it to false, or choose another reward.kind",
-            )
+        for name, part in run.reward.named_parts():
+            if part.kind == "judge" and self.must_match:
+                yield Refusal(
+                    "algorithm.explanation.must_match=true",
+                    f"needs a reward that knows the right answer, and {name}.kind=judge gives an opinion",
+                    f"set it to false, or choose another {name}.kind",
+                )
 
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""

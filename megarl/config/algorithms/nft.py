@@ -67,14 +67,14 @@ class NftSettings(AlgorithmSettings):
     )
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
-        low, high = run.reward.low, run.reward.high
+        low, high = run.reward.bounds
         if (low, high) != (0.0, 1.0):
             yield Refusal(
                 f"reward.low={low:g}, reward.high={high:g}",
                 "must be 0 and 1, since NFT reads a reward as the probability of being right",
-                "remove both settings",
+                "let the terms add up to that" if run.reward.terms else "remove both settings",
             )
-        if self.rewards == "binary" and run.reward.kind in ("f1", "judge"):
+        if self.rewards == "binary" and run.reward.kind in ("f1", "judge", "sum"):
             yield Refusal(
                 f"algorithm.rewards=binary with reward.kind={run.reward.kind}",
                 "needs rewards that are 0 or 1",

@@ -47,12 +47,13 @@ class StartSettings(GroupRelativeSettings):
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from super().refusals(run)
-        if run.reward.graded != "response":
-            yield Refusal(
-                f"reward.graded={run.reward.graded}",
-                "must be response: the reward may not see the thinking that it is to judge by its answer",
-                "set reward.graded=response",
-            )
+        for name, part in run.reward.named_parts():
+            if part.graded != "response":
+                yield Refusal(
+                    f"{name}.graded={part.graded}",
+                    "must be response: the reward may not see the thinking that it is to judge by its answer",
+                    f"set {name}.graded=response",
+                )
         if self.normalizer == "response" and self.aggregation == "sequence_mean":
             yield Refusal(
                 "algorithm.normalizer=response with algorithm.aggregation=sequence_mean",
