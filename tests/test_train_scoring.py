@@ -357,7 +357,7 @@ def test_a_scorer_that_is_away_stops_the_grading(tokenizers: dict[str, Tokenizer
 
 
 def test_a_sum_finds_each_term_by_its_own_settings(tokenizers: dict[str, Tokenizer]) -> None:
-    """Totals by hand: 1 for the box in the response, half for the last character, a penalty for a box anywhere."""
+    """Totals by hand: 1 for the box in the response, half for the last character, a penalty for any box."""
     tokenizer = tokenizers["sentencepiece"]
     terms = [
         {"name": "right", "kind": "boxed", "graded": "response"},
@@ -372,15 +372,15 @@ def test_a_sum_finds_each_term_by_its_own_settings(tokenizers: dict[str, Tokeniz
     prompts = [Prompt(number, (1,), "question", "4") for number in range(3)]
     found = grade(session_of(tokenizer, Needs()), scoring, prompts, outputs)
     assert [one.terms for one in found] == [
-        {"right": 0.0, "words": 1.0, "leak": 2.0},
+        {"right": 0.0, "words": 1.0, "leak": 0.0},
         {"right": 1.0, "words": -1.0, "leak": 2.0},
         {"right": 0.0, "words": -1.0, "leak": 2.0},
     ]
-    assert [one.reward for one in found] == pytest.approx([0.3, 0.3, -0.7])
+    assert [one.reward for one in found] == pytest.approx([0.5, 0.3, -0.7])
     # One output that two terms find malformed is one.
     assert [one.counters for one in found] == [{}, {}, {"thinking_missing": 1}]
     assert [one.thinking_length is None for one in found] == [False, False, True]
-    assert term_means(one.terms for one in found) == pytest.approx({"right": 1 / 3, "words": -1 / 3, "leak": 2.0})
+    assert term_means(one.terms for one in found) == pytest.approx({"right": 1 / 3, "words": -1 / 3, "leak": 4 / 3})
 
 
 def test_a_sum_is_not_known_where_a_term_is_not(tokenizers: dict[str, Tokenizer]) -> None:
