@@ -32,6 +32,8 @@ def test_least_traffic_and_the_same_bits(tmp_path: Path):
     assert found["bytes_received_max_rank"] == found["bytes_lower_bound_max_rank"] > 0
     assert found["gather_bytes_received_max_rank"] > found["bytes_received_max_rank"]
     assert found["seconds"] > 0 and found["gather_seconds"] > 0 and len(found["ratios"]) == 1
+    # What the checksum adds, in pushes of its own.
+    assert all(found[f"{kind}_seconds"] > 0 for kind in ("unchecked", "checked", "check"))
     assert found["bucket_bytes"] == int(0.05 * 2**20)
 
 

@@ -11,8 +11,8 @@ from megarl.errors import Refusal
 bench = typer.Typer(help="Measure a run's speed.", no_args_is_help=True)
 
 
-def _prepared(config: ConfigPath, overrides: Overrides) -> RunConfig:
-    settings = prepare(config, overrides)
+def _prepared(config: ConfigPath, overrides: Overrides, *, reads: bool = True) -> RunConfig:
+    settings = prepare(config, overrides, reads=reads)
     if settings.epochs is not None:
         rule = "says how long a run is, and not how many steps are measured"
         raise Refusal(f"epochs={settings.epochs:g}", rule, "give steps=N epochs=null")
@@ -43,7 +43,7 @@ def rollout(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
 @bench.command()
 def reshard(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The weight push beside one that gathers every tensor on every rank: seconds, bytes, memory."""
-    settings = _prepared(config, overrides)
+    settings = _prepared(config, overrides, reads=False)
     require_rollouts(settings)
     with reserved_stdout(as_json) as stream:
         from megarl.train.bench_reshard import bench_reshard as worker

@@ -45,19 +45,20 @@ def prepare(
     trains: bool = False,
     evaluates: bool = False,
     starts: bool = False,
+    reads: bool = True,
 ) -> RunConfig:
     """The checked configuration. Raises `Refusal` before anything is started or written.
 
     `trains`: the run's folder is written as that of a training, so what an earlier run has left there counts.
     `evaluates`: it is an evaluation alone. `starts`: the run follows, so signals that ask to stop are answered as soon
-    as the configuration says how.
+    as the configuration says how. `reads`: prompts are read, so that tokenizer, data and rewards count.
     """
     config = load_config(path, overrides or ())
     place = launcher_place()
     if starts:
         answer_stops(config.health.notice)
     world = place[1] if place else None
-    for refusal in admission.refusals(config, world, trains=trains, evaluates=evaluates, starts=starts):
+    for refusal in admission.refusals(config, world, trains=trains, evaluates=evaluates, starts=starts, reads=reads):
         raise refusal
     return config
 

@@ -23,17 +23,25 @@ from megarl.train import past
 
 
 def refusals(
-    config: RunConfig, processes: int | None = None, *, trains: bool, evaluates: bool = False, starts: bool = False
+    config: RunConfig,
+    processes: int | None = None,
+    *,
+    trains: bool,
+    evaluates: bool = False,
+    starts: bool = False,
+    reads: bool = True,
 ) -> Iterator[Refusal]:
     """Everything that is known to end a run at its start, what is quick to find first.
 
     `processes` is the world that a launcher started. `trains`: the run's folder is written as that of a training.
     `evaluates`: it is an evaluation alone. `starts`: the run, which reads all of its data, follows at once.
+    `reads`: prompts are read at all.
     """
     yield from rules.broken_rules(config, processes=processes)
     if trains:
         yield from past.refusals(config)
-    yield from contents(config, evaluates=evaluates, seconds=1.0 if starts else SECONDS)
+    if reads:
+        yield from contents(config, evaluates=evaluates, seconds=1.0 if starts else SECONDS)
 
 
 def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SECONDS) -> Iterator[Refusal]:

@@ -42,10 +42,11 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     """Push by the plan and by gathering, in turns, `config.steps` times after one of each; medians of seconds.
 
     Weights are drawn from the seed. Returns `seconds` and `gather_seconds` (until the slowest rank is done), their
-    `ratios` turn by turn, `bytes_received_max_rank` and `gather_bytes_received_max_rank` as counted where they arrive,
-    `bytes_lower_bound_max_rank` (what the rank that lacks most needs and does not hold), `peak_extra_bytes` and
-    `gather_peak_extra_bytes` (the largest process's memory above what it had before), `bucket_bytes`, `bitwise_equal`:
-    whether engines that either has filled hold the same bits, on every rank.
+    `ratios` turn by turn, `unchecked_seconds` and `checked_seconds` (without and with the checksum), `check_seconds`
+    (the look at the engine after a generation), `bytes_received_max_rank` and `gather_bytes_received_max_rank` as
+    counted where they arrive, `bytes_lower_bound_max_rank` (what the rank that lacks most needs and does not hold),
+    `peak_extra_bytes` and `gather_peak_extra_bytes` (the largest process's memory above what it had before),
+    `bucket_bytes`, `bitwise_equal`: whether engines that either has filled hold the same bits, on every rank.
     """
     world = bootstrap.join()
     # For the measurement of memory: what glibc keeps of freed blocks would count as if it were in use.
