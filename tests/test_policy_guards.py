@@ -256,7 +256,7 @@ def test_a_run_that_diverges_keeps_its_good_checkpoints(stopped: tuple[Path, str
     assert "damaged: it was saved by a run that had diverged: embedding.word_embeddings.weight is not finite" in said
     assert "resume=auto or must continues from runs/diverged/checkpoints/step_000003" in said
     output = " ".join(
-        arithmetic_run.finish(arithmetic_run.start(folder, "train", "run.yaml", *good, "steps=4")).split()
+        arithmetic_run.finish(arithmetic_run.start(folder, "train", "run.yaml", *good, "steps=5")).split()
     )
     words = "step_000004 was saved by a run that had diverged: the weights embedding.word_embeddings.weight are not"
     assert words in output and "continuing after step 3" in output
