@@ -174,7 +174,7 @@ def test_own_algorithm_in_the_working_directory(tmp_path: Path) -> None:
 
 def test_modules_in_the_working_directory_hide_no_others(tmp_path: Path) -> None:
     write_case(tmp_path)
-    for name in ("random", "queue", "tokenize", "typer", "yaml", "pydantic", "wandb"):
+    for name in ("random", "queue", "tokenize", "typer", "yaml", "pydantic", "datasets", "tokenizers"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('from the working directory')\n")
     result = megarl(tmp_path, "check", "run.yaml")
     assert result.returncode == 0, result.stderr
