@@ -135,7 +135,7 @@ def test_large_groups(advantage):
         ({"advantage": "pass_at_k_loo", "pass_k": 5}, 1 / 5, lambda p: 5 * (1 - p) ** 4),
         ({"advantage": "pass_at_k", "pass_k": 2, "normalize_std": False}, 1 / 2 * 3 / 5, lambda p: 2 * (1 - p)),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 def test_expected_gradient(p, chosen, factor, objective):
     """Five samples, each right with probability p: the mean over samples of A_i d log P / dp, over all outcomes."""
