@@ -92,6 +92,10 @@ def _parts_equal(a: Part, b: Part) -> bool:
         return _same_collection(a.items, b.items)
     if a.kind == b.kind == "union" and _same_collection(a.items, b.items):
         return True
+    if kinds == {"list", "union"}:
+        # `x<2 or x>3` for (-∞,2) ∪ (3,∞).
+        (listed,) = (part for part in (a, b) if part.kind == "list")
+        return all(_ordered(item.text) for item in listed.items) and _same_collection(a.items, b.items)
     if a.kind == b.kind or kinds == {"list", "()"}:
         if _same_sequence(a.items, b.items):
             return True
@@ -120,6 +124,7 @@ def _same_collection(a: tuple[Part, ...], b: tuple[Part, ...]) -> bool:
 
 def _same_set(a: Part, b: Part) -> bool:
     """Whether math-verify finds equal sets, where both are of numbers that no list can give."""
+    a, b = (parts_of(_without_membership(part.text)) for part in (a, b))
     if not any(part.kind == "union" or _speaks_of_sets(part.text) for part in (a, b)):
         return False
     if not all(part.kind not in ("value", "list") or _speaks_of_sets(part.text) for part in (a, b)):
@@ -128,7 +133,7 @@ def _same_set(a: Part, b: Part) -> bool:
         return False
     from megarl.rewards.expressions import sets_equal
 
-    return sets_equal(_without_membership(a.text), _without_membership(b.text))
+    return sets_equal(a.text, b.text)
 
 
 def _speaks_of_sets(text: str) -> bool:

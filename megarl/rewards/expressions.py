@@ -15,11 +15,13 @@ from typing import Any
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify.grader import should_treat_as_complex, verify
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
 from megarl.rewards.numerals import tolerance
+from megarl.rewards.units import FUNCTION_OF_ANGLE
 
 # It warns once that its time limits are off, and logs every answer it cannot read; both are expected here.
 for _library in ("math_verify", "latex2sympy2_extended"):
@@ -49,6 +51,9 @@ _TWO_NUMBERS = re.compile(r"\d\s+[.\d]")
 #: Beside what the parser evaluates: five digits, three in an exponent, a power in an exponent, a factorial.
 _LARGE_ARGUMENT = re.compile(r"\d{5}|\^\s*(?:\d{3}|\{(?:[^{}]*\^|\s*-?\d{3}))|!")
 _SETTINGS = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+#: R and r are two letters.
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 
 
 class TooLarge(Exception):
@@ -62,10 +67,18 @@ def parse(text: str) -> Any:
         return None
     try:
         return latex2sympy(
-            normalize_latex(text, _SETTINGS), is_real=not should_treat_as_complex(text), normalization_config=None
+            normalize_latex(_in_radians(text), _SETTINGS),
+            is_real=not should_treat_as_complex(text),
+            normalization_config=None,
+            conversion_config=_CONVERSION,
         )
     except Exception:  # the parser raises what it likes
         return None
+
+
+def _in_radians(text: str) -> str:
+    """`text` with the degrees that a function is taken of in radians; the parser would drop the sign."""
+    return _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text) if FUNCTION_OF_ANGLE.search(text) else text
 
 
 def _depth(text: str) -> int:
@@ -101,9 +114,9 @@ def expressions_equal(reference: str, found: str) -> bool:
 
 
 def _unknowns(text: str) -> frozenset[str]:
-    """The letters of a value that are unknowns in it, whatever their case; the parser does not tell cases apart."""
+    """The letters of a value that are unknowns in it."""
     words = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(r"\\(?:text|operatorname)\s*\{([^{}]*)\}", r"\1", text))
-    return frozenset(word.lower() for word in words if word.lower() in _UNKNOWN)
+    return frozenset(word for word in words if word.lower() in _UNKNOWN)
 
 
 def sets_equal(reference: str, found: str) -> bool:

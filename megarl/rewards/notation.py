@@ -131,6 +131,16 @@ _PERCENT = re.compile(
     r"\b(?:percentage|percent|pct|per\s+cent)\b(?:\s+points?)?",
     re.IGNORECASE,
 )
+#: `5 million`, `5\\text{million dollars}`.
+_MAGNITUDE = re.compile(
+    r"(?<=[\d}])\s*(?P<open>\\text\{)?\s*(?P<name>dozen|hundred|thousand|million|billion|trillion)\b\s*"
+    r"(?P<close>(?(open)\}|))?",
+    re.IGNORECASE,
+)
+_MAGNITUDES = {
+    "dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
+    "trillion": "10^{12}",
+}  # fmt: skip
 _WORDS = re.compile(r"\\text\s*\{([^{}]*)\}")
 _JOINED = re.compile(r"\s*(?:,\s*)?(?:\\text\{(?:and|or)\}|(?<=\s|,)(?:and|or)(?=\s))\s*")
 _LABEL = re.compile(
@@ -172,7 +182,8 @@ def written(content: str) -> str:
     text = _CALCULATOR.sub(r"^{\2}", text)
     text = _PERCENT.sub(r"\\%", text).replace("*", r"\cdot " if re.search(r"\w\s*\*\s*\w", text) else "")
     text = _RAISED_UNIT.sub(r"\\text{\1^\2\3}", text)
-    text = _JOINED.sub(", ", _WORDS.sub(_spoken, text))
+    text = _MAGNITUDE.sub(_multiplied, _WORDS.sub(_spoken, text))
+    text = _JOINED.sub(", ", text)
     return _ended(_unlabelled(_ended(text)))
 
 
@@ -199,6 +210,11 @@ def _spoken(match: re.Match[str]) -> str:
     if any(char.isdigit() for char in words):
         return f" {words} "
     return rf"\text{{{words}}}" if words else " "
+
+
+def _multiplied(match: re.Match[str]) -> str:
+    rest = r" \text{" if match["open"] and not match["close"] else " "
+    return rf"\times {_MAGNITUDES[match['name'].lower()]}{rest}"
 
 
 def _unlabelled(text: str) -> str:

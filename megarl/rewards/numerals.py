@@ -19,7 +19,14 @@ _POWER = r"10\s*\^\s*(?:\{\s*(?P<exponent>[-+]?\s*\d+)\s*\}|(?P<digit>\d))"
 _NUMERAL = re.compile(
     rf"{_SIGN}(?:(?P<mantissa>{_PLAIN})\s*(?:(?:\\times|\\cdot)\s*{_POWER})?|{_POWER.replace('(?P<', '(?P<bare_')})"
 )
-_BASE = re.compile(r"(?P<digits>[-+]?[0-9A-Fa-f]+)\s*_\s*(?:\{\s*(?:\\text\{)?(?P<long>\w+)\}?\s*\}|(?P<short>\d))")
+#: `0.1\\overline{6}`, `0.1(6)`.
+_REPEATING = re.compile(
+    rf"{_SIGN}(?P<whole>\d*)\.(?P<fixed>\d*)\s*"
+    r"(?:\\(?:overline|bar|dot)\s*(?:\{\s*(?P<period>\d+)\s*\}|(?P<digit>\d))|\((?P<bracketed>\d+)\))"
+)
+_BASE = re.compile(
+    r"(?P<digits>[-+]?[0-9A-Fa-f]+)\s*_\s*(?:\{\s*(?:\\text\{)?(?P<long>\d+|[a-z]{3,})\}?\s*\}|(?P<short>\d))"
+)
 _FRACTION = re.compile(
     rf"{_SIGN}(?:(?P<whole>\d+)\s*(?=\\frac)|(?P<spaced>\d+)\s+(?=\d))?"
     rf"(?:\\frac\s*(?P<upper>\{{\s*[-+]?\s*(?:{_PLAIN})\s*\}}|\s*\d)\s*(?P<lower>\{{\s*[-+]?\s*(?:{_PLAIN})\s*\}}|\d)|"
@@ -58,6 +65,8 @@ def numeral(text: str) -> Numeral | None:
         return _power(match, percent)
     if match := _FRACTION.fullmatch(text):
         return _fraction(match, percent)
+    if match := _REPEATING.fullmatch(text):
+        return _repeating(match, percent)
     match = _BASE.fullmatch(text)
     if match and not percent and match["digits"].lstrip("+-").isdigit():
         return Numeral(Fraction(int(match["digits"])), "integer", match["long"] or match["short"])
@@ -87,6 +96,13 @@ def _fraction(match: re.Match[str], percent: bool) -> Numeral | None:
     value = whole + upper / lower
     point = upper.denominator != 1 or lower.denominator != 1
     return Numeral(-value if match["sign"] == "-" else value, "measured" if point else "exact", percent=percent)
+
+
+def _repeating(match: re.Match[str], percent: bool) -> Numeral:
+    """Digits whose last ones repeat for ever, exactly."""
+    once, period = match["whole"] + match["fixed"], match["period"] or match["digit"] or match["bracketed"]
+    value = Fraction(int(once + period) - int(once or 0), 10 ** len(match["fixed"]) * (10 ** len(period) - 1))
+    return Numeral(-value if match["sign"] == "-" else value, "exact", percent=percent)
 
 
 def numerals_equal(reference: Numeral, found: Numeral) -> bool:

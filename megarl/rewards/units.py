@@ -43,6 +43,32 @@ _NAMES = {
     "yen": "¥ yen jpy",
     "rupee": "₹ rs rupee rupees inr",
     "cent": "¢ cent cents",
+    "newton": "N newton newtons",
+    "kilonewton": "kN",
+    "joule": "J joule joules",
+    "kilojoule": "kJ kilojoule kilojoules",
+    "megajoule": "MJ",
+    "electronvolt": "eV",
+    "kiloelectronvolt": "keV",
+    "megaelectronvolt": "MeV",
+    "gigaelectronvolt": "GeV",
+    "watt": "W watt watts",
+    "kilowatt": "kW kilowatt kilowatts",
+    "megawatt": "MW megawatt megawatts",
+    "volt": "V volt volts",
+    "millivolt": "mV",
+    "kilovolt": "kV",
+    "ampere": "A amp amps ampere amperes",
+    "milliampere": "mA",
+    "hertz": "Hz hertz",
+    "kilohertz": "kHz",
+    "megahertz": "MHz",
+    "gigahertz": "GHz",
+    "pascal": "Pa pascal pascals",
+    "kilopascal": "kPa",
+    "kelvin": "K kelvin kelvins",
+    "degree Celsius": "Celsius",
+    "degree Fahrenheit": "Fahrenheit",
     "a.m.": "a.m a.m. am",
     "p.m.": "p.m p.m. pm",
 }
@@ -51,8 +77,7 @@ _CANONICAL = {name: canonical for canonical, names in _NAMES.items() for name in
 _SYMBOLS = frozenset(
     re.findall(
         r"\w+",
-        "Hz kHz MHz GHz N kN J kJ MJ eV keV MeV GeV W kW MW V kV A mA K C F Pa kPa MPa atm bar mol T G ohm ohms cc sq "
-        "pc kpc Mpc",
+        "C F MPa atm bar mol T G ohm ohms cc sq pc kpc Mpc",
     )
 )
 _WORD = r"[a-zA-Z]+(?:[.'-][a-zA-Z]+)*\.?"
@@ -72,10 +97,12 @@ _MONEY = re.compile(
 )
 _MONEY_BEHIND = re.compile(r"(?<=\d)\s*(\\\$|[€£¥₹₩₽₫₺₪฿¢])$")
 _NO_UNIT = re.compile(
-    r"\b(?:not|no|or|and|nor|never|wrong|incorrect|false|minus|plus|times|over|maybe|but|is|than|x|y)\b", re.IGNORECASE
+    r"\b(?:not|no|or|and|nor|never|wrong|incorrect|false|minus|plus|times|over|maybe|but|is|than|x|y|half|halves|"
+    r"thirds|squared|cubed|factorial)\b",
+    re.IGNORECASE,
 )
-
-
+#: Degrees behind it are those of its argument, and no unit of the value.
+FUNCTION_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _RAISED = re.compile(
     r"(?:(?P<before>square|sq\.?|cubic|cu\.?)\s+)?(?P<name>[a-zA-Z.]+)"
     r"(?:\s*\^\s*\{?\s*(?P<exponent>[23])\s*\}?|\s+(?P<behind>squared|cubed))?"
@@ -118,7 +145,7 @@ def measured(text: str) -> Measured:
         if name:
             value, unit = value[: match.start()].strip(), name
             break
-    if match := _DEGREE.search(value):
+    if (match := _DEGREE.search(value)) and not FUNCTION_OF_ANGLE.search(value):
         value, unit = value[: match.start()].strip(), unit or _DEGREES.get(match["scale"] or match.group().strip(), "?")
     return Measured(value, unit)
 
