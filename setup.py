@@ -23,6 +23,7 @@ setup(
     install_requires=[
         "datasets",
         "jinja2",
+        "latex2sympy2_extended",
         "math-verify",
         "matplotlib",
         "megatron-core==0.16.1",
