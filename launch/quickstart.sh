@@ -42,8 +42,3 @@ if [[ -d runs/$name ]]; then
     mv runs/$name runs/$name.previous
 fi
 megarl train configs/$name.yaml "$@"
-
-echo
-echo "Accuracy before and after:  runs/$name/summary.json"
-echo "Learning curves:            runs/$name/curves.png"
-echo "Answers, step by step:      runs/$name/samples.jsonl"

@@ -40,6 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def test_a_supervised_step_has_no_gap_between_policy_and_engine(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "runs/warm/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 120 and all(line["loss"] > 0 for line in lines)
+    assert {line[f"logprob_{name}"] for line in lines for name in ("gap_mean", "gap_max", "k3")} == {None}
+
+
 def run_table(folder: Path, **changes: Any) -> dict[str, Any]:
     """The table of a run from the warmed-up policy, with absolute paths."""
     table: dict[str, Any] = {
@@ -348,17 +354,17 @@ def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
 
     made = session(world, table)
     with awake(made):
-        before = evaluate(made)
+        before = evaluate(made, "before")
     made.algorithm.begin_step(1)
     batches, totals = trainable(made, roll_out(made, 1))
     for batch, total in zip(batches, totals, strict=True):
         made.policy.update(batch, made.algorithm, total)
     with awake(made):
-        after = evaluate(made)
+        after = evaluate(made, "after")
     return [before, after]
 
 
-def test_cross_generation_with_the_policy_itself_is_self_generation(alone: dict[str, list[Any]]) -> None:
+def test_cross_generation_with_the_policy_itself_is_self_generation(folder: Path, alone: dict[str, list[Any]]) -> None:
     (found,) = alone["crossed"]
     own = {"accuracy", "reward_mean", "truncated_share", "length_mean", "unscored"}
     pairs = [("accuracy" if n == "accuracy" else f"evaluation_{n}", f"cross_{n}") for n in own]
@@ -367,6 +373,11 @@ def test_cross_generation_with_the_policy_itself_is_self_generation(alone: dict[
     assert before["evaluation_length_mean"] > 5
     # Another policy answers otherwise.
     assert [after[a] for a, _ in pairs] != [after[b] for _, b in pairs]
+    kept = (folder / "runs/run/evaluations/before.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in kept]
+    count = before["evaluation_problems"] * 4
+    assert [row.pop("by") for row in rows] == ["policy"] * count + ["consumer"] * count
+    assert rows[:count] == rows[count:]
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -460,6 +471,7 @@ def test_replay_of_answers_alone_is_refused_where_explanations_are_needed(runs: 
 
 
 def test_initial_consumer_of_an_evaluated_checkpoint_is_the_configured_policy(runs: dict[str, Any]) -> None:
-    initial, named = ({k: v for k, v in runs["given"][f"crossed-{b}"].items() if k != "name"} for b in (True, False))
+    own = ("name", "answers")
+    initial, named = ({k: v for k, v in runs["given"][f"crossed-{b}"].items() if k not in own} for b in (True, False))
     assert initial == named and initial["evaluation_samples"] == 2
     assert initial["cross_length_mean"] != initial["evaluation_length_mean"]

@@ -48,7 +48,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation={"path": "data/heldout.jsonl", "end": True},
         reward={"kind": "sum", "terms": TERMS},
     )
-    run(folder, "train", "run.yaml")
+    code, _, errors = call(folder, "train", "run.yaml")
+    assert code == 0, errors[-4000:]
+    (folder / "log.txt").write_text(errors)
     return folder
 
 
@@ -101,6 +103,25 @@ def test_metrics_have_the_names_that_people_script_on(base: Path) -> None:
     for file in ("config.yaml", "samples.jsonl", "summary.json", "curves.png", "checkpoints/latest"):
         assert (base / "runs/base" / file).stat().st_size > 0
     assert (base / "runs/base/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_log_has_a_line_a_step_each_warning_once_and_ends_with_what_there_is(base: Path) -> None:
+    log = (base / "log.txt").read_text().splitlines()
+    steps = [line for line in log if line.startswith("step ")]
+    numbers = r"reward [\d.]+  loss \S+  grad \S+  gap \S+  length [\d.]+"
+    assert re.fullmatch(rf"step 1/2  {numbers}  0:\d\d left  epoch 0.17  [^ ]+ s  \d+ tokens/s", steps[0])
+    assert re.fullmatch(rf"step 2/2  {numbers}  epoch 0.33  [^ ]+ s  \d+ tokens/s", steps[1])
+    assert re.match(r"step 2/2  accuracy [\d.]+ on 8 held-out problems  reward ", steps[2])
+    assert len(steps) == 3
+    # Of both ranks.
+    warned = [line for line in log if "Warning" in line]
+    assert len(warned) == len(set(warned))
+    end = log[log.index(next(line for line in log if line.startswith("base: 2 step(s) done; "))) :]
+    assert re.fullmatch(r"  accuracy    [\d.]+ \(step 2\) on 8 held-out problems", end[1])
+    places = [Path(line.split()[1]) for line in end[3:]]
+    assert all((base / place).exists() for place in places)
+    names = {"summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "evaluations", "step_000002"}
+    assert names <= {place.name for place in places}
 
 
 def start_script(folder: Path, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -187,6 +208,15 @@ def test_evaluate_repeats_the_runs_last_evaluation(base: Path) -> None:
     printed = json.loads(run(base, "evaluate", "run.yaml", f"checkpoint={base}/runs/base", "--json"))
     assert printed["accuracy"] == summary["accuracy_after"]
     assert printed["evaluation_problems"] == 8
+    answers = base / printed["answers"]
+    assert answers.name == "evaluate_step_000002.jsonl"
+    assert answers.read_bytes() == (base / "runs/base/evaluations/step_000002.jsonl").read_bytes()
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    problems = [json.loads(line) for line in (base / "data/heldout.jsonl").read_text().splitlines()]
+    assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [(index, 0) for index in range(8)]
+    assert [row["answer"] for row in rows] == [problem["answer"] for problem in problems]
+    assert sum(row["right"] for row in rows) / 8 == summary["accuracy_after"]
+    assert all(row["reward"] == arithmetic_run.digit_share(row["response"], "", "") for row in rows)
 
 
 def test_a_finished_run_is_not_touched(base: Path) -> None:

@@ -23,6 +23,7 @@ from megarl.errors import Interrupted, Refusal
 from megarl.health import time_limit
 from megarl.parallel import terminal
 from megarl.parallel.launch import launch, stop_signals
+from megarl.parallel.place import RANK_NAMES, find_place
 from megarl.train import admission
 
 T = TypeVar("T")
@@ -33,9 +34,6 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout; all else goes to stderr.")]
-
-#: A process that a launcher started has one of these; `find_place` reads the rest.
-_LAUNCHER_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
 
 
 def prepare(
@@ -103,10 +101,8 @@ def require_rollouts(config: RunConfig) -> None:
 
 def launcher_place() -> tuple[int, int] | None:
     """Rank and world size where torchrun, srun or mpirun started this process, else None."""
-    if not any(name in os.environ for name in _LAUNCHER_RANKS):
+    if not any(name in os.environ for name in RANK_NAMES):
         return None
-    from megarl.parallel.place import find_place
-
     place = find_place(os.environ)
     return (place.rank, place.size) if place else None
 

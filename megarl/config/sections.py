@@ -337,6 +337,11 @@ class EvaluationSettings(Sourced):
         description="Cross-Generation (START, arXiv 2603.20799): whose answers to the policy's thinking are scored "
         "too: a megarl checkpoint of the same model, or initial, the policy that the run started with.",
     )
+    save: bool = Field(
+        default=True,
+        description="Write every answer with its problem, reference, reward and verdict to evaluations/ in the run's "
+        "folder.",
+    )
 
     @property
     def names_files(self) -> bool:
@@ -363,7 +368,10 @@ class CheckpointSettings(Settings):
 
 class LoggingSettings(Settings):
     tensorboard: bool = Field(default=True, description="Write TensorBoard events.")
-    wandb: str | None = Field(default=None, description="Project name in Weights & Biases; none: not used.")
+    wandb: str | None = Field(
+        default=None,
+        description="Project name in Weights & Biases, which the package wandb is needed for; none: not used.",
+    )
     samples: NonNegativeInt = Field(default=16, description="Samples per step written to samples.jsonl.")
     plot_every: PositiveInt = Field(default=10, description="Redraw curves.png every that many steps.")
 

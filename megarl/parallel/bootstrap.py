@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megarl.errors import Interrupted, Refusal
-from megarl.parallel import cpu_platform, roll_call
+from megarl.parallel import cpu_platform, noise, roll_call
 from megarl.parallel.place import DEFAULT_PORT, LOOPBACK, Place, find_place, place_over_mpi
 
 #: Minutes that a rank waits for the others in a collective before it gives up.
@@ -88,6 +88,7 @@ def join(timeout_minutes: float = TIMEOUT_MINUTES, join_limit: float = JOIN_LIMI
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes))
     # Imports Megatron, for which ranks may take very unlike times.
     cpu_platform.activate()
+    noise.hold_back()
     nodes = [node for _, node in named]
     numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")

@@ -31,6 +31,13 @@ def anywhere(fact: bool) -> bool:
     return bool(found.item())
 
 
+def gather_to_first(value: T) -> list[T]:
+    """Every rank's value, in rank order, on rank 0; nothing on the others. For picklable values that only it needs."""
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found, dst=0)
+    return found or []
+
+
 def from_first(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]

@@ -21,6 +21,9 @@ from megarl.errors import Refusal
 #: Where processes of one host meet: no name that a resolver would have to know.
 LOOPBACK = "127.0.0.1"
 
+#: A process that a launcher started has one of these: its rank.
+RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
+
 #: The port that ranks meet at where nothing else names one.
 DEFAULT_PORT = "29500"
 

@@ -37,13 +37,12 @@ def bench_step(config: RunConfig) -> dict[str, Any]:
     """
     with (
         tempfile.TemporaryDirectory() as scratch,
-        session_of(config.model_copy(update={"runs_dir": scratch})) as session,
+        session_of(_recorded_in(scratch, config)) as session,
     ):
         session.recorder.open()
         lines: list[dict[str, Any]] = []
         walls: list[float] = []
         for step in range(1, WARM_UP_STEPS + config.steps + 1):
-            session.recorder.status(f"step {step} of {WARM_UP_STEPS + config.steps}")
             start = time.perf_counter()
             lines.append(run_step(session, step))
             walls.append(time.perf_counter() - start)
@@ -85,7 +84,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
     """
     with (
         tempfile.TemporaryDirectory() as scratch,
-        session_of(config.model_copy(update={"runs_dir": scratch})) as session,
+        session_of(_recorded_in(scratch, config)) as session,
     ):
         session.recorder.open()
         engine = session.engine
@@ -123,6 +122,12 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
             "requests": config.batch.prompts * config.rollout.group_size,
             "processes": session.world.size,
         }
+
+
+def _recorded_in(folder: str, config: RunConfig) -> RunConfig:
+    """The configuration of a measurement: recorded in `folder` alone, and with the steps of the warm-up too."""
+    logging = config.logging.model_copy(update={"wandb": None})
+    return config.model_copy(update={"runs_dir": folder, "logging": logging, "steps": WARM_UP_STEPS + config.steps})
 
 
 def _together(work: Callable[[], T]) -> tuple[float, T]:

@@ -2,66 +2,105 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-#: Panels of the picture: metric name and what it is called on the axis.
+from megarl.train.figures import rate
+
+#: Panels of the picture, of which those without a number are left out: metric name and title.
 _PANELS = (
     ("reward_mean", "mean reward"),
-    ("accuracy", "held-out accuracy"),
+    ("accuracy", "accuracy"),
+    ("cross_accuracy", "cross-accuracy"),
     ("loss", "loss"),
     ("grad_norm", "gradient norm"),
-    ("response_length_mean", "response length (tokens)"),
+    ("lr", "learning rate"),
     ("entropy", "entropy (nats)"),
+    ("response_length_mean", "response length (tokens)"),
+    ("evaluation_length_mean", "length in evaluation (tokens)"),
+    ("truncated_share", "truncated share (cut at the limit)"),
+    ("clip_share", "clip share"),
+    ("reference_kl", "KL to the reference (nats)"),
     ("logprob_gap_mean", "|policy - engine| log-prob"),
+    ("importance_weight_mean", "mean importance weight"),
+    ("rejected_share", "rejected share"),
+    ("tokens_per_second", "tokens trained per second"),
 )
+_COLUMNS = 4
 
 
-def draw_curves(metrics: Path, picture: Path, title: str) -> None:
-    """Write `picture` (PNG) with one panel per metric that has values, and the seconds per phase."""
-    if not metrics.is_file():
-        return
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+def draw_curves(lines: list[dict[str, Any]], picture: Path, title: str) -> None:
+    """Write `picture` (PNG): a panel per metric that `lines` of metrics.jsonl have numbers of, and the seconds per
+    phase."""
+    figure = figure_of(lines, title)
+    if figure is not None:
+        partial = picture.with_name(picture.stem + ".partial.png")
+        figure.savefig(partial, dpi=110)
+        partial.replace(picture)
+
+
+def figure_of(lines: list[dict[str, Any]], title: str) -> Any:
+    """The picture as matplotlib's figure; None where there is nothing to draw."""
+    lines = [line | {"tokens_per_second": rate(line)} for line in lines]
     panels = [(name, label) for name, label in _PANELS if any(_number(line.get(name)) for line in lines)]
     if not panels:
-        return
-    import matplotlib
+        return None
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = 4
-    rows = -(-(len(panels) + 1) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.8 * rows), squeeze=False, layout="constrained"
-    )
-    flat = axes.ravel()
-    for axis, (name, label) in zip(flat, panels, strict=False):
-        points = [(line["step"], line[name]) for line in lines if _number(line.get(name))]
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, markersize=3, linewidth=1.4)
-        axis.set_title(label, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.grid(alpha=0.3)
-    _draw_seconds(flat[len(panels)], lines)
-    for axis in flat[len(panels) + 1 :]:
-        axis.set_visible(False)
-    figure.suptitle(title)
-    partial = picture.with_name(picture.stem + ".partial.png")
-    figure.savefig(partial, dpi=110)
-    pyplot.close(figure)
-    partial.replace(picture)
-
-
-def _draw_seconds(axis: Any, lines: list[dict[str, Any]]) -> None:
     steps = [line for line in lines if isinstance(line.get("seconds"), dict) and "loss" in line]
-    names = list(dict.fromkeys(name for line in steps for name in line["seconds"]))
-    heights = [[line["seconds"].get(name, 0.0) for line in steps] for name in names]
+    count = len(panels) + bool(steps)
+    columns = min(_COLUMNS, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+    for axis, (name, label) in zip(axes, panels, strict=False):
+        _draw_metric(axis, name, lines)
+        _label(axis, _held_out(lines, label) if name == "accuracy" else label)
     if steps:
-        axis.stackplot([line["step"] for line in steps], heights, labels=names, alpha=0.8)
-        axis.legend(fontsize=6, loc="upper right")
-    axis.set_title("seconds per phase", fontsize=10)
+        _draw_seconds(axes[-1], steps)
+        _label(axes[-1], "seconds per phase")
+    figure.suptitle(title)
+    return figure
+
+
+def _draw_metric(axis: Any, name: str, lines: list[dict[str, Any]]) -> None:
+    points = [(line["step"], line[name]) for line in lines if _number(line.get(name))]
+    axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, markersize=3, linewidth=1.4)
+    axis.grid(alpha=0.3)
+    # An offset beside the axis would leave a nearly constant curve without its values.
+    axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
+
+
+def _draw_seconds(axis: Any, steps: list[dict[str, Any]]) -> None:
+    """One layer per phase over the other; a step is as wide as from one to the next, so that one alone is seen too."""
+    edges = [steps[0]["step"] - 0.5, *(line["step"] + 0.5 for line in steps)]
+    names = list(dict.fromkeys(name for line in steps for name in line["seconds"]))
+    below = [0.0] * len(steps)
+    for name in names:
+        above = [height + line["seconds"].get(name, 0.0) for height, line in zip(below, steps, strict=True)]
+        axis.stairs(above, edges, baseline=below, fill=True, alpha=0.8, label=name)
+        below = above
+    # Below the panel, which it would cover.
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+
+
+def _label(axis: Any, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(title, fontsize=10)
     axis.set_xlabel("step", fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _held_out(lines: list[dict[str, Any]], label: str) -> str:
+    """The title of the accuracy, which says what it was measured on where that is one thing."""
+    evaluations = [line for line in lines if _number(line.get("accuracy"))]
+    trained = [line.get("evaluation_problems_in_training_data") for line in evaluations]
+    if all(number == 0 for number in trained):
+        return f"held-out {label}"
+    if all(number == line["evaluation_problems"] for number, line in zip(trained, evaluations, strict=True)):
+        return f"{label} on training data"
+    return label
 
 
 def _number(value: Any) -> bool:

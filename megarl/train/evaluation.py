@@ -7,28 +7,33 @@ policy's thinking, and its answers are scored.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from megarl.errors import ScoringStopped, TrainingStopped
-from megarl.parallel.exchange import gather_all
+from megarl.parallel.exchange import gather_all, gather_to_first
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
 from megarl.train.generation import Output, generate, respond, think
-from megarl.train.scoring import grade, term_means
+from megarl.train.scoring import Graded, grade, term_means
 from megarl.train.session import CONSUMER, REFERENCE, Session
 from megarl.train.sources import above_middle, by_source
 
+#: A line of an evaluation's file after its place there.
+_Row = tuple[tuple[bool, int], dict[str, Any]]
 
-def evaluate(session: Session) -> dict[str, Any]:
-    """Answer every held-out prompt `evaluation.samples` times; the numbers are the same on every rank.
 
-    Returns `accuracy` (share of scored answers with a reward above the middle of the reward's range) and, with the
-    prefix `evaluation_`, `reward_mean`, `truncated_share`, `length_mean`, `problems`, `samples`, `unscored`,
-    `counters`, `reward_terms` (means of a sum's terms) and `reward_failure` where there are such; where the data has
-    several sources also the numbers of `megarl.train.sources`. With `evaluation.consumer` policy and consumer answer
-    the same thinkings with the same seeds; the consumer's numbers are `cross_accuracy` and so on. Collective; the
-    engine must be awake with the current weights. Raises `TrainingStopped` on all ranks where rewards cannot be found
-    any more, and `StopAsked` where the run was asked to stop and the evaluation would not end in time.
+def evaluate(session: Session, name: str) -> dict[str, Any]:
+    """Answer every prompt of the evaluation `evaluation.samples` times; the numbers are the same on every rank.
+
+    The answers are kept under `name` where `evaluation.save` asks for it. Returns `accuracy` (share of scored answers
+    with a reward above the middle of the reward's range) and, with the prefix `evaluation_`, `reward_mean`,
+    `truncated_share`, `length_mean`, `problems`, `problems_in_training_data`, `samples`, `unscored`, `counters`,
+    `reward_terms` (means of a sum's terms) and `reward_failure` where there are such; where the data has several
+    sources also the numbers of `megarl.train.sources`. With `evaluation.consumer` policy and consumer answer the same
+    thinkings with the same seeds; the consumer's numbers are `cross_accuracy` and so on. Collective; the engine must be
+    awake with the current weights. Raises `TrainingStopped` on all ranks where rewards cannot be found any more, and
+    `StopAsked` where the run was asked to stop and the evaluation would not end in time.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.engine is not None and session.evaluation_data is not None
@@ -45,23 +50,35 @@ def evaluate(session: Session) -> dict[str, Any]:
         stop_token_ids=rollout.stop_token_ids,
         seed=hash_seed("evaluation", session.config.seed),
     )
-    constants = {"evaluation_problems": len(prompts), "evaluation_samples": k}
+    constants = {
+        "evaluation_problems": len(prompts),
+        "evaluation_problems_in_training_data": session.problems_in_training_data,
+        "evaluation_samples": k,
+    }
+    rows: list[_Row] = []
     if settings.consumer is None:
         completions = generate(session, requests, sampling)
         session.stops.give_up_if(session.engine.interrupted)
-        return _numbers(session, [Output(c) for c in completions], "", "evaluation_") | constants
+        numbers = _numbers(session, [Output(c) for c in completions], "", "evaluation_", rows)
+        _keep(session, name, rows)
+        return numbers | constants
     consumer = REFERENCE if settings.consumer == "initial" else CONSUMER
     # In two parts also for the policy itself, so that both answer under the same conditions.
     thinkings = think(session, requests, sampling)
-    answers = [respond(session, thinkings, requests, sampling, weights) for weights in (None, consumer)]
+    outputs = [respond(session, thinkings, requests, sampling, weights) for weights in (None, consumer)]
     session.stops.give_up_if(session.engine.interrupted)
-    own, cross = answers
-    numbers = _numbers(session, own, "", "evaluation_") | _numbers(session, cross, "cross_", "cross_")
+    own, cross = outputs
+    numbers = _numbers(session, own, "", "evaluation_", rows)
+    numbers |= _numbers(session, cross, "cross_", "cross_", rows)
+    _keep(session, name, rows)
     return numbers | constants
 
 
-def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) -> dict[str, Any]:
-    """Means over all ranks' outputs: accuracy under `prefix`, the others under `detail`."""
+def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, rows: list[_Row]) -> dict[str, Any]:
+    """Means over all ranks' outputs: accuracy under `prefix`, the others under `detail`.
+
+    This rank's answers are added to `rows`.
+    """
     config, data = session.config, session.evaluation_data
     assert data is not None
     scorer = session.evaluation_scorer or session.scorer
@@ -85,6 +102,7 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
             ]
             for one in graded:
                 counters.update(one.counters)
+            rows += _rows(session, outputs, graded, consumer=bool(prefix))
         except ScoringStopped as error:
             failure = str(error)
         counters.update(scorer.take_counters())
@@ -115,3 +133,39 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str) 
         sources = [(data.prompts[index // k].source, reward) for index, reward, *_ in answers]
         numbers |= by_source(sources, settings, prefix, detail)
     return numbers
+
+
+def _rows(session: Session, outputs: Sequence[Output], graded: Sequence[Graded], *, consumer: bool) -> list[_Row]:
+    """The lines of graded answers by the policy, or the consumer, in the file of an evaluation."""
+    config, data = session.config, session.evaluation_data
+    assert data is not None
+    settings = config.evaluation.reward or config.reward
+    found = []
+    for output, one in zip(outputs, graded, strict=True):
+        number, sample = divmod(output.completion.index, config.evaluation.samples)
+        prompt = data.prompts[number]
+        row: dict[str, Any] = {
+            "prompt_index": prompt.index,
+            "sample_index": sample,
+            "by": "consumer" if consumer else "policy",
+            "source": prompt.source,
+            "prompt": prompt.text,
+            "answer": prompt.answer,
+            "response": one.text,
+            "reward": one.reward,
+            "right": None if one.reward is None else bool(above_middle([one.reward], settings)),
+            "length": len(output.completion.token_ids),
+            "finish_reason": output.completion.finish_reason,
+        }
+        if one.terms:
+            row["reward_terms"] = one.terms
+        found.append(((consumer, output.completion.index), row))
+    return found
+
+
+def _keep(session: Session, name: str, rows: list[_Row]) -> None:
+    """Have all ranks' `rows` recorded in the order of the problems, where they are to be kept. Collective."""
+    if session.config.evaluation.save:
+        parts = gather_to_first(rows)
+        found = sorted((row for part in parts for row in part), key=lambda row: row[0])
+        session.recorder.answers(name, [row for _, row in found])

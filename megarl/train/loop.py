@@ -105,9 +105,9 @@ def evaluate_now(session: Session) -> dict[str, Any]:
     """Evaluate the current weights and record the result."""
     session.progress.evaluation_due = True
     with awake(session), session.clock.phase("evaluate"):
-        result = evaluate(session)
+        result = evaluate(session, f"step_{session.progress.step:06d}")
     session.progress.evaluation_due = False
-    session.recorder.metrics({"step": session.progress.step, **result, "seconds": session.clock.take()})
+    session.recorder.evaluation({"step": session.progress.step, **result, "seconds": session.clock.take()})
     return result
 
 

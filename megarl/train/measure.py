@@ -51,6 +51,9 @@ class StepRecord:
         values |= _of_rollouts(self._rollouts)
         values |= _by_source(session, self._rollouts)
         values |= self._measured
+        if not session.config.algorithm.generates:
+            # No engine made what is trained on.
+            values |= dict.fromkeys(_GAP_NAMES)
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
         values["time_shares"] = _time_shares(values["seconds"], self._results, self._rollouts)
@@ -59,7 +62,7 @@ class StepRecord:
         values["counters"] = dict(self._rollouts.counters) if self._rollouts else {}
         if self._rollouts is not None and self._rollouts.reward_failure is not None:
             values["reward_failure"] = self._rollouts.reward_failure
-        session.recorder.metrics(values)
+        session.recorder.step(values)
         if self._rollouts is not None:
             shown = self._rollouts.shown
             by_index = {p.index: p for p in self._rollouts.prompts}
@@ -76,6 +79,8 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+#: The difference between the policy's log-probs and the engine's.
+_GAP_NAMES = ("logprob_gap_mean", "logprob_gap_max", "logprob_k3")
 #: Names that every line has, None where the step has no such number.
 _UPDATE_NAMES = (
     "loss",
@@ -83,9 +88,7 @@ _UPDATE_NAMES = (
     "lr",
     "entropy",
     "clip_share",
-    "logprob_gap_mean",
-    "logprob_gap_max",
-    "logprob_k3",
+    *_GAP_NAMES,
 )
 
 

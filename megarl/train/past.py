@@ -25,6 +25,7 @@ _FREE = (
     "name", "runs_dir", "resume", "resume_changes", "steps", "epochs", "parallel", "recompute", "checkpoint", "logging",
     "weights", "health", "rollout.tensor", "rollout.expert_parallel", "rollout.chunk", "rollout.max_concurrent",
     "rollout.kv_cache_gib", "rollout.gpu_memory_fraction", "rollout.save", "rollout.keep_unfinished", "reward.workers",
+    "evaluation.save",
     "batch.tokens_per_microbatch", "batch.packed", "batch.logprob_chunk",
 )  # fmt: skip
 

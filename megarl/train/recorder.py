@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, TensorBoard, summary.json, curves.png; and the terminal.
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, trackers, summary.json, curves.png; and the terminal.
 
 Only rank 0 writes; on other ranks every method does nothing.
 """
@@ -14,7 +14,9 @@ from megarl.config.schema import RunConfig
 from megarl.records import Prompt, Sample
 from megarl.train.curves import draw_curves
 from megarl.train.display import Display
+from megarl.train.ending import first_and_last, sentences
 from megarl.train.past import keep_configuration
+from megarl.train.trackers import Tracker, trackers
 
 
 class Recorder:
@@ -25,8 +27,8 @@ class Recorder:
         self.directory = Path(config.runs_dir) / config.name
         self._writes = writes
         self.display = Display(config.name, config.steps, enabled=show)
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._trackers: list[Tracker] = []
+        self._untold: list[dict[str, Any]] = []
 
     def open(self, finished: int | None = None) -> None:
         """Start recording, after step `finished` where the run continues: what came after that is removed.
@@ -39,16 +41,11 @@ class Recorder:
         keep_configuration(self.config, finished or 0)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_lines_of(self.directory / name, finished, self.config.steps)
-        if self.config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Later steps are written again, so TensorBoard must forget the interrupted ones.
-            purge = 0 if finished is None else finished + 1
-            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge)
-        if self.config.logging.wandb is not None:
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            self._wandb = wandb.init(project=self.config.logging.wandb, name=self.config.name, resume="allow")
+        for file in self.directory.glob("evaluations/step_*.jsonl"):
+            if finished is None or int(file.stem.removeprefix("step_")) > finished:
+                file.unlink()
+        self._trackers = trackers(self.config, self.directory, finished)
+        self.display.begin(finished or 0)
 
     def status(self, text: str) -> None:
         """Say on the terminal what is being done."""
@@ -58,60 +55,98 @@ class Recorder:
         """Say on the terminal which phase the step is in."""
         self.display.phase(name)
 
-    def metrics(self, values: dict[str, Any]) -> None:
-        """Append one step's (or evaluation's) line."""
+    def step(self, values: dict[str, Any]) -> None:
+        """Append one step's line."""
+        self._record(values)
+        self.display.step(values)
+
+    def evaluation(self, values: dict[str, Any]) -> None:
+        """Append an evaluation's line."""
+        self._record(values)
+        self.display.evaluation(values)
+
+    def _record(self, values: dict[str, Any]) -> None:
         if not self._writes:
             return
         with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(_null_where_not_finite(values)) + "\n")
-        flat = {f"{k}/{n}": v for k, d in values.items() if isinstance(d, dict) for n, v in d.items()}
-        flat |= {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, values["step"])
-        if self._wandb is not None:
-            self._wandb.log(flat, step=values["step"])
-        self.display.step(values)
+        for tracker in self._trackers:
+            tracker.numbers(values)
 
     def samples(self, step: int, prompts: list[Prompt], samples: list[Sample]) -> None:
         """Append samples with their prompts; `prompts[i]` belongs to `samples[i]`."""
         if not self._writes or not samples:
             return
+        rows = [
+            {
+                "step": step,
+                "prompt_index": sample.prompt_index,
+                "sample_index": sample.sample_index,
+                "prompt": prompt.text,
+                "answer": prompt.answer,
+                "response": sample.text,
+                "reward": sample.reward,
+                "finish_reason": sample.finish_reason,
+            }
+            | ({"reward_terms": sample.reward_terms} if sample.reward_terms else {})
+            for prompt, sample in zip(prompts, samples, strict=True)
+        ]
         with open(self.directory / "samples.jsonl", "a", encoding="utf-8") as file:
-            for prompt, sample in zip(prompts, samples, strict=True):
-                line = {
-                    "step": step,
-                    "prompt_index": sample.prompt_index,
-                    "sample_index": sample.sample_index,
-                    "prompt": prompt.text,
-                    "answer": prompt.answer,
-                    "response": sample.text,
-                    "reward": sample.reward,
-                    "finish_reason": sample.finish_reason,
-                }
-                if sample.reward_terms:
-                    line["reward_terms"] = sample.reward_terms
-                file.write(json.dumps(line) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._untold += rows
+
+    def answers_file(self, name: str) -> Path:
+        """The file with the answers of the evaluation `name`."""
+        return self.directory / "evaluations" / f"{name}.jsonl"
+
+    def answers(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Write the answers of an evaluation, in place of those of an earlier one of that name."""
+        if not self._writes:
+            return
+        file = self.answers_file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(file)
 
     def curves(self) -> None:
-        """Redraw curves.png from metrics.jsonl."""
-        if self._writes:
-            draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.config.name)
+        """Redraw curves.png from metrics.jsonl, and give the trackers the samples since the last time."""
+        if not self._writes:
+            return
+        draw_curves(self._lines(), self.directory / "curves.png", self.config.name)
+        self._tell_samples()
 
-    def summary(self, values: dict[str, Any]) -> None:
-        """Write summary.json."""
-        if self._writes:
-            partial = self.directory / "summary.json.partial"
-            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            partial.replace(self.directory / "summary.json")
+    def _tell_samples(self) -> None:
+        rows, self._untold = self._untold, []
+        for tracker in self._trackers if rows else ():
+            tracker.samples(rows)
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Leave what a whole run leaves, say so, and return the summary with what the recorded lines add to it."""
+        if not self._writes:
+            return summary
+        self.curves()
+        lines = self._lines()
+        summary = summary | first_and_last(lines)
+        partial = self.directory / "summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.directory / "summary.json")
+        for sentence in sentences(summary, lines, self.directory):
+            self.display.status(sentence)
+        for tracker in self._trackers:
+            self.display.status(f"  {type(tracker).__name__.lower():<12}{tracker.place()}")
+        return summary
+
+    def _lines(self) -> list[dict[str, Any]]:
+        file = self.directory / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
     def close(self) -> None:
         """Flush and end the display."""
         self.display.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._tell_samples()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _null_where_not_finite(value: Any) -> Any:

@@ -160,15 +160,14 @@ def _finish(session: Session, accuracy: float | None, started: float) -> dict[st
         "accuracy_before": session.progress.accuracy_before,
         "accuracy_after": accuracy,
         "evaluation_problems": len(session.evaluation_data.prompts) if session.evaluation_data else 0,
+        "evaluation_problems_in_training_data": session.problems_in_training_data,
         "seconds": round(time.time() - started, 2),
         "peak_memory_bytes_per_process": gather_all(peak_memory_bytes()),
         "skipped_updates": session.progress.skipped_updates,
         "data": session.data.counters,
         "counters": session.progress.counters,
     }
-    session.recorder.curves()
-    session.recorder.summary(summary)
-    return summary
+    return session.recorder.finish(summary)
 
 
 def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str, Any]:
@@ -182,9 +181,14 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
         if checkpoint_path is not None and later:
             checkpoint.load(session.policy, checkpoint_folder.require(checkpoint_path, "checkpoint"), optimizer=False)
             divergence.refuse_weights(session, f"checkpoint={checkpoint_path}")
+        weights = checkpoint_path or config.model.weights
+        folder = Path("model") if weights is None else checkpoint_folder.require(weights, "checkpoint")
+        name = f"evaluate_{folder.name}"
         with awake(session):
-            result = evaluation.evaluate(session)
-        return {"name": config.name, "checkpoint": checkpoint_path, **result}
+            result = evaluation.evaluate(session, name)
+        kept = session.recorder.answers_file(name) if config.evaluation.save else None
+        answers = None if kept is None else str(kept)
+        return {"name": config.name, "checkpoint": checkpoint_path, **result, "answers": answers}
 
 
 def generate(config: RunConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from dataclasses import dataclass, field
@@ -102,6 +103,12 @@ class Session:
         self.failure_told = True
         if self.world.is_first:
             terminal.say(f"{failure}; such answers are counted in metrics.jsonl, and this is said once")
+
+    @functools.cached_property
+    def problems_in_training_data(self) -> int:
+        """How many of the evaluation's prompts are among those that are trained on, by their texts."""
+        trained = {prompt.text for prompt in self.data.prompts}
+        return sum(prompt.text in trained for prompt in self.evaluation_data.prompts) if self.evaluation_data else 0
 
     def close(self) -> None:
         """End what finds rewards, flush what is recorded, and shut the engine down."""
