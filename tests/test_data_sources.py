@@ -10,7 +10,7 @@ from test_data_dataset import Characters, load, write_jsonl
 
 from megarl.config.data import DataSettings, each_source
 from megarl.config.load import dump_config, load_config
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.data.dataset import Part, evaluation_settings, load_prompts
 from megarl.data.preview import data_refusals
 from megarl.data.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.errors import Refusal, ScoringStopped
 from megarl.rewards import grader as grader_module
 from megarl.rewards.answers import GradedAnswer, GradingItem

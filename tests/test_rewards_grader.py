@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.errors import MegarlError, Refusal
 from megarl.records import Prompt
 from megarl.rewards.answers import GradedAnswer, GradingItem
@@ -239,7 +239,7 @@ def test_a_closed_grader_says_so() -> None:
 def test_workers_end_with_the_process_that_started_them(user_module: str, tmp_path: Path) -> None:
     script = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from megarl.config.sections import RewardSettings\n"
+        "from megarl.config.rewards import RewardSettings\n"
         "from megarl.rewards.grader import Grader\n"
         f"grader = Grader(RewardSettings(kind='{user_module}:obey', workers=1))\n"
         "print(grader._workers[0].process.pid, flush=True)\n"

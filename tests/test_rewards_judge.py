@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from failing_judge import Act, Drop, Hang, JudgeServer, Say, Script, Status, free_port, serving
 
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.chat import retry_after

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from failing_judge import free_port
 
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.errors import Refusal
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.scorer import build_scorer

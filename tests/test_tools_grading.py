@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.rewards.answers import GradingItem
 from megarl.rewards.grader import Grader
 from megarl.rewards.math import math_equals

@@ -10,7 +10,7 @@ import pytest
 from tokenizer_case import load_all
 
 from megarl.algorithms.base import Needs, Responder
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import ScoringStopped

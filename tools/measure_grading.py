@@ -21,7 +21,7 @@ from grading.benchmarks import NAMES, references
 from grading.hostile import hostile_answers
 from grading.rewritings import rewritings
 
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.grader import Grader
 

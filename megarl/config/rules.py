@@ -17,8 +17,8 @@ from megarl.config import files, layout_rules, user_code, vendor_fields
 from megarl.config.data import source_refusals
 from megarl.config.grid import padded_length, sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.rewards import JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
 from megarl.config.schema import RunConfig
-from megarl.config.sections import JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
 from megarl.config.wording import divisors, listed
 from megarl.errors import Refusal
 

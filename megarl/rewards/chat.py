@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from megarl.config.sections import JudgeSettings
+from megarl.config.rewards import JudgeSettings
 from megarl.errors import Refusal
 from megarl.rewards.proxies import proxy_of
 from megarl.rewards.spending import Spending

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from megarl.config.sections import JudgeSettings, ScoreSettings
+from megarl.config.rewards import JudgeSettings, ScoreSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megarl.config.sections import RewardSettings, RewardTerm, ScoreSettings
+from megarl.config.rewards import RewardSettings, RewardTerm, ScoreSettings
 from megarl.records import Prompt
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.grader import Grader

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from megarl.config.sections import JudgeSettings
+from megarl.config.rewards import JudgeSettings
 from megarl.errors import ScoringStopped
 from megarl.rewards.answers import GradingItem
 from megarl.rewards.chat import AskFailed, ChatClient, Kind

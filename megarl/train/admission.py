@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from megarl.config import rules
 from megarl.config.model_shape import read_model_shape
+from megarl.config.rewards import ScoreSettings
 from megarl.config.schema import RunConfig
-from megarl.config.sections import ScoreSettings
 from megarl.data.preview import SECONDS, data_refusals, first_prompt
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from megarl.config.sections import ScoreSettings
+from megarl.config.rewards import ScoreSettings
 from megarl.records import FinishReason, Prompt
 from megarl.rewards.grader import GradingItem
 from megarl.rewards.scorer import Part, Scoring

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import fmean
 
-from megarl.config.sections import RewardSettings
+from megarl.config.rewards import RewardSettings
 
 
 def above_middle(rewards: list[float], settings: RewardSettings) -> float | None:
