@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from test_data_dataset import Characters, load, write_jsonl
 
@@ -94,6 +96,20 @@ def test_rows_are_counted_with_their_reasons(tmp_path: Path) -> None:
         f"2 whose answer or solution is no text (the first is row 4 of {file})"
     )
     assert loaded.skipped_share == pytest.approx(4 / 6)
+
+
+def test_pictures_in_a_column_of_their_own_belong_to_the_question(tmp_path: Path) -> None:
+    question = {"q": "What is in <image>?", "a": "1"}
+    beside = [{"images": ["a.png"]}, {"image": {"path": "a.png"}}, {"audio": "a.wav"}, {"images": []}, {"image": None}]
+    file = tmp_path / "r.parquet"
+    rows = [question | dict.fromkeys(("images", "image", "audio")) | more for more in beside]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    for path in (file, write_jsonl(tmp_path / "r.jsonl", rows)):
+        loaded = load(str(path), prompt_column="q", answer_column="a")
+        assert (loaded.counters["not_text"], loaded.counters["kept"]) == (3, 2)
+    # A column of that name that is read as text says nothing of pictures.
+    rows = [{"image": "A picture, in words.", "a": "1"}]
+    assert load(write_jsonl(tmp_path / "t.jsonl", rows), prompt_column="image", answer_column="a").counters["kept"] == 1
 
 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:

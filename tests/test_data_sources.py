@@ -128,6 +128,10 @@ TEMPLATE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% en
         ),
         ('{"prompt": "x", "answer": "1"}', TEMPLATE, ["evaluation.path=none.csv", "evaluation.end=true"],
          r"evaluation\.path=none\.csv: is not a file"),
+        ('{"prompt": "x", "answer": "1"}', TEMPLATE,
+         ["evaluation.sources=[{path: rows.jsonl, answer_column: key}]", "evaluation.end=true"],
+         r"must be among the columns of rows\.jsonl: prompt, answer"),
+        ('{"prompt": "x", "answer": "1"}', TEMPLATE, ["evaluation.path=rows.jsonl", "evaluation.end=true"], None),
     ],
 )  # fmt: skip
 def test_what_is_found_before_a_run_starts(

@@ -41,6 +41,13 @@ def answers(path: Path, **settings: Any) -> list[str]:
     return [prompt.answer for prompt in load(str(path), **(COLUMNS | settings)).prompts]
 
 
+def test_numbers_of_further_columns_are_numbers_where_there_is_one(tmp_path: Path) -> None:
+    cells, file = ["7", "0.50", "1e999", "9" * 5000, "-Infinity"], tmp_path / "r.jsonl"
+    file.write_text("\n".join(f'{{"q": "x", "a": 1, "n": {cell}}}' for cell in cells))
+    found = [prompt.extra["n"] for prompt in load(str(file), extra_columns=["n"], **COLUMNS).prompts]
+    assert found == [7, 0.5, "1e999", "9" * 5000, float("-inf")]
+
+
 @pytest.mark.parametrize("form", ["lines.jsonl", "lines.json", "array.json", "marked.jsonl"])
 def test_json_answers_are_what_is_written(tmp_path: Path, form: str) -> None:
     rows = [f'{{"q": "x", "a": {cell}}}' for cell in [*WRITTEN, "null", "NaN"]]

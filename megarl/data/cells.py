@@ -90,12 +90,13 @@ def _decoded(value: bytes) -> str:
 
 
 def native(value: Any) -> Any:
-    """A cell with its numbers as int and float, for code that computes with them."""
+    """A cell with its numbers as int and float, for code that computes with them; one beyond both stays a text."""
     if isinstance(value, Written):
         try:
             return int(value)
         except ValueError:
-            return float(value)
+            number = float(value)
+        return number if math.isfinite(number) or value.endswith("Infinity") else str(value)
     if isinstance(value, Mapping):
         return {key: native(inner) for key, inner in value.items()}
     return [native(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -13,7 +13,7 @@ from megarl.config.data import DataSettings, OneSource, each_source
 from megarl.config.schema import RunConfig
 from megarl.data.cells import NoText, lookup, names_at, native, text_of
 from megarl.data.chat_template import TemplateRefusal, TurnLost
-from megarl.data.messages import Message, Unfit, messages_of, question_of
+from megarl.data.messages import BESIDE, Message, Unfit, messages_of, question_of
 from megarl.data.tables import Row, Table, open_table
 from megarl.data.tokenizer import Tokenizer, prompt_ids
 from megarl.errors import Refusal
@@ -179,6 +179,8 @@ class SourceReader:
         self._file = str(self._settings.path)
         self._default_name = Path(self._file).stem if several else ""
         self._table = _with_columns(source)
+        read = (self._settings.prompt_column, self._settings.answer_column, self._settings.solution_column)
+        self._beside = [name for name in BESIDE if name not in read]
         self._refused: TemplateRefusal | None = None
 
     def prompts(self, offset: int = 0) -> Iterator[Prompt]:
@@ -229,6 +231,8 @@ class SourceReader:
         return _Usable(messages, answers, solution, token_ids)
 
     def _read(self, row: Row) -> tuple[list[Message], list[str], str | None] | str:
+        if any(row.get(name) not in (None, False, "", [], {}) for name in self._beside):
+            return "not_text"
         try:
             messages = messages_of(lookup(row, self._settings.prompt_column))
         except Unfit as unfit:
@@ -311,7 +315,7 @@ def _with_columns(source: OneSource) -> Table:
     if settings.source_column not in (None, default):
         named.append((settings.source_column, "source_column"))
     columns = [column for column, _ in named]
-    table = open_table(source, [*columns, settings.source_column or default])
+    table = open_table(source, [*columns, settings.source_column or default, *BESIDE])
     for column, setting in named:
         missing = names_at(iter([table.names]) if table.names is not None else table.rows(), column)
         depth, names = missing or (0, [])

@@ -34,6 +34,8 @@ _NOT_TEXT = (
     "videos",
     "video_url",
 )
+#: Columns beside a prompt's that data sets of questions about pictures and sound have; a text only marks their place.
+BESIDE = ("image", "images", "video", "videos", "audio", "audios")
 #: Kinds of parts that are text.
 _TEXT_KINDS = ("text", "input_text", "output_text")
 

@@ -50,14 +50,20 @@ def first_prompt(config: RunConfig, tokenizer: Tokenizer, *, held_out: bool) -> 
 
 
 def _sources(config: RunConfig, evaluates: bool) -> Iterator[tuple[OneSource, bool]]:
-    """What the run reads, each file once, with whether its rows must have solutions."""
+    """What the run reads, each file once where it is read alike, with whether its rows must have solutions."""
     training = each_source(config.data)
     yield from ((source, not (config.algorithm.generates or evaluates)) for source in training)
     evaluation = config.evaluation
     if evaluates or evaluation.every or evaluation.start or evaluation.end:
-        seen = [source.settings.path for source in training]
+        seen = [_cells(source) for source in training]
         held_out = each_source(evaluation_settings(config), evaluation_key(config))
-        yield from ((source, False) for source in held_out if source.settings.path not in seen)
+        yield from ((source, False) for source in held_out if _cells(source) not in seen)
+
+
+def _cells(source: OneSource) -> dict[str, object]:
+    """The file and what is read of its rows."""
+    names = {"path", "prompt_column", "answer_column", "answer_pattern", "source_column", "extra_columns"}
+    return source.settings.model_dump(include=names)
 
 
 def _look_at(reader: SourceReader, seconds: float) -> None:
