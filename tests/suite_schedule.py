@@ -154,7 +154,7 @@ def _starts_processes(item: pytest.Item) -> bool:
 
 
 def read_durations() -> dict[str, float]:
-    return json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+    return json.loads(DURATIONS.read_text(encoding="utf-8")) if DURATIONS.is_file() else {}
 
 
 class Times:
@@ -169,11 +169,14 @@ class Times:
         self._taken[file_of(report.nodeid)] += report.duration
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if session.exitstatus != 0 or self._config.option.collectonly:
+        if self._config.option.collectonly or session.exitstatus not in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.TESTS_FAILED,
+        ):
             return
         if self._config.getoption("--keep-durations"):
             kept = {name: round(seconds, 1) for name, seconds in sorted(self._taken.items()) if seconds >= 0.5}
-            DURATIONS.write_text(json.dumps(kept, indent=1) + "\n")
+            DURATIONS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             return
         self._faults = budget_faults(self._taken, read_durations())
         if self._faults:
