@@ -146,21 +146,21 @@ def test_failures_cost_one_answer_each(user_module: str) -> None:
 
 
 def test_waiting_for_a_processor_does_not_count(user_module: str) -> None:
-    """Half a second of work among six processes that want the same processor takes several, and is in time."""
+    """Work for less than its limit, among three processes that want the same processor, takes longer and is in time."""
     processor = min(os.sched_getaffinity(0))
     with Grader(settings(f"{user_module}:work", workers=1, time_limit=1.0, high=100.0)) as grader:
         assert grader.grade([GradingItem("0", "")]) == [GradedAnswer(0.0)]
-        hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+        hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
         try:
             for process in (*hogs, grader._workers[0].process):
                 os.sched_setaffinity(process.pid, {processor})
-            (graded,) = grader.grade([GradingItem("0.5", "")])
+            (graded,) = grader.grade([GradingItem("0.4", "")])
         finally:
             for hog in hogs:
                 hog.kill()
                 hog.wait()
     assert graded.counter is None
-    assert graded.reward is not None and graded.reward > 1.5  # seconds it took
+    assert graded.reward is not None and graded.reward > 1.0  # seconds it took
 
 
 def test_an_answer_whose_worker_somebody_else_killed_is_graded_all_the_same(
