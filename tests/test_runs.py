@@ -216,7 +216,9 @@ def test_evaluate_repeats_the_runs_last_evaluation(base: Path) -> None:
     assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [(index, 0) for index in range(8)]
     assert [row["answer"] for row in rows] == [problem["answer"] for problem in problems]
     assert sum(row["right"] for row in rows) / 8 == summary["accuracy_after"]
-    assert all(row["reward"] == arithmetic_run.digit_share(row["response"], "", "") for row in rows)
+    digits = [arithmetic_run.digit_share(row["response"], "", "") for row in rows]
+    assert [row["reward_terms"] for row in rows] == [{"digits": share, "box": -1.0} for share in digits]
+    assert [row["reward"] for row in rows] == [pytest.approx(share + 0.5) for share in digits]
 
 
 def test_a_finished_run_is_not_touched(base: Path) -> None:
