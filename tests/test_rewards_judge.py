@@ -306,6 +306,10 @@ def test_a_refusal_names_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "socks9://nowhere:1")
     with pytest.raises(Refusal, match=r"is asked through the proxy socks9://nowhere:1 of http_proxy, which cannot be"):
         build_scorer(settings("http://judge.example:8000/v1"))
+    monkeypatch.delenv("http_proxy")
+    monkeypatch.setenv("Http_Proxy", f"http://{address}")
+    with pytest.raises(Refusal, match=rf", through the proxy http://{address} of Http_Proxy; "):
+        build_scorer(settings("http://judge.example:8000/v1", patience=0.0))
     monkeypatch.setenv("no_proxy", "judge.example")
     with pytest.raises(Refusal) as caught:
         build_scorer(settings("http://judge.example:8000/v1", patience=0.0))
@@ -527,7 +531,46 @@ def test_settings_that_cannot_work_are_refused_before_any_request(monkeypatch: p
         ):
             with pytest.raises(Refusal, match=match):
                 build_scorer(wrong)
+        for key in ("schlüssel", "sesame\nsesame", "sesame\x01"):
+            monkeypatch.setenv("JUDGE_KEY", key)
+            rule = "must hold one line of printable ASCII, as every key is, and holds other characters"
+            with pytest.raises(Refusal, match=rf"^reward\.judge\.api_key_env=JUDGE_KEY: {rule}\. Fix: ") as caught:
+                build_scorer(settings(server.url, api_key_env="JUDGE_KEY"))
+            assert key not in str(caught.value)
     assert server.seen == []
+
+
+def test_a_judge_is_spoken_of_by_the_key_of_its_settings() -> None:
+    """That of an evaluation's reward, or of a term of a sum, is not the judge of `reward`."""
+    section = "evaluation.reward.terms.1"
+    said: list[str] = []
+
+    def refused(error: type[MegarlError], deed: Any) -> None:
+        with pytest.raises(error) as caught:
+            deed()
+        said.append(str(caught.value))
+
+    def build(url: str, **judge: Any) -> Scorer:
+        return build_scorer(settings(url, **{"retries": 0, **judge}), section=section)
+
+    with serving(says) as server:
+        refused(Refusal, lambda: build(server.url, api_key_env="NO_SUCH_KEY"))
+        refused(Refusal, lambda: build(server.url.replace("http:", "https:")))
+        refused(Refusal, lambda: build(server.url, **priced(1e-9)))
+        scorer = build(server.url)
+        server.script = lambda text, times: Say("no idea")
+        refused(ScoringStopped, lambda: scorer.grade(numbered(3)))
+        for status in (401, 403, 404):
+            server.script = lambda text, times, status=status: Status(status, "no")
+            refused(ScoringStopped, lambda: scorer.grade(numbered(1)))
+        server.script = says
+        scorer = build(server.url, retries=1)
+        server.script = lambda text, times: Status(429, "later", {"Retry-After": "60"})
+        refused(ScoringStopped, lambda: scorer.grade(numbered(1)))
+    refused(Refusal, lambda: build(f"http://127.0.0.1:{free_port()}/v1", patience=0.0))
+    for sentence in said:
+        assert f"{section}.judge." in sentence or f"{section}.max_failed_share" in sentence, sentence
+        assert not re.search(r"(?<!evaluation\.)\breward\.(judge|max_failed_share)", sentence), sentence
 
 
 def test_a_closed_judge_says_so() -> None:

@@ -103,5 +103,7 @@ class HealthSettings(Settings):
         "made again. slurm/train.sbatch has Slurm send it 300 s ahead of the time limit.",
     )
     term_notice: PositiveFloat = Field(
-        default=25.0, description="The same after SIGTERM, which Slurm follows with SIGKILL after KillWait (30 s)."
+        default=25.0,
+        description="The same after SIGTERM, which Slurm follows with SIGKILL after KillWait (30 s), and after Ctrl-C, "
+        "Ctrl-\\ and a terminal that hangs up.",
     )

@@ -73,10 +73,12 @@ class ChatClient:
     """Asks the judge. An async context manager; lives in one event loop.
 
     Counts into `counters` (judge_requests, judge_input_tokens, judge_output_tokens, judge_estimated_replies) and
-    charges `spending`.
+    charges `spending`. `section` is the key of `settings` in the run's file.
     """
 
-    def __init__(self, settings: JudgeSettings, key: str | None, counters: Counter[str], spending: Spending) -> None:
+    def __init__(
+        self, settings: JudgeSettings, key: str | None, counters: Counter[str], spending: Spending, section: str
+    ) -> None:
         import openai
 
         self._openai = openai
@@ -84,6 +86,7 @@ class ChatClient:
         self._key = key
         self._counters = counters
         self._spending = spending
+        self._section = section
         self._proxy = proxy_of(settings.url)
         # Retries are the caller's: it knows what the other requests saw, and counts.
         self._client = openai.AsyncOpenAI(
@@ -118,7 +121,7 @@ class ChatClient:
             return self._openai.DefaultAsyncHttpxClient()
         except Exception as error:  # such as for an address of a kind that it does not know
             rule = f"is asked through the proxy {self._proxy}, which cannot be used ({self._quoted(str(error))})"
-            url = f"reward.judge.url={self._settings.url}"
+            url = f"{self._section}.url={self._settings.url}"
             raise Refusal(url, rule, "correct it, or name the judge's host in no_proxy") from None
 
     async def ask(self, text: str, time_limit: float | None = None) -> Reply:
@@ -204,17 +207,17 @@ class ChatClient:
 
     def _fix(self, status: int, code: str | None) -> str:
         """What helps where no request can succeed, else ''."""
-        settings = self._settings
+        settings, section = self._settings, self._section
         if status == 402 or (status == 429 and code == "insufficient_quota"):
             return "add money to the judge's account"
         if status == 401 and self._key is None:
-            return "set reward.judge.api_key_env to the environment variable that holds the key"
+            return f"set {section}.api_key_env to the environment variable that holds the key"
         if status == 401:
             return f"put a valid key into the environment variable {settings.api_key_env}"
         if status == 403:
-            return f"use a key that may use reward.judge.model={settings.model}"
+            return f"use a key that may use {section}.model={settings.model}"
         if status == 404:
-            return f"correct reward.judge.model={settings.model}, or reward.judge.url, which often ends in /v1"
+            return f"correct {section}.model={settings.model}, or {section}.url, which often ends in /v1"
         return ""
 
     def _connection_failure(self, error: BaseException) -> AskFailed:
@@ -227,7 +230,7 @@ class ChatClient:
         seen = self._quoted(str(chain[-1])) or type(chain[-1]).__name__
         cut_off = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
         if any(isinstance(link, ssl.SSLError) and not isinstance(link, cut_off) for link in chain):
-            fix = "correct reward.judge.url, or make its certificate known (SSL_CERT_FILE)"
+            fix = f"correct {self._section}.url, or make its certificate known (SSL_CERT_FILE)"
             return AskFailed("refused", seen, fix=fix)
         return AskFailed("away", seen, billed=connected)
 

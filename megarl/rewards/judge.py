@@ -27,13 +27,15 @@ from megarl.rewards.watch import StillAway, Watch, check_message, delay
 #: be what ends the judge. Our choice.
 SPARED_TRIES = 3
 
-#: What helps where too many answers fail, by what most of them failed of.
-_FIXES = {
-    "judge_unreadable": "use a judge that writes the line `Score: N`, ask for it in reward.judge.template, or raise "
-    "reward.judge.max_tokens",
-    "judge_timeout": "raise reward.judge.time_limit or lower reward.judge.concurrency",
-    "judge_error": "see the judge's own log, or lower reward.judge.concurrency",
-}
+
+def _fixes(section: str) -> dict[str, str]:
+    """What helps where too many answers fail, by what most of them failed of."""
+    return {
+        "judge_unreadable": f"use a judge that writes the line `Score: N`, ask for it in {section}.template, or raise "
+        f"{section}.max_tokens",
+        "judge_timeout": f"raise {section}.time_limit or lower {section}.concurrency",
+        "judge_error": f"see the judge's own log, or lower {section}.concurrency",
+    }
 
 
 class Judge:
@@ -61,7 +63,8 @@ class Judge:
             raise Refusal(value, rule, "widen the range")
         self._settings = settings
         self._judge = settings.judge
-        self._key = key_of(settings.judge)
+        self._section = f"{section}.judge"
+        self._key = key_of(settings.judge, self._section)
         self._on_wait = on_wait or (lambda text: None)
         cap = settings.judge.max_cost_per_step
         self._spending = Spending(None if cap is None else cap / replicas)
@@ -73,7 +76,7 @@ class Judge:
             f"The judge at {self._judge.url} gave no verdict on",
             f"{section}.max_failed_share",
             settings.max_failed_share,
-            _FIXES,
+            _fixes(self._section),
         )
         self._refuse_small_cap(replicas)
         asyncio.run(self._introduce())
@@ -114,39 +117,49 @@ class Judge:
 
     def _client(self) -> ChatClient:
         # One per call: connections do not outlive the event loop, and servers close idle ones between steps anyway.
-        return ChatClient(self._judge, self._key, self._counters, self._spending)
+        return ChatClient(self._judge, self._key, self._counters, self._spending, self._section)
 
     def _watch(self, client: ChatClient) -> Watch:
-        return Watch(client, self._judge, self._counters, self._rng, self._on_wait)
+        return Watch(client, self._judge, self._counters, self._rng, self._on_wait, self._section)
 
     def _refuse_small_cap(self, replicas: int) -> None:
         share, least = self._spending.limit, most_it_costs(self._judge, check_message(self._judge))
         if share is not None and share < least:
             raise Refusal(
-                f"reward.judge.max_cost_per_step={self._judge.max_cost_per_step:g}",
+                f"{self._section}.max_cost_per_step={self._judge.max_cost_per_step:g}",
                 f"must pay for a verdict on each of {replicas} replica(s), and a short one may cost {least:.3g}",
-                "raise it, or lower reward.judge.max_tokens",
+                f"raise it, or lower {self._section}.max_tokens",
             )
 
     async def _introduce(self) -> None:
         """Ask the first, small question, waiting for a judge that is not there yet. Raises `Refusal`."""
-        url = f"reward.judge.url={self._judge.url}"
+        url = f"{self._section}.url={self._judge.url}"
         async with self._client() as client:
             try:
                 _, failure = await self._watch(client).find(None, ("away", "busy"))
             except StillAway as away:
                 rule = f"no judge answers there for {away.seconds:.0f} s (last seen: {away.seen})"
-                raise Refusal(url, rule, "start the judge, correct the URL or raise reward.judge.patience") from None
+                raise Refusal(
+                    url, rule, f"start the judge, correct the URL or raise {self._section}.patience"
+                ) from None
         if failure is not None:
             rule = f"is of no use, since the judge answers the first request with {failure.seen}"
-            fix = failure.fix or "correct it or the other settings of reward.judge as the answer says"
+            fix = failure.fix or f"correct it or the other settings of {self._section} as the answer says"
             raise Refusal(url, rule, fix)
 
     async def _grade(self, items: Sequence[GradingItem]) -> list[GradedAnswer]:
         async with self._client() as client:
             watch = self._watch(client)
             call = _Call(
-                self._settings, self._judge, client, watch, self._spending, self._counters, self._rng, self._failures
+                self._settings,
+                self._judge,
+                client,
+                watch,
+                self._spending,
+                self._counters,
+                self._rng,
+                self._failures,
+                self._section,
             )
             try:
                 return await call.run(items)
@@ -167,6 +180,7 @@ class _Call:
         counters: Counter[str],
         rng: random.Random,
         failures: Failures,
+        section: str,
     ) -> None:
         self._settings = settings
         self._judge = judge
@@ -177,6 +191,7 @@ class _Call:
         self._rng = rng
         self._started_at = time.monotonic()
         self._failures = failures
+        self._section = section
 
     async def run(self, items: Sequence[GradingItem]) -> list[GradedAnswer]:
         """The answers' rewards in order. Raises `ScoringStopped`."""
@@ -194,7 +209,7 @@ class _Call:
         self._failures.end()
         if self._spending.spent == 0 and all(answer.counter == "judge_cap" for answer in graded.values()):
             raise ScoringStopped(
-                f"reward.judge.max_cost_per_step={self._judge.max_cost_per_step:g} pays for a verdict on none of "
+                f"{self._section}.max_cost_per_step={self._judge.max_cost_per_step:g} pays for a verdict on none of "
                 f"{len(items)} answer(s), with {self._spending.limit:.3g} for this replica. Fix: raise it, or shorten "
                 "the answers."
             )
@@ -249,7 +264,7 @@ class _Call:
         score = read_score(reply.text) if reply.whole else None
         if score is None:
             self._counters["judge_unreadable_replies"] += 1
-            what = "the unreadable verdict" if reply.whole else "the verdict, cut at reward.judge.max_tokens,"
+            what = "the unreadable verdict" if reply.whole else f"the verdict, cut at {self._section}.max_tokens,"
             raise AskFailed("unreadable", f"{what} {_tail(reply.text)!r}", "judge_unreadable")
         clipped = min(max(score, LOWEST), HIGHEST)
         self._counters["judge_clipped"] += clipped != score
@@ -259,14 +274,21 @@ class _Call:
         return time.monotonic() - self._started_at
 
 
-def key_of(judge: JudgeSettings) -> str | None:
-    """The key from the environment; None where none is sent. Raises `Refusal` where the variable holds none."""
+def key_of(judge: JudgeSettings, section: str) -> str | None:
+    """The key from the environment; None where none is sent. Raises `Refusal` where the variable holds none.
+
+    `section` is the key of `judge` in the run's file.
+    """
     if judge.api_key_env is None:
         return None
-    key = os.environ.get(judge.api_key_env, "").strip()
+    value, key = f"{section}.api_key_env={judge.api_key_env}", os.environ.get(judge.api_key_env, "").strip()
     if not key:
         rule = "must name an environment variable that holds the judge's key, and it is not set"
-        raise Refusal(f"reward.judge.api_key_env={judge.api_key_env}", rule, f"export {judge.api_key_env}=...")
+        raise Refusal(value, rule, f"export {judge.api_key_env}=...")
+    # A header of HTTP carries no other; the key itself stands in no message.
+    if not (key.isascii() and key.isprintable()):
+        rule = "must hold one line of printable ASCII, as every key is, and holds other characters"
+        raise Refusal(value, rule, f"put the key alone into {judge.api_key_env}")
     return key
 
 

@@ -30,5 +30,6 @@ def proxy_of(url: str) -> str | None:
     kind = next((kind for kind in (parts.scheme, "all") if found.get(kind)), None)
     if kind is None or is_local(url) or proxy_bypass(parts.netloc):
         return None
-    variable = next(name for name in (f"{kind}_proxy", f"{kind}_proxy".upper()) if os.environ.get(name))
+    # In any case of letters; of several the one in lower case counts.
+    variable = max(name for name, value in os.environ.items() if value and name.lower() == f"{kind}_proxy")
     return f"{found[kind].rpartition('@')[2]} of {variable}"

@@ -45,7 +45,10 @@ class StillAway(Exception):
 
 
 class Watch:
-    """What all requests of a call know of the judge together. Lives in one event loop."""
+    """What all requests of a call know of the judge together. Lives in one event loop.
+
+    `section` is the key of `settings` in the run's file.
+    """
 
     def __init__(
         self,
@@ -54,12 +57,14 @@ class Watch:
         counters: Counter[str],
         rng: random.Random,
         on_wait: Callable[[str], None],
+        section: str,
     ) -> None:
         self._client = client
         self._settings = settings
         self._counters = counters
         self._rng = rng
         self._on_wait = on_wait
+        self._section = section
         self._last_reply = -math.inf
         self._not_before = -math.inf
         self._search: asyncio.Task[bool] | None = None
@@ -81,8 +86,8 @@ class Watch:
         if seconds > self._settings.patience:
             raise ScoringStopped(
                 f"The judge at {self._settings.url} asks to wait {seconds:.0f} s, longer than "
-                f"reward.judge.patience={self._settings.patience:g} (last seen: {failure.seen}). "
-                "Fix: resume the run then, or raise reward.judge.patience."
+                f"{self._section}.patience={self._settings.patience:g} (last seen: {failure.seen}). "
+                f"Fix: resume the run then, or raise {self._section}.patience."
             )
         until = time.monotonic() + seconds
         if seconds >= WORTH_SAYING and until > self._not_before:
@@ -116,8 +121,8 @@ class Watch:
         except StillAway as away:
             raise ScoringStopped(
                 f"The judge at {self._settings.url} gave no answer for {away.seconds:.0f} s, past "
-                f"reward.judge.patience={self._settings.patience:g} (last seen: {away.seen}). "
-                "Fix: start it again or raise reward.judge.patience, then resume the run."
+                f"{self._section}.patience={self._settings.patience:g} (last seen: {away.seen}). "
+                f"Fix: start it again or raise {self._section}.patience, then resume the run."
             ) from None
         finally:
             self._search = None

@@ -77,7 +77,7 @@ def _look_at_reward(section: str, settings: ScoreSettings, config: RunConfig, to
         return
     with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
         if settings.kind == "judge" and settings.judge is not None:
-            key_of(settings.judge)
+            key_of(settings.judge, f"{section}.judge")
             return
         first = first_prompt(config, tokenizer, held_out=section.startswith("evaluation."))
         build_scorer(settings.model_copy(update={"workers": 1}), section=section, first=first).close()
