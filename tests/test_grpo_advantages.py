@@ -113,13 +113,6 @@ def test_needs():
     assert grpo(max_generation_batches=4).needs.max_generation_batches == 1
 
 
-def test_refused_settings():
-    with pytest.raises(Refusal, match=r"algorithm.overlong_buffer=101: must not exceed rollout.max_tokens"):
-        grpo(overlong_buffer=101)
-    with pytest.raises(Refusal, match=r"dynamic_sampling=true: would drop every group.*group_size is 1"):
-        Grpo(GrpoSettings(dynamic_sampling=True), AlgorithmContext(max_tokens=100, group_size=1))
-
-
 @pytest.mark.parametrize(
     ("rewards", "lengths", "finished", "message"),
     [

@@ -19,7 +19,6 @@ from megarl.algorithms.base import (
     required,
 )
 from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
-from megarl.errors import Refusal
 from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
 from megarl.ops.importance import ImportanceWeights, importance_weights, rejected_tokens
@@ -34,7 +33,6 @@ class Grpo(Algorithm):
     Settings = GrpoSettings
 
     def __init__(self, settings: GroupRelativeSettings, context: AlgorithmContext) -> None:
-        _check(settings, context)
         self.settings = settings
         self.context = context
         self.needs = Needs(
@@ -165,21 +163,4 @@ class Grpo(Algorithm):
             total_tokens=inputs.totals.tokens,
             total_sequences=inputs.totals.sequences,
             constant=float(self.context.max_tokens) if constant is None else constant,
-        )
-
-
-def _check(settings: GroupRelativeSettings, context: AlgorithmContext) -> None:
-    """Refuse settings that cannot do what they say in this run."""
-    buffer = settings.overlong_buffer
-    if buffer is not None and buffer > context.max_tokens:
-        raise Refusal(
-            f"algorithm.overlong_buffer={buffer}",
-            f"must not exceed rollout.max_tokens, which is {context.max_tokens}",
-            "lower it, or raise rollout.max_tokens",
-        )
-    if settings.dynamic_sampling and context.group_size < 2:
-        raise Refusal(
-            "algorithm.dynamic_sampling=true",
-            f"would drop every group, because rollout.group_size is {context.group_size}",
-            "set rollout.group_size to 2 or more, or turn it off",
         )
