@@ -119,7 +119,8 @@ RIGHT = {
     "letters and words": [
         ("A", r"(\text{A})"), (r"\textbf{(B)}\ 42", "B"), (r"\textbf{(B)}\ 42", "42"), ("(B)", "B"), ("b", "B"),
         ("Option C", "C"), ("C) 5", "C"),
-        ("evelyn", r"\text{Evelyn}"), (r"\text{Yes}", "yes"), ("CD", r"\text{CD}"), ("E_1, E_2", "E_{1},E_{2}"),
+        ("evelyn", r"\text{Evelyn}"), ("No", "no"), ("No Solution", "no solution"),
+        (r"\text{Yes}", "yes"), ("CD", r"\text{CD}"), ("E_1, E_2", "E_{1},E_{2}"),
     ],
 }  # fmt: skip
 WRONG = {
@@ -142,7 +143,8 @@ WRONG = {
         ("8:34 a.m.", r"8\!:\!34 \text{ p.m.}"), ("€18", r"\$18"),
         ("6", "6m"), (r"\frac{1}{m}", r"\frac{1}{m}t"), ("5x", "5"), ("5 x", "5"), ("5 apples minus 2", "5"),
         ("50%", "5"), ("5 kJ", "5 J"), ("5 N", "5 J"), ("5 MHz", "5 Hz"), ("5 K", "5°C"), ("5 half", "5"),
-        ("5 squared", "5"),        (r"\sin 30", "0.5"), (r"\sin 30", r"\sin 30^\circ"),
+        ("5 below zero", "5"), ("5 m/s^2", "5 m/s"), (r"5\text{ ms}", "5 s"), ("5 kWh", "5 kW"),
+        ("5 squared", "5"), (r"\sin 30", "0.5"), (r"\sin 30", r"\sin 30^\circ"),
     ],
     "repeating decimals": [
         (r"0.\overline{3}", "0.3"), (r"0.\overline{3}", "3"), (r"1.\overline{3}", "13"), ("0.(3)", "0"),
@@ -153,7 +155,8 @@ WRONG = {
         ("5", r"5\text{ million}"),
     ],
     "capitals": [
-        ("R-r", "r-R"), (r"2\pi(R^2-r^2)", r"\pi(R^2-r^2)"), ("A+a", "2a"), ("2R", "2r"), (r"\Delta-\delta", "0"),
+        ("R-r", "r-R"), (r"2\pi(R^2-r^2)", r"\pi(R^2-r^2)"), ("A+a", "2a"), ("2R", "2r"),
+        ("PV=nRT", "PV=NRT"), ("nRT", "NRT"), (r"\Delta-\delta", "0"),
     ],
     "hedges and negations": [
         ("42 or 41", "42"), ("42?", "42"), (r"\text{not }42", "42"), (r"\neq 42", "42"), (">42", "42"),
@@ -179,7 +182,8 @@ WRONG = {
     ],
     "letters and words": [
         ("C", "B"), ("E", "2.718281828"), ("A", "A, C"), ("(A) 5", "B"), ("yes", "no"), (r"\text{none}", "0"),
-        ("LSQX", "LQSX"), ("10_2", "10_3"), ("n", "n!"), ("1_a", "1"), ("C", "CD"),
+        ("LSQX", "LQSX"), ("10_2", "10_3"), ("n", "n!"), ("1_a", "1"),
+        ("f'(x)", "f(x)"), ("f''", "f"), (r"y^{\prime}", "y"), ("C", "CD"),
     ],
 }  # fmt: skip
 

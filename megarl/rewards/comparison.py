@@ -36,6 +36,8 @@ _SET_TALK = (r"\cap", r"\setminus", r"\mathbb", r"\infty", r"\emptyset", *_ORDER
 _WORD = re.compile(r"\\text\{[^{}]*\}|[A-Z]{3,}|[A-Za-z]{4,}")
 #: A blank that parts no digits.
 _BLANK = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+#: Letters of variables, as in nRT, are no word.
+_WRITTEN_AS_WORD = re.compile(r"[A-Z]?[a-z]{2,}|[A-Z]{3,}|[a-zA-Z]{4,}|[Nn][Oo]")
 _SPOKEN = re.compile(r"\\text\{([^{}]*)\}")
 
 
@@ -70,8 +72,18 @@ def _letter(text: str) -> str | None:
 
 def _same_text(a: str, b: str) -> bool:
     """Whether two texts are the same up to blanks, and words also up to case."""
+    spoken = _speaks(a) and _speaks(b)
     a, b = (_BLANK.sub("", _SPOKEN.sub(r"\1", text)) for text in (a, b))
-    return a == b or (a.casefold() == b.casefold() and re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", a) is not None)
+    return a == b or (spoken and a.casefold() == b.casefold())
+
+
+def _speaks(text: str) -> bool:
+    r"""Whether all letters of `text` are those of words: in `\text{}`, or Yes, YES, yes, but neither x nor nRT."""
+    words = re.split(r"[\s,.'’-]+", text)
+    if "".join(words).isalpha() and any(_WRITTEN_AS_WORD.fullmatch(word) for word in words):
+        return True
+    rest, spoken = _SPOKEN.subn("", text)
+    return spoken > 0 and not any(char.isalpha() for char in rest)
 
 
 def _parts_equal(a: Part, b: Part) -> bool:

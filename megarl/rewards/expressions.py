@@ -96,7 +96,8 @@ def _evaluates_large(text: str) -> bool:
 
 def expressions_equal(reference: str, found: str) -> bool:
     """Whether two values in the one writing are equal expressions."""
-    if _unknowns(reference) != _unknowns(found):
+    # The parser drops the primes of derivatives.
+    if _unknowns(reference) != _unknowns(found) or _primes(reference) != _primes(found):
         return False
     a, b = parse(reference), parse(found)
     if a is None or b is None:
@@ -117,6 +118,10 @@ def _unknowns(text: str) -> frozenset[str]:
     """The letters of a value that are unknowns in it."""
     words = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(r"\\(?:text|operatorname)\s*\{([^{}]*)\}", r"\1", text))
     return frozenset(word for word in words if word.lower() in _UNKNOWN)
+
+
+def _primes(text: str) -> int:
+    return text.count("'") + len(re.findall(r"\\prime(?![a-zA-Z])", text))
 
 
 def sets_equal(reference: str, found: str) -> bool:

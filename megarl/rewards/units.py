@@ -36,6 +36,21 @@ _NAMES = {
     "mph": "mph",
     "km/h": "kmh kph km/h km/hr",
     "m/s": "m/s",
+    "m/s^2": "m/s^2 m/s^{2}",
+    "millisecond": "ms millisecond milliseconds",
+    "decade": "decade decades",
+    "century": "century centuries",
+    "ton": "ton tons",
+    "pint": "pint pints",
+    "quart": "quart quarts",
+    "cup": "cup cups",
+    "hectare": "ha hectare hectares",
+    "kilowatt hour": "kWh",
+    "mole": "mol mole moles",
+    "megapascal": "MPa",
+    "gigapascal": "GPa",
+    "arcminute": "arcmin arcminute arcminutes",
+    "arcsecond": "arcsec arcsecond arcseconds",
     "radian": "rad radian radians",
     "degree": "deg degree degrees °",
     "dollar": "$ dollar dollars usd",
@@ -77,7 +92,7 @@ _CANONICAL = {name: canonical for canonical, names in _NAMES.items() for name in
 _SYMBOLS = frozenset(
     re.findall(
         r"\w+",
-        "C F MPa atm bar mol T G ohm ohms cc sq pc kpc Mpc",
+        "C F atm bar T G ohm ohms cc sq pc kpc Mpc",
     )
 )
 _WORD = r"[a-zA-Z]+(?:[.'-][a-zA-Z]+)*\.?"
@@ -89,7 +104,7 @@ _PLAIN = re.compile(rf"(?<=[\d}})%])(\s+{_WORD}{_POWER}(?:\s*[/ ]\s*{_WORD}{_POW
 #: `5cm`, `60km/h`: known names of two letters and more, without a blank.
 _CLOSE = re.compile(r"(?<=[\d}])([a-zA-Z]{2,}(?:/[a-z]+)?)(\^\{?\d\}?)?$")
 _DEGREE = re.compile(
-    r"\^\s*\\circ\s*(?:(?:\\text\{)?(?P<scale>[CF])\}?)?$|\^\s*\{?\s*\\prime(?:\s*\\prime)?\s*\}?$|''$"
+    r"\^\s*\\circ\s*(?:(?:\\text\{)?(?P<scale>[CF])\}?)?$|(?<=\d)\s*(?:\^\s*\{?\s*\\prime(?:\s*\\prime)?\s*\}?|'{1,2})$"
 )
 _DEGREES = {r"^\circ": "degree", "C": "degree Celsius", "F": "degree Fahrenheit"}
 _MONEY = re.compile(
@@ -98,7 +113,7 @@ _MONEY = re.compile(
 _MONEY_BEHIND = re.compile(r"(?<=\d)\s*(\\\$|[€£¥₹₩₽₫₺₪฿¢])$")
 _NO_UNIT = re.compile(
     r"\b(?:not|no|or|and|nor|never|wrong|incorrect|false|minus|plus|times|over|maybe|but|is|than|x|y|half|halves|"
-    r"thirds|squared|cubed|factorial)\b",
+    r"thirds|below|above|under|squared|cubed|factorial)\b",
     re.IGNORECASE,
 )
 #: Degrees behind it are those of its argument, and no unit of the value.
