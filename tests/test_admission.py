@@ -13,7 +13,9 @@ from megarl.algorithms import build
 from megarl.algorithms.base import AlgorithmContext
 from megarl.cli import start
 from megarl.config.load import load_config
+from megarl.config.model_shape import model_shape_from_hf
 from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
 from megarl.train import admission
 
 NO_SOLUTION = b'{"prompt": "x", "answer": "1", "solution": ""}'
@@ -58,6 +60,21 @@ def test_data_that_cannot_be_used(run_file: Path) -> None:
     Path("model/chat_template.jinja").write_text("{{ messages.missing.content }}")
     (sentence,) = said(run_file)
     assert sentence.startswith("the chat template of model, at row 1 of rows.jsonl: cannot render a prompt (")
+
+
+def test_checkpoints_that_are_none(run_file: Path) -> None:
+    graded = ["reward.graded=response", "rollout.thinking_end=</s>"]
+    for setting, others in (("model.weights", []), ("evaluation.consumer", graded)):
+        (sentence,) = said(run_file, f"{setting}=model", *others)
+        assert sentence.startswith(f"{setting}=model: must be a checkpoint, or a folder whose `latest` names one.")
+    folder = Path("other/step_000001")
+    folder.mkdir(parents=True)
+    shape = model_shape_from_hf(MODEL | {"intermediate_size": 128})
+    checkpoint_folder.write_progress(folder, shape, {"step": 1, "optimizer": False})
+    (sentence,) = said(run_file, "model.weights=other")
+    assert sentence.startswith(f"{folder} of a model with ffn_size=128: must be of the model in config.json")
+    checkpoint_folder.write_progress(folder, model_shape_from_hf(MODEL), {"step": 1, "optimizer": False})
+    assert said(run_file, "model.weights=other") == []
 
 
 def test_a_judge_without_its_key(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

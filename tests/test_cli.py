@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import yaml
 from config_case import write_case
 
 from megarl.cli import start
+from megarl.cli.home import require_home
 from megarl.config.load import dump_config, load_config
 from megarl.errors import Refusal
 
@@ -218,6 +220,28 @@ def test_a_user_without_a_home_is_given_one(tmp_path: Path) -> None:
         f"{home} user{os.getuid()}",
     ]
     assert home.is_dir() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("given", ["/dev/null", "/dev/null/nobody"])
+def test_a_home_that_can_be_no_folder_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], given: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("USER", "somebody")
+    monkeypatch.setenv("HOME", given)
+    require_home()
+    home = tmp_path / f"megarl-home-{os.getuid()}"
+    assert os.environ["HOME"] == str(home) and home.is_dir()
+    said = f"megarl: HOME={given} is no folder: libraries keep their caches in {home}\n"
+    assert capfd.readouterr().err == said
+    for usable in (str(tmp_path), str(tmp_path / "to/be/made")):
+        monkeypatch.setenv("HOME", usable)
+        require_home()
+        assert os.environ["HOME"] == usable
+    monkeypatch.setenv("HOME", "")
+    require_home()
+    assert os.environ.get("HOME") != "", "the system knows better"
+    assert capfd.readouterr().err == ""
 
 
 def test_results_for_people_and_programs() -> None:

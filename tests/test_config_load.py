@@ -278,12 +278,57 @@ NOT_WHAT_WAS_WRITTEN = [
     ("data.system=a\0b", r"data.system=a\0b: has characters that are in no text"),
     ("data.system=\udcff", r"data.system=\udcff: has characters that are in no text"),
     ("name=null", "name=null: must be text"),
+    ("optimizer.lr=1e-400", "optimizer.lr=1e-400: is so small that 64 bits hold 0 in its place"),
+    ("recompute.modules=mlp", "recompute.modules=mlp: must be a list. Fix: write recompute.modules=[mlp]."),
+    ("data.extra_columns=null", "must be a list. Fix: write data.extra_columns=[...] (Further columns"),
+    ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas=[0.9, 0.9, 0.9]: must have 2 items, and has 3"),
+    ("data.sources.0.path=x", "data.sources={'0': {'path': 'x'}}: must be a list"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("override", "said"), NOT_WHAT_WAS_WRITTEN, ids=[one[:30] for one, _ in NOT_WHAT_WAS_WRITTEN])
 def test_what_yaml_would_have_made_of_it_is_said(run_file: Path, override: str, said: str) -> None:
     assert said in refusal(run_file, override)
+
+
+def test_overrides_by_the_place_in_a_list(run_file: Path) -> None:
+    """Refusals name settings of a list's items so; what they name can be set."""
+    run_file.write_text(
+        run_file.read_text()
+        + "reward:\n  kind: sum\n  terms: [{name: a, kind: boxed}, {name: b, kind: f1, weight: 2}]\n"
+    )
+    config = load_config(run_file, ["reward.terms.1.weight=3", "reward.terms.0.name=007", "reward.terms.1.high=2"])
+    assert [(term.name, term.weight, term.high) for term in config.reward.terms] == [("007", 1, 1), ("b", 3, 2)]
+    config = load_config(run_file, ["rollout.stop_token_ids=[5, 7]", "rollout.stop_token_ids.1=8"])
+    assert config.rollout.stop_token_ids == (5, 8)
+    for overrides in (["reward.terms.2.weight=3"], ["reward.terms.0.weight=1", "reward.terms.-1.weight=3"]):
+        assert refusal(run_file, *overrides) == (
+            f"argument {overrides[-1]!r}: reward.terms is a list of 2, whose places count from 0. "
+            "Fix: name one of them, or set reward.terms itself."
+        )
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (
+            r'"Put it in \boxed{}."',
+            r"U+0008, which YAML makes of \b in double quotes. Fix: put the text in single",
+        ),
+        (r'"\frac12"', r"U+000C, which YAML makes of \f in double quotes"),
+        (r'"a \rightarrow b"', r"U+000D, which YAML makes of \r"),
+        (r'"3 \times 4"', r"U+0009, which YAML makes of \t"),
+        (r'"a \neq b"', r"U+000A, which YAML makes of \n"),
+    ],
+)
+def test_what_double_quotes_make_of_latex_is_refused(run_file: Path, written: str, said: str) -> None:
+    sentence = refusal(with_data(run_file, f"system: {written}"))
+    assert sentence.startswith("data.system=") and said in sentence
+    text = written[1:-1]
+    assert load_config(with_data(run_file, f"system: '{text}'")).data.system == text
+    assert load_config(with_data(run_file, "system: " + written.replace("\\", "\\\\"))).data.system == text
+    meant = load_config(with_data(run_file, r'system: "a\tb\nnext\texture\r\n"')).data.system
+    assert meant == "a\tb\nnext\texture\r\n"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +375,7 @@ def with_data(run_file: Path, lines: str) -> Path:
         | st.booleans()
         | st.integers(1 - 2**63, 2**63 - 1)
         | st.floats(allow_nan=False, allow_infinity=False)
-        | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+        | st.text(st.characters(exclude_characters="\0\a\b\v\f\x1b", exclude_categories=["Cs"])),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
         max_leaves=10,
     )

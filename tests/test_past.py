@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from config_case import MODEL
 from megarl.config.load import dump_config, load_config
 from megarl.config.model_shape import model_shape_from_hf
 from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
+from megarl.records import Prompt
 from megarl.train import past
 
 CHECKPOINT = Path("runs/case/checkpoints/step_000002")
@@ -80,6 +83,88 @@ def test_other_settings_are_said_and_layouts_are_free(run_file: Path) -> None:
     for change in ("algorithm.name=nft (was grpo)", "rollout.group_size=4 (was 8)", "optimizer.lr=0.001 (was 1e-06)"):
         assert change in words
     assert "steps" not in words and "parallel" not in words
+
+
+@pytest.mark.parametrize(
+    ("before", "override", "said"),
+    [
+        ("vllm={}", "vllm={max_logprobs: 7}", 'vllm={"max_logprobs": 7} (was {})'),
+        ("vllm={a: 1}", "vllm={a: 1, b: 2}", 'vllm={"a": 1, "b": 2} (was {"a": 1})'),
+        ("megatron={a: 1}", "megatron={}", 'megatron={} (was {"a": 1})'),
+        ("reward.judge=null", "reward.judge={url: 'http://a', model: b}", "(was null)"),
+        ("evaluation.reward={kind: f1}", "evaluation.reward=null", "evaluation.reward=null (was {"),
+    ],
+)
+def test_tables_that_come_go_or_grow_are_said(run_file: Path, before: str, override: str, said: str) -> None:
+    leave_checkpoint(load_config(run_file, [before]))
+    words = past.outlook(load_config(run_file, ["resume=auto", override]))
+    assert words is not None and said in words
+    assert past.outlook(load_config(run_file, ["resume=auto", before])) is None
+
+
+def test_other_rows_in_the_same_file_are_refused(run_file: Path) -> None:
+    prompts = [Prompt(number, (1,), f"{number}+1=", str(number + 1)) for number in range(3)]
+    known, config = past.rows_of(prompts), load_config(run_file, ["resume=auto"])
+    assert known["prompts"] == 3
+    assert list(past.changed_rows(config, past.rows_of(list(prompts)), known, CHECKPOINT)) == []
+    assert list(past.changed_rows(config, known, None, CHECKPOINT)) == [], "older checkpoints keep no digest"
+    others = [dataclasses.replace(prompts[0], **change) for change in ({"text": "x"}, {"answer": "9"}, {"index": 7})]
+    others.append(dataclasses.replace(prompts[0], solution="by heart"))
+    for rows in ([*prompts[1:], prompts[0]], prompts[:2], *([other, *prompts[1:]] for other in others)):
+        (refusal,) = past.changed_rows(config, past.rows_of(rows), known, CHECKPOINT)
+        assert str(refusal) == (
+            f"data of {len(rows)} prompts with resume=auto: has other rows than those that {CHECKPOINT} was trained "
+            "on, 3 prompts. Fix: bring the data back, begin a new run under another name, or go on all the same with "
+            "resume_changes=[data]."
+        )
+        allowed = load_config(run_file, ["resume=auto", "resume_changes=[data]"])
+        assert list(past.changed_rows(allowed, past.rows_of(rows), known, CHECKPOINT)) == []
+
+
+def test_a_checkpoint_that_cannot_be_continued_is_refused_before_the_start(run_file: Path) -> None:
+    config = load_config(run_file, ["resume=auto"])
+    leave_checkpoint(config)
+    folder = CHECKPOINT.with_name("step_000003")
+    folder.mkdir()
+    checkpoint_folder.write_progress(folder, model_shape_from_hf(MODEL), {"step": 3, "optimizer": False})
+    (folder.parent / "latest").write_text(folder.name)
+    with pytest.raises(Refusal, match="without the optimizer's state"):
+        said(config)
+    wider = model_shape_from_hf(MODEL | {"intermediate_size": 128})
+    checkpoint_folder.write_progress(folder, wider, {"step": 3, "optimizer": True})
+    with pytest.raises(Refusal, match="of a model with ffn_size=128: must be of the model"):
+        said(config)
+
+
+@pytest.mark.parametrize("latest", [b"", b"junk", b"\xff", b"a\0b", b"/etc/x", b"step_", "step_٣".encode()])
+def test_a_latest_that_names_no_checkpoint_is_as_good_as_none(run_file: Path, latest: bytes) -> None:
+    config = load_config(run_file, ["resume=auto"])
+    leave_checkpoint(config)
+    (CHECKPOINT.parent / "latest").write_bytes(latest)
+    assert checkpoint_folder.find("runs/case") == CHECKPOINT
+    assert said(config) == []
+
+
+@pytest.mark.parametrize("note", ["{}", "[]", '{"files": {}}', '{"files": {}, "step": 2, "optimizer": true}'])
+def test_a_note_without_what_it_must_state_is_damage(run_file: Path, note: str) -> None:
+    leave_checkpoint(load_config(run_file))
+    (CHECKPOINT / "progress.json").write_text(note)
+    assert "progress.json" in str(checkpoint_folder.damage_of(CHECKPOINT))
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/case", "runs/case/checkpoints"])
+def test_a_place_where_no_run_can_be_written(run_file: Path, place: str) -> None:
+    for resume in ("never", "auto"):
+        config = load_config(run_file, [f"resume={resume}"])
+        assert said(config) == []
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        for leave in (Path(place).touch, lambda: Path(place).symlink_to("/nowhere")):
+            leave()
+            assert said(config) == [
+                f"runs/case: must be a folder that a run can write, and {Path(place).absolute()} is no folder. "
+                "Fix: set runs_dir to a place where this user may write, or move away what is there."
+            ]
+            Path(place).unlink()
 
 
 def test_a_checkpoint_without_its_configuration_has_that_of_its_folder(run_file: Path) -> None:

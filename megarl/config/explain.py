@@ -33,6 +33,11 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     rule = details["msg"].replace("Input should be", "must be").replace("Value error, ", "")
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return Refusal(shown, "must be a table of keys", f"write the keys of {key} indented below it")
+    if details["type"] in ("tuple_type", "list_type"):
+        scalar = isinstance(value, bool | int | float | str)
+        return Refusal(
+            shown, "must be a list", f"write {key}=[{_yaml(value)}]" if scalar else f"write {key}=[...]{description}"
+        )
     if details["type"] == "string_type":
         fix = f"give {key} a text{description}"
         if isinstance(value, bool | int | float):
@@ -45,6 +50,8 @@ def explain(error: ValidationError, record: type[BaseModel], prefix: str = "") -
     if details["type"] == "string_too_long":
         longest = details.get("ctx", {})["max_length"]
         rule = f"must have at most {longest} characters, and has {len(value)}"
+    if details["type"] == "too_long":
+        rule = f"must have {details.get('ctx', {})['max_length']} items, and has {len(value)}"
     return Refusal(shown, rule[:1].lower() + rule[1:], f"give {key} such a value{description}")
 
 

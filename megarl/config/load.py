@@ -33,7 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     table = _read_with_base(Path(os.path.expanduser(path)))
     for override in overrides:
         _apply_override(table, override)
-    return record_of(table, RunConfig)
+    return record_of(_lists_again(table), RunConfig)
 
 
 def record_of(table: dict[str, Any], record: type[Record]) -> Record:
@@ -119,6 +119,8 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
             child = table[part] = opened(child)
         if part == "algorithm" and depth == 1 and isinstance(child, Plain | str):
             child = table[part] = {"name": child}
+        if isinstance(child, list | _Listed):
+            child = table[part] = _by_place(child, parts[depth], ".".join(parts[:depth]), override)
         if not isinstance(child, dict):
             parent = ".".join(parts[:depth])
             raise Refusal(
@@ -126,3 +128,21 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
             )
         table = child
     table[parts[-1]] = Given(text, override)
+
+
+class _Listed(dict[str, Any]):
+    """A list while overrides change its items: each by its place, which counts from 0."""
+
+
+def _by_place(items: list[Any] | _Listed, place: str, key: str, override: str) -> _Listed:
+    """`items` by their places. Raises `Refusal` where there is none at `place`."""
+    if place not in map(str, range(len(items))):
+        rule = f"{key} is a list of {len(items)}, whose places count from 0"
+        raise Refusal(f"argument {override!r}", rule, f"name one of them, or set {key} itself")
+    return items if isinstance(items, _Listed) else _Listed({str(number): item for number, item in enumerate(items)})
+
+
+def _lists_again(value: Any) -> Any:
+    if isinstance(value, _Listed):
+        return [_lists_again(item) for item in value.values()]
+    return {key: _lists_again(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -37,6 +37,12 @@ _SWITCHES = {"true": True, "True": True, "TRUE": True, "false": False, "False": 
 _NOTHING = ("~", "Null", "NULL")
 _QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
+#: Signs that are written as escapes, and what stands for them in double quotes.
+_ESCAPES = {"\a": "a", "\b": "b", "\t": "t", "\n": "n", "\v": "v", "\f": "f", "\r": "r", "\x1b": "e"}
+#: Where double quotes have eaten the start of a word of LaTeX: signs that no prompt has (of \boxed, \frac), and others
+#: before what is left of the commonest words (\text, \times, \theta, \neq, \nabla, \rightarrow).
+_ESCAPED = re.compile(r"[\a\b\v\f\x1b]|\r(?=ight)|\t(?=(?:ext|imes|heta)\b)|\n(?=(?:eq|abla)\b)")
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -175,12 +181,23 @@ class _Place:
             shown = text.encode("ascii", "backslashreplace").decode().replace("\0", "\\0")
             rule = "has characters that are in no text (NUL, or bytes that are not UTF-8)"
             raise Refusal(f"{self.key}={shown}", rule, "remove them")
+        if (found := _ESCAPED.search(text)) is not None:
+            sign = f"\\{_ESCAPES[found[0][0]]}"
+            raise Refusal(
+                f"{self.key}={text!r}",
+                f"has the character U+{ord(found[0][0]):04X}, which YAML makes of {sign} in double quotes",
+                f"put the text in single quotes, or write \\{sign}",
+            )
         return text
 
     def _bounded(self, text: str, number: int | float) -> int | float:
         if (isinstance(number, int) and abs(number) >= _BOUND) or number in (float("inf"), -float("inf")):
             fix = f"give a smaller number{self._sentence}"
             raise Refusal(f"{self.key}={text}", "is beyond what 64 bits hold", fix)
+        if number == 0 and re.search("[1-9]", re.split("[eE]", text)[0]):
+            raise Refusal(
+                f"{self.key}={text}", "is so small that 64 bits hold 0 in its place", "write 0, or a larger one"
+            )
         return number
 
     def _no_number(self, text: str) -> Refusal:

@@ -211,7 +211,9 @@ def newest(path: str | Path) -> Path:
 def _named(path: Path) -> Path | None:
     """The checkpoint that the `latest` in `path`, or in its checkpoints/, names, whether it is there or not."""
     root = next((r for r in (path, path / "checkpoints") if (r / "latest").is_file()), None)
-    return None if root is None else root / (root / "latest").read_text(encoding="utf-8").strip()
+    name = "" if root is None else (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    # One that a broken disk or a hand has left without a checkpoint's name is as good as none.
+    return root / name if root is not None and _is_name(name) else None
 
 
 def require(path: str | Path, setting: str) -> Path:
@@ -274,8 +276,12 @@ def remove_unfinished(root: Path) -> None:
 
 def _finished(root: Path) -> list[Path]:
     """Checkpoints that were renamed to their final name, newest first."""
-    found = [d for d in root.glob("step_*") if d.is_dir() and re.fullmatch(r"step_\d+", d.name)]
+    found = [d for d in root.glob("step_*") if d.is_dir() and _is_name(d.name)]
     return sorted(found, key=_step, reverse=True)
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"step_[0-9]+", name) is not None
 
 
 def _step(directory: Path) -> int:
@@ -285,7 +291,10 @@ def _step(directory: Path) -> int:
 def damage_of(directory: Path) -> str | None:
     """What is wrong with a checkpoint, in words, without reading its tensors; None where nothing is."""
     try:
-        expected = {name: StoredFile(**stored) for name, stored in read_progress(directory)["files"].items()}
+        progress = read_progress(directory)
+        expected = {name: StoredFile(**stored) for name, stored in progress["files"].items()}
+        if not isinstance(progress["step"], int) or not {"optimizer", "model"} <= progress.keys():
+            return "has a progress.json without what every checkpoint states"
     except Damaged as error:
         return error.damage
     except FileNotFoundError:

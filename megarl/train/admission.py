@@ -16,6 +16,7 @@ from megarl.data.preview import SECONDS, data_refusals, first_prompt
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.errors import MegarlError, Refusal
+from megarl.formats import checkpoint_folder
 from megarl.rewards.grader import BUILTIN_KINDS
 from megarl.rewards.judge import key_of
 from megarl.rewards.scorer import build_scorer
@@ -50,6 +51,7 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
     For a run whose rules and files have passed. A file's rows are looked at for `seconds`.
     """
     try:
+        _look_at_checkpoints(config)
         tokenizer = _usable_tokenizer(config)
         with _in_a_sentence(f"data.path={config.data.path}", "check the file, and the tokenizer's chat template"):
             for refusal in data_refusals(config, tokenizer, seconds, evaluates=evaluates):
@@ -59,6 +61,17 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
                 _look_at_reward(name, one, config, tokenizer)
     except Refusal as refusal:
         yield refusal
+
+
+def _look_at_checkpoints(config: RunConfig) -> None:
+    """Raise `Refusal` where a checkpoint that the configuration names is none, or one of another model."""
+    consumer = config.evaluation.consumer
+    named = {"model.weights": config.model.weights, "evaluation.consumer": None if consumer == "initial" else consumer}
+    for setting, path in named.items():
+        if path is not None:
+            found = checkpoint_folder.require(path, setting)
+            progress = checkpoint_folder.read_progress(found)
+            checkpoint_folder.check_model(found, progress, read_model_shape(config.model.path))
 
 
 def _usable_tokenizer(config: RunConfig) -> Tokenizer:

@@ -7,19 +7,24 @@ which are said and kept; other data, another model or another seed would make it
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megarl.config import files
 from megarl.config.load import dump_config, load_config
+from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
+from megarl.records import Prompt
 
 #: The parts of a run that make it what it is; the choices of `resume_changes`.
 PARTS = ("seed", "model", "data")
+_ELSEWHERE = "set runs_dir to a place where this user may write, or move away what is there"
 #: Settings and sections that change no number of a run by more than rounding, or that are there to be changed.
 _FREE = (
     "name", "runs_dir", "resume", "resume_changes", "steps", "epochs", "parallel", "recompute", "checkpoint", "logging",
@@ -42,6 +47,7 @@ def refusals(config: RunConfig) -> Iterator[Refusal]:
 
 def _refusals(config: RunConfig) -> Iterator[Refusal]:
     directory = run_directory(config)
+    yield from _unwritable(directory)
     if config.resume == "never":
         if checkpoint_folder.holds_a_run(directory):
             yield Refusal(
@@ -51,8 +57,23 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
             )
         return
     checkpoint = checkpoint_folder.find(directory / "checkpoints")
-    if checkpoint is not None:
-        yield from changed_parts(config, _configuration(checkpoint, directory), checkpoint)
+    if checkpoint is None:
+        return
+    yield from changed_parts(config, _configuration(checkpoint, directory), checkpoint)
+    progress = checkpoint_folder.read_progress(checkpoint)
+    checkpoint_folder.check_resumable(checkpoint, progress)
+    if (Path(config.model.path) / "config.json").is_file():
+        checkpoint_folder.check_model(checkpoint, progress, read_model_shape(config.model.path))
+
+
+def _unwritable(directory: Path) -> Iterator[Refusal]:
+    """A refusal where the run's folder is none, or cannot be made or written."""
+    wanted = (directory / "checkpoints").absolute()
+    there = next(place for place in (wanted, *wanted.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        yield Refusal(str(directory), f"must be a folder that a run can write, and {there} is no folder", _ELSEWHERE)
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield Refusal(str(directory), f"must be a folder that a run can write, and {there} is not", _ELSEWHERE)
 
 
 def changed_parts(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> Iterator[Refusal]:
@@ -65,6 +86,27 @@ def changed_parts(config: RunConfig, before: Mapping[str, Any] | None, checkpoin
                 f"differs from {_shown(old)}, with which {checkpoint} was trained",
                 f"set it back, begin a new run under another name, or go on all the same with resume_changes=[{part}]",
             )
+
+
+def rows_of(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The number of prompts that are trained on, and a digest of them: the same file may have other rows."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        solution = [] if prompt.solution is None else [prompt.solution]
+        digest.update(json.dumps([prompt.index, prompt.text, prompt.answer, *solution]).encode())
+    return {"prompts": len(prompts), "digest": digest.hexdigest()}
+
+
+def changed_rows(
+    config: RunConfig, found: Mapping[str, Any], known: Mapping[str, Any] | None, checkpoint: Path
+) -> Iterator[Refusal]:
+    """A refusal of other rows, by `rows_of`, than a checkpoint's `known`, which older ones do not have."""
+    if known not in (None, found) and "data" not in config.resume_changes:
+        yield Refusal(
+            f"data of {found['prompts']} prompts with resume={config.resume}",
+            f"has other rows than those that {checkpoint} was trained on, {known['prompts']} prompts",
+            "bring the data back, begin a new run under another name, or go on all the same with resume_changes=[data]",
+        )
 
 
 def changes(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> str | None:
@@ -138,10 +180,10 @@ def _differences(config: RunConfig, before: Mapping[str, Any] | None) -> Iterato
     if before is None:
         return
     # As it will be read from JSON again.
-    now = dict(_flat(json.loads(json.dumps(config.model_dump(mode="json")))))
-    for key, old in _flat(before):
-        if key in now and now[key] != old and not _same_place(key, old, now[key]) and not _is_free(key):
-            yield key, old, now[key]
+    now = json.loads(json.dumps(config.model_dump(mode="json")))
+    for key, old, new in _both(before, now):
+        if new != old and not _same_place(key, old, new) and not _is_free(key):
+            yield key, old, new
 
 
 def _is_free(key: str) -> bool:
@@ -155,12 +197,17 @@ def _same_place(key: str, old: Any, new: Any) -> bool:
     return Path(old).resolve() == Path(new).resolve()
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+def _both(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each setting that both tables have, with its two values; a table that may have any keys is one setting."""
+    for key, old in before.items():
+        if key not in now:
+            continue
+        name, new = f"{prefix}{key}", now[key]
+        closed = name not in ("megatron", "vllm") and key != "extra"
+        if closed and isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _both(old, new, f"{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield name, old, new
 
 
 def _shown(value: Any) -> str:

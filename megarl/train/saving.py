@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -71,18 +69,13 @@ def resume(session: Session) -> bool:
 
 def _of_the_run(session: Session) -> dict[str, Any]:
     """What a checkpoint keeps of the run, to be known by what continues from it."""
-    return {"config": session.config.model_dump(mode="json"), "data": _prompts(session)}
+    return {"config": session.config.model_dump(mode="json"), "data": _rows(session)}
 
 
-def _prompts(session: Session) -> dict[str, Any]:
-    """The number of prompts that are trained on, and a digest of them: the same file may have other rows."""
-    prompts = session.data.prompts
-    if session.data_digest is None:
-        digest = hashlib.sha256()
-        for prompt in prompts:
-            digest.update(json.dumps([prompt.index, prompt.text, prompt.answer]).encode())
-        session.data_digest = digest.hexdigest()
-    return {"prompts": len(prompts), "digest": session.data_digest}
+def _rows(session: Session) -> dict[str, Any]:
+    if session.rows is None:
+        session.rows = past.rows_of(session.data.prompts)
+    return session.rows
 
 
 def _compare(session: Session, saved: dict[str, Any]) -> None:
@@ -91,13 +84,8 @@ def _compare(session: Session, saved: dict[str, Any]) -> None:
     checkpoint_directory = run_directory(config) / "checkpoints" / f"step_{saved['step']:06d}"
     for refusal in past.changed_parts(config, before, checkpoint_directory):
         raise refusal
-    found, known = _prompts(session), saved.get("data")
-    if known not in (None, found) and "data" not in config.resume_changes:
-        raise Refusal(
-            f"data of {found['prompts']} prompts with resume={config.resume}",
-            f"has other rows than those that {checkpoint_directory} was trained on, {known['prompts']} prompts",
-            "bring the data back, begin a new run under another name, or go on all the same with resume_changes=[data]",
-        )
+    for refusal in past.changed_rows(config, _rows(session), saved.get("data"), checkpoint_directory):
+        raise refusal
     if (sentence := past.changes(config, before, checkpoint_directory)) is not None:
         session.recorder.status(sentence)
 

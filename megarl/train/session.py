@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,8 +92,8 @@ class Session:
     serving: str | None = None
     saved_step: int | None = None
     """The step of the newest checkpoint that this session saved or continues from."""
-    data_digest: str | None = None
-    """Of the prompts that are trained on, once it is known."""
+    rows: dict[str, Any] | None = None
+    """Number and digest of the prompts that are trained on, once they are known (`past.rows_of`)."""
     failure_told: bool = False
     """Whether a failure of the reward was said on the terminal."""
 
