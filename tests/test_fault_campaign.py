@@ -133,10 +133,11 @@ def test_a_full_disk_is_a_sentence_with_code_2():
 
 def test_a_lost_checkpoint_is_seen(tmp_path: Path):
     names = [f"step_{step:06d}" for step in range(1, runs.STEPS + 1)]
+    note = {"step": 1, "optimizer": True, "model": {}, "files": {}}
     for name in names[1:]:
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
-        (folder / "progress.json").write_text(json.dumps({"files": {}}))
+        (folder / "progress.json").write_text(json.dumps(note))
     # Removed, as only so many are kept.
     assert verdict.lost(tmp_path, names[: runs.KEEP + 1]) == []
     os.remove(tmp_path / "checkpoints" / names[-1] / "progress.json")
