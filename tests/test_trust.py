@@ -51,6 +51,10 @@ def stretch_norms(engine: Any) -> None:
     model_of(engine).norm.weight.data.mul_(-40.0)
 
 
+def spoil_norm(engine: Any) -> None:
+    model_of(engine).norm.weight.data[5] = torch.nan
+
+
 def attempts(folder: Path) -> None:
     """Steps of one session whose engine is changed on one rank; writes what each says on every rank."""
     from megarl.config.load import load_config
@@ -115,6 +119,7 @@ def attempt_all(config: Any) -> Any:
         attempt("sound again")
         change(weights={"checksum": "never"})
         attempt("gap", before=stretch_norms)
+        attempt("no numbers", before=spoil_norm)
         change(weights={"checksum": "never"}, batch={"updates": 2})
         attempt("gap of two updates", before=stretch_norms)
         change(weights={"checksum": "never"}, health={"gap_limit": None})
@@ -178,4 +183,7 @@ def test_a_gap_of_log_probs_stops_the_run_and_names_what_differs(said: list[dict
             groups = r"weights are not the policy's in model\.norm\.weight \(by up to (4\d\.?\d*)\), "
             groups += r"model\.layers\.\*\.input_layernorm\.weight \(2 of them, by up to (4\.?\d*)\)\. Fix"
             assert re.search(groups, rank[name]), rank[name]
+        said_of_nan = "the engine's log-probs of the sampled tokens are not finite, though the policy's are, so nothing"
+        assert rank["no numbers"].startswith(f"TrainingStopped 2 step 3: {said_of_nan} is learned from them; ")
+        assert "weights are not the policy's in model.norm.weight (by up to inf). Fix" in rank["no numbers"]
         assert "the weights of both are the same. Fix: look for what only one of the two obeys" in rank["kernels"]

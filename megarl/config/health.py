@@ -66,7 +66,8 @@ class HealthSettings(Settings):
     gap_limit: PositiveFloat | None = Field(
         default=0.2,
         description="The run stops before it learns from a step whose sampled tokens have log-probs that differ "
-        "between engine and policy by more than that in the mean, in nats per token; null: no limit. Kernels differ by "
+        "between engine and policy by more than that in the mean, in nats per token, or are not finite in the engine "
+        "alone; null: no limit. Kernels differ by "
         "1e-6 in fp32 and 0.01 in bf16, other weights or positions by 0.4 and more. Rollouts that are replayed, or "
         "made by the initial weights, are not looked at.",
     )

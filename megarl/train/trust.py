@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.policy import UpdateResult
-from megarl.train import journal
+from megarl.train import divergence, journal
 from megarl.train.session import Session, unfinished_directory
 from megarl.weights.push import Difference, EngineChanged, shortened
 
@@ -37,7 +38,8 @@ def _discard(session: Session, step: int) -> None:
 def gap_guard(
     session: Session, step: int, batches: Sequence[Sequence[records.Sequence]]
 ) -> Callable[[UpdateResult], None] | None:
-    """Raise `TrainingStopped` on all ranks where the step's log-prob gap exceeds `health.gap_limit`. Collective.
+    """Raise `TrainingStopped` on all ranks where the step's log-prob gap exceeds `health.gap_limit`, or the engine's
+    log-probs are no numbers. Collective.
 
     Where the policy's own log-probs are not known yet, those of the step's first update will do: returned is what
     looks at them before anything is learned.
@@ -46,10 +48,21 @@ def gap_guard(
     generates = config.algorithm.generates and config.rollout.replay is None
     if config.health.gap_limit is None or not generates or session.algorithm.needs.rollout_weights != "current":
         return None
+    if not all(gather_all(_all_finite(batches))):
+        # A diverged policy's engine has no numbers either; nobody is to take these up.
+        _discard(session, step)
+        divergence.stop_if_found(session)
+        _stop(session, step, "the engine's log-probs of the sampled tokens are not finite, though the policy's are")
     if session.algorithm.needs.old_log_probs and len(batches) > 1:
         _stop_above(session, step, _mean_gap(session, batches))
         return None
     return lambda result: _stop_above(session, step, result.means.get("logprob_gap_mean"))
+
+
+def _all_finite(batches: Sequence[Sequence[records.Sequence]]) -> bool:
+    """Whether the engine's log-probs are, on this rank. A gap that is NaN exceeds nothing."""
+    found = (sequence.rollout_log_probs for batch in batches for sequence in batch)
+    return all(np.isfinite(log_probs).all() for log_probs in found if log_probs is not None)
 
 
 def _mean_gap(session: Session, batches: Sequence[Sequence[records.Sequence]]) -> float | None:
@@ -69,11 +82,14 @@ def _stop_above(session: Session, step: int, gap: float | None) -> None:
     limit = session.config.health.gap_limit
     if limit is None or gap is None or not gap > limit:
         return
+    between = "the log-probs of the sampled tokens differ between engine and policy"
+    much = f"{gap:.3g} nats per token in the mean, more than health.gap_limit={limit:g}"
+    _stop(session, step, f"{between} by {much}")
+
+
+def _stop(session: Session, step: int, found: str) -> NoReturn:
     _discard(session, step)
-    raise TrainingStopped(
-        f"step {step}: the log-probs of the sampled tokens differ between engine and policy by {gap:.3g} nats per "
-        f"token in the mean, more than health.gap_limit={limit:g}, so nothing is learned from them; {_cause(session)}"
-    )
+    raise TrainingStopped(f"step {step}: {found}, so nothing is learned from them; {_cause(session)}")
 
 
 def _cause(session: Session) -> str:

@@ -130,12 +130,12 @@ class Mover:
                 pieces.extend(_Piece(transfer, part, place is not None) for transfer, part in parts)
                 self.received_bytes += flat.nbytes
             else:
-                if place is None:
-                    for transfer, part in parts:
+                for transfer, part in parts:
+                    if place is None:
                         view = box_view(sources[transfer.source_name], transfer.source_box)
                         part.view(view.shape).copy_(view)
-                if self._verify:
-                    for transfer, part in parts:
+                    if self._verify:
+                        # It is still in the cache.
                         self._ledger.sent(transfer, part)
                 self.sent_bytes += flat.nbytes
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
