@@ -72,23 +72,25 @@ MOE = ("qwen3-moe", "qwen2-moe", "mixtral")
 TRAINED = ("qwen2-tied", "qwen3-tied", "llama-llama3")
 
 
-#: Layouts under which several models are tried, by what of a model they cut: every model in one process, heads,
-#: vocabulary and shared experts by tensor and sequence parallelism, tied and untied embeddings by the pipeline, every
-#: kind of mixture by experts. Under any other layout it is one model, in turns.
-SEVERAL: dict[tuple[int, str], tuple[str, ...]] = {
+#: Layouts whose models are chosen, by what of a model they cut: every model in one process, heads, vocabulary and
+#: shared experts by tensor and sequence parallelism, tied and untied embeddings by the pipeline, every kind of mixture
+#: by experts, a mixture with a dense layer by the interleaved schedule, whose chunks are then unlike. Under any other
+#: layout it is one model, in turns.
+CHOSEN: dict[tuple[int, str], tuple[str, ...]] = {
     (1, "{}"): tuple(MODELS),
     (2, str({"tensor": 2})): tuple(name for name in MODELS if name not in MOE),
     (2, str(SP)): (TRAINED[0], MOE[1]),
     (2, str({"pipeline": 2})): (TRAINED[0], TRAINED[2], MOE[0], MOE[2]),
     (2, str({"context": 2})): (TRAINED[1], MOE[1]),
     (2, str({"expert": 2})): MOE,
+    (4, str({"expert": 2, "pipeline": 2, "virtual_pipeline": 2})): MOE[:1],
 }
 
 
 def models_of(processes: int, number: int, layout: dict[str, Any]) -> tuple[str, ...]:
     """The models that are trained under the layout of that number."""
-    if several := SEVERAL.get((processes, str(layout))):
-        return several
+    if chosen := CHOSEN.get((processes, str(layout))):
+        return chosen
     if "moe" in str(layout):
         return MOE[1:2]
     turns = MOE if "expert" in layout or "expert_tensor" in layout else TRAINED
