@@ -117,6 +117,9 @@ def _begin(
     assert set(IMPORTS) <= sys.modules.keys()
     # What is there now, all processes share: they need not look through it again, which takes seconds.
     gc.freeze()
+    # Whoever started the tests may ignore some, as under nohup, which a run respects.
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
