@@ -107,7 +107,7 @@ def answer_in(text: str) -> str | None:
     is negated or left open is no answer.
 
     >>> answer_in("<think>so \\boxed{42}</think>The answer is 41.")
-    '41'
+    '41.'
     """
     part = answering(text)
     found = boxes(part)
