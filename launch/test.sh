@@ -30,7 +30,8 @@ export PATH="$PWD/.venv/bin:$PATH"
 # Tests run side by side: more threads than one each would wait for each other.
 export OMP_NUM_THREADS=1
 
-cores=$(nproc)
+# nproc would count threads by those variables.
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 workers=${MEGARL_TEST_WORKERS:-$((cores < 3 ? cores : 3))}
 
 ruff check .

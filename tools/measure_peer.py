@@ -60,7 +60,7 @@ def peer_step(arguments: argparse.Namespace, threads: int) -> dict[str, float]:
 
 def last_line(command: list[str]) -> Any:
     """The JSON that a command prints last. Ends this program where the command fails, with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         sys.exit(f"measure_peer: {' '.join(command[:4])} ... ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
