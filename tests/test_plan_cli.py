@@ -130,7 +130,10 @@ def test_what_megatrons_configuration_refuses_is_one_sentence(case: Path) -> Non
     ("changes", "sentence"),
     [
         ({"gpus_per_node": 0}, "gpus_per_node=0: must be greater than 0"),
-        ({"hbm_bytes_per_second": "fast"}, "hbm_bytes_per_second=fast: must be a valid number"),
+        (
+            {"hbm_bytes_per_second": "fast"},
+            "hbm_bytes_per_second=fast: must be a plain decimal number. Fix: give hbm_bytes_per_second such a value",
+        ),
         ({"speed": 1}, "speed: is not a known key"),
         ({"gpu_memory_gib": None}, "gpu_memory_gib=null: must be a valid number"),
     ],
