@@ -267,22 +267,23 @@ def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):
 
 
 def refused(world: Any, folder: Path) -> str:
-    """What the push says of a model that vLLM builds with other sizes. A scenario of `run_world`."""
+    """What the push says of an engine of another model. A scenario of `run_world`."""
     from megarl.errors import Refusal
     from megarl.weights.push import Push
 
+    engine = engine_of(config_for(folder / "narrow" / "qwen2-tied", {}, {}), world)
     config = config_for(folder / "qwen2-tied", {}, {})
-    engine = engine_of(config, world)
     with parity.policy_of(config, world) as policy, pytest.raises(Refusal) as refusal:
         Push(policy, engine)
     return str(refusal.value)
 
 
 def test_model_that_vllm_builds_otherwise_is_refused(tmp_path: Path):
-    """vLLM's Qwen2 divides the hidden size by the heads, whatever head_dim says."""
-    parity.write_model(tmp_path, "qwen2-tied", hidden_size=128, head_dim=64)
+    """Sizes that vLLM takes from elsewhere than the policy would be filled wrongly: here another checkpoint's."""
+    parity.write_model(tmp_path, "qwen2-tied", **SIZES)
+    parity.write_model(tmp_path / "narrow", "qwen2-tied", **SIZES, intermediate_size=64)
     said = parity.run_world("test_push", "refused", 1, tmp_path)[0]
-    assert "self_attn.o_proj.weight of shape (128, 128) in vLLM: must have shape (128, 256)" in said
+    assert "mlp.down_proj.weight of shape (128, 64) in vLLM: must have shape (128, 96)" in said
 
 
 def check(ranks: list[dict], cases: set, updates: int) -> None:
