@@ -130,7 +130,7 @@ def model_config(sizes: Sizes, end: int | None, padding: int | None) -> dict[str
         "rope_theta": 10000.0,
         "attention_dropout": 0.0,
         "tie_word_embeddings": sizes.tied,
-        "torch_dtype": "float32",
+        "dtype": "float32",
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": end,
