@@ -66,8 +66,11 @@ PROCESSES = frozenset(
         "test_slurm_runs.py",
         "test_start_shortcut.py",
         "test_stops.py",
+        "test_submit.py",
         "test_submit_slurm.py",
         "test_tools_compare.py",
+        "test_tools_conversion.py",
+        "test_trust.py",
         "test_watchdog.py",
         "test_weight_map_megatron.py",
     }
