@@ -244,6 +244,7 @@ def _fail_while_quiet() -> None:
         raise Interrupted("failed")
 
 
+@pytest.mark.processes
 def test_last_words_are_heard_while_libraries_are_silenced():
     """A rank's watch may end the process while an engine is built."""
     ended = preloaded.Started(_end_while_quiet)
