@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, BatchTotals, LossInputs, LossTerms, required
+from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, required
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
 NAN = float("nan")

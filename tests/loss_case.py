@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megarl.algorithms.base import Algorithm, LossInputs, required
+from megarl.algorithms.base import Algorithm
+from megarl.algorithms.objective import LossInputs, required
 
 CONSTANTS = ("entropy_T", "old_log_probs_T", "rollout_log_probs_T", "reference_log_probs_T", "advantages_T")
 PER_TOKEN = ("log_probs_T", *CONSTANTS, "mask_T", "sequence_T")

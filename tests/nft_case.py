@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from loss_case import double
 
-from megarl.algorithms.base import AlgorithmContext, BatchTotals, GroupOutcome, LossInputs
+from megarl.algorithms.base import AlgorithmContext, GroupOutcome
 from megarl.algorithms.nft import Nft
+from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.config.algorithms import NftSettings
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)

@@ -268,7 +268,7 @@ def share(batch: Sequences[Sequence], grid: Any) -> list[int]:
 
 def totals(batch: Sequences[Sequence]) -> Any:
     """Counts of the whole mini-batch."""
-    from megarl.algorithms.base import BatchTotals
+    from megarl.algorithms.objective import BatchTotals
 
     return BatchTotals(tokens=float(sum(s.response_length for s in batch)), sequences=float(len(batch)))
 

@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 from typing import ClassVar
 
-from megarl.algorithms.base import AlgorithmContext, LossInputs, LossTerms
+from megarl.algorithms.base import AlgorithmContext
+from megarl.algorithms.objective import LossInputs, LossTerms
 from megarl.algorithms.sft import Sft
 from megarl.config.algorithms import AlgorithmSettings, SftSettings
 

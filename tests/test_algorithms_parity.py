@@ -176,7 +176,7 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient by transformers, all sequences in one go."""
     from types import SimpleNamespace
 
-    from megarl.algorithms.base import LossInputs
+    from megarl.algorithms.objective import LossInputs
     from megarl.policy.batch import lay_out
     from megarl.train.route import assign
 

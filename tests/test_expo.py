@@ -13,9 +13,10 @@ from loss_case import PER_TOKEN, by_sequence, micro_batch
 from torch import Tensor
 
 from megarl.algorithms import ALGORITHMS, build
-from megarl.algorithms.base import BatchTotals, GroupOutcome, LossInputs, Needs, required
+from megarl.algorithms.base import GroupOutcome, Needs
 from megarl.algorithms.expo import ExpGrpo
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import BatchTotals, LossInputs, required
 from megarl.config.algorithms import ALGORITHM_SETTINGS, ExpGrpoSettings, GrpoSettings
 
 #: What GRPO's part of the loss may be: every aggregation and ratio, every further term.

@@ -13,8 +13,9 @@ from loss_case import micro_batch
 from torch import Tensor
 
 from megarl.algorithms import ALGORITHMS, build
-from megarl.algorithms.base import GroupOutcome, LossInputs, Needs
+from megarl.algorithms.base import GroupOutcome, Needs
 from megarl.algorithms.expo import ExpDpo
+from megarl.algorithms.objective import LossInputs
 from megarl.config.algorithms import ALGORITHM_SETTINGS, ExpDpoSettings
 
 #: (group, whether it is a target, tokens): one rejected and one chosen answer per group.

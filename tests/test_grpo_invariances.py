@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_case import CONSTANTS, assert_micro_batches_add_up, by_sequence, log_ratios
 
-from megarl.algorithms.base import AlgorithmContext, BatchTotals, LossInputs, required
+from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import BatchTotals, LossInputs, required
 from megarl.config.algorithms import GrpoSettings
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.algorithms.base import AlgorithmContext, BatchTotals, LossInputs
+from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)

@@ -22,9 +22,9 @@ from nft_case import (
     signalled,
 )
 
-from megarl.algorithms.base import BatchTotals, LossInputs
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.nft import Nft
+from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.algorithms.sft import Sft
 from megarl.config.algorithms import GrpoSettings, SftSettings
 

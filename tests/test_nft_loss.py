@@ -19,7 +19,7 @@ from nft_case import (
     signalled,
 )
 
-from megarl.algorithms.base import BatchTotals, LossInputs
+from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.config.algorithms import NftSettings
 from megarl.ops.implicit_negative import implicit_negative
 

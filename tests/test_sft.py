@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.algorithms import ALGORITHMS, algorithm_class, build
-from megarl.algorithms.base import AlgorithmContext, BatchTotals, GroupOutcome, LossInputs, Needs
+from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Needs
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.algorithms.sft import Sft
 from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings, GrpoSettings, SftSettings
 from megarl.errors import Refusal
@@ -83,7 +84,8 @@ def test_build_by_name():
 
 
 OWN_ALGORITHM = """
-from megarl.algorithms.base import Algorithm, LossTerms, Needs
+from megarl.algorithms.base import Algorithm, Needs
+from megarl.algorithms.objective import LossTerms
 from megarl.config.algorithms import AlgorithmSettings
 
 class Reinforce(Algorithm):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_case import double
 
-from megarl.algorithms.base import AlgorithmContext, BatchTotals, GroupOutcome, LossInputs, Needs, Responder
+from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Needs, Responder
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.algorithms.start import Start
 from megarl.config.algorithms import GrpoSettings, StartSettings
 from megarl.config.load import load_config

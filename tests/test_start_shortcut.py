@@ -14,8 +14,9 @@ import pytest
 import torch
 from loss_case import double
 
-from megarl.algorithms.base import AlgorithmContext, BatchTotals, GroupOutcome, LossInputs
+from megarl.algorithms.base import AlgorithmContext, GroupOutcome
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.algorithms.start import Start
 from megarl.config.algorithms import GrpoSettings, StartSettings
 

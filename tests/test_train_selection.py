@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megarl.algorithms import build
-from megarl.algorithms.base import Algorithm, AlgorithmContext, BatchTotals
+from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.algorithms.objective import BatchTotals
 from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World

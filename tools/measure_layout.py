@@ -183,7 +183,8 @@ def _kept(folder: str, context: int, recompute: str, tokens: int, number: int, b
     import torch
 
     from megarl import algorithms
-    from megarl.algorithms.base import AlgorithmContext, BatchTotals
+    from megarl.algorithms.base import AlgorithmContext
+    from megarl.algorithms.objective import BatchTotals
     from megarl.config.model_shape import read_model_shape
     from megarl.config.schema import RunConfig
     from megarl.parallel import bootstrap

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, LossInputs, LossTerms, Needs, required
+from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, Needs
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import LossInputs, LossTerms, required
 from megarl.config.algorithms import ExpDpoSettings, ExpGrpoSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked

@@ -9,15 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from megarl.algorithms.advantages import batch_normalized, group_advantages
-from megarl.algorithms.base import (
-    Algorithm,
-    AlgorithmContext,
-    GroupOutcome,
-    LossInputs,
-    LossTerms,
-    Needs,
-    required,
-)
+from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.objective import LossInputs, LossTerms, required
 from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective

@@ -9,15 +9,8 @@ import math
 
 from torch import Tensor
 
-from megarl.algorithms.base import (
-    Algorithm,
-    AlgorithmContext,
-    GroupOutcome,
-    LossInputs,
-    LossTerms,
-    Needs,
-    required,
-)
+from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.objective import LossInputs, LossTerms, required
 from megarl.config.algorithms import NftSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.implicit_negative import implicit_negative

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, LossInputs, LossTerms, Needs
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Needs
+from megarl.algorithms.objective import LossInputs, LossTerms
 from megarl.config.algorithms import SftSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome, LossInputs, LossTerms, Responder
+from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Responder
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.objective import LossInputs, LossTerms
 from megarl.config.algorithms import StartSettings
 
 

@@ -23,7 +23,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megarl.algorithms.base import Algorithm, BatchTotals, LossInputs, LossTerms
+from megarl.algorithms.base import Algorithm
+from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms
 from megarl.config import gpu_rules
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape

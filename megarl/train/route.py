@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from megarl.algorithms.base import BatchTotals
+from megarl.algorithms.objective import BatchTotals
 from megarl.config.grid import grid_of_rank
 from megarl.config.schema import RunConfig
 from megarl.data.packing import balance

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from megarl.algorithms.base import Algorithm, BatchTotals
+from megarl.algorithms.base import Algorithm
+from megarl.algorithms.objective import BatchTotals
 from megarl.records import Sequence
 from megarl.train.groups import Rollouts
 from megarl.train.route import Item, assign, deliver

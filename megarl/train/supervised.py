@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megarl.algorithms.base import BatchTotals
+from megarl.algorithms.objective import BatchTotals
 from megarl.data.packing import balance
 from megarl.data.tokenizer import response_ids
 from megarl.errors import Refusal
