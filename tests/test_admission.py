@@ -6,8 +6,10 @@ import json
 import os
 from pathlib import Path
 
+import preloaded
 import pytest
 from config_case import MODEL, TOKENIZER
+from failing_judge import free_port
 
 from megarl.algorithms import build
 from megarl.algorithms.base import AlgorithmContext
@@ -165,3 +167,23 @@ def test_the_commands_ask(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for trains in (True, False):
         with pytest.raises(Refusal, match=r"reward\.kind=nowhere\.mine:f"):
             start.prepare(run_file, ["reward.kind=nowhere.mine:f"], trains=trains)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_of_a_world_that_a_launcher_started_rank_0_alone_looks(run_file: Path, command: str) -> None:
+    """And what it finds ends all of them, though nobody ends the others."""
+    Path("mine.py").write_text("import os\nfrom pathlib import Path\nPath(f'seen.{os.environ[\"RANK\"]}').touch()\n")
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    overrides = ("parallel.tensor=2", "rollout.tensor=2", "reward.kind=mine:few", "health.join_limit=60")
+    ranks = [
+        preloaded.megarl(
+            Path.cwd(), command, "run.yaml", *overrides, apart=False, RANK=str(rank), LOCAL_RANK=str(rank), **place
+        )
+        for rank in range(2)
+    ]
+    said = "".join(rank.communicate(60)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert said.count("megarl: reward.kind=mine:few: ") == 1 and "Traceback" not in said
+    assert [file.name for file in Path.cwd().glob("seen.*")] == ["seen.0"]
+    assert not Path("runs/case/preflight.json").exists()

@@ -49,13 +49,17 @@ def prepare(
 
     `trains`: the run's folder is written as that of a training, so what an earlier run has left there counts.
     `evaluates`: it is an evaluation alone. `starts`: the run follows, so signals that ask to stop are answered as soon
-    as the configuration says how. `reads`: prompts are read, so that tokenizer, data and rewards count.
+    as the configuration says how. `reads`: prompts are read, so that tokenizer, data and rewards count; those of a run
+    that a launcher started are looked at when it joins.
     """
     config = load_config(path, overrides or ())
     place = launcher_place()
     if starts:
         answer_stops(config.health.notice)
     world = place[1] if place else None
+    if starts and world not in (None, 1):
+        # Rank 0 reads for all of them, once they have met (`megarl.train.run.session_of`).
+        reads = False
     for refusal in admission.refusals(config, world, trains=trains, evaluates=evaluates, starts=starts, reads=reads):
         raise refusal
     return config

@@ -22,6 +22,9 @@ from megarl.rewards.judge import key_of
 from megarl.rewards.scorer import build_scorer
 from megarl.train import past
 
+#: Seconds for a file's rows where the run, which reads all of them, follows at once. Our choice.
+BRIEFLY = 1.0
+
 
 def refusals(
     config: RunConfig,
@@ -42,7 +45,7 @@ def refusals(
     if trains:
         yield from past.refusals(config)
     if reads:
-        yield from contents(config, evaluates=evaluates, seconds=1.0 if starts else SECONDS)
+        yield from contents(config, evaluates=evaluates, seconds=BRIEFLY if starts else SECONDS)
 
 
 def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SECONDS) -> Iterator[Refusal]:

@@ -22,9 +22,10 @@ from megarl.parallel import bootstrap, progress, terminal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
+from megarl.parallel.launch import started_here
 from megarl.policy import checkpoint
 from megarl.rollout import environment
-from megarl.train import divergence, evaluation, past
+from megarl.train import admission, divergence, evaluation, past
 from megarl.train.divergence import Diverged
 from megarl.train.loop import evaluate_now, roll_out, run_steps
 from megarl.train.measure import peak_memory_bytes
@@ -57,6 +58,9 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     waits = {"score": patience, "evaluate": patience}
     with watching(health, world, directory, waits) as guard, contextlib.ExitStack() as at_end:
         with guard.one_voice():
+            if world.size > 1 and not started_here():
+                # Where the command started the ranks it has looked itself.
+                first_decides(lambda: _look_into_files(config, evaluate_only))
             if writes:
                 lock = RunLock(directory, say=terminal.say)
                 at_end.callback(lock.release)
@@ -72,6 +76,12 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
         with guard.one_voice():
             yield session
     bootstrap.leave()
+
+
+def _look_into_files(config: RunConfig, evaluates: bool) -> None:
+    """Raise the first `Refusal` of tokenizer, data or reward functions."""
+    for refusal in admission.contents(config, evaluates=evaluates, seconds=admission.BRIEFLY):
+        raise refusal
 
 
 def _look_before(config: RunConfig, world: World) -> None:
