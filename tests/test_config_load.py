@@ -255,17 +255,28 @@ NOT_WHAT_WAS_WRITTEN = [
     ("steps=0b11", "YAML reads 0b11 as 3"),
     ("steps=1_000", "YAML reads 1_000 as 1000"),
     ("optimizer.lr=1:30.5", "YAML reads 1:30.5 as 90.5"),
-    ("optimizer.lr=.inf", "YAML reads .inf as inf"),
+    ("optimizer.lr=.inf", "optimizer.lr=.inf: must be a plain decimal number, and YAML reads .inf as inf. "
+     "Fix: give optimizer.lr a finite number (Peak learning rate)."),
+    ("seed=.nan", "seed=.nan: must be a plain decimal number, and YAML reads .nan as nan. "
+     "Fix: give seed a whole number (Seed of everything drawn)."),
+    ("algorithm.importance_cap=-.inf", "Fix: give algorithm.importance_cap a finite number, or null for none ("),
+    ("rollout.stop_token_ids=[true]", "rollout.stop_token_ids.0=true: must be a plain decimal number, and is a switch. "
+     "Fix: give rollout.stop_token_ids.0 a whole number (Further ids that end a response, beside the end token)."),
     ("optimizer.lr=1e999", "is beyond what 64 bits hold"),
     ("steps=" + "9" * 5000, "must be a plain decimal number"),
     ("steps=9223372036854775808", "is beyond what 64 bits hold"),
     ("steps=2.5", "must be a valid integer, got a number with a fractional part"),
     ("steps=1,000", "must be a plain decimal number"),
     ("steps=٣", "must be a plain decimal number"),
-    ("steps=true", "must be a plain decimal number, and YAML reads true as true"),
+    ("steps=true", "must be a plain decimal number, and is a switch"),
+    ("steps=no", "must be a plain decimal number, and YAML reads no as false. Fix: give steps a whole number ("),
     ("steps='5'", 'steps="5": must be a plain decimal number, and is a text, in quotes. Fix: leave out the quotes.'),
     ("steps=5 # as agreed", "has a comment, which YAML leaves out"),
     ("steps=2024-01-02", "YAML reads 2024-01-02 as 2024-01-02"),
+    (r'data.sources=[{path: "a\d"}]', "must be valid YAML (found unknown escape character 'd' at line 1, column 12). "
+     "Fix: put the text in single quotes, in which a backslash is a backslash, or write two for one."),
+    (r'data.sources=[{path: "\U00110000"}]', "must be valid YAML (an escape in double quotes names no character). "
+     "Fix: put the text in single quotes, in which a backslash is a backslash, or write two for one."),
     ("data.shuffle=no", "must be true or false, and YAML reads no as false. Fix: write true or false."),
     ("data.shuffle=1", "must be true or false, and YAML reads 1 as 1"),
     ("vllm.x=010", "vllm.x=010: may be a text, and is 8 to YAML"),

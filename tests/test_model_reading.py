@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -386,8 +387,12 @@ def test_what_ends_an_answer_is_the_set_of_both_files(tmp_path: Path):
     assert ends(None, eos_token_id=...) == (2,) and ends("{}", eos_token_id=...) == ()
     with pytest.raises(Refusal, match=r"eos_token_id=300 in .*generation_config\.json: must be below vocab_size=300"):
         ends('{"eos_token_id": [2, 300]}')
-    with pytest.raises(Refusal, match=r"eos_token_id='2' in .*generation_config\.json: must be a token's number"):
-        ends('{"eos_token_id": "2"}')
+    for value in ("'2'", "[True]", "-1", "2.0"):
+        said = rf"eos_token_id={re.escape(value)} in .*generation_config\.json: must be a token's number, at least 0, "
+        with pytest.raises(Refusal, match=f"{said}.*Fix: restore the original generation_config\\.json"):
+            ends(json.dumps({"eos_token_id": eval(value)}))
+    with pytest.raises(Refusal, match=r"nested too deeply\. Fix: restore the original generation_config\.json"):
+        ends("[" * 100_000)
     with pytest.raises(Refusal, match=r"generation_config\.json: must be a JSON object"):
         ends("[]")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megarl.config.model_reading import RESTORE, differing, shown
+from megarl.config.model_reading import differing, restore, shown
 from megarl.errors import Refusal
 
 
@@ -46,7 +46,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise Refusal(str(file), f"cannot be read ({error.strerror})", "make it readable") from None
     except RecursionError:
-        raise Refusal(str(file), "must be JSON, and is nested too deeply", RESTORE) from None
+        raise Refusal(str(file), "must be JSON, and is nested too deeply", restore(file.name)) from None
     except ValueError as error:
         raise Refusal(
             str(file), f"must be JSON ({shown(str(error), 200)[1:-1]})", "restore the file from the original checkpoint"

@@ -6,6 +6,7 @@ default for the family; what the policy does not know is refused (`megarl.config
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megarl.config.model_keys import (
@@ -25,6 +26,12 @@ from megarl.errors import Refusal
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 RESTORE = "restore the original config.json"
+
+
+def restore(origin: str) -> str:
+    """As `RESTORE`, for the file that `origin` names."""
+    return f"restore the original {Path(origin).name}"
+
 
 #: Read where they are needed, whether or not they are fields of the family's class.
 _READ_ELSEWHERE = frozenset({"model_type", "head_dim", "layer_types", "sliding_window", *LENGTH_KEYS, *ROPE_KEYS})
@@ -87,7 +94,7 @@ def check_value(name: str, value: Any, key: Key, origin: str) -> None:
     """Refuse what transformers' class or the policy does not take."""
     if key.allows(value):
         return
-    fix = RESTORE
+    fix = restore(origin)
     if isinstance(value, int) and not isinstance(value, bool) and key.kind == "fraction" and 0 < value < LARGEST:
         fix = f"write it as {float(value)}"
     raise Refusal(f"{name}={shown(value)} in {origin}", f"must be {key.rule}", fix)

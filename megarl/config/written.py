@@ -64,6 +64,8 @@ def parse(text: str, origin: str) -> Raw | None:
         problem: Any = getattr(error, "problem", None) or "unreadable"
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     fix = "correct it there; a text that begins with a sign or has ': ' or ' #' in it goes in quotes"
+    if "escape" in problem:
+        fix = "put the text in single quotes, in which a backslash is a backslash, or write two for one"
     raise Refusal(origin, f"must be valid YAML ({problem}{place})", fix)
 
 
@@ -147,7 +149,7 @@ class _Place:
         if bool in kinds:
             raise Refusal(f"{self.key}={text}", f"must be true or false{self._reading(text)}", "write true or false")
         if int in kinds or float in kinds:
-            raise self._no_number(text)
+            raise self._no_number(text, kinds)
         return self._untyped(value) if Any in kinds else text
 
     def quoted(self, text: str, kinds: list[Any]) -> Any:
@@ -200,15 +202,21 @@ class _Place:
             )
         return number
 
-    def _no_number(self, text: str) -> Refusal:
-        reading = self._reading(text)
+    def _no_number(self, text: str, kinds: list[Any]) -> Refusal:
+        reading, found = self._reading(text), in_yaml(text)
         fix = "write decimal digits, without zeros in front, '_' or ':'"
-        if not reading:
+        if found is None:
             fix = f"give {self.key} such a value{self._sentence}"
+        elif found in ("true", "false", "inf", "-inf", "nan"):
+            what = "finite" if float in kinds else "whole"
+            none = ", or null for none" if type(None) in kinds else ""
+            fix = f"give {self.key} a {what} number{none}{self._sentence}"
         return Refusal(f"{self.key}={text}", f"must be a plain decimal number{reading}", fix)
 
     def _reading(self, text: str) -> str:
         found = in_yaml(text)
+        if found == text and text in _SWITCHES:
+            return ", and is a switch"
         return "" if found is None else f", and YAML reads {text} as {found}"
 
 

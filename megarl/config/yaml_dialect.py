@@ -58,6 +58,8 @@ def read(text: str) -> Raw | None:
         return None if node is None else _Builder(text).build(node)
     except RecursionError:
         raise yaml.MarkedYAMLError(problem="tables and lists are nested too deeply") from None
+    except ValueError:
+        raise yaml.MarkedYAMLError(problem="an escape in double quotes names no character") from None
 
 
 class _Builder:
