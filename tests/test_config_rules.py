@@ -147,6 +147,75 @@ REFUSED: list[tuple[str, str]] = [
         "algorithm.normalize_std=false: has no effect with algorithm.advantage=reinforce_pp_baseline. Fix: remove it.",
     ),
     (
+        "algorithm.normalize_std=false algorithm.std_estimator=sample",
+        "algorithm.std_estimator=sample: has no effect with algorithm.normalize_std=false. Fix: remove it.",
+    ),
+    (
+        "algorithm.normalize_std=false algorithm.std_epsilon=1e-4",
+        "algorithm.std_epsilon=0.0001: has no effect with algorithm.normalize_std=false. Fix: remove it.",
+    ),
+    (
+        "algorithm.advantage=pass_at_k_loo algorithm.pass_k=2 algorithm.std_epsilon=0",
+        "algorithm.std_epsilon=0: has no effect with algorithm.advantage=pass_at_k_loo. Fix: remove it.",
+    ),
+    (
+        "algorithm=start reward.graded=response algorithm.normalize_std=false algorithm.std_estimator=sample",
+        "algorithm.std_estimator=sample: has no effect with algorithm.normalize_std=false. Fix: remove it.",
+    ),
+    (
+        "algorithm.kl_kind=k1",
+        "algorithm.kl_kind=k1: has no effect with algorithm.kl_coefficient=0. Fix: set "
+        "algorithm.kl_coefficient or remove it.",
+    ),
+    (
+        "algorithm.kl_cap=10",
+        "algorithm.kl_cap=10: has no effect with algorithm.kl_coefficient=0. Fix: set "
+        "algorithm.kl_coefficient or remove it.",
+    ),
+    (
+        "algorithm.overlong_penalty=0.5",
+        "algorithm.overlong_penalty=0.5: has no effect without algorithm.overlong_buffer. Fix: set "
+        "algorithm.overlong_buffer or remove it.",
+    ),
+    (
+        "algorithm.max_generation_batches=3",
+        "algorithm.max_generation_batches=3: has no effect with algorithm.dynamic_sampling=false. Fix: set "
+        "algorithm.dynamic_sampling=true or remove it.",
+    ),
+    (
+        "batch.generation_prompts=24",
+        "batch.generation_prompts=24: has no effect with algorithm.dynamic_sampling=false. Fix: set "
+        "algorithm.dynamic_sampling=true or remove it.",
+    ),
+    (
+        "algorithm=nft algorithm.dynamic_sampling=false algorithm.max_generation_batches=3",
+        "algorithm.max_generation_batches=3: has no effect with algorithm.dynamic_sampling=false. Fix: set "
+        "algorithm.dynamic_sampling=true or remove it.",
+    ),
+    (
+        "algorithm=nft algorithm.aggregation=token_mean algorithm.aggregation_constant=64",
+        "algorithm.aggregation_constant=64: has no effect with algorithm.aggregation=token_mean. Fix: set "
+        "algorithm.aggregation=constant or remove it.",
+    ),
+    (
+        "optimizer.lr=1e-3 optimizer.min_lr=1e-4",
+        "optimizer.min_lr=0.0001: has no effect with optimizer.decay=constant. Fix: set "
+        "optimizer.decay=linear or cosine, or remove it.",
+    ),
+    (
+        "recompute.modules=[mlp]",
+        "recompute.modules=[mlp]: has no effect with recompute.kind=none. Fix: set recompute.kind=selective "
+        "or remove it.",
+    ),
+    (
+        "recompute.kind=selective recompute.layers=2",
+        "recompute.layers=2: has no effect with recompute.kind=selective. Fix: set recompute.kind=full or remove it.",
+    ),
+    (
+        "moe.router_dtype=fp64",
+        "moe.router_dtype=fp64: is for mixtures of experts, and a qwen2 model is dense. Fix: remove moe.router_dtype.",
+    ),
+    (
         "algorithm.pass_k=4",
         "algorithm.pass_k=4: has no effect with algorithm.advantage=grpo. "
         "Fix: set algorithm.advantage=pass_at_k or pass_at_k_loo, or remove it.",
@@ -392,7 +461,8 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "algorithm.advantage=pass_at_k algorithm.pass_k=4 rollout.group_size=8",
         "algorithm.advantage=pass_at_k_loo algorithm.pass_k=8 rollout.group_size=8 algorithm.normalize_std=true",
         "algorithm.importance_cap=5 algorithm.importance_floor=0.5 algorithm.importance_mode=mask",
-        "algorithm.importance_cap=0.5 algorithm.importance_level=sequence algorithm.kl_kind=k3+",
+        "algorithm.importance_cap=0.5 algorithm.importance_level=sequence",
+        "algorithm.kl_kind=k3+ algorithm.kl_cap=10 algorithm.kl_coefficient=0.1",
         "algorithm.rejection_bounds=[0.9,1.1] algorithm.rejection_level=sequence_mean algorithm.ratio_level=sequence",
         "reward.low=-1 reward.kind=mine.rewards:grade",
         "optimizer.lr=1e-3 optimizer.min_lr=1e-3",

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megarl.config import splits
+from megarl.config.base import without_effect
 from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
@@ -120,12 +121,17 @@ def _no_experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     moe = config.moe
     if moe.aux_loss_coefficient is not None:
         yield splits.of_mixtures(f"moe.aux_loss_coefficient={moe.aux_loss_coefficient}", shape)
-    if moe.routing_replay != "off":
-        yield splits.of_mixtures(f"moe.routing_replay={moe.routing_replay}", shape)
+    for name in ("routing_replay", "router_dtype"):
+        if (value := getattr(moe, name)) != type(moe).model_fields[name].default:
+            yield splits.of_mixtures(f"moe.{name}={value}", shape)
 
 
 def _recompute(config: RunConfig, shape: ModelShape, fewest: int) -> Iterator[Refusal]:
     recompute = config.recompute
+    for kind, names in (("selective", ("modules",)), ("full", ("method", "layers"))):
+        if recompute.kind != kind:
+            cause, fix = f"with recompute.kind={recompute.kind}", f"set recompute.kind={kind} or remove it"
+            yield from without_effect(recompute, "recompute", names, cause, fix)
     known = RECOMPUTED + (RECOMPUTED_EXPERTS if shape.is_moe else ())
     if recompute.kind == "selective":
         for module in recompute.modules:

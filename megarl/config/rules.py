@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from megarl.config import files, layout_rules, user_code, vendor_fields
+from megarl.config.base import without_effect
 from megarl.config.data import source_refusals
 from megarl.config.grid import padded_length, sequence_multiple
 from megarl.config.model_shape import ModelShape, read_model_shape
@@ -223,6 +224,9 @@ def _schedule(config: RunConfig) -> Iterator[Refusal]:
         yield Refusal(
             f"optimizer.min_lr={optimizer.min_lr:g}", f"must not exceed optimizer.lr={optimizer.lr:g}", "lower min_lr"
         )
+    elif optimizer.decay == "constant" and optimizer.min_lr < optimizer.lr:
+        fix = "set optimizer.decay=linear or cosine, or remove it"
+        yield from without_effect(optimizer, "optimizer", ("min_lr",), "with optimizer.decay=constant", fix)
     if config.resume == "never":
         return
     if not checkpoint.optimizer:

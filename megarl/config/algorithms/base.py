@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from megarl.config.base import Settings
+from megarl.config.base import Settings, without_effect
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -36,6 +36,14 @@ class AlgorithmSettings(Settings):
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         """The algorithm's own rules that `run` breaks; called with all other rules before anything starts."""
         yield from ()
+
+
+def undropped_refusals(settings: AlgorithmSettings, run: RunSettings) -> Iterator[Refusal]:
+    """Settings of dynamic sampling, where it is off: no group is dropped, and no further prompt drawn."""
+    cause, fix = "with algorithm.dynamic_sampling=false", "set algorithm.dynamic_sampling=true or remove it"
+    yield from without_effect(settings, "algorithm", ("max_generation_batches",), cause, fix)
+    if (run.batch.generation_prompts or 0) > run.batch.prompts:
+        yield from without_effect(run.batch, "batch", ("generation_prompts",), cause, fix)
 
 
 class ExplanationSettings(Settings):

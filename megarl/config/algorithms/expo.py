@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat
 
 from megarl.config.algorithms.base import AlgorithmSettings, ExplanationSettings
 from megarl.config.algorithms.grpo import GroupRelativeSettings
+from megarl.config.base import without_effect
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -42,6 +43,9 @@ class ExpGrpoSettings(GroupRelativeSettings):
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from super().refusals(run)
         yield from self.explanation.refusals(run)
+        if self.explanation_weight == 0:
+            cause, fix = "with algorithm.explanation_weight=0", "set algorithm.explanation_weight or remove it"
+            yield from without_effect(self, "algorithm", ("explanation_aggregation",), cause, fix)
         if self.dynamic_sampling and self.explanation_weight > 0:
             yield Refusal(
                 "algorithm.dynamic_sampling=true",

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from megarl.config.algorithms.base import AlgorithmSettings
+from megarl.config.algorithms.base import AlgorithmSettings, undropped_refusals
+from megarl.config.base import without_effect
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -122,12 +123,9 @@ class GroupRelativeSettings(AlgorithmSettings):
         return self.advantage not in ("rloo", "opo", "pass_at_k_loo")
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
-        if self.aggregation_constant is not None and self.aggregation != "constant":
-            yield Refusal(
-                f"algorithm.aggregation_constant={self.aggregation_constant:g}",
-                f"has no effect with algorithm.aggregation={self.aggregation}",
-                "set algorithm.aggregation=constant or remove it",
-            )
+        yield from _unused(self)
+        if not self.dynamic_sampling:
+            yield from undropped_refusals(self, run)
         if self.overlong_buffer is not None and self.overlong_buffer >= run.rollout.max_tokens:
             yield Refusal(
                 f"algorithm.overlong_buffer={self.overlong_buffer}",
@@ -158,23 +156,36 @@ class GrpoSettings(GroupRelativeSettings):
     name: Literal["grpo"] = "grpo"
 
 
-#: Settings that an advantage does not use.
+#: Settings that an advantage does not use, beside those of a standard deviation that it does not divide by.
 _UNUSED = {
-    "rloo": ("normalize_std", "std_estimator", "std_epsilon"),
-    "opo": ("normalize_std", "std_estimator", "std_epsilon"),
+    "rloo": ("normalize_std",),
+    "opo": ("normalize_std",),
     "reinforce_pp": ("normalize_std", "singleton_advantage"),
     "reinforce_pp_baseline": ("normalize_std",),
 }
 
 
+def _unused(settings: GroupRelativeSettings) -> Iterator[Refusal]:
+    """Settings of what another one leaves out."""
+    if settings.aggregation != "constant":
+        cause = f"with algorithm.aggregation={settings.aggregation}"
+        fix = "set algorithm.aggregation=constant or remove it"
+        yield from without_effect(settings, "algorithm", ("aggregation_constant",), cause, fix)
+    if settings.kl_coefficient == 0:
+        cause, fix = "with algorithm.kl_coefficient=0", "set algorithm.kl_coefficient or remove it"
+        yield from without_effect(settings, "algorithm", ("kl_kind", "kl_cap"), cause, fix)
+    if settings.overlong_buffer is None:
+        cause, fix = "without algorithm.overlong_buffer", "set algorithm.overlong_buffer or remove it"
+        yield from without_effect(settings, "algorithm", ("overlong_penalty",), cause, fix)
+
+
 def _advantage_refusals(settings: GroupRelativeSettings, group_size: int) -> Iterator[Refusal]:
     """Settings that contradict `advantage`, or that it does not use."""
     chosen, k = f"algorithm.advantage={settings.advantage}", settings.pass_k
-    for name in _UNUSED.get(settings.advantage, ()):
-        value = getattr(settings, name)
-        if value != type(settings).model_fields[name].default:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            yield Refusal(f"algorithm.{name}={shown}", f"has no effect with {chosen}", "remove it")
+    yield from without_effect(settings, "algorithm", _UNUSED.get(settings.advantage, ()), f"with {chosen}")
+    if not settings.divides_by_std:
+        cause = f"with {chosen}" if settings.normalize_std is None else "with algorithm.normalize_std=false"
+        yield from without_effect(settings, "algorithm", ("std_estimator", "std_epsilon"), cause)
     if settings.advantage not in ("pass_at_k", "pass_at_k_loo"):
         if k is not None:
             yield Refusal(
@@ -198,14 +209,10 @@ def _advantage_refusals(settings: GroupRelativeSettings, group_size: int) -> Ite
 def _mismatch_refusals(settings: GroupRelativeSettings) -> Iterator[Refusal]:
     """Importance weights and rejection that cannot do what they say. Where policy and engine agree every ratio is 1."""
     cap, floor = settings.importance_cap, settings.importance_floor
-    for name in ("importance_floor", "importance_level", "importance_mode"):
-        value = getattr(settings, name)
-        if cap is None and value != type(settings).model_fields[name].default:
-            yield Refusal(
-                f"algorithm.{name}={value}",
-                "has no effect without algorithm.importance_cap",
-                "set algorithm.importance_cap or remove it",
-            )
+    if cap is None:
+        names = ("importance_floor", "importance_level", "importance_mode")
+        cause, fix = "without algorithm.importance_cap", "set algorithm.importance_cap or remove it"
+        yield from without_effect(settings, "algorithm", names, cause, fix)
     if cap is not None and floor is not None and floor > cap:
         yield Refusal(
             f"algorithm.importance_floor={floor:g}",
@@ -219,12 +226,8 @@ def _mismatch_refusals(settings: GroupRelativeSettings) -> Iterator[Refusal]:
             "set algorithm.importance_cap to 1 or more and algorithm.importance_floor to 1 or less",
         )
     if settings.rejection_bounds is None:
-        if settings.rejection_level != "token":
-            yield Refusal(
-                f"algorithm.rejection_level={settings.rejection_level}",
-                "has no effect without algorithm.rejection_bounds",
-                "set algorithm.rejection_bounds or remove it",
-            )
+        cause, fix = "without algorithm.rejection_bounds", "set algorithm.rejection_bounds or remove it"
+        yield from without_effect(settings, "algorithm", ("rejection_level",), cause, fix)
         return
     low, high = settings.rejection_bounds
     if not low <= 1 <= high or low == high:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from megarl.config.algorithms.base import AlgorithmSettings
+from megarl.config.algorithms.base import AlgorithmSettings, undropped_refusals
+from megarl.config.base import without_effect
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -67,6 +68,12 @@ class NftSettings(AlgorithmSettings):
     )
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
+        if self.aggregation != "constant":
+            cause = f"with algorithm.aggregation={self.aggregation}"
+            fix = "set algorithm.aggregation=constant or remove it"
+            yield from without_effect(self, "algorithm", ("aggregation_constant",), cause, fix)
+        if not self.dynamic_sampling:
+            yield from undropped_refusals(self, run)
         low, high = run.reward.bounds
         if (low, high) != (0.0, 1.0):
             yield Refusal(
