@@ -333,6 +333,52 @@ def replicas_scenario(world: Any, folder: Path) -> Any:
         "shared": engine.generate(work, sampling, engine.shared_counter(len(work))),
         "shared again": engine.generate(work, sampling, engine.shared_counter(len(work))),
         "unseeded": engine.generate(requests(41, seeded=False), sampling, engine.fixed_assignment(len(work))),
+        **continued(engine, sampling),
+    }
+
+
+def continued(engine: Any, sampling: Any) -> dict[str, Any]:
+    """Answers, each followed by one to prompt, answer and a further token: in two calls; in one, where a request is
+    submitted as soon as the answer before it is whole; and pumped by hand, as the replica's first rank says."""
+    from megarl.rollout.engine import Request
+
+    first = requests(12)
+
+    def second(completion: Any, further: int = 5) -> Any:
+        prompt = first[completion.index].prompt_token_ids
+        return Request(
+            (*prompt, *completion.token_ids, further), 100 + completion.index, completion.index, max_tokens=9
+        )
+
+    answers = engine.generate(first, sampling)
+    two_calls = answers + engine.generate([second(one) for one in answers], sampling)
+    one_call = engine.generate(
+        first, sampling, None, lambda one: engine.submit(second(one)) if one.index < 100 else None
+    )
+    by_hand, counts = [], []
+    with engine.generating(sampling):
+        for request in first[:6]:
+            engine.submit(request)
+        while engine.running:
+            finished = engine.pump()
+            counts.append(engine.running)
+            by_hand += finished
+            # Known on the first rank alone.
+            wanted = engine.told([(one.index, 5) for one in finished if one.index < 100] if engine.speaks else None)
+            for index, further in wanted:
+                engine.submit(second(next(one for one in finished if one.index == index), further))
+        for request in first[6:]:
+            engine.submit(request)
+        collected = engine.collect()
+        engine.submit(first[0])
+    left = engine.running
+    return {
+        "two calls": two_calls,
+        "one call": one_call,
+        "by hand": by_hand,
+        "collected": collected,
+        "counts": counts,
+        "left": left,
     }
 
 
@@ -349,6 +395,7 @@ def generate_scenario(world: Any, folder: Path) -> Any:
     states = (torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
     engine = engine_for(path, "qwen2", load_weights=True, max_concurrent=16)
     work, sampling = requests(40), Sampling(max_tokens=24)
+    engine.weights_changed(7)
     results = {
         "plain": engine.generate(work, sampling),
         "again": engine.generate(work, sampling),
@@ -366,4 +413,8 @@ def generate_scenario(world: Any, folder: Path) -> Any:
         and repr(states[1]) == repr(np.random.get_state(legacy=False))
         and states[2] == random.getstate()
     )
+    # The replica's first rank is asked before the first step and after every 32.
+    answers = iter([False, False, True])
+    engine.stop = lambda: next(answers)
+    results["stopped"] = engine.generate(requests(200), sampling), engine.running, engine.generate(work, sampling)
     return results

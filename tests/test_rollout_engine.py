@@ -110,6 +110,17 @@ def test_long_prompts_with_seeds_are_not_cut(generated: dict[str, Any]):
     assert len({completion.token_ids for completion in generated["long"]}) > 70
 
 
+def test_completions_tell_the_version_of_the_weights(generated: dict[str, Any]):
+    assert {completion.version for completion in generated["plain"]} == {7}
+
+
+def test_what_is_asked_to_stop_gives_its_requests_up(generated: dict[str, Any]):
+    """After 64 engine steps of 16 requests at a time: what was whole by then is kept."""
+    stopped, running, later = generated["stopped"]
+    assert 16 < len(stopped) < 200
+    assert running == 0 and later == []
+
+
 def test_the_trainers_random_states_are_untouched(generated: dict[str, Any]):
     assert generated["states kept"]
 
@@ -134,6 +145,25 @@ def test_replicas_share_the_work(folder: Path, generated: dict[str, Any]):
         for completion in together[:40]:
             assert completion.token_ids == alone[completion.index].token_ids
             assert completion.log_probs == pytest.approx(alone[completion.index].log_probs, abs=1e-5)
+
+    for rank in ranks:
+        check_continued(rank)
+
+
+def check_continued(rank: dict[str, Any]) -> None:
+    """Requests submitted while others run are answered as in a call of their own."""
+    expected = {one.index: one for one in rank["two calls"]}
+    assert sorted(expected) == [*range(12), *range(100, 112)]
+    for way, indices in (("one call", [*expected]), ("by hand", [*range(6), *range(100, 106)])):
+        assert sorted(one.index for one in rank[way]) == sorted(indices)
+    assert [one.index for one in rank["one call"]] == sorted(expected)
+    assert [one.index for one in rank["collected"]] == [*range(6, 12)]
+    for one in rank["one call"] + rank["by hand"] + rank["collected"]:
+        assert one.token_ids == expected[one.index].token_ids
+        assert one.log_probs == pytest.approx(expected[one.index].log_probs, abs=1e-5)
+    # Second answers began while first ones were being made.
+    assert [one.index >= 100 for one in rank["by hand"]] != sorted(one.index >= 100 for one in rank["by hand"])
+    assert rank["counts"][-1] == 0 and rank["left"] == 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])

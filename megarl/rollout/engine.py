@@ -56,13 +56,15 @@ class Completion:
 
     `routed_experts` int16 (P + T - 1, sparse layers, experts per token), where the engine records it: the experts of
     every token of prompt and response but the last, which the engine never computes; those of one token and layer in
-    ascending order. Left out of comparisons."""
+    ascending order. Left out of comparisons. `version`: that of the weights that made it, as whoever filled the engine
+    numbers them."""
 
     index: int
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish_reason: FinishReason
     routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,12 @@ class Engine:
         self._calls = itertools.count()
         self.stop: Callable[[], bool] = lambda: False
         self.interrupted = False
+        self.version = 0
+        """That of the weights in the engine."""
+        # vLLM's own names of the unfinished requests, by ours.
+        self._running: dict[str, str] = {}
+        self._parameters: Callable[[Request], SamplingParams] | None = None
+        self._pumps = itertools.count()
         with environment.quiet(), environment.own_randomness(None), self._eager():
             register_model_class(shape.family)
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -146,54 +154,99 @@ class Engine:
 
         `requests` is the same list on all ranks of a replica; `work` says which positions of it are this
         replica's (all, where None). Every rank of the replica returns the same completions, and hands each to
-        `on_finished` as soon as it is whole. Where `stop` asks for it on the replica's first rank, requests are given
-        up, and `interrupted` says so; later calls return nothing. A chunk is
+        `on_finished` as soon as it is whole; what that submits is generated too. Where `stop` asks for it on the
+        replica's first rank, requests are given up, and `interrupted` says so; later calls return nothing. A chunk is
         drawn between two engine steps whenever it fits, one at a time, so that replicas that start
         together share the work evenly and none waits for another's prompts.
         Raises `PhaseError` where the engine sleeps or was never filled.
         """
-        self.phases.require_ready()
         work = work or FixedAssignment(len(requests), 0, 1)
-        shared_seed = hash_seed("replica", sampling.seed, self.replica)
-        # Prefixes cached by earlier calls would change batch shapes, and with them last bits, from run to resumed run.
-        self._engine.reset_prefix_cache()
-        with environment.own_randomness(shared_seed), self._eager(), torch.inference_mode():
-            completions = self._run(requests, sampling, work, on_finished or (lambda _: None))
+        completions: list[Completion] = []
+        chunk: Sequence[int] | None = ()
+        with self.generating(sampling):
+            while not self.interrupted and (self._running or chunk is not None):
+                if chunk is not None and self.has_room:
+                    chunk = work.draw()
+                    for position in chunk or ():
+                        self.submit(requests[position])
+                for completion in self.pump():
+                    completions.append(completion)
+                    if on_finished is not None:
+                        on_finished(completion)
         return sorted(completions, key=lambda completion: completion.index)
 
-    def _run(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        work: WorkSource,
-        on_finished: Callable[[Completion], None],
-    ) -> list[Completion]:
-        parameters = self._parameter_factory(sampling)
-        completions: list[Completion] = []
-        # vLLM's own names of the unfinished requests.
-        running: dict[str, str] = {}
-        chunk: Sequence[int] | None = ()
-        for number in itertools.count():
-            if number % STEPS_BETWEEN_QUESTIONS == 0 and self._asked_to_stop():
-                self._engine.abort_request(list(running))
-                return completions
-            if chunk is not None and len(running) + self._chunk <= max(self._max_concurrent, self._chunk):
-                chunk = work.draw()
-                for position in chunk or ():
-                    request = requests[position]
-                    prompt = tokens_input(list(request.prompt_token_ids))
-                    name = str(request.index)
-                    running[name] = self._engine.add_request(name, prompt, parameters(request))
-            if not running:
-                if chunk is None:
-                    break
-                continue
-            for output in self._engine.step():
-                if output.finished:
-                    completions.append(self._completion(output, running.pop(output.request_id)))
-                    on_finished(completions[-1])
-            progress.tick()
-        return completions
+    @contextmanager
+    def generating(self, sampling: Sampling) -> Iterator[None]:
+        """Inside, requests can be submitted and pumped, all sampled by `sampling`.
+
+        The engine begins without cached prefixes and with random states of its own, seeded by sampling and replica.
+        What is left unfinished is given up. Raises `PhaseError` where the engine sleeps or was never filled.
+        """
+        self.phases.require_ready()
+        shared_seed = hash_seed("replica", sampling.seed, self.replica)
+        self._parameters, self._pumps = self._parameter_factory(sampling), itertools.count()
+        # Prefixes cached by earlier calls would change batch shapes, and with them last bits, from run to resumed run.
+        self._engine.reset_prefix_cache()
+        try:
+            with environment.own_randomness(shared_seed), self._eager(), torch.inference_mode():
+                yield
+        finally:
+            self._give_up()
+            self._parameters = None
+
+    @property
+    def running(self) -> int:
+        """How many submitted requests are unfinished."""
+        return len(self._running)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a chunk more fits beside the unfinished requests."""
+        return len(self._running) + self._chunk <= max(self._max_concurrent, self._chunk)
+
+    def submit(self, request: Request) -> None:
+        """Let the engine work on a request from the next `pump` on; others may run already, but none of its index.
+
+        All ranks of a replica must submit the same between the same two pumps: see `told`.
+        """
+        name = str(request.index)
+        if self._parameters is None or name in self._running:
+            raise MegarlError(f"request {name} submitted outside `generating`, or while one of its index runs")
+        prompt = tokens_input(list(request.prompt_token_ids))
+        self._running[name] = self._engine.add_request(name, prompt, self._parameters(request))
+
+    def pump(self) -> list[Completion]:
+        """One step of the engine, if it has anything to do: the requests that finished in it.
+
+        From time to time the replica's ranks agree whether to go on. Where not, everything is given up.
+        """
+        if next(self._pumps) % STEPS_BETWEEN_QUESTIONS == 0 and self._asked_to_stop():
+            self._give_up()
+        if not self._running:
+            return []
+        outputs = self._engine.step()
+        progress.tick()
+        return [self._completion(one, self._running.pop(one.request_id)) for one in outputs if one.finished]
+
+    def collect(self) -> list[Completion]:
+        """Pump until nothing runs any more; the completions in index order."""
+        completions = []
+        while self._running:
+            completions += self.pump()
+        return sorted(completions, key=lambda completion: completion.index)
+
+    def told(self, value: T) -> T:
+        """What `value` is on the replica's first rank, on all its ranks. Collective over them."""
+        if self.replica_group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.replica_group, group_src=0)
+        return values[0]
+
+    def _give_up(self) -> None:
+        if self._running:
+            self._engine.abort_request(list(self._running))
+            self._running.clear()
 
     def _asked_to_stop(self) -> bool:
         """What `stop` says on the replica's first rank, on all its ranks."""
@@ -236,15 +289,17 @@ class Engine:
         if self._routing is not None:
             tokens = len(output.prompt_token_ids) + len(answer.token_ids) - 1
             experts = self._routing.experts_of(request_id, output, tokens)
-        return Completion(int(output.request_id), tuple(answer.token_ids), log_probs, answer.finish_reason, experts)
+        tokens = tuple(answer.token_ids)
+        return Completion(int(output.request_id), tokens, log_probs, answer.finish_reason, experts, self.version)
 
     def call_worker(self, function: Callable[..., T]) -> T:
         """`function(worker)` on this process's vLLM worker."""
         return self._engine.collective_rpc(function)[0]
 
-    def weights_changed(self) -> None:
-        """After a push: forget cached prefixes, whose keys and values belong to the old weights."""
+    def weights_changed(self, version: int = 0) -> None:
+        """After a push of the weights `version`: forget cached prefixes, whose keys and values belong to the old."""
         self.phases.weights_written()
+        self.version = version
         self._engine.reset_prefix_cache()
 
     def wake_weights(self) -> None:

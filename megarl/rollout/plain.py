@@ -34,7 +34,7 @@ class PlainEngine:
         """`function(worker)` on this process's vLLM worker."""
         return self._llm.collective_rpc(function)[0]
 
-    def weights_changed(self) -> None:
+    def weights_changed(self, version: int = 0) -> None:
         """After a push."""
         self.phases.weights_written()
         self._llm.reset_prefix_cache()

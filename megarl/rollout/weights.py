@@ -67,7 +67,7 @@ class Fillable(Protocol):
 
     def call_worker(self, function: Callable[..., T]) -> T: ...
 
-    def weights_changed(self) -> None: ...
+    def weights_changed(self, version: int = 0) -> None: ...
 
 
 def check_reloadable(engine: Fillable) -> None:
@@ -203,11 +203,11 @@ class EngineWeights:
         if self._watched:
             self._prints.update((name, self._print(name)) for name in names if self._slots[name].staged)
 
-    def end(self, known: Mapping[str, Sequence[tuple[Box, Digest]]] = MappingProxyType({})) -> None:
-        """Close the push; the engine forgets cached prefixes. Raises `MegarlError` naming unwritten slots.
+    def end(self, known: Mapping[str, Sequence[tuple[Box, Digest]]] = MappingProxyType({}), version: int = 0) -> None:
+        """Close the push of the weights `version`; the engine forgets cached prefixes.
 
-        Of a watched push `known` are digests of what was written into the boxes of slots: what is not staged need not
-        be read again.
+        Raises `MegarlError` naming unwritten slots. Of a watched push `known` are digests of what was written into the
+        boxes of slots: what is not staged need not be read again.
         """
         missing = [name for name in self._slots if name not in self._written]
         if missing:
@@ -221,7 +221,7 @@ class EngineWeights:
                 self._boxes[name] = [box for box, _ in pieces]
                 digests = tuple(one for _, one in pieces)
                 self._prints[name] = _Print(digests, self._packed(name)) if pieces else self._print(name)
-        self._engine.weights_changed()
+        self._engine.weights_changed(version)
 
     def changed(self) -> list[str]:
         """Slots that no longer hold what the last push, a watched one, has left in them."""

@@ -69,7 +69,7 @@ def _fill(session: Session, weights: str | None) -> None:
     assert session.engine is not None and session.push is not None
     session.engine.wake_weights()
     with session.policy.using(weights):
-        session.push.run()
+        session.push.run(version=session.progress.step)
     session.policy.residence.offload_weights()
     session.engine.wake_cache()
     session.serving = weights

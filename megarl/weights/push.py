@@ -61,11 +61,12 @@ class Push:
             say=self._hf_name,
         )
 
-    def run(self, checked: bool | None = None) -> None:
-        """Fill the engine with the policy's current weights. Collective; the engine's weights must be awake.
+    def run(self, checked: bool | None = None, version: int = 0) -> None:
+        """Fill the engine with the policy's current weights, which are `version` to those who read completions.
 
-        Raises `PushError` where what arrived is compared with what was sent, and differs. `checked`: whether it is,
-        and whether `check` may follow; default: as `weights.checksum` says.
+        Collective; the engine's weights must be awake. Raises `PushError` where what arrived is compared with what was
+        sent, and differs. `checked`: whether it is, and whether `check` may follow; default: as `weights.checksum`
+        says.
         """
         if checked is None:
             # The first push of a process shows whether the links and the plan are sound.
@@ -77,7 +78,7 @@ class Push:
             layers.complete(name)
         self.mover.run(self._sources(), layers, verify=checked)
         self._pushed = True
-        self.engine_weights.end(self.mover.lying)
+        self.engine_weights.end(self.mover.lying, version)
 
     def check(self) -> None:
         """Raise `EngineChanged` on all ranks where the engine holds anything but what a checked push left in it.
