@@ -285,10 +285,10 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
     policy's, and those of the policy that the run started with."""
     import numpy as np
 
+    from megarl.config.parameter_sets import REFERENCE
     from megarl.records import Sequence
     from megarl.train.loop import roll_out
     from megarl.train.selection import trainable
-    from megarl.train.session import REFERENCE
 
     made = session(world, table)
     for step in (1, 2):

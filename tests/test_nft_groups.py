@@ -90,7 +90,6 @@ def test_needs():
     assert nft().needs == Needs(old_log_probs=True, max_generation_batches=10)
     assert nft(max_generation_batches=4).needs.max_generation_batches == 4
     assert nft(dynamic_sampling=False, max_generation_batches=4).needs.max_generation_batches == 1
-    assert not nft().needs.initial_weights
 
 
 REFUSED = [

@@ -9,9 +9,10 @@ from typing import Any
 import parity
 
 from megarl.config.cluster import GIB
+from megarl.config.implied import Implied
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
-from megarl.rehearsal.engine import engine_weights, kv_cache, longest_sequence
+from megarl.rehearsal.engine import engine_weights, kv_cache
 
 #: vLLM's kernels for the CPU want heads of 32; one key-value head is on both ranks.
 SIZES = {"head_dim": 32, "hidden_size": 128, "num_key_value_heads": 1, "num_hidden_layers": 3}
@@ -55,7 +56,7 @@ def test_weights_and_cache_are_those_of_real_engines(tmp_path: Path) -> None:
     for name, (weights, blocks, block, longest) in zip(MODELS, first, strict=True):
         config, shape = run_of(tmp_path / name), read_model_shape(tmp_path / name)
         assert engine_weights(config, shape) == weights, name
-        assert longest_sequence(config) == longest
+        assert Implied(config).longest_engine_sequence == longest
         cache = kv_cache(config, shape, int(CACHE_GIB * GIB), block=block)
         assert cache.tokens == blocks * block, name
         assert cache.sequences == blocks // -(-longest // block)

@@ -13,8 +13,6 @@ import torch
 from live_bytes import LiveBytes
 from test_plan_shards import MODELS
 
-from megarl import algorithms
-from megarl.algorithms.base import AlgorithmContext
 from megarl.config.cluster import GIB, read_cluster
 from megarl.config.load import load_config
 from megarl.config.model_shape import model_shape_from_hf, read_model_shape
@@ -127,10 +125,8 @@ def test_work_of_an_update() -> None:
         rollout={"max_tokens": 100, "group_size": 4},
         data={"path": "unused", "max_prompt_tokens": 50},
     )
-    context = AlgorithmContext(100, 4)
-    needs = algorithms.build(config.algorithm, context).needs
     # 5 prompts x 4 samples over 3 replicas; three sequences of 150 tokens fit a micro-batch.
-    work = work_of(config, needs, replicas=3)
+    work = work_of(config, replicas=3)
     assert (work.sequences, work.micro_batches) == (7, 3)
 
 

@@ -144,9 +144,7 @@ def test_unknown_ends_of_thinking_are_named(chosen):
 def test_needs_of_stage_1():
     assert start().needs == Needs(old_log_probs=True, thinking=True)
     assert start(responder="initial").needs.responder == Responder("initial", 1)
-    assert start(responder="initial").needs.initial_weights
     assert start(responses=4).needs.responder == Responder("current", 4)
-    assert not start(responses=4).needs.initial_weights
     assert start(kl_coefficient=0.1).needs.reference_log_probs
     assert start(dynamic_sampling=True).needs.max_generation_batches == 10
 

@@ -58,12 +58,6 @@ class Needs:
     rollout_weights: Weights = "current"
     """Whose weights generate the rollouts. Those of "initial" are the same whenever a prompt returns."""
 
-    @property
-    def initial_weights(self) -> bool:
-        """Whether the weights that the run began with must be kept."""
-        responder = self.responder is not None and self.responder.weights == "initial"
-        return self.reference_log_probs or self.rollout_weights == "initial" or responder
-
 
 @dataclass(frozen=True)
 class AlgorithmContext:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megarl.cli.start import AsJson, ConfigPath, Overrides, prepare, reserved_stdout, run, show
+from megarl.config.implied import Implied
 from megarl.config.load import load_config
 from megarl.errors import Refusal
 
@@ -21,7 +22,8 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = 
         fix = "give a megarl checkpoint, or a run's checkpoints/ folder"
         raise Refusal(f"checkpoint={checkpoint}", "is not a directory", fix)
     settings_given = [text for text in given if not text.startswith(_CHECKPOINT)]
-    if checkpoint is not None and load_config(config, settings_given).evaluation.consumer != "initial":
+    loaded = load_config(config, settings_given)
+    if checkpoint is not None and not Implied(loaded, evaluates_alone=True).keeps_start:
         # Known before the rules are checked: model.path then needs no weights, which else are the consumer's.
         settings_given.append(f"model.weights={checkpoint}")
     settings = prepare(config, settings_given, evaluates=True, starts=True)

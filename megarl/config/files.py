@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.config.data import DATA_SUFFIXES, each_source
+from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
@@ -33,12 +34,10 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
     model = config.model
     if model.random_init and model.weights is not None:
         yield Refusal(f"model.weights={model.weights}", "contradicts model.random_init=true", "remove one of the two")
-    if model.weights is not None:
-        yield from _folder("model.weights", model.weights)
-    elif not model.random_init:
+    if model.weights is None and not model.random_init:
         yield from checkpoint_refusals(Path(model.path))
-    if config.evaluation.consumer not in (None, "initial"):
-        yield from _folder("evaluation.consumer", config.evaluation.consumer)
+    for setting, path in Implied(config).checkpoints.items():
+        yield from _folder(setting, path)
     if model.tokenizer is not None and not Path(model.tokenizer).exists():
         fix = "give a tokenizer directory or a sentencepiece .model file"
         yield Refusal(f"model.tokenizer={model.tokenizer}", "does not exist", fix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
@@ -12,7 +13,7 @@ from megarl.errors import Refusal
 def refusals(config: RunConfig) -> Iterator[Refusal]:
     """What `config` asks for and a GPU cannot do."""
     yield from of_policy(config)
-    if config.moe.routing_replay != "off":
+    if Implied(config).records_routing:
         yield from of_recorded_routing(config.vllm)
 
 

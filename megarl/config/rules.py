@@ -16,7 +16,8 @@ from pathlib import Path
 from megarl.config import files, layout_rules, user_code, vendor_fields
 from megarl.config.base import without_effect
 from megarl.config.data import source_refusals
-from megarl.config.grid import padded_length, sequence_multiple
+from megarl.config.grid import sequence_multiple
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.rewards import JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
 from megarl.config.schema import RunConfig
@@ -102,7 +103,8 @@ def _data(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    prompt, longest_prompt = config.data.max_prompt_tokens, config.algorithm.longest_prompt(config)
+    implied = Implied(config)
+    prompt, longest_prompt = config.data.max_prompt_tokens, implied.longest_prompt
     what = "data.max_prompt_tokens" if longest_prompt == prompt else "the algorithm's longest prompt"
     for name, response in (("rollout", config.rollout.max_tokens), ("evaluation", config.evaluation.max_tokens)):
         if response is not None and longest_prompt + response > shape.max_positions:
@@ -113,7 +115,7 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             )
     together = config.algorithm.sequences_together
     multiple = sequence_multiple(config.parallel.context)
-    longest = together * padded_length(prompt + config.rollout.max_tokens, config.parallel.context)
+    longest = implied.smallest_microbatch
     if config.batch.tokens_per_microbatch < longest:
         what, times = ("the longest sequence", "") if together == 1 else (f"{together} sequences", f"{together} x ")
         sizes = "data.max_prompt_tokens + rollout.max_tokens"

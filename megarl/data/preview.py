@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from megarl.config.data import OneSource, each_source
+from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import SourceReader, evaluation_key, evaluation_settings
 from megarl.data.tables import is_hub_name
@@ -51,10 +52,9 @@ def first_prompt(config: RunConfig, tokenizer: Tokenizer, *, held_out: bool) -> 
 
 def _sources(config: RunConfig, evaluates: bool) -> Iterator[tuple[OneSource, bool]]:
     """What the run reads, each file once where it is read alike, with whether its rows must have solutions."""
-    training = each_source(config.data)
-    yield from ((source, not (config.algorithm.generates or evaluates)) for source in training)
-    evaluation = config.evaluation
-    if evaluates or evaluation.every or evaluation.start or evaluation.end:
+    training, implied = each_source(config.data), Implied(config, evaluates_alone=evaluates)
+    yield from ((source, implied.needs_solutions) for source in training)
+    if implied.evaluates:
         seen = [_cells(source) for source in training]
         held_out = each_source(evaluation_settings(config), evaluation_key(config))
         yield from ((source, False) for source in held_out if _cells(source) not in seen)

@@ -9,6 +9,7 @@ from megarl.algorithms.base import AlgorithmContext, Needs
 from megarl.config import rules
 from megarl.config.cluster import GIB, Cluster
 from megarl.config.grid import grid_of_rank
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.policy.forward import check_rotary_on_gpu
@@ -51,16 +52,13 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
 def _run(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> Run:
     context = AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.bounds[0])
     needs: Needs = algorithms.build(config.algorithm, context).needs
-    evaluation = config.evaluation
-    evaluates = bool(evaluation.every) or evaluation.start or evaluation.end
-    generates = evaluates or (config.algorithm.generates and config.rollout.replay is None)
     return Run(
         config,
         shape,
         cluster,
         needs,
         replicas=grid_of_rank(0, world, config.parallel).data,
-        engine=engine.engine_memory(config, shape, cluster) if generates else None,
+        engine=engine.engine_memory(config, shape, cluster) if Implied(config).has_engine else None,
     )
 
 
@@ -83,7 +81,7 @@ def _lacking(run: Run, phase: PhaseMemory) -> int:
     """Bytes that a phase lacks; a cache must hold the longest sequence."""
     lacking = -phase.margin
     if phase.phase == "rollout":
-        least = engine.longest_sequence(run.config) * engine.kv_bytes_per_token(run.config, run.shape)
+        least = run.implied.longest_engine_sequence * engine.kv_bytes_per_token(run.config, run.shape)
         if run.config.rollout.kv_cache_gib is None:
             # The cache takes what is left of the engine's share: what the rest wants of it counts.
             share = int(run.config.rollout.gpu_memory_fraction * run.cluster.gpu_memory)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.grid import padded_length
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 
@@ -44,7 +44,7 @@ def changes_for(config: RunConfig, shape: ModelShape, phase: str, world: int) ->
     if phase in ("train", "log-probs"):
         if parallel.tensor > 1 and not parallel.sequence:
             yield changed("parallel", sequence=True)
-        least = _least_tokens(config)
+        least = Implied(config).smallest_microbatch
         if least < config.batch.tokens_per_microbatch:
             yield changed("batch", tokens_per_microbatch=least)
         if config.recompute.kind != "full":
@@ -57,12 +57,6 @@ def changes_for(config: RunConfig, shape: ModelShape, phase: str, world: int) ->
         yield changed("parallel", pipeline=2 * parallel.pipeline)
         larger = config.model_copy(update={"parallel": parallel.model_copy(update={"processes": 2 * world})})
         yield Change(f"use {2 * world} GPUs (--gpus)", larger, 2 * world)
-
-
-def _least_tokens(config: RunConfig) -> int:
-    """The least that batch.tokens_per_microbatch may be."""
-    longest = padded_length(config.data.max_prompt_tokens + config.rollout.max_tokens, config.parallel.context)
-    return longest * config.algorithm.sequences_together
 
 
 def _yaml(value: Any) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megarl.config.cluster import GIB, Cluster
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.rehearsal.activations import ELEMENT_BYTES
@@ -23,11 +24,6 @@ def engine_weights(config: RunConfig, shape: ModelShape) -> int:
     `engine_tensors`."""
     tensors = engine_tensors(config, shape, 0)
     return sum(prod(tensor.shape) for tensor in tensors.values()) * ELEMENT_BYTES[config.engine_precision]
-
-
-def longest_sequence(config: RunConfig) -> int:
-    """vLLM's max_model_len, as `megarl.rollout.arguments` sets it."""
-    return config.algorithm.longest_prompt(config) + max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
 
 
 def working_bytes(config: RunConfig, shape: ModelShape) -> int:
@@ -75,6 +71,6 @@ def engine_memory(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Eng
 
 def kv_cache(config: RunConfig, shape: ModelShape, size: int, block: int = BLOCK_TOKENS) -> KvCache:
     """A cache of `size` bytes in blocks of `block` tokens."""
-    per_token, longest = kv_bytes_per_token(config, shape), longest_sequence(config)
+    per_token, longest = kv_bytes_per_token(config, shape), Implied(config).longest_engine_sequence
     blocks = size // (block * per_token)
     return KvCache(size, per_token, blocks * block, longest, blocks // -(-longest // block))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megarl.algorithms.base import Needs
 from megarl.config.cluster import Cluster
-from megarl.config.grid import padded_length
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.rehearsal import activations
@@ -39,17 +39,19 @@ class Run:
     @property
     def work(self) -> Work:
         """An update of a replica."""
-        return work_of(self.config, self.needs, self.replicas)
+        return work_of(self.config, self.replicas)
+
+    @property
+    def implied(self) -> Implied:
+        """What follows from the settings alone."""
+        return Implied(self.config)
 
 
-def work_of(config: RunConfig, needs: Needs, replicas: int) -> Work:
+def work_of(config: RunConfig, replicas: int) -> Work:
     """Sequences and micro-batches of a replica's update, where all sequences are the longest."""
-    batch, algorithm = config.batch, config.algorithm
-    per_prompt = config.rollout.group_size if algorithm.generates else 1
-    if needs.explanations is not None:
-        per_prompt += needs.explanations.per_prompt
-    sequences = -(-(batch.prompts // batch.updates * per_prompt) // replicas)
-    in_one = max(1, batch.tokens_per_microbatch // _longest(config))
+    batch, implied = config.batch, Implied(config)
+    sequences = -(-implied.sequences_per_update // replicas)
+    in_one = max(1, batch.tokens_per_microbatch // implied.longest_trained_sequence)
     count = -(-sequences // in_one)
     if (config.parallel.virtual_pipeline or 1) > 1:
         # The interleaved schedule wants a multiple of the stages.
@@ -57,17 +59,12 @@ def work_of(config: RunConfig, needs: Needs, replicas: int) -> Work:
     return Work(sequences, count, batch.tokens_per_microbatch)
 
 
-def _longest(config: RunConfig) -> int:
-    """Tokens that the longest sequence takes in a micro-batch."""
-    return padded_length(config.data.max_prompt_tokens + config.rollout.max_tokens, config.parallel.context)
-
-
 def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
     """Every phase of every stage."""
     found: list[PhaseMemory] = []
     for shard in shards:
         amounts = {"train": _train(run, shard)}
-        if run.needs.reference_log_probs or (run.needs.old_log_probs and run.config.batch.updates > 1):
+        if _is_measured(run) or (run.needs.old_log_probs and run.config.batch.updates > 1):
             amounts["log-probs"] = _log_probs(run, shard)
         if run.engine is not None:
             amounts |= {"push": _push(run, run.engine, shard), "rollout": _rollout(run, run.engine)}
@@ -108,12 +105,17 @@ def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
     if shard.chunks[-1].last:
         head = activations.head_bytes(config, run.shape, int(tokens), backward=False, entropy_gradient=False)
     yield from _trained(run, shard)
-    if run.needs.reference_log_probs:
+    if _is_measured(run):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("forward pass", int(max(layer, head)), False)
     yield Amount(
         "micro-batches", micro_batch_bytes(config, run.shape, run.work.sequences * config.batch.updates), False
     )
+
+
+def _is_measured(run: Run) -> bool:
+    """Whether log-probs are computed under other weights than those that train."""
+    return any(one.measures for one in run.implied.parameter_sets)
 
 
 def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
@@ -149,17 +151,15 @@ def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> i
     replayed. Per token of the whole: its place and sequence, four numbers in fp32.
     """
     own = 8 + 8 + 1 + 8 + 8
-    if config.moe.routing_replay != "off":
+    if Implied(config).records_routing:
         own += 2 * sum(shape.sparse_layers) * shape.experts_per_token
-    return int(sequences * _longest(config) * (own / config.parallel.context + 8 + 8 + 4 * 4))
+    return int(sequences * Implied(config).longest_trained_sequence * (own / config.parallel.context + 8 + 8 + 4 * 4))
 
 
 def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
     yield Amount("policy weights", weights(shard), True)
-    responder = run.needs.responder
-    others = run.needs.rollout_weights == "initial" or (responder is not None and responder.weights == "initial")
-    if others or run.config.evaluation.consumer is not None:
+    if any(one.generates for one in run.implied.parameter_sets):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("engine weights", engine.weights, True)
     yield Amount("push buckets", 2 * int(run.config.weights.bucket_mib * 2**20), True)
@@ -176,8 +176,7 @@ def _rollout(run: Run, engine: EngineMemory) -> Iterator[Amount]:
 def host_of(run: Run, shards: list[Shard], processes: int) -> HostMemory:
     """What a node's host keeps: the busiest rank's share, for all of the node's GPUs."""
     gpus = min(run.cluster.gpus_per_node, processes)
-    sets = int(run.needs.initial_weights) + int(run.config.evaluation.consumer not in (None, "initial"))
-    sets += int(run.config.evaluation.consumer == "initial" and not run.needs.initial_weights)
+    sets = len(run.implied.parameter_sets)
     found: list[HostMemory] = []
     for shard in shards:
         amounts = [Amount("weight sets", gpus * sets * weight_set(run, shard), True)]

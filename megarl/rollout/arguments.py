@@ -11,6 +11,7 @@ from vllm import ModelRegistry
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megarl.config import gpu_rules
+from megarl.config.implied import Implied
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -29,7 +30,7 @@ def engine_arguments(
     Raises `Refusal` for what this build of vLLM cannot do.
     """
     rollout = config.rollout
-    length = config.algorithm.longest_prompt(config) + max(rollout.max_tokens, config.evaluation.max_tokens or 0)
+    length = Implied(config).longest_engine_sequence
     arguments: dict[str, Any] = {
         "model": config.model.path,
         # The model is what config.json says, whatever else lies in the folder: a params.json, or modules of a pooler.

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from megarl.config import rules
+from megarl.config.implied import Implied
 from megarl.config.model_shape import read_model_shape
 from megarl.config.rewards import ScoreSettings
 from megarl.config.schema import RunConfig
@@ -68,13 +69,10 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
 
 def _look_at_checkpoints(config: RunConfig) -> None:
     """Raise `Refusal` where a checkpoint that the configuration names is none, or one of another model."""
-    consumer = config.evaluation.consumer
-    named = {"model.weights": config.model.weights, "evaluation.consumer": None if consumer == "initial" else consumer}
-    for setting, path in named.items():
-        if path is not None:
-            found = checkpoint_folder.require(path, setting)
-            progress = checkpoint_folder.read_progress(found)
-            checkpoint_folder.check_model(found, progress, read_model_shape(config.model.path))
+    for setting, path in Implied(config).checkpoints.items():
+        found = checkpoint_folder.require(path, setting)
+        progress = checkpoint_folder.read_progress(found)
+        checkpoint_folder.check_model(found, progress, read_model_shape(config.model.path))
 
 
 def _usable_tokenizer(config: RunConfig) -> Tokenizer:
@@ -82,7 +80,7 @@ def _usable_tokenizer(config: RunConfig) -> Tokenizer:
     with _in_a_sentence(f"tokenizer {folder}", "restore its files, or set model.tokenizer"):
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, read_model_shape(config.model.path).vocab_size)
-        if config.algorithm.answers_in_parts or config.evaluation.consumer is not None:
+        if Implied(config).marks_thinking:
             ThinkingEnd(tokenizer, config.rollout.thinking_end).require_token()
         return tokenizer
 

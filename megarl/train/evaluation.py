@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from megarl.config.implied import Implied
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
 from megarl.train.generation import Output, generate, respond, think
 from megarl.train.scoring import Graded, grade, term_means
-from megarl.train.session import CONSUMER, REFERENCE, Session
+from megarl.train.session import Session
 from megarl.train.sources import above_middle, by_source
 
 #: A line of an evaluation's file after its place there.
@@ -56,13 +57,13 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
         "evaluation_samples": k,
     }
     rows: list[_Row] = []
-    if settings.consumer is None:
+    consumer = Implied(session.config).consumer
+    if consumer is None:
         completions = generate(session, requests, sampling)
         session.stops.give_up_if(session.engine.interrupted)
         numbers = _numbers(session, [Output(c) for c in completions], "", "evaluation_", rows)
         _keep(session, name, rows)
         return numbers | constants
-    consumer = REFERENCE if settings.consumer == "initial" else CONSUMER
     # In two parts also for the policy itself, so that both answer under the same conditions.
     thinkings = think(session, requests, sampling)
     outputs = [respond(session, thinkings, requests, sampling, weights) for weights in (None, consumer)]

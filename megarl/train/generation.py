@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from megarl.config.parameter_sets import REFERENCE
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.records import SampleKind
 from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
 from megarl.train.journal import Kept
 from megarl.train.serving import serve
-from megarl.train.session import REFERENCE, Session
+from megarl.train.session import Session
 
 
 @dataclass(frozen=True, slots=True)

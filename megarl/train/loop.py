@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megarl.config.parameter_sets import REFERENCE
 from megarl.errors import TrainingStopped
 from megarl.records import Sequence
 from megarl.train import chains, divergence, supervised, trust
@@ -18,7 +19,7 @@ from megarl.train.rollouts import make_rollouts
 from megarl.train.saving import save_checkpoint, save_rollouts
 from megarl.train.selection import trainable
 from megarl.train.serving import awake
-from megarl.train.session import REFERENCE, Session
+from megarl.train.session import Session
 
 
 def run_steps(session: Session) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, MegarlError, TrainingStopped
 from megarl.formats import checkpoint_folder
@@ -183,7 +184,7 @@ def _finish(session: Session, accuracy: float | None, started: float) -> dict[st
 def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str, Any]:
     """Run the evaluation alone, on `checkpoint_path` or the weights that the configuration names."""
     # The initial policy as the consumer is that of the configuration: it is loaded first, and kept.
-    later = checkpoint_path is not None and config.evaluation.consumer == "initial"
+    later = checkpoint_path is not None and Implied(config, evaluates_alone=True).keeps_start
     if checkpoint_path is not None and not later:
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": checkpoint_path})})
     with session_of(config, evaluate_only=True) as session:

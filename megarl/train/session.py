@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 
 from megarl import algorithms
 from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.parameter_sets import ParameterSet
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import SKIPPED_SHARE, LoadedPrompts, evaluation_data, training_data
 from megarl.data.sampler import MixedStream, PromptStream
@@ -34,11 +37,6 @@ from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
 from megarl.train.stops import Stops
 from megarl.weights.push import Push
-
-#: Name of the weight set that holds the policy as it was when the run began.
-REFERENCE = "reference"
-#: Name of the weight set that answers the policy's thinking in evaluations.
-CONSUMER = "consumer"
 
 
 @dataclass
@@ -131,23 +129,21 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         config.algorithm,
         AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.bounds[0]),
     )
-    rollouts = config.algorithm.generates
-    data = training_data(config, tokenizer, need_solution=not rollouts and not evaluate_only)
+    needs_solutions = Implied(config, evaluate_only).needs_solutions
+    data = training_data(config, tokenizer, need_solution=needs_solutions)
     config = _with_steps(config, data)
-    settings = config.evaluation
+    implied = Implied(config, evaluate_only)
     thinking_end = ThinkingEnd(tokenizer, config.rollout.thinking_end)
-    if algorithm.needs.responder is not None or settings.consumer is not None:
+    if implied.marks_thinking:
         thinking_end.require_token()
-    evaluates = evaluate_only or bool(settings.every) or settings.start or settings.end
-    held_out = evaluation_data(config, tokenizer) if evaluates else None
+    held_out = evaluation_data(config, tokenizer) if implied.evaluates else None
     recorder = Recorder(config, world.is_first, show=world.is_first)
     for key, loaded in (("data", data), ("evaluation", held_out)):
         if loaded is not None and loaded.skipped_share > SKIPPED_SHARE:
             recorder.status(f"warning: {key}: {loaded.sentence()}")
-    generates = evaluates or (rollouts and config.rollout.replay is None)
     engine = None
     eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
-    if generates:
+    if implied.has_engine:
         recorder.status("building the inference engine")
         engine = Engine(
             config,
@@ -155,22 +151,14 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
             eos_token_ids=eos,
             rank=world.rank,
             world_size=world.size,
-            record_routing=config.moe.routing_replay != "off",
+            record_routing=implied.records_routing,
         )
         engine.stop = lambda: stops.too_late
         engine.sleep()
     scorer, evaluation_scorer = _scorers(config, engine, recorder, data, held_out)
     recorder.status("building the policy")
-    # Solutions were not sampled: their likelihood is that of the plain distribution.
-    temperature = config.rollout.temperature if rollouts else 1.0
-    budget = config.steps * config.batch.updates
-    policy = Policy(config, shape, world, grid, step_budget=budget, temperature=temperature)
-    if settings.consumer not in (None, "initial"):
-        checkpoint.load(policy, checkpoint_folder.require(settings.consumer, "evaluation.consumer"), optimizer=False)
-        policy.weight_sets.keep(CONSUMER)
-    _load_weights(policy, config)
-    if settings.consumer == "initial" or (algorithm.needs.initial_weights and not evaluate_only):
-        policy.weight_sets.keep(REFERENCE)
+    policy = Policy(config, shape, world, grid, step_budget=implied.updates, temperature=implied.temperature)
+    _load_weights(policy, config, implied.parameter_sets)
     return Session(
         config=config,
         shape=shape,
@@ -233,7 +221,19 @@ def unfinished_directory(config: RunConfig) -> Path:
     return run_directory(config) / "unfinished"
 
 
-def _load_weights(policy: Policy, config: RunConfig) -> None:
+def _load_weights(policy: Policy, config: RunConfig, sets: Sequence[ParameterSet]) -> None:
+    """Keep the frozen `sets` of parameters, and leave the policy with the weights that the run begins with."""
+    for one in sets:
+        if one.checkpoint is not None:
+            checkpoint.load(policy, checkpoint_folder.require(one.checkpoint, one.setting), optimizer=False)
+            policy.weight_sets.keep(one.name)
+    _load_start(policy, config)
+    for one in sets:
+        if one.checkpoint is None:
+            policy.weight_sets.keep(one.name)
+
+
+def _load_start(policy: Policy, config: RunConfig) -> None:
     if config.model.weights is not None:
         checkpoint.load(policy, checkpoint_folder.require(config.model.weights, "model.weights"), optimizer=False)
     elif config.model.random_init:

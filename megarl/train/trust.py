@@ -11,6 +11,7 @@ from typing import NoReturn
 import numpy as np
 
 from megarl import records
+from megarl.config.implied import Implied
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
@@ -45,7 +46,7 @@ def gap_guard(
     looks at them before anything is learned.
     """
     config = session.config
-    generates = config.algorithm.generates and config.rollout.replay is None
+    generates = Implied(config).makes_rollouts
     if config.health.gap_limit is None or not generates or session.algorithm.needs.rollout_weights != "current":
         return None
     if not all(gather_all(_all_finite(batches))):

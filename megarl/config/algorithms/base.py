@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megarl.config.base import Settings, without_effect
+from megarl.config.parameter_sets import ParameterSet
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -32,6 +33,14 @@ class AlgorithmSettings(Settings):
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
         return run.data.max_prompt_tokens
+
+    def sequences_per_prompt(self, run: RunSettings) -> int:
+        """The most sequences of a prompt that are trained."""
+        return run.rollout.group_size if self.generates else 1
+
+    def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
+        """The frozen weights that the algorithm uses beside the policy's, none by default."""
+        return ()
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         """The algorithm's own rules that `run` breaks; called with all other rules before anything starts."""

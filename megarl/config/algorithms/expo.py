@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat
 from megarl.config.algorithms.base import AlgorithmSettings, ExplanationSettings
 from megarl.config.algorithms.grpo import GroupRelativeSettings
 from megarl.config.base import without_effect
+from megarl.config.parameter_sets import REFERENCE, ParameterSet
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -39,6 +40,10 @@ class ExpGrpoSettings(GroupRelativeSettings):
 
     def longest_prompt(self, run: RunSettings) -> int:
         return self.explanation.longest_prompt(run) if self.explanation_weight > 0 else super().longest_prompt(run)
+
+    def sequences_per_prompt(self, run: RunSettings) -> int:
+        explained = self.explanation.per_prompt if self.explanation_weight > 0 else 0
+        return super().sequences_per_prompt(run) + explained
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from super().refusals(run)
@@ -77,6 +82,13 @@ class ExpDpoSettings(AlgorithmSettings):
 
     def longest_prompt(self, run: RunSettings) -> int:
         return self.explanation.longest_prompt(run)
+
+    def sequences_per_prompt(self, run: RunSettings) -> int:
+        """Those of a pair."""
+        return self.sequences_together
+
+    def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
+        return (ParameterSet(REFERENCE, measures=True, generates=self.mode == "offline"),)
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from self.explanation.refusals(run)

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from megarl.config.algorithms.base import AlgorithmSettings, undropped_refusals
 from megarl.config.base import without_effect
+from megarl.config.parameter_sets import REFERENCE, ParameterSet
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -121,6 +122,9 @@ class GroupRelativeSettings(AlgorithmSettings):
         if self.normalize_std is not None:
             return self.normalize_std
         return self.advantage not in ("rloo", "opo", "pass_at_k_loo")
+
+    def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
+        return (ParameterSet(REFERENCE, measures=True),) if self.kl_coefficient > 0 else ()
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from _unused(self)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megarl.config.algorithms.grpo import GroupRelativeSettings
+from megarl.config.parameter_sets import REFERENCE, ParameterSet
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -44,6 +45,10 @@ class StartSettings(GroupRelativeSettings):
     @property
     def answers_in_parts(self) -> bool:
         return self.thinking_steps != 0 and (self.responder != "policy" or self.responses > 1)
+
+    def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
+        responds = self.answers_in_parts and self.responder == "initial"
+        return super().parameter_sets(run) + ((ParameterSet(REFERENCE, generates=True),) if responds else ())
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         yield from super().refusals(run)

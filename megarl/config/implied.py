@@ -1,0 +1,118 @@
+"""What a run's settings imply, each fact derived once, for a start, the rehearsal and the rules. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megarl.config.grid import padded_length
+from megarl.config.parameter_sets import CONSUMER, REFERENCE, ParameterSet, united
+from megarl.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Implied:
+    """Facts of a run that no setting states. `evaluates_alone`: nothing is trained, as in `megarl evaluate`."""
+
+    config: RunConfig
+    evaluates_alone: bool = False
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the evaluation data is read and answered."""
+        settings = self.config.evaluation
+        return self.evaluates_alone or bool(settings.every) or settings.start or settings.end
+
+    @property
+    def makes_rollouts(self) -> bool:
+        """Whether the engine makes what is trained on, which else is saved, or the data's own solutions."""
+        return self.config.algorithm.generates and self.config.rollout.replay is None
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether engines are built."""
+        return self.evaluates or self.makes_rollouts
+
+    @property
+    def needs_solutions(self) -> bool:
+        """Whether rows of the training data must have worked solutions."""
+        return not self.config.algorithm.generates and not self.evaluates_alone
+
+    @property
+    def marks_thinking(self) -> bool:
+        """Whether generation stops where the thinking ends, so that its end must be one token."""
+        return self.config.algorithm.answers_in_parts or self.config.evaluation.consumer is not None
+
+    @property
+    def records_routing(self) -> bool:
+        """Whether the engine's experts of every token are kept."""
+        return self.config.moe.routing_replay != "off"
+
+    @property
+    def temperature(self) -> float:
+        """Of the log-probs that are trained. Solutions were not sampled: theirs are those of the plain distribution."""
+        return self.config.rollout.temperature if self.config.algorithm.generates else 1.0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates in the whole run, which a decaying learning rate spans; `steps` must be known."""
+        return self.config.steps * self.config.batch.updates
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that the engine is given."""
+        return self.config.algorithm.longest_prompt(self.config)
+
+    @property
+    def longest_engine_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest response: vLLM's max_model_len."""
+        return self.longest_prompt + max(self.config.rollout.max_tokens, self.config.evaluation.max_tokens or 0)
+
+    @property
+    def longest_trained_sequence(self) -> int:
+        """Tokens that the longest trained sequence takes in a micro-batch, padding for context parallelism included."""
+        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_tokens
+        return padded_length(longest, self.config.parallel.context)
+
+    @property
+    def smallest_microbatch(self) -> int:
+        """The least that batch.tokens_per_microbatch may be, in tokens."""
+        return self.longest_trained_sequence * self.config.algorithm.sequences_together
+
+    @property
+    def sequences_per_update(self) -> int:
+        """The most sequences that an optimizer update trains on, over all replicas."""
+        prompts = self.config.batch.prompts // self.config.batch.updates
+        return prompts * self.config.algorithm.sequences_per_prompt(self.config)
+
+    @property
+    def consumer(self) -> str | None:
+        """The parameter set that answers the policy's thinking in evaluations."""
+        wanted = self.config.evaluation.consumer
+        return None if wanted is None else REFERENCE if wanted == "initial" else CONSUMER
+
+    @property
+    def parameter_sets(self) -> tuple[ParameterSet, ...]:
+        """The frozen weights that are kept beside those that train: each once, whoever asks for it."""
+        return united(self._wanted_sets())
+
+    def _wanted_sets(self) -> Iterator[ParameterSet]:
+        if self.consumer == CONSUMER:
+            checkpoint = self.config.evaluation.consumer
+            yield ParameterSet(CONSUMER, checkpoint, "evaluation.consumer", generates=True)
+        elif self.consumer is not None:
+            yield ParameterSet(self.consumer, generates=True)
+        if not self.evaluates_alone:
+            yield from self.config.algorithm.parameter_sets(self.config)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether a parameter set has the weights that the run begins with."""
+        return any(one.checkpoint is None for one in self.parameter_sets)
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """The checkpoints that weights are read from, by the setting that names each."""
+        weights = self.config.model.weights
+        start = {} if weights is None else {"model.weights": weights}
+        return start | {one.setting: one.checkpoint for one in self.parameter_sets if one.checkpoint is not None}

@@ -1,0 +1,37 @@
+"""Sets of weights that a run keeps beside those that it trains. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+#: The weights as they were when the run began.
+REFERENCE = "reference"
+#: The weights of the policy that answers the trained one's thinking in evaluations, where they are a checkpoint's.
+CONSUMER = "consumer"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSet:
+    """A frozen copy of weights, known by its name; what has none of a checkpoint is the run's start."""
+
+    name: str
+    checkpoint: str | None = None
+    """Where the weights come from; None: those that the run begins with."""
+    setting: str = ""
+    """The setting that names `checkpoint`."""
+    generates: bool = False
+    """Whether the engine is filled with it at times."""
+    measures: bool = False
+    """Whether log-probs are computed under it."""
+
+
+def united(sets: Iterable[ParameterSet]) -> tuple[ParameterSet, ...]:
+    """`sets` with one of each name, which serves for all that those of its name serve for."""
+    found: dict[str, ParameterSet] = {}
+    for one in sets:
+        other = found.get(one.name, one)
+        found[one.name] = replace(
+            one, generates=one.generates or other.generates, measures=one.measures or other.measures
+        )
+    return tuple(found.values())
