@@ -18,7 +18,9 @@ from megarl.config.load import load_config
 from megarl.config.model_shape import model_shape_from_hf
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
+from megarl.records import Sample
 from megarl.train import admission
+from megarl.train.replay import remove_step, save_samples
 
 NO_SOLUTION = b'{"prompt": "x", "answer": "1", "solution": ""}'
 
@@ -167,6 +169,42 @@ def test_the_commands_ask(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for trains in (True, False):
         with pytest.raises(Refusal, match=r"reward\.kind=nowhere\.mine:f"):
             start.prepare(run_file, ["reward.kind=nowhere.mine:f"], trains=trains)
+
+
+def test_rollouts_that_do_not_serve_every_step(run_file: Path) -> None:
+    folder = Path("saved")
+    folder.mkdir()
+    override = "rollout.replay=saved"
+    sample = Sample(0, 0, (1,), (-0.5,), "stop", text="2", reward=1.0)
+    missing = (
+        "rollout.replay=saved: holds no samples of step {}. "
+        "Fix: give a rollouts/ folder that has it, or one of its files."
+    )
+    assert said(run_file, override) == [missing.format(1)]
+    save_samples(folder, 1, 0, [])
+    assert said(run_file, override) == [missing.format(1)]
+    for step in (1, 2):
+        save_samples(folder, step, 1, [sample])
+    assert said(run_file, override) == [missing.format(3)]
+    assert said(run_file, override, "steps=2") == said(run_file, override, "steps=null", "epochs=3") == []
+    # A file serves every step, and an algorithm that does not generate, or an evaluation, replays nothing.
+    assert said(run_file, "rollout.replay=saved/step_000001.rank_0001.jsonl") == []
+    config = load_config(run_file, [override])
+    assert list(admission.contents(config, evaluates=True)) == []
+    # A run that continues wants those of what is left of it.
+    progress = {"step": 2, "optimizer": True, "config": None}
+    Path("runs/case/checkpoints/step_000002").mkdir(parents=True)
+    checkpoint_folder.write_progress(Path("runs/case/checkpoints/step_000002"), model_shape_from_hf(MODEL), progress)
+    Path("runs/case/checkpoints/latest").write_text("step_000002")
+    assert said(run_file, override, "resume=auto") == [missing.format(3)]
+    save_samples(folder, 3, 0, [sample])
+    for step in (1, 2):
+        remove_step(folder, step)
+    assert said(run_file, override, "resume=auto") == []
+    for text in ("{}", "no sample", "\0\xff"):
+        Path("saved/step_000003.rank_0000.jsonl").write_bytes(text.encode("latin1"))
+        (sentence,) = said(run_file, override, "resume=auto")
+        assert "save the rollouts again" in sentence and "saved" in sentence
 
 
 @pytest.mark.processes

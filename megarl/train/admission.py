@@ -21,7 +21,7 @@ from megarl.formats import checkpoint_folder
 from megarl.rewards.grader import BUILTIN_KINDS
 from megarl.rewards.judge import key_of
 from megarl.rewards.scorer import build_scorer
-from megarl.train import past
+from megarl.train import past, replay
 
 #: Seconds for a file's rows where the run, which reads all of them, follows at once. Our choice.
 BRIEFLY = 1.0
@@ -56,6 +56,8 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
     """
     try:
         _look_at_checkpoints(config)
+        if not evaluates:
+            _look_at_replay(config)
         tokenizer = _usable_tokenizer(config)
         with _in_a_sentence(f"data.path={config.data.path}", "check the file, and the tokenizer's chat template"):
             for refusal in data_refusals(config, tokenizer, seconds, evaluates=evaluates):
@@ -73,6 +75,18 @@ def _look_at_checkpoints(config: RunConfig) -> None:
         found = checkpoint_folder.require(path, setting)
         progress = checkpoint_folder.read_progress(found)
         checkpoint_folder.check_model(found, progress, read_model_shape(config.model.path))
+
+
+def _look_at_replay(config: RunConfig) -> None:
+    """Raise `Refusal` where rollouts to replay are not there for each of the run's steps."""
+    source = config.rollout.replay
+    if source is None or not config.algorithm.generates:
+        return
+    first = past.steps_saved(config) + 1
+    # The number of steps that epochs take is not known yet.
+    end = config.steps if config.epochs is None else first
+    with _in_a_sentence(f"rollout.replay={source}", "save the rollouts again"):
+        replay.require(source, range(first, end + 1))
 
 
 def _usable_tokenizer(config: RunConfig) -> Tokenizer:

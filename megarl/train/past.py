@@ -76,6 +76,12 @@ def _unwritable(directory: Path) -> Iterator[Refusal]:
         yield Refusal(str(directory), f"must be a folder that a run can write, and {there} is not", _ELSEWHERE)
 
 
+def steps_saved(config: RunConfig) -> int:
+    """The step after which the run would continue; 0 where it begins."""
+    checkpoint = None if config.resume == "never" else checkpoint_folder.find(run_directory(config) / "checkpoints")
+    return 0 if checkpoint is None else checkpoint_folder.read_progress(checkpoint)["step"]
+
+
 def changed_parts(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> Iterator[Refusal]:
     """Refusals of a seed, a model or data that differ from those `before`, of a checkpoint's configuration."""
     for key, old, new in _differences(config, before):

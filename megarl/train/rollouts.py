@@ -208,7 +208,7 @@ def _replayed(session: Session, rollouts: Rollouts, step: int, jobs: Sequence[Jo
     assert source is not None
     keys = [(rollouts.prompts[j.group].index, _sample_index(session, rollouts, j), j.kind) for j in jobs]
     with session.clock.phase("replay"):
-        samples = replay.read_samples(source, step, keys, session.world)
+        samples = replay.read_samples(source, step, keys, session.world.rank, session.world.size)
     if not session.algorithm.needs.thinking:
         return samples
     return {position: _with_thinking(session, sample) for position, sample in samples.items()}
