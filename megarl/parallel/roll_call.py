@@ -26,6 +26,9 @@ FIRST_WORD, NEXT_WORD = 10.0, 30.0
 #: Seconds that the host of the store stays for the others to hear why the run ends.
 FAREWELL = 5.0
 
+#: Seconds in which the name of rank 0's host must have become known, as it may late where hosts start together.
+NAME_LIMIT = 30.0
+
 #: Attempts at which the ranks of this process's world met; a store may outlive one.
 _attempts = itertools.count()
 
@@ -34,7 +37,7 @@ def meet(place: Place, limit: float) -> PrefixStore:
     """The store that the ranks share, once each of them has come to it. `limit` is in seconds.
 
     Raises `Interrupted` alike on all ranks that came, naming those that did not, or where rank 0 cannot be reached;
-    `Refusal` where two processes have the same rank, or rank 0's port is taken.
+    `Refusal` where two processes have the same rank, rank 0's port is taken, or its host's name is not known here.
     """
     deadline = time.monotonic() + limit
     store = PrefixStore(_job(), connect(place, limit))
@@ -62,10 +65,14 @@ def launch_key() -> str:
 
 
 def connect(place: Place, limit: float) -> Store:
-    """The store at the place's address: torchrun's own where it has one, else one that rank 0 opens."""
+    """The store at the place's address: torchrun's own where it has one, else one that rank 0 opens.
+
+    Raises as `meet` where it cannot be reached.
+    """
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     opens = hosted and place.rank == 0
     deadline = time.monotonic() + limit
+    _resolve(place, min(limit, NAME_LIMIT))
     cause = None if opens else _knock(place, deadline)
     if cause is None:
         found = _open(place, opens, hosted, max(1.0, deadline - time.monotonic()))
@@ -85,6 +92,27 @@ def connect(place: Place, limit: float) -> Store:
         f"{limit:g} s (health.join_limit; {cause}): see that it was started and that no firewall is between, "
         "correct MASTER_ADDR and MASTER_PORT if they are wrong, and start again with resume=auto"
     )
+
+
+def _resolve(place: Place, limit: float) -> None:
+    """Wait until this host knows the name of rank 0's, which torch would ask for again and again with a stack each."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            socket.getaddrinfo(place.address or "", None)
+            return
+        except OSError as error:
+            cause = error.strerror or str(error)
+        except UnicodeError:
+            cause = "it can be no name"
+        if time.monotonic() >= deadline:
+            host = socket.gethostname()
+            raise Refusal(
+                f"MASTER_ADDR={place.address}, rank 0's host",
+                f"must be a name or an address that {host} knows, and was not within {limit:g} s ({cause})",
+                "correct it, or have the host's name resolved (/etc/hosts, DNS)",
+            )
+        time.sleep(0.2)
 
 
 def _open(place: Place, opens: bool, hosted: bool, seconds: float) -> Store | str:
