@@ -28,6 +28,15 @@ RUN: dict[str, Any] = {
     "batch": {"prompts": 6, "tokens_per_microbatch": 192, "updates": 2},
     "optimizer": {"lr": 1e-3, "warmup_steps": 3, "decay": "linear"},
     "checkpoint": {"every": 2, "export_hf": True},
+    # Drawn not as often as they have rows: one is in its second epoch while the other is in its first.
+    "data": {
+        "sources": [
+            {"path": "data/many.jsonl", "name": "many", "weight": 1.0},
+            {"path": "data/few.jsonl", "name": "few", "weight": 2.0},
+        ],
+        "answer_column": "answer",
+        "max_prompt_tokens": 32,
+    },
 }
 
 
@@ -35,6 +44,9 @@ RUN: dict[str, Any] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     arithmetic_run.write_inputs(folder)
+    rows = (folder / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "data" / "many.jsonl").write_text("".join(rows[:36]))
+    (folder / "data" / "few.jsonl").write_text("".join(rows[36:]))
     arithmetic_run.write_run(folder, **RUN)
     return folder
 
@@ -82,6 +94,10 @@ def test_killed_and_resumed_is_the_same_as_never_interrupted(folder: Path):
     assert list((broken / "unfinished").iterdir()) == []
 
     assert len(lines(whole / "metrics.jsonl")) == 6
+    counts = [line["answers_by_source"] for line in lines(whole / "metrics.jsonl")]
+    many, few = (sum(count[name] for count in counts) // 4 for name in ("many", "few"))
+    # The step goes on behind a kill in the midst of an epoch of each.
+    assert abs(few - 2 * many) <= 2 and many < 36 and few > 12
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert lines(broken / name) == lines(whole / name)
     expected, found = read_checkpoint(whole / "hf"), read_checkpoint(broken / "hf")
