@@ -15,7 +15,7 @@ from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.records import Prompt
-from megarl.train import past
+from megarl.train import differences, past
 
 CHECKPOINT = Path("runs/case/checkpoints/step_000002")
 
@@ -65,7 +65,7 @@ def test_another_run_under_the_same_name_is_refused(
         f"begin a new run under another name, or go on all the same with resume_changes=[{part}]."
     ]
     assert said(load_config(run_file, ["resume=auto", override, f"resume_changes=[{part}]"])) == []
-    other = next(one for one in past.PARTS if one != part)
+    other = next(one for one in differences.PARTS if one != part)
     assert len(said(load_config(run_file, ["resume=auto", override, f"resume_changes=[{other}]"]))) == 1
 
 
@@ -104,21 +104,21 @@ def test_tables_that_come_go_or_grow_are_said(run_file: Path, before: str, overr
 
 def test_other_rows_in_the_same_file_are_refused(run_file: Path) -> None:
     prompts = [Prompt(number, (1,), f"{number}+1=", str(number + 1)) for number in range(3)]
-    known, config = past.rows_of(prompts), load_config(run_file, ["resume=auto"])
+    known, config = differences.rows_of(prompts), load_config(run_file, ["resume=auto"])
     assert known["prompts"] == 3
-    assert list(past.changed_rows(config, past.rows_of(list(prompts)), known, CHECKPOINT)) == []
-    assert list(past.changed_rows(config, known, None, CHECKPOINT)) == [], "older checkpoints keep no digest"
+    assert list(differences.changed_rows(config, differences.rows_of(list(prompts)), known, CHECKPOINT)) == []
+    assert list(differences.changed_rows(config, known, None, CHECKPOINT)) == [], "older checkpoints keep no digest"
     others = [dataclasses.replace(prompts[0], **change) for change in ({"text": "x"}, {"answer": "9"}, {"index": 7})]
     others.append(dataclasses.replace(prompts[0], solution="by heart"))
     for rows in ([*prompts[1:], prompts[0]], prompts[:2], *([other, *prompts[1:]] for other in others)):
-        (refusal,) = past.changed_rows(config, past.rows_of(rows), known, CHECKPOINT)
+        (refusal,) = differences.changed_rows(config, differences.rows_of(rows), known, CHECKPOINT)
         assert str(refusal) == (
             f"data of {len(rows)} prompts with resume=auto: has other rows than those that {CHECKPOINT} was trained "
             "on, 3 prompts. Fix: bring the data back, begin a new run under another name, or go on all the same with "
             "resume_changes=[data]."
         )
         allowed = load_config(run_file, ["resume=auto", "resume_changes=[data]"])
-        assert list(past.changed_rows(allowed, past.rows_of(rows), known, CHECKPOINT)) == []
+        assert list(differences.changed_rows(allowed, differences.rows_of(rows), known, CHECKPOINT)) == []
 
 
 def test_a_checkpoint_that_cannot_be_continued_is_refused_before_the_start(run_file: Path) -> None:

@@ -16,7 +16,7 @@ from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.parallel.exchange import first_decides
 from megarl.policy import checkpoint
-from megarl.train import divergence, journal, past, replay
+from megarl.train import differences, divergence, journal, replay
 from megarl.train.groups import Rollouts
 from megarl.train.past import run_directory
 from megarl.train.session import Progress, Session, unfinished_directory
@@ -74,7 +74,7 @@ def _of_the_run(session: Session) -> dict[str, Any]:
 
 def _rows(session: Session) -> dict[str, Any]:
     if session.rows is None:
-        session.rows = past.rows_of(session.data.prompts)
+        session.rows = differences.rows_of(session.data.prompts)
     return session.rows
 
 
@@ -82,11 +82,11 @@ def _compare(session: Session, saved: dict[str, Any]) -> None:
     """Say what differs from the run that saved a checkpoint. Raises `Refusal` for what may not, on all ranks."""
     config, before = session.config, saved.get("config")
     checkpoint_directory = run_directory(config) / "checkpoints" / f"step_{saved['step']:06d}"
-    for refusal in past.changed_parts(config, before, checkpoint_directory):
+    for refusal in differences.changed_parts(config, before, checkpoint_directory):
         raise refusal
-    for refusal in past.changed_rows(config, _rows(session), saved.get("data"), checkpoint_directory):
+    for refusal in differences.changed_rows(config, _rows(session), saved.get("data"), checkpoint_directory):
         raise refusal
-    if (sentence := past.changes(config, before, checkpoint_directory)) is not None:
+    if (sentence := differences.changes(config, before, checkpoint_directory)) is not None:
         session.recorder.status(sentence)
 
 

@@ -91,7 +91,7 @@ class Session:
     saved_step: int | None = None
     """The step of the newest checkpoint that this session saved or continues from."""
     rows: dict[str, Any] | None = None
-    """Number and digest of the prompts that are trained on, once they are known (`past.rows_of`)."""
+    """Number and digest of the prompts that are trained on, once they are known (`differences.rows_of`)."""
     failure_told: bool = False
     """Whether a failure of the reward was said on the terminal."""
 
