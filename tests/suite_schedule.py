@@ -55,6 +55,7 @@ PROCESSES = frozenset(
         "test_push.py",
         "test_push_absence.py",
         "test_push_checksum.py",
+        "test_weight_source.py",
         "test_reshard_vllm.py",
         "test_resume.py",
         "test_rewards_judge_vllm.py",

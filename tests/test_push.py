@@ -225,10 +225,16 @@ def test_grids_of_eight_processes(tmp_path: Path, model: str, parallel: dict[str
     check(ranks, {(model, 0)}, 1)
 
 
-def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int, int]:
-    """A bf16 engine that an fp32 policy fills, and one that loads the policy's export; bytes. A scenario of
-    `run_world`."""
+def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int, int, list[str]]:
+    """A bf16 engine that an fp32 policy fills, and one that loads the policy's export; bytes; tensors of engine and
+    export that a source of doubled weights did not double. A scenario of `run_world`."""
+    from megarl.weights.export import export_hf
     from megarl.weights.push import Push
+    from megarl.weights.source import PolicyWeights
+
+    class Doubled(PolicyWeights):
+        def __getitem__(self, name: str) -> Any:
+            return super().__getitem__(name) * 2
 
     settings = {"tensor": 2, "precision": "bf16"}
     config = config_for(folder / "qwen3-untied", {"tensor": 2, "pipeline": 2}, settings)
@@ -238,18 +244,30 @@ def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np
         push = Push(policy, engine)
         engine.wake_weights()
         push.run()
+        pushed = read_back(engine)
         parity.exported(policy, folder / "cast")
         needed = least(policy) // 2
+        Push(policy, engine, Doubled(policy)).run()
+        twice = read_back(engine)
+        wrong = [name for name, one in twice.items() if not np.array_equal(one, 2 * pushed[name])]
+        export_hf(policy, folder / "doubled", Path(config.model.path), Doubled(policy))
+        exported = parity.read_checkpoint(folder / "cast")
+        doubled = parity.read_checkpoint(folder / "doubled")
+        wrong += [name for name, one in exported.items() if not np.array_equal(doubled[name], 2 * one)]
     loader = engine_of(config_for(folder / "cast", {}, settings), world, load_weights=True)
-    return read_back(engine), read_back(loader), push.mover.received_bytes, needed
+    return pushed, read_back(loader), push.mover.received_bytes, needed, wrong
 
 
 def test_weights_are_cast_before_they_are_sent(folder: Path):
-    """An fp32 policy fills a bf16 engine with what vLLM makes of its fp32 checkpoint, at two bytes an element."""
-    for pushed, loaded, received, needed in parity.run_world("test_push", "casts", 4, folder):
+    """An fp32 policy fills a bf16 engine with what vLLM makes of its fp32 checkpoint, at two bytes an element.
+
+    What a source makes of the weights is pushed and exported in their place.
+    """
+    for pushed, loaded, received, needed, wrong in parity.run_world("test_push", "casts", 4, folder):
         assert pushed.keys() == loaded.keys()
         assert not [name for name in loaded if not np.array_equal(pushed[name], loaded[name])]
         assert received == needed > 0
+        assert not wrong
 
 
 def test_ranks_whose_share_of_the_vocabulary_is_padding_alone(tmp_path: Path):

@@ -15,6 +15,7 @@ from megarl.reshard.boxes import whole
 from megarl.reshard.model_layouts import checkpoint_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
 from megarl.reshard.weight_map import hf_tensors
+from megarl.weights.source import PolicyWeights, WeightSource
 from megarl.weights.transfer import Mover
 
 #: What a rank sends and receives together at a time.
@@ -34,8 +35,9 @@ class _HostTensors:
         pass
 
 
-def export_hf(policy: Policy, directory: Path, original: Path) -> None:
-    """Write `directory` as a checkpoint in the policy's precision, with the companions of `original`.
+def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSource | None = None) -> None:
+    """Write the policy's weights, or what `source` makes of them, to `directory` as a checkpoint in the policy's
+    precision, with the companions of `original`.
 
     The directory appears under its name only when it is complete.
     """
@@ -57,7 +59,7 @@ def export_hf(policy: Policy, directory: Path, original: Path) -> None:
     mover = Mover(
         plan, dtype=dtype, device=world.device, time_limit=policy.config.weights.time_limit, occasion="export"
     )
-    mover.run({name: p.detach() for name, p in policy.named_parameters()}, mine)
+    mover.run(source or PolicyWeights(policy), mine)
     partial = directory.with_name(directory.name + ".partial")
     files = HfFiles(shapes, dtype, FILE_BYTES)
     if world.is_first:

@@ -16,6 +16,7 @@ from megarl.reshard.copying import box_view
 from megarl.reshard.model_layouts import policy_layout
 from megarl.reshard.weight_map import hf_tensors
 from megarl.rollout.weights import Fillable, check_reloadable, load_by_name
+from megarl.weights.source import PolicyWeights
 
 
 class GatherPush:
@@ -27,6 +28,7 @@ class GatherPush:
     def __init__(self, policy: Policy, engine: Fillable) -> None:
         check_reloadable(engine)
         self.policy, self.engine = policy, engine
+        self._source = PolicyWeights(policy)
         self.received_bytes = 0
         self._shapes = hf_tensors(policy.shape)
         layout = policy_layout(policy.shape, policy.config.parallel, policy.world.size)
@@ -40,7 +42,6 @@ class GatherPush:
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the checkpoint, whole, on all ranks together."""
-        parameters = {name: parameter.detach() for name, parameter in self.policy.named_parameters()}
         rank, device = self.policy.world.rank, self.policy.world.device
         dtype = self.policy.megatron_config.params_dtype
         for name, (parameter, places) in self._parts.items():
@@ -49,7 +50,7 @@ class GatherPush:
                 part = box_view(tensor, place.hf_box)
                 piece = torch.empty(part.shape, dtype=dtype, device=device)
                 if place.ranks[0] == rank:
-                    piece.copy_(box_view(parameters[parameter], place.local_box))
+                    piece.copy_(box_view(self._source[parameter], place.local_box))
                 else:
                     self.received_bytes += piece.nbytes
                 dist.broadcast(piece, src=place.ranks[0])

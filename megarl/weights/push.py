@@ -23,6 +23,7 @@ from megarl.reshard.copying import box_view
 from megarl.rollout.weights import EngineWeights, Fillable
 from megarl.weights.ledger import Journey
 from megarl.weights.push_plan import engine_tensors, push_plan
+from megarl.weights.source import PolicyWeights, WeightSource
 from megarl.weights.transfer import Mover
 
 
@@ -40,13 +41,14 @@ class Difference:
 
 
 class Push:
-    """Executes the push as often as the loop asks.
+    """Executes the push as often as the loop asks, of the policy's weights or what `source` makes of them.
 
     Raises `Refusal` where vLLM builds the model with other tensors than the plan fills.
     """
 
-    def __init__(self, policy: Policy, engine: Fillable) -> None:
+    def __init__(self, policy: Policy, engine: Fillable, source: WeightSource | None = None) -> None:
         self.policy = policy
+        self._source = source or PolicyWeights(policy)
         self.engine_weights = EngineWeights(engine)
         self._pushed = False
         self._targets = engine_tensors(policy.config, policy.shape, policy.world.rank)
@@ -76,7 +78,7 @@ class Push:
         for name in self._padding:
             layers.buffer(name)
             layers.complete(name)
-        self.mover.run(self._sources(), layers, verify=checked)
+        self.mover.run(self._source, layers, verify=checked)
         self._pushed = True
         self.engine_weights.end(self.mover.lying, version)
 
@@ -109,15 +111,12 @@ class Push:
         with what a push would write; nothing is written.
         """
         comparison = _Comparison(self.engine_weights, self._targets, slots)
-        self.mover.run(self._sources(), comparison)
+        self.mover.run(self._source, comparison)
         found: dict[str, float] = {}
         for part in gather_all(comparison.found):
             for name, largest in part.items():
                 found[name] = max(largest, found.get(name, 0.0))
         return [Difference(name, largest) for name, largest in sorted(found.items())]
-
-    def _sources(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach() for name, parameter in self.policy.named_parameters()}
 
     def _hf_name(self, piece: Journey) -> str:
         """What a piece on its way to any rank's engine is called in a checkpoint."""

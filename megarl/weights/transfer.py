@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count, groupby
@@ -25,6 +25,7 @@ from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
 from megarl.weights.ledger import Journey, Ledger
+from megarl.weights.source import WeightSource
 
 
 class Target(Protocol):
@@ -85,12 +86,12 @@ class Mover:
         self._pieces = Counter(t.target_name for t in arriving)
         self._order = {name: number for number, name in enumerate(self._pieces)}
 
-    def run(self, sources: Mapping[str, torch.Tensor], target: Target, *, verify: bool = False) -> None:
+    def run(self, source: WeightSource, target: Target, *, verify: bool = False) -> None:
         """Move everything once; called by all ranks together.
 
         With `verify` digests of every piece that leaves, and of what lies in its place when its tensor is complete, are
         compared. Raises `PushError` on all ranks where they differ, and where one is gone or takes no part within the
-        time limit. Sources are read, never written.
+        time limit.
         """
         self._runs += 1
         left = dict(self._pieces)
@@ -103,12 +104,12 @@ class Mover:
         before: _Travelling | None = None
         with torch.no_grad():
             for number, one in enumerate(self.plan.rounds):
-                travelling = self._start(one, sources, target, buffers[number % 2])
+                travelling = self._start(one, _Asked(source), target, buffers[number % 2])
                 if before is not None:
-                    self._land(before, sources, target, left)
+                    self._land(before, target, left)
                 before = travelling
             if before is not None:
-                self._land(before, sources, target, left)
+                self._land(before, target, left)
         self._meet()
         if verify and (wrong := self._ledger.first_difference()) is not None:
             raise PushError(
@@ -117,7 +118,7 @@ class Mover:
                 "start again from the last checkpoint, without the host of one of the two ranks if it happens again"
             )
 
-    def _start(self, one: Round, sources: Mapping[str, torch.Tensor], target: Target, buffer: _Buffer) -> _Travelling:
+    def _start(self, one: Round, sources: _Asked, target: Target, buffer: _Buffer) -> _Travelling:
         """Pack and post a round. What cannot leave or arrive in place goes through `buffer`."""
         messages = [(message, self._in_place(message, sources, target)) for message in one.messages]
         buffer.hold(sum(message.numel for message, flat in messages if flat is None))
@@ -141,9 +142,9 @@ class Mover:
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
         # Tensor by tensor, so that few are begun and not complete.
         pieces.sort(key=lambda piece: self._order[piece.transfer.target_name])
-        return _Travelling(self._post(operations, one.messages), pieces)
+        return _Travelling(self._post(operations, one.messages), pieces, sources)
 
-    def _in_place(self, message: Message, sources: Mapping[str, torch.Tensor], target: Target) -> torch.Tensor | None:
+    def _in_place(self, message: Message, sources: _Asked, target: Target) -> torch.Tensor | None:
         """The memory of a message's box on this rank, where that is one piece of it and of the type that travels."""
         transfer, *further = message.transfers
         if further:
@@ -172,13 +173,7 @@ class Mover:
             requests.extend(zip(made, (message for _, message in turn), strict=False))
         return requests
 
-    def _land(
-        self,
-        one: _Travelling,
-        sources: Mapping[str, torch.Tensor],
-        target: Target,
-        left: dict[str, int],
-    ) -> None:
+    def _land(self, one: _Travelling, target: Target, left: dict[str, int]) -> None:
         """Copy a round's pieces to their places."""
         progress.tick()
         arrived = False
@@ -188,7 +183,7 @@ class Mover:
                 arrived = True
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
             if part is None:
-                part = box_view(sources[transfer.source_name], transfer.source_box).to(self.dtype)
+                part = box_view(one.sources[transfer.source_name], transfer.source_box).to(self.dtype)
                 if self._verify:
                     self._ledger.sent(transfer, part)
             if not landed:
@@ -286,9 +281,21 @@ class _Piece(NamedTuple):
     landed: bool
 
 
+class _Asked(dict[str, torch.Tensor]):
+    """A source's tensors of one round, each asked for once."""
+
+    def __init__(self, source: WeightSource) -> None:
+        super().__init__()
+        self._source = source
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return self.setdefault(name, self._source[name])
+
+
 @dataclass(frozen=True, slots=True)
 class _Travelling:
-    """A round under way: what to wait for, and the pieces that are then written, in order."""
+    """A round under way: what to wait for, the pieces that are then written, in order, and what they come from."""
 
     requests: list[tuple[Any, Message]]
     pieces: list[_Piece]
+    sources: _Asked

@@ -1,0 +1,38 @@
+"""Where weights are read that leave the policy: a push and an export ask a source for a rank's tensors, by name.
+
+What a run trains need not be what it serves: an adapter is merged, a weight quantised, on the way out. Each is a
+source; whoever moves weights knows none of it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from megarl.policy.policy import Policy
+
+
+class WeightSource(Protocol):
+    """A rank's tensors by the names that a plan has for them; a dictionary of tensors is one too.
+
+    A plan is in rounds, and a tensor is asked for once in each round that sends a part of it, and kept until the round
+    has arrived: one that is computed takes no more memory than the tensors of two rounds. It is computed whole, so that
+    its bits do not depend on which part is wanted. The mover casts parts to the type that travels. What comes is read,
+    never written, and is that of the weights as they are when it is asked for.
+    """
+
+    def __getitem__(self, name: str, /) -> torch.Tensor:
+        """The tensor `name` in this rank's shape. Raises `KeyError` for a name that the rank does not hold."""
+        ...
+
+
+class PolicyWeights:
+    """The policy's weights as they are, under whichever set it computes with."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._parameters = dict(policy.named_parameters())
+
+    def __getitem__(self, name: str, /) -> torch.Tensor:
+        """The parameter itself, no copy."""
+        return self._parameters[name].detach()
