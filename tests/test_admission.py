@@ -192,7 +192,7 @@ def test_rollouts_that_do_not_serve_every_step(run_file: Path) -> None:
     config = load_config(run_file, [override])
     assert list(admission.contents(config, evaluates=True)) == []
     # A run that continues wants those of what is left of it.
-    progress = {"step": 2, "optimizer": True, "config": None}
+    progress = {"step": 2, "optimizer": True, "config": config.model_dump(mode="json")}
     Path("runs/case/checkpoints/step_000002").mkdir(parents=True)
     checkpoint_folder.write_progress(Path("runs/case/checkpoints/step_000002"), model_shape_from_hf(MODEL), progress)
     Path("runs/case/checkpoints/latest").write_text("step_000002")

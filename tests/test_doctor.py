@@ -100,12 +100,12 @@ def test_a_checkpoint_of_a_diverged_run_is_none_to_go_on_from(tmp_path: Path, va
 
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint(tmp_path, 10)
-    monkeypatch.setattr(checkpoint_folder, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint_folder, "FORMAT", 3)
     newest = checkpoint(tmp_path, 20)
     done = megarl(tmp_path, "doctor", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"megarl: {newest} of format 2: was written by a newer megarl; this one reads formats up to 1. "
+        f"megarl: {newest} of format 3: was written by a newer megarl; this one reads formats up to 2. "
         "Fix: update megarl, or continue from an earlier checkpoint with model.weights."
     )
 

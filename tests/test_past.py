@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from config_case import MODEL
 
-from megarl.config.load import dump_config, load_config
+from megarl.config.load import load_config
 from megarl.config.model_shape import model_shape_from_hf
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -20,12 +20,12 @@ from megarl.train import differences, past
 CHECKPOINT = Path("runs/case/checkpoints/step_000002")
 
 
-def leave_checkpoint(config: RunConfig | None, step: int = 2) -> None:
+def leave_checkpoint(config: RunConfig, step: int = 2) -> None:
     """What a run of that many steps leaves, but for its weights."""
     folder = CHECKPOINT.with_name(f"step_{step:06d}")
     folder.mkdir(parents=True)
     facts: dict[str, Any] = {"step": step, "optimizer": True}
-    facts["config"] = None if config is None else config.model_dump(mode="json")
+    facts["config"] = config.model_dump(mode="json")
     checkpoint_folder.write_progress(folder, model_shape_from_hf(MODEL), facts)
     (folder.parent / "latest").write_text(folder.name)
 
@@ -107,7 +107,6 @@ def test_other_rows_in_the_same_file_are_refused(run_file: Path) -> None:
     known, config = differences.rows_of(prompts), load_config(run_file, ["resume=auto"])
     assert known["prompts"] == 3
     assert list(differences.changed_rows(config, differences.rows_of(list(prompts)), known, CHECKPOINT)) == []
-    assert list(differences.changed_rows(config, known, None, CHECKPOINT)) == [], "older checkpoints keep no digest"
     others = [dataclasses.replace(prompts[0], **change) for change in ({"text": "x"}, {"answer": "9"}, {"index": 7})]
     others.append(dataclasses.replace(prompts[0], solution="by heart"))
     for rows in ([*prompts[1:], prompts[0]], prompts[:2], *([other, *prompts[1:]] for other in others)):
@@ -131,7 +130,8 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused_before_the_start(run_f
     with pytest.raises(Refusal, match="without the optimizer's state"):
         said(config)
     wider = model_shape_from_hf(MODEL | {"intermediate_size": 128})
-    checkpoint_folder.write_progress(folder, wider, {"step": 3, "optimizer": True})
+    facts = {"step": 3, "optimizer": True, "config": config.model_dump(mode="json")}
+    checkpoint_folder.write_progress(folder, wider, facts)
     with pytest.raises(Refusal, match="of a model with ffn_size=128: must be of the model"):
         said(config)
 
@@ -167,12 +167,22 @@ def test_a_place_where_no_run_can_be_written(run_file: Path, place: str) -> None
             Path(place).unlink()
 
 
-def test_a_checkpoint_without_its_configuration_has_that_of_its_folder(run_file: Path) -> None:
-    leave_checkpoint(None)
-    config = load_config(run_file, ["resume=auto", "seed=7"])
-    assert said(config) == []
-    Path("runs/case/config.yaml").write_text(dump_config(load_config(run_file)))
-    assert said(config)[0].startswith("seed=7 with resume=auto: differs from 1234")
+def test_a_checkpoint_of_an_older_version_gives_its_weights_alone(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(run_file, ["resume=auto"])
+    monkeypatch.setattr(checkpoint_folder, "FORMAT", 1)
+    leave_checkpoint(config)
+    monkeypatch.undo()
+    monkeypatch.chdir(run_file.parent)
+    with pytest.raises(Refusal) as refusal:
+        said(config)
+    assert str(refusal.value) == (
+        f"{CHECKPOINT} of format 1: was saved by an older megarl, and 0.1.0 is the last version that continues from "
+        "it. Fix: finish the run with megarl 0.1.0, or start a new one with model.weights set to it."
+    )
+    assert said(load_config(run_file, ["name=other", f"model.weights={CHECKPOINT}"])) == []
+    assert checkpoint_folder.read_progress(checkpoint_folder.require(CHECKPOINT, "model.weights"))["step"] == 2
 
 
 def test_damaged_checkpoints_are_named(run_file: Path) -> None:

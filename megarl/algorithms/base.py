@@ -169,6 +169,14 @@ class Algorithm(ABC):
         """
         return tuple((0, length) for length in outcome.lengths)
 
+    def state(self) -> dict[str, Any]:
+        """What the algorithm has learned of the run that later steps depend on, saved in every checkpoint; by default
+        nothing. Of JSON's types, keys being text, and a value of its own that later steps do not change."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 (an algorithm without state has nothing to do)
+        """Go on from what `state` had returned."""
+
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossTerms:
         """The micro-batch's share of the loss, from its own sequences alone: no collective."""

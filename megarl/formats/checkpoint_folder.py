@@ -20,7 +20,10 @@ from megarl.formats import checksums, durable
 from megarl.formats.checksums import StoredFile
 
 #: What progress.json says of itself. A change that this version's reader would misunderstand takes the next number.
-FORMAT = 1
+#: Weights are read from every format, a run continues from this one alone.
+FORMAT = 2
+#: The last version of megarl that continues from a checkpoint of an earlier format.
+LAST_VERSIONS = {1: "0.1.0"}
 
 
 class Damaged(Refusal):
@@ -102,7 +105,14 @@ def file_names(directory: Path) -> list[str]:
 
 
 def check_resumable(directory: Path, progress: Mapping[str, Any]) -> None:
-    """Raise `Refusal` where a checkpoint lacks what a run needs to go on."""
+    """Raise `Refusal` where a checkpoint lacks what a run needs to go on, or has it in an earlier version's form."""
+    if (written := progress.get("format", 1)) < FORMAT:
+        last = LAST_VERSIONS[written]
+        raise Refusal(
+            f"{directory} of format {written}",
+            f"was saved by an older megarl, and {last} is the last version that continues from it",
+            f"finish the run with megarl {last}, or start a new one with model.weights set to it",
+        )
     if not progress["optimizer"]:
         raise Refusal(
             str(directory),

@@ -123,8 +123,7 @@ def _check_bytes(directory: Path, progress: dict[str, Any], world: World) -> Non
 
 def _check_state(directory: Path, progress: dict[str, Any], found: digests.Digest) -> None:
     for name, got in found._asdict().items():
-        # Checkpoints of earlier versions have no digest of the weights.
-        if name in progress and progress[name] != got:
+        if progress[name] != got:
             raise Refusal(
                 f"{directory} with {name} {progress[name]}",
                 f"must give the optimizer the {name} that were saved, and gave it {got}",

@@ -29,7 +29,7 @@ _FREE = (
 )  # fmt: skip
 
 
-def changed_parts(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> Iterator[Refusal]:
+def changed_parts(config: RunConfig, before: Mapping[str, Any], checkpoint: Path) -> Iterator[Refusal]:
     """Refusals of a seed, a model or data that differ from those `before`, of a checkpoint's configuration."""
     for key, old, new in _differences(config, before):
         part = key.partition(".")[0]
@@ -51,10 +51,10 @@ def rows_of(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def changed_rows(
-    config: RunConfig, found: Mapping[str, Any], known: Mapping[str, Any] | None, checkpoint: Path
+    config: RunConfig, found: Mapping[str, Any], known: Mapping[str, Any], checkpoint: Path
 ) -> Iterator[Refusal]:
-    """A refusal of other rows, by `rows_of`, than a checkpoint's `known`, which older ones do not have."""
-    if known not in (None, found) and "data" not in config.resume_changes:
+    """A refusal of other rows, by `rows_of`, than a checkpoint's `known`."""
+    if known != found and "data" not in config.resume_changes:
         yield Refusal(
             f"data of {found['prompts']} prompts with resume={config.resume}",
             f"has other rows than those that {checkpoint} was trained on, {known['prompts']} prompts",
@@ -62,16 +62,14 @@ def changed_rows(
         )
 
 
-def changes(config: RunConfig, before: Mapping[str, Any] | None, checkpoint: Path) -> str | None:
+def changes(config: RunConfig, before: Mapping[str, Any], checkpoint: Path) -> str | None:
     """A sentence about what differs from a checkpoint's configuration `before`; None where nothing of weight does."""
     words = ", ".join(f"{key}={_shown(new)} (was {_shown(old)})" for key, old, new in _differences(config, before))
     return f"continues {checkpoint.name} with other settings: {words}" if words else None
 
 
-def _differences(config: RunConfig, before: Mapping[str, Any] | None) -> Iterator[tuple[str, Any, Any]]:
+def _differences(config: RunConfig, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Keys that both configurations have, with the old and the new value."""
-    if before is None:
-        return
     # As it will be read from JSON again.
     now = json.loads(json.dumps(config.model_dump(mode="json")))
     for key, old, new in _both(before, now):

@@ -112,14 +112,14 @@ def _target_tokens(
 
 def _kept(session: Session, settings: ExplanationSettings, step: int, prompt: Prompt) -> list | None:
     """What an earlier step made of the prompt's explanations: [step, {number: [chain_length, tokens]}]."""
-    entry = session.progress.explanations.get(str(prompt.index))
+    entry = session.texts.get(str(prompt.index))
     return entry if entry is not None and entry[0] < step < entry[0] + settings.refresh_every else None
 
 
 def _keep(session: Session, step: int, prompt: Prompt, target: Target, tokens: tuple[int, ...]) -> None:
-    entry = session.progress.explanations.setdefault(str(prompt.index), [step, {}])
-    if entry[0] != step:
-        entry[:] = [step, {}]
+    entry = session.texts.get(str(prompt.index))
+    if entry is None or entry[0] != step:
+        entry = session.texts[str(prompt.index)] = [step, {}]
     # Of a prompt that was drawn twice in the step, the first group's. Keys as JSON has them.
     entry[1].setdefault(str(target.number), [target.chain_length, list(tokens)])
 
@@ -133,6 +133,6 @@ def _take_kept(session: Session, settings: ExplanationSettings, rollouts: Rollou
             rollouts.count("explanations_reused")
             if session.world.is_first:
                 rollouts.my_targets[group, int(number)] = tuple(tokens)
-    kept = session.progress.explanations
+    kept = session.texts
     for name in [name for name, entry in kept.items() if entry[0] + settings.refresh_every <= step + 1]:
         del kept[name]

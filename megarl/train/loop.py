@@ -66,7 +66,7 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
         record.update(result)
         _stop_if_stuck(session)
     session.progress.step = step
-    session.progress.cursor = session.stream.state()
+    session.carry.step_ends()
     session.stops.step_ends()
     return record.write()
 

@@ -30,7 +30,7 @@ class StepRecord:
         """Take the step's groups."""
         self._rollouts = rollouts
         for name, amount in rollouts.counters.items():
-            self._session.progress.count(name, amount)
+            self._session.counters.count(name, amount)
 
     def add(self, values: dict[str, float]) -> None:
         """Take further numbers of the step."""

@@ -9,10 +9,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megarl.config import files
-from megarl.config.load import dump_config, load_config
+from megarl.config.load import dump_config
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -46,9 +45,9 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
     checkpoint = checkpoint_folder.find(directory / "checkpoints")
     if checkpoint is None:
         return
-    yield from differences.changed_parts(config, _configuration(checkpoint, directory), checkpoint)
     progress = checkpoint_folder.read_progress(checkpoint)
     checkpoint_folder.check_resumable(checkpoint, progress)
+    yield from differences.changed_parts(config, progress["config"], checkpoint)
     if (Path(config.model.path) / "config.json").is_file():
         checkpoint_folder.check_model(checkpoint, progress, read_model_shape(config.model.path))
 
@@ -73,11 +72,10 @@ def outlook(config: RunConfig) -> str | None:
     """A sentence about what is left of a run that would continue, for a run whose `refusals` are none."""
     if (sentence := finished(config)) is not None or config.resume == "never":
         return sentence
-    directory = run_directory(config)
-    checkpoint = checkpoint_folder.find(directory / "checkpoints")
+    checkpoint = checkpoint_folder.find(run_directory(config) / "checkpoints")
     if checkpoint is None:
         return None
-    return differences.changes(config, _configuration(checkpoint, directory), checkpoint)
+    return differences.changes(config, checkpoint_folder.read_progress(checkpoint)["config"], checkpoint)
 
 
 def finished(config: RunConfig) -> str | None:
@@ -114,14 +112,3 @@ def keep_configuration(config: RunConfig, step: int) -> None:
             kept = directory / f"config.until_step_{step:06d}.{number}.yaml"
         kept.write_text(before, encoding="utf-8")
     file.write_text(text, encoding="utf-8")
-
-
-def _configuration(checkpoint: Path, directory: Path) -> dict[str, Any] | None:
-    """What a checkpoint was trained with; of one that does not keep it, as older ones, what its run's folder says."""
-    kept = checkpoint_folder.read_progress(checkpoint).get("config")
-    if kept is not None:
-        return kept
-    try:
-        return load_config(directory / "config.yaml").model_dump(mode="json")
-    except Refusal:
-        return None

@@ -176,7 +176,7 @@ def _finish(session: Session, accuracy: float | None, started: float) -> dict[st
         "peak_memory_bytes_per_process": gather_all(peak_memory_bytes()),
         "skipped_updates": session.progress.skipped_updates,
         "data": session.data.counters,
-        "counters": session.progress.counters,
+        "counters": dict(session.counters),
     }
     return session.recorder.finish(summary)
 

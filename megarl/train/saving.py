@@ -1,4 +1,4 @@
-"""Saves and restores a session: checkpoints with the loop's progress, and rollouts."""
+"""Saves and restores a session: checkpoints with what the run carries, and rollouts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megarl.train.session import Progress, Session, unfinished_directory
 
 
 def save_checkpoint(session: Session) -> None:
-    """Save weights, optimizer and progress under runs/<name>/checkpoints. Collective.
+    """Save weights, optimizer, progress and carried states under runs/<name>/checkpoints. Collective.
 
     Raises `Diverged` on all ranks, with nothing written or removed, where the policy is not finite.
     """
@@ -34,7 +34,7 @@ def save_checkpoint(session: Session) -> None:
             session.policy,
             run_directory(session.config) / "checkpoints",
             session.progress.step,
-            dataclasses.asdict(session.progress) | _of_the_run(session),
+            dataclasses.asdict(session.progress) | {"states": session.carry.states()} | _of_the_run(session),
             optimizer=settings.optimizer,
             # While updates are skipped, nobody knows what these weights are worth.
             keep=settings.keep if session.policy.skipped_in_a_row == 0 else sys.maxsize,
@@ -62,7 +62,9 @@ def resume(session: Session) -> bool:
     _compare(session, saved)
     names = {f.name for f in dataclasses.fields(Progress)}
     session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
-    session.stream.restore(session.progress.cursor)
+    # A state is only understood by the algorithm whose it was.
+    same = saved["config"]["algorithm"]["name"] == config.algorithm.name
+    session.carry.restore(saved["states"], anew=() if same else ("algorithm",))
     session.saved_step = session.progress.step
     return True
 
@@ -80,11 +82,11 @@ def _rows(session: Session) -> dict[str, Any]:
 
 def _compare(session: Session, saved: dict[str, Any]) -> None:
     """Say what differs from the run that saved a checkpoint. Raises `Refusal` for what may not, on all ranks."""
-    config, before = session.config, saved.get("config")
+    config, before = session.config, saved["config"]
     checkpoint_directory = run_directory(config) / "checkpoints" / f"step_{saved['step']:06d}"
     for refusal in differences.changed_parts(config, before, checkpoint_directory):
         raise refusal
-    for refusal in differences.changed_rows(config, _rows(session), saved.get("data"), checkpoint_directory):
+    for refusal in differences.changed_rows(config, _rows(session), saved["data"], checkpoint_directory):
         raise refusal
     if (sentence := differences.changes(config, before, checkpoint_directory)) is not None:
         session.recorder.status(sentence)

@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
 from megarl.policy.policy import Policy
 from megarl.rewards.scorer import Scoring, build_scoring
 from megarl.rollout.engine import Engine
+from megarl.train.carry import Carry, Counters, Table
 from megarl.train.clock import Clock
 from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
@@ -41,22 +42,14 @@ from megarl.weights.push import Push
 
 @dataclass
 class Progress:
-    """Where the run is; saved with every checkpoint. `step` counts finished steps; `explanations` are those that
-    later steps may use again, by prompt index (`megarl.train.explanations`)."""
+    """Where the loop is; saved with every checkpoint, beside the states of `Session.carry`. `step` counts finished
+    steps."""
 
     step: int = 0
-    cursor: int = 0
     accuracy_before: float | None = None
     skipped_updates: int = 0
-    counters: dict[str, int] = field(default_factory=dict)
-    explanations: dict[str, list] = field(default_factory=dict)
     evaluation_due: bool = False
     """An evaluation was begun and not finished."""
-
-    def count(self, name: str, amount: int = 1) -> None:
-        """Add to a counter of the run."""
-        if amount:
-            self.counters[name] = self.counters.get(name, 0) + amount
 
 
 @dataclass
@@ -86,6 +79,10 @@ class Session:
     recorder: Recorder
     clock: Clock
     progress: Progress
+    counters: Counters
+    texts: Table[list]
+    """Texts to learn that later steps may use again, by prompt index (`megarl.train.explanations`)."""
+    carry: Carry
     stops: Stops
     serving: str | None = None
     saved_step: int | None = None
@@ -157,6 +154,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         engine.sleep()
     scorer, evaluation_scorer = _scorers(config, engine, recorder, data, held_out)
     recorder.status("building the policy")
+    stream, counters, texts = _stream(config, data), Counters(), Table[list]()
     policy = Policy(config, shape, world, grid, step_budget=implied.updates, temperature=implied.temperature)
     _load_weights(policy, config, implied.parameter_sets)
     return Session(
@@ -167,7 +165,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         tokenizer=tokenizer,
         data=data,
         evaluation_data=held_out,
-        stream=_stream(config, data),
+        stream=stream,
         algorithm=algorithm,
         policy=policy,
         engine=engine,
@@ -179,6 +177,9 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         recorder=recorder,
         clock=Clock(recorder.phase),
         progress=Progress(),
+        counters=counters,
+        texts=texts,
+        carry=Carry({"stream": stream, "counters": counters, "texts": texts, "algorithm": algorithm}),
         stops=stops,
     )
 

@@ -42,7 +42,7 @@ def _sequence(session: Session, prompt: Prompt, number: int) -> Sequence:
     response = response_ids(session.tokenizer, prompt.solution)
     limit = session.config.rollout.max_tokens
     if len(response) > limit:
-        session.progress.count("solutions_cut")
+        session.counters.count("solutions_cut")
         response = response[:limit]
     return Sequence(
         tokens=np.array([*prompt.token_ids, *response], np.int32),

@@ -1,0 +1,70 @@
+"""What a run carries from step to step beside its weights: named states, in every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Stateful(Protocol):
+    """Owner of a state that a run carries. All ranks have the same: rank 0's is saved, and restored on all."""
+
+    def state(self) -> Any:
+        """What there is to save, of JSON's types, keys being text. Later steps leave what was returned as it is."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Be as when `state` was returned."""
+        ...
+
+
+class Carry:
+    """The states of a run, each by its name with its owner.
+
+    A checkpoint has what they were when the last whole step ended: a step that is given up in its midst, as a run may
+    be asked to stop there, leaves no trace, and is made again.
+    """
+
+    def __init__(self, owners: Mapping[str, Stateful]) -> None:
+        self._owners = dict(owners)
+        self._states: dict[str, Any] = {}
+        self.step_ends()
+
+    def step_ends(self) -> None:
+        """Take the states as they are now for those that are saved."""
+        self._states = {name: owner.state() for name, owner in self._owners.items()}
+
+    def states(self) -> dict[str, Any]:
+        """What a checkpoint keeps, by name."""
+        return dict(self._states)
+
+    def restore(self, states: Mapping[str, Any], *, anew: Collection[str] = ()) -> None:
+        """Give every owner the state that was saved, but for those `anew`, which begin as in a new run."""
+        for name, owner in self._owners.items():
+            if name not in anew:
+                owner.restore(states[name])
+        self.step_ends()
+
+
+class Table(dict[str, Value], Generic[Value]):
+    """A table that a run carries. A value is replaced as a whole, never changed in place: a saved one may be it."""
+
+    def state(self) -> dict[str, Value]:
+        """A copy."""
+        return dict(self)
+
+    def restore(self, state: Mapping[str, Value]) -> None:
+        """Have what `state` has, and nothing else."""
+        self.clear()
+        self.update(state)
+
+
+class Counters(Table[int]):
+    """Counters of the whole run."""
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter; one that is 0 has no entry."""
+        if amount:
+            self[name] = self.get(name, 0) + amount
