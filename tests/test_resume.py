@@ -20,11 +20,38 @@ from parity import read_checkpoint
 #: Fields of a step's metrics that say how long it took and how much memory, which no two runs share.
 MACHINE = ("seconds", "peak_memory_bytes", "time_shares")
 
+#: GRPO with a step size that depends on all steps before: a state of its own, as an algorithm of a user's may have.
+REMEMBERING = """
+from megarl.algorithms.grpo import Grpo
+from megarl.config.algorithms.grpo import GroupRelativeSettings
+
+class Remembering(Grpo):
+    class Settings(GroupRelativeSettings):
+        pass
+
+    seen, total = 0, 0.0
+
+    def batch_advantages(self, advantages, tokens):
+        self.seen, self.total = self.seen + 1, self.total + sum(map(abs, advantages))
+        return tuple(advantage * (1 + self.total / 1000) for advantage in advantages)
+
+    def state(self):
+        return {"seen": self.seen, "total": self.total}
+
+    def restore(self, state):
+        self.seen, self.total = state["seen"], state["total"]
+"""
+
 RUN: dict[str, Any] = {
     "resume": "auto",
     "parallel": {"processes": 2, "tensor": 2},
     # The reference stays the model before training, also in a run that continues from later weights.
-    "algorithm": {"name": "grpo", "kl_coefficient": 0.02, "dynamic_sampling": True, "max_generation_batches": 2},
+    "algorithm": {
+        "name": "remembering:Remembering",
+        "kl_coefficient": 0.02,
+        "dynamic_sampling": True,
+        "max_generation_batches": 2,
+    },
     "batch": {"prompts": 6, "tokens_per_microbatch": 192, "updates": 2},
     "optimizer": {"lr": 1e-3, "warmup_steps": 3, "decay": "linear"},
     "checkpoint": {"every": 2, "export_hf": True},
@@ -47,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (folder / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     (folder / "data" / "many.jsonl").write_text("".join(rows[:36]))
     (folder / "data" / "few.jsonl").write_text("".join(rows[36:]))
+    (folder / "remembering.py").write_text(REMEMBERING)
     arithmetic_run.write_run(folder, **RUN)
     return folder
 
@@ -92,6 +120,10 @@ def test_killed_and_resumed_is_the_same_as_never_interrupted(folder: Path):
     made = {int(step): int(count) for step, count in re.findall(r"step (\d): (\d+) completions were made before", said)}
     assert made.keys() == {3, 4} and made[3] in (24, 48) and made[4] > 0
     assert list((broken / "unfinished").iterdir()) == []
+    states = [
+        json.loads((run / "checkpoints/step_000006/progress.json").read_text())["states"] for run in (whole, broken)
+    ]
+    assert states[0] == states[1] and states[0]["algorithm"]["seen"] == 6 and states[0]["stream"] >= 36
 
     assert len(lines(whole / "metrics.jsonl")) == 6
     counts = [line["answers_by_source"] for line in lines(whole / "metrics.jsonl")]
