@@ -12,8 +12,8 @@ class Stateful(Protocol):
     """Owner of a state that a run carries. All ranks have the same: rank 0's is saved, and restored on all."""
 
     def state(self) -> Any:
-        """What there is to save, of JSON's types, keys being text; asked for at the end of every step, so that it should
-        share, not copy, what is large. Later steps leave what was returned as it is."""
+        """What there is to save, of JSON's types, keys being text. It is asked for at the end of every step: it should
+        share what is large and not copy it, and later steps leave what was returned as it is."""
         ...
 
     def restore(self, state: Any) -> None:
