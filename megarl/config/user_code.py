@@ -66,6 +66,20 @@ def described(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text
 
 
+def named(value: Any) -> str:
+    """A value in a message: itself where it is short and more than an address, and its type."""
+    if value is None:
+        return "None"
+    try:
+        text = " ".join(repr(value).encode(errors="replace").decode().split())
+    except Exception:
+        text = ""
+    kind = type(value).__name__
+    article = "an" if kind[:1].lower() in "aeiou" else "a"
+    tells = 0 < len(text) <= 60 and not text.startswith("<")
+    return f"{text} ({article} {kind})" if tells else f"{article} {kind}"
+
+
 def _is_ours(filename: str) -> bool:
     """Whether a frame is of the way to the user's code: of this package, or of Python's import system."""
     return filename.startswith(("<frozen ", str(Path(__file__).parents[1]) + os.sep)) or filename == importlib.__file__

@@ -158,7 +158,7 @@ class Grader:
 
     def _collect(self) -> list[tuple[int, float | _Failure]]:
         """Wait for the next message or deadline; returns (item number, reward or failure) of what ended by it."""
-        timeout = max(0.0, min(worker.deadline for worker in self._busy()) - time.monotonic())
+        timeout = max(0.0, min(worker.deadline.at for worker in self._busy()) - time.monotonic())
         pipes = {worker.stdout.fileno(): position for position, worker in enumerate(self._workers)}
         poll = select.poll()
         for pipe in pipes:
@@ -168,22 +168,21 @@ class Grader:
             position = pipes[pipe]
             worker, item = self._workers[position], self._workers[position].item
             try:
-                message = worker.receive()
+                messages = worker.receive()
             except (EOFError, json.JSONDecodeError):
                 self._replace(position)
                 if item is not None:
                     finished.append((item, _Failure(DIED, f"ended its process ({worker.ended()})")))
                 continue
-            if message is None:
-                continue
-            if item is None:
-                self._note_start(worker, message)
-            else:
-                worker.item = None
-                finished.append((item, self._reward(message)))
+            for message in messages:
+                if item is None:
+                    self._note_start(worker, message)
+                else:
+                    worker.item = None
+                    finished.append((item, self._reward(message)))
         for position, worker in enumerate(self._workers):
-            if worker in self._busy() and worker.overdue():
-                late = _Failure(TIMEOUT, f"gave no result within {worker.limit:g} s")
+            if worker in self._busy() and worker.deadline.passed():
+                late = _Failure(TIMEOUT, f"gave no result within {worker.deadline.seconds:g} s")
                 if not (worker.ready or self._begun):
                     self._refuse(late, worker)
                 self._replace(position)

@@ -1,8 +1,6 @@
 """A grading process: reads one request per line from standard input, answers with one line each.
 
-`main(KIND, BACKSTOP_SECONDS)` is what `megarl.rewards.grader` starts. It is started fresh rather than forked, because
-the training process holds communication and engine threads that do not survive a fork, and it imports neither torch nor
-vllm.
+`main(KIND, BACKSTOP_SECONDS)` is what `megarl.rewards.grader` starts. It imports neither torch nor vllm.
 
 Lines are JSON. First line out: `{"ready": true}` or `{"refused": why}`. Request: `[text, [answer, ...], source,
 {column: value}]`. Reply: `{"reward": number}` or `{"error": why}`.
@@ -12,14 +10,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import resource
-import signal
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from megarl.config import user_code
-from megarl.parallel import terminal
+from megarl.parallel.helping import backstop, send, take_pipes
 from megarl.rewards.math import boxed_equals, math_equals, prepare
 
 #: f(text, answer, source), with further columns of the data set by name.
@@ -44,7 +40,7 @@ def reward_function(kind: str) -> RewardFunction:
         return lambda text, answer, source: float(boxed_equals(text, answer))
     function = user_code.load(kind)
     if not callable(function):
-        raise user_code.Unusable(f"{kind.rpartition(':')[2]} is no function but {_named(function)}")
+        raise user_code.Unusable(f"{kind.rpartition(':')[2]} is no function but {user_code.named(function)}")
     return function
 
 
@@ -88,48 +84,12 @@ def _number(value: Any) -> float:
             return float("inf") if value > 0 else float("-inf")
         except (TypeError, ValueError):
             pass
-    raise NoNumber(f"returned {_named(value)}, which is no number")
+    raise NoNumber(f"returned {user_code.named(value)}, which is no number")
 
 
-def _named(value: Any) -> str:
-    """A value in a message: itself where it is short and more than an address, and its type."""
-    if value is None:
-        return "None"
-    try:
-        text = " ".join(repr(value).encode(errors="replace").decode().split())
-    except Exception:
-        text = ""
-    kind = type(value).__name__
-    article = "an" if kind[:1].lower() in "aeiou" else "a"
-    tells = 0 < len(text) <= 60 and not text.startswith("<")
-    return f"{text} ({article} {kind})" if tells else f"{article} {kind}"
-
-
-def _private_pipes() -> tuple[TextIO, TextIO]:
-    """Take standard input and output away for the protocol: what a reward function prints goes to standard error."""
-    requests = os.fdopen(os.dup(0), "r", encoding="utf-8", newline="\n")
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    os.dup2(2, 1)
-    return requests, replies
-
-
-def _send(replies: TextIO, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()
-
-
-def main(kind: str, backstop_seconds: float) -> int:
+def main(kind: str, backstop_seconds: str) -> int:
     """Serve until standard input closes. The exit status is 1 where `kind` cannot be imported."""
-    # A scheduler or a terminal sends them to every process of a run; what is graded then is still wanted. The end comes
-    # by the pipe.
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
-    requests, replies = _private_pipes()
-    # A reward that prints must not fail because nobody reads it.
-    terminal.keep()
+    requests, replies = take_pipes()
     try:
         function = reward_function(kind)
         if kind in ("math", "boxed"):
@@ -138,20 +98,17 @@ def main(kind: str, backstop_seconds: float) -> int:
                 prepare()
     except Exception as error:
         why = str(error) if isinstance(error, user_code.Unusable) else user_code.described(error)
-        _send(replies, {"refused": why})
+        send(replies, {"refused": why})
         return 1
-    _send(replies, {"ready": True})
+    send(replies, {"ready": True})
     for line in requests:
         request = json.loads(line)
-        # The parent enforces the time limit. This alarm, which no Python code can delay because it has no
-        # handler, ends a hanging process whose parent was killed first.
-        signal.setitimer(signal.ITIMER_REAL, backstop_seconds)
-        try:
-            reply = {"reward": best_reward(function, *request)}
-        except NoNumber as error:
-            reply = {"error": str(error)}
-        except BaseException as error:  # an exit included
-            reply = {"error": f"raised {user_code.described(error)}"}
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(replies, reply)
+        with backstop(float(backstop_seconds)):
+            try:
+                reply = {"reward": best_reward(function, *request)}
+            except NoNumber as error:
+                reply = {"error": str(error)}
+            except BaseException as error:  # an exit included
+                reply = {"error": f"raised {user_code.described(error)}"}
+        send(replies, reply)
     return 0

@@ -1,0 +1,1 @@
+"""Environments of several turns: what answers the policy while it generates."""
