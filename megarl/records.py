@@ -7,13 +7,27 @@ engine and never re-tokenised.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
 #: What a sample is: an answer to the prompt's question, or to its hinted question.
 SampleKind = Literal["answer", "explanation"]
+
+
+#: Whose tokens they are: the policy's, other weights', an environment's, a hint's, or a text's that is to be learned.
+Source = Literal["policy", "other", "environment", "hint", "text"]
+
+
+class Stretch(NamedTuple):
+    """Consecutive tokens of a response, from `start` up to `end`: whose they are, and the `version` of the weights that
+    made them, or before which they were put."""
+
+    start: int
+    end: int
+    source: Source
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

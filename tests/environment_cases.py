@@ -90,6 +90,10 @@ class Misbehaves:
                 return Reply("x" * 100_001)
             case "counters":
                 return Reply("x", counters=[3])  # type: ignore[list-item]
+            case "beyond":
+                return Reply([7, 131])
+            case "long":
+                return Reply([7] * 60)
             case "closes its output":
                 os.close(1)
         return Reply("fine", 0.5)

@@ -334,6 +334,7 @@ def replicas_scenario(world: Any, folder: Path) -> Any:
         "shared again": engine.generate(work, sampling, engine.shared_counter(len(work))),
         "unseeded": engine.generate(requests(41, seeded=False), sampling, engine.fixed_assignment(len(work))),
         **continued(engine, sampling),
+        "turns": turns(engine, folder),
     }
 
 
@@ -380,6 +381,99 @@ def continued(engine: Any, sampling: Any) -> dict[str, Any]:
         "counts": counts,
         "left": left,
     }
+
+
+def word_tokenizer(folder: Path) -> Any:
+    """A tokenizer of the models' 130 tokens: w0 to w129, with blanks between them."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from megarl.data.tokenizer import load_tokenizer
+
+    inner = Tokenizer(models.WordLevel({f"w{number}": number for number in range(130)}, "w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    folder.mkdir(parents=True, exist_ok=True)
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w1"}))
+    return load_tokenizer(folder)
+
+
+#: What the environments of ten samples do; of three tokens, they end with the token 129.
+DEEDS = ("nothing", "raises", "dies", "sleeps", "dict", "start raises", "start dict", "beyond", "long", "nothing")
+
+
+def turns(engine: Any, folder: Path) -> dict[str, Any]:
+    """Samples of several turns, by environments good and bad."""
+    import dataclasses
+    import math
+
+    import torch.distributed as dist
+
+    from megarl.config.environments import EnvironmentSettings
+    from megarl.environments import host as hosts
+    from megarl.records import Prompt
+    from megarl.rollout.engine import Request, Sampling
+    from megarl.rollout.turns import Bounds, Task, play
+
+    tokenizer = word_tokenizer(folder / f"tokenizer-{dist.get_rank()}")
+    asked = requests(24)
+    tasks = [Task(one.index, Prompt(one.index, one.prompt_token_ids, "", "nothing"), one.seed) for one in asked]
+    sampling, made = Sampling(max_tokens=40), []
+    complete = engine._completion
+
+    def completed(output: Any, request_id: str) -> Any:
+        made.append((len(output.outputs[0].token_ids), output.num_cached_tokens))
+        return complete(output, request_id)
+
+    def played(settings: dict[str, Any], bounds: Any, tasks: Any = tasks, grade: Any = None) -> list[dict[str, Any]]:
+        host = hosts.build(EnvironmentSettings(**settings), tokenizer, None, grade) if engine.speaks else None
+        made.clear()
+        engine._completion = completed
+        finished: list[Any] = []
+        found = play(engine, tasks, sampling, bounds, host, engine.fixed_assignment(len(tasks)), finished.append)
+        engine._completion = complete
+        assert sorted(one.index for one in finished) == [one.index for one in found]
+        if host is not None:
+            host.close()
+        as_numbers = [dataclasses.asdict(one) for one in found]
+        for one in as_numbers:
+            one["log_probs"] = [None if math.isnan(value) else value for value in one["log_probs"]]
+        return as_numbers
+
+    tokens = {"kind": "environment_cases:Tokens", "arguments": {"turns": 3, "sleep": 0.05}}
+    bounds = Bounds(turns=4, tokens=60, prompt_tokens=40, turn_tokens=12, samples=9)
+    exact = dataclasses.replace(bounds, in_order=True)
+    results: dict[str, Any] = {"played": played(tokens, bounds), "made": list(made)}
+    results["in order"], results["again"] = played(tokens, exact), played(tokens, exact)
+    first = [Request((*one.prompt_token_ids, 4), one.index, one.seed, 12) for one in asked]
+    results["first turns"] = engine.generate(first, sampling, engine.fixed_assignment(len(first)))
+    results["few turns"] = played(tokens, dataclasses.replace(bounds, turns=2))
+    results["little room"] = played(tokens, dataclasses.replace(bounds, tokens=15))
+    results["short prompts"] = played(tokens, dataclasses.replace(bounds, prompt_tokens=8))
+    deeds = [Task(one.index, dataclasses.replace(one.prompt, answer=DEEDS[one.index % 10]), one.seed) for one in tasks]
+    results["deeds"] = played({"kind": "environment_cases:Misbehaves", "time_limit": 1.0}, bounds, deeds)
+
+    def grade(said: Any) -> list[float]:
+        return [float(len(one.token_ids) % 2) for one in said]
+
+    retry = {"kind": "retry", "arguments": {"message": "w50 w51"}}
+    results["retry"] = played(retry, dataclasses.replace(bounds, in_order=True), grade=grade)
+    if engine.speaks:
+
+        def grade_no_more(said: Any) -> list[float]:
+            from megarl.errors import ScoringStopped
+
+            raise ScoringStopped("the judge is away")
+
+        grade = grade_no_more
+    try:
+        played(retry, bounds, grade=grade)
+    except Exception as error:
+        engine._completion = complete
+        results["stopped"] = f"{type(error).__name__}: {error}"
+    results["running"] = engine.running
+    return results
 
 
 def generate_scenario(world: Any, folder: Path) -> Any:

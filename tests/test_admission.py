@@ -56,6 +56,43 @@ def test_a_reward_that_cannot_be_imported(run_file: Path, kind: str, word: str) 
     assert kind in sentence and word in sentence
 
 
+ENVIRONMENT = """
+class NoTurn:
+    def start(self, prompt): pass
+class Fails:
+    def __init__(self, size): self.size = size
+    def start(self, prompt): return 5 if self.size else None
+    def turn(self, said): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        ("nowhere.mine:Game", "must lead to a class with the methods start and turn (ModuleNotFoundError: No module"),
+        ("mine:Other", "must lead to a class with the methods start and turn (AttributeError: module 'mine' has no"),
+        ("mine:NoTurn", "must lead to a class with the methods start and turn (class NoTurn has no method turn)"),
+        ("mine:Fails", "must start with the first row of the data, and called with () it raised TypeError: Fails."),
+        (
+            "mine:Fails rollout.environment.arguments={'size':1}",
+            "must start with the first row of the data, and called with (size=1) it gave 5 (an int) from start instead",
+        ),
+        ("retry rollout.environment.arguments={'tries':0}", "must start with the first row of the data, and called"),
+        ("calculator rollout.environment.arguments={'digits':3}", "must start with the first row of the data, and"),
+        ("mine:Fails rollout.environment.arguments={'size':0}", None),
+        ("calculator", None),
+    ],
+)
+def test_an_environment_that_cannot_be_used(run_file: Path, overrides: str, rule: str | None) -> None:
+    Path("mine.py").write_text(ENVIRONMENT)
+    found = said(run_file, *f"rollout.environment.kind={overrides}".split())
+    if rule is None:
+        assert found == []
+    else:
+        (sentence,) = found
+        assert sentence.startswith(f"rollout.environment.kind={overrides.split()[0]}: {rule}"), sentence
+
+
 def test_data_that_cannot_be_used(run_file: Path) -> None:
     Path("rows.csv").write_text("prompt,reply\n1+1=,2\n")
     (sentence,) = said(run_file, "data.path=rows.csv")

@@ -27,6 +27,26 @@ REFUSED: list[tuple[str, str]] = [
         "Fix: install it (pip install wandb), or leave logging.wandb out.",
     ),
     (
+        "rollout.environment.kind=calculate",
+        "rollout.environment.kind=calculate: must be calculator, retry, package.module:Class or folder/file.py:Class. "
+        "Fix: correct rollout.environment.kind.",
+    ),
+    (
+        "rollout.environment.kind=retry rollout.environment.max_turn_tokens=65",
+        "rollout.environment.max_turn_tokens=65: must not exceed rollout.max_tokens=64, which bounds all turns and "
+        "observations together. Fix: lower it, or leave it out.",
+    ),
+    (
+        "rollout.environment.kind=retry algorithm=start algorithm.responses=2 reward.graded=response",
+        "rollout.environment.kind=retry: cannot be told from the response, which algorithm.name=start generates by "
+        "itself. Fix: use another algorithm, or remove rollout.environment.",
+    ),
+    (
+        "rollout.environment.kind=retry evaluation.consumer=initial reward.graded=response",
+        "rollout.environment.kind=retry: does not answer evaluation.consumer, which continues the policy's thinking. "
+        "Fix: remove one of the two.",
+    ),
+    (
         "parallel.sequence=true",
         "parallel.sequence=true: needs parallel.tensor > 1. Fix: set parallel.tensor to 2 or more, or leave it off.",
     ),

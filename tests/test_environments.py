@@ -97,21 +97,21 @@ DEEDS = {
     "sleeps": ("environment_timed_out", "gave no reply within 1 s"),
     "spins": ("environment_timed_out", "gave no reply within 1 s"),
     "holds the lock": ("environment_timed_out", "gave no reply within 1 s"),
-    "dict": ("environment_bad_reply", "turn returned {'observation': 'x'} (a dict) instead of a Reply"),
-    "nan": ("environment_bad_reply", "turn gave the reward nan (a float), which is no finite number"),
-    "bool": ("environment_bad_reply", "turn gave the reward True (a bool), which is no finite number"),
+    "dict": ("environment_bad_reply", "gave {'observation': 'x'} (a dict) from turn instead of a Reply"),
+    "nan": ("environment_bad_reply", "gave the reward nan (a float), which is no finite number"),
+    "bool": ("environment_bad_reply", "gave the reward True (a bool), which is no finite number"),
     "mixed": (
         "environment_bad_reply",
-        "turn gave a list of something else than messages (role and content) or token ids",
+        "gave a list from turn of something else than messages (role and content) or token ids",
     ),
-    "number": ("environment_bad_reply", "turn gave 5 (an int) instead of text, messages or token ids"),
-    "empty": ("environment_bad_reply", "turn gave [] (a list) instead of text, messages or token ids"),
-    "huge": ("environment_bad_reply", "turn gave 100001 characters, more than 100000"),
-    "counters": ("environment_bad_reply", "turn gave the counters [3] (a list), which are no list of names"),
+    "number": ("environment_bad_reply", "gave 5 (an int) from turn instead of text, messages or token ids"),
+    "empty": ("environment_bad_reply", "gave [] (a list) from turn instead of text, messages or token ids"),
+    "huge": ("environment_bad_reply", "gave 100001 characters from turn, more than 100000"),
+    "counters": ("environment_bad_reply", "gave the counters [3] (a list), which are no list of names"),
     "start raises": ("environment_raised", "raised RuntimeError: no more words (environment_cases.py, line"),
     "start dict": (
         "environment_bad_reply",
-        "start gave {'observation': 'x'} (a dict) instead of text, messages or token ids",
+        "gave {'observation': 'x'} (a dict) from start instead of text, messages or token ids",
     ),
     "closes its output": (None, ""),
     "nothing": (None, ""),
@@ -155,7 +155,8 @@ def test_what_is_not_awaited_any_more_is_not_heard_of():
         cases.start(0, prompt("nothing"))
         assert heard(cases, 1)[0].failure is None
         with pytest.raises(MegarlError, match="asked while it has not yet replied"):
-            cases.turn(1, "x"), cases.turn(1, "x")
+            for _ in range(2):
+                cases.turn(1, "x")
 
 
 def test_a_keeper_that_is_killed_is_started_again():

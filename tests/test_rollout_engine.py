@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from rollout_workers import FAMILIES, requests, write_checkpoint
+from rollout_workers import DEEDS, FAMILIES, requests, write_checkpoint
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
@@ -148,6 +148,7 @@ def test_replicas_share_the_work(folder: Path, generated: dict[str, Any]):
 
     for rank in ranks:
         check_continued(rank)
+    check_turns(folder, [turn for speaker in speakers for turn in [speaker["turns"]]])
 
 
 def check_continued(rank: dict[str, Any]) -> None:
@@ -164,6 +165,110 @@ def check_continued(rank: dict[str, Any]) -> None:
     # Second answers began while first ones were being made.
     assert [one.index >= 100 for one in rank["by hand"]] != sorted(one.index >= 100 for one in rank["by hand"])
     assert rank["counts"][-1] == 0 and rank["left"] == 0
+
+
+def check_turns(folder: Path, replicas: list[dict[str, Any]]) -> None:
+    """Samples of several turns, of two replicas."""
+
+    def of(way: str) -> list[dict[str, Any]]:
+        found = sorted((one for replica in replicas for one in replica[way]), key=lambda one: one["index"])
+        assert [one["index"] for one in found] == list(range(24))
+        return found
+
+    for one, request in zip(of("played"), requests(24), strict=True):
+        assert one["prompt_token_ids"] == (*request.prompt_token_ids, 4)
+        assert one["turns"] == 3 and one["failure"] is None
+        check_stretches(one)
+        assert [stretch[2] for stretch in one["stretches"]] == ["policy", "environment"] * 2 + ["policy"]
+        said = stretches(one, "policy")
+        assert stretches(one, "environment") == [(50, 51, 52)] * 2
+        assert one["reward"] == pytest.approx(sum(said[-1]) / 1000)
+        assert all(part[-1] == 1 or len(part) == 12 for part in said)
+        assert one["finish_reason"] == ("stop" if said[-1][-1] == 1 else "length")
+    check_log_probs(folder, of("played")[:6])
+    # Nothing is generated twice, and what was there before is found in the cache.
+    for replica in replicas:
+        kept = sum(len(part) for one in replica["played"] for part in stretches(one, "policy"))
+        assert sum(tokens for tokens, _ in replica["made"]) == kept
+        assert sum(cached for _, cached in replica["made"]) > 0
+    for one, first in zip(
+        of("played"),
+        sorted((one for replica in replicas for one in replica["first turns"]), key=lambda one: one.index),
+        strict=True,
+    ):
+        assert stretches(one, "policy")[0] == first.token_ids
+    assert [one["token_ids"] for one in of("in order")] == [one["token_ids"] for one in of("played")]
+    assert of("in order") == of("again")
+    for one in of("few turns"):
+        assert one["turns"] == 2 and one["finish_reason"] == "length"
+        assert one["counters"] == {"environment_turns_used_up": 1}
+        assert one["reward"] == pytest.approx(sum(stretches(one, "policy")[-1]) / 1000)
+    for one in of("little room"):
+        check_stretches(one)
+        assert len(one["token_ids"]) <= 15 and one["reward"] is not None
+        assert (one["counters"] == {"environment_no_room": 1}) == (one["turns"] < 3)
+    assert 1 in {one["turns"] for one in of("little room")} != {1}
+    for one, request in zip(of("short prompts"), requests(24), strict=True):
+        if len(request.prompt_token_ids) + 1 > 8:
+            assert one["failure"] == "environment_prompt_too_long" and one["token_ids"] == () and one["reward"] is None
+        else:
+            assert one["failure"] is None
+    check_deeds(of("deeds"))
+    for one in of("retry"):
+        said = stretches(one, "policy")
+        assert [len(part) % 2 for part in said] in ([1], [0, 1], [0, 0])
+        assert one["reward"] == len(said[-1]) % 2
+        assert stretches(one, "environment") == [(50, 51)] * (len(said) - 1)
+    assert all(replica["stopped"] == "ScoringStopped: the judge is away" for replica in replicas)
+    assert all(replica["running"] == 0 for replica in replicas)
+
+
+def stretches(played: dict[str, Any], source: str) -> list[tuple[int, ...]]:
+    return [played["token_ids"][start:end] for start, end, whose, _ in played["stretches"] if whose == source]
+
+
+def check_stretches(played: dict[str, Any]) -> None:
+    """They cover the tokens, and the policy's alone have log-probs."""
+    at = 0
+    for start, end, source, version in played["stretches"]:
+        assert start == at < end and version == 0
+        at = end
+        assert all((one is None) == (source == "environment") for one in played["log_probs"][start:end])
+    assert at == len(played["token_ids"]) == len(played["log_probs"])
+
+
+def check_log_probs(folder: Path, played: list[dict[str, Any]]) -> None:
+    """Against transformers' on the whole sequence."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "qwen2-1", dtype=torch.float32)
+    for one in played:
+        ids = torch.tensor([*one["prompt_token_ids"], *one["token_ids"]])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, len(one["prompt_token_ids"]) - 1 : -1]
+        expected = torch.log_softmax(logits.double(), -1)
+        for at, value in enumerate(one["log_probs"]):
+            if value is not None:
+                assert value == pytest.approx(float(expected[at, one["token_ids"][at]]), abs=1e-5)
+
+
+def check_deeds(played: list[dict[str, Any]]) -> None:
+    """An environment that misbehaves costs its own sample the reward, and a counter."""
+    failures = {
+        "raises": "environment_raised",
+        "dies": "environment_died",
+        "sleeps": "environment_timed_out",
+        "dict": "environment_bad_reply",
+        "start raises": "environment_raised",
+        "start dict": "environment_bad_reply",
+        "beyond": "environment_bad_reply",
+    }
+    for one in played:
+        deed = DEEDS[one["index"] % 10]
+        failure = failures.get(deed)
+        assert one["failure"] == failure, deed
+        assert one["turns"] == (0 if deed.startswith("start ") else 4 if deed == "nothing" else 1), deed
+        assert one["reward"] == (None if failure else 0.5 if deed == "nothing" else None), deed
+        counted = failure or {"nothing": "environment_turns_used_up", "long": "environment_no_room"}[deed]
+        assert one["counters"] == {counted: 1}
 
 
 @pytest.mark.parametrize("processes", [1, 2])

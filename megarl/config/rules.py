@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from megarl.config import files, layout_rules, user_code, vendor_fields
+from megarl.config import environments, files, layout_rules, user_code, vendor_fields
 from megarl.config.base import without_effect
 from megarl.config.data import source_refusals
 from megarl.config.grid import sequence_multiple
@@ -74,7 +74,7 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
-    yield from _consumer(config)
+    yield from chain(_consumer(config), _environment(config))
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
 
@@ -280,6 +280,20 @@ def _consumer(config: RunConfig) -> Iterator[Refusal]:
                 "must be response with evaluation.consumer: only the response is the consumer's",
                 f"set {name}.graded=response",
             )
+
+
+def _environment(config: RunConfig) -> Iterator[Refusal]:
+    settings = config.rollout.environment
+    if settings is None:
+        return
+    yield from environments.refusals(settings, config.rollout.max_tokens)
+    shown = f"rollout.environment.kind={settings.kind}"
+    if config.algorithm.answers_in_parts:
+        rule = f"cannot be told from the response, which algorithm.name={config.algorithm.name} generates by itself"
+        yield Refusal(shown, rule, "use another algorithm, or remove rollout.environment")
+    if config.evaluation.consumer is not None:
+        rule = "does not answer evaluation.consumer, which continues the policy's thinking"
+        yield Refusal(shown, rule, "remove one of the two")
 
 
 def _packages(config: RunConfig) -> Iterator[Refusal]:

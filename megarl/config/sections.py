@@ -19,6 +19,7 @@ from pydantic import (
 
 from megarl.config.base import PathText, Settings
 from megarl.config.data import DataSettings, DataSource, Sourced
+from megarl.config.environments import EnvironmentSettings
 from megarl.config.health import HealthSettings
 from megarl.config.rewards import RewardSettings
 
@@ -131,6 +132,9 @@ class RolloutSettings(Settings):
         default=None,
         description="Assign work to replicas in advance instead of drawing it from the shared counter; default: on the "
         "CPU yes, on a GPU no.",
+    )
+    environment: EnvironmentSettings | None = Field(
+        default=None, description="What answers the policy between turns of one sample; none: a sample is one answer."
     )
     chunk: PositiveInt = Field(default=32, description="Requests a replica draws at a time.")
     max_concurrent: PositiveInt = Field(

@@ -46,6 +46,14 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation by the chat template, which there is. Raises as `apply_chat`."""
+        ...
+
+    def chat_ids(self, text: str) -> list[int]:
+        """Ids of a piece of what `chat_text` gives."""
+        ...
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer at `path`.
@@ -126,10 +134,16 @@ class SentencePieceTokenizer:
     def apply_chat(self, messages: Sequence[Message]) -> list[int]:
         if self.chat_template is None:
             return _plain_chat(self, messages)
+        return self.chat_ids(self.chat_text(messages))
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        template = self.chat_template
+        assert template is not None
         named = {"bos_token": self.bos, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
         tokens = {name: self._model.IdToPiece(number) for name, number in named.items() if number is not None}
-        template = self.chat_template
-        text = checked(lambda: render(template, messages, tokens), messages, str(self._path))
+        return checked(lambda: render(template, messages, tokens), messages, str(self._path))
+
+    def chat_ids(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in re.split(f"({'|'.join(map(re.escape, self._controls))})", text):
             ids += [self._controls[part]] if part in self._controls else self.encode(part)
@@ -172,9 +186,14 @@ class HuggingFaceTokenizer:
     def apply_chat(self, messages: Sequence[Message]) -> list[int]:
         if self.chat_template is None:
             return _plain_chat(self, messages)
+        return self.chat_ids(self.chat_text(messages))
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
         rows = [dict(message) for message in messages]
         options = {"chat_template": self.chat_template, "add_generation_prompt": True, "tokenize": False}
-        text = checked(lambda: self._inner.apply_chat_template(rows, **options), messages, str(self._path))
+        return checked(lambda: self._inner.apply_chat_template(rows, **options), messages, str(self._path))
+
+    def chat_ids(self, text: str) -> list[int]:
         return self.encode(text)
 
 

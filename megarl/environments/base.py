@@ -116,35 +116,43 @@ def checked_prompt(value: Any) -> Any:
 def checked_reply(value: Any) -> dict[str, Any]:
     """What `turn` returned, in JSON's types. Raises `BadReply`."""
     if not isinstance(value, Reply):
-        raise BadReply(f"turn returned {named(value)} instead of a Reply")
+        raise BadReply(f"gave {named(value)} from turn instead of a Reply")
     reward, counters = value.reward, value.counters
     if reward is not None:
         if isinstance(reward, bool) or not isinstance(reward, Real) or not math.isfinite(reward):
-            raise BadReply(f"turn gave the reward {named(reward)}, which is no finite number")
+            raise BadReply(f"gave the reward {named(reward)}, which is no finite number")
         reward = float(reward)
     if isinstance(counters, str) or not isinstance(counters, Sequence) or not all(map(_is_name, counters)):
-        raise BadReply(f"turn gave the counters {named(counters)}, which are no list of names")
+        raise BadReply(f"gave the counters {named(counters)}, which are no list of names")
     observation = None if value.observation is None else _checked_said(value.observation, "turn")
     return {"observation": observation, "reward": reward, "counters": list(counters)}
 
 
 def _checked_said(value: Any, method: str) -> Any:
     if isinstance(value, str):
-        said: Any = value
+        said: Any = _checked_text(value, method)
         length = len(value)
     elif not isinstance(value, Sequence) or not value:
-        raise BadReply(f"{method} gave {named(value)} instead of text, messages or token ids")
+        raise BadReply(f"gave {named(value)} from {method} instead of text, messages or token ids")
     elif all(isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= 0 for one in value):
         said, length = [int(one) for one in value], len(value)
     elif all(_is_message(one) for one in value):
-        said = [dict(one) for one in value]
+        said = [{name: _checked_text(text, method) for name, text in one.items()} for one in value]
         length = sum(len(one["content"]) for one in value)
     else:
-        raise BadReply(f"{method} gave a list of something else than messages (role and content) or token ids")
+        raise BadReply(f"gave a list from {method} of something else than messages (role and content) or token ids")
     if length > LONGEST:
         unit = "tokens" if isinstance(said, list) and isinstance(said[0], int) else "characters"
-        raise BadReply(f"{method} gave {length} {unit}, more than {LONGEST}")
+        raise BadReply(f"gave {length} {unit} from {method}, more than {LONGEST}")
     return said
+
+
+def _checked_text(text: str, method: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadReply(f"gave a text from {method} with halves of characters (surrogates)") from None
+    return text
 
 
 def _is_message(value: Any) -> bool:

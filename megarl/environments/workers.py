@@ -11,7 +11,7 @@ from typing import Any
 
 from megarl.config.environments import EnvironmentSettings
 from megarl.environments.base import DIED, Traits
-from megarl.errors import MegarlError, Refusal
+from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel.helper import START_LIMIT, Helper
 from megarl.records import Prompt
 
@@ -60,10 +60,20 @@ class Environments:
     def end(self, sample: int) -> None:
         """A sample has come to its end; what it was asked is not awaited any more."""
         self._asked.discard(sample)
+        self._lost = [one for one in self._lost if one.sample != sample]
         self._send(["end", sample])
 
+    def note_failure(self, seen: str) -> None:
+        """An environment failed on a sample; `seen` continues a sentence about it."""
+        if self._first_failure is None:
+            kind = self._settings.kind
+            self._first_failure = f"rollout.environment.kind={kind} failed on a sample for the first time: it {seen}"
+
     def poll(self, timeout: float = 0.0) -> list[Answered]:
-        """Replies that have arrived; where there are none, those that arrive within `timeout` seconds."""
+        """Replies that have arrived; where there are none, those that arrive within `timeout` seconds.
+
+        Raises `ScoringStopped` where the keeper has ended and cannot be started any more.
+        """
         found, self._lost = self._lost, []
         ready = select.poll()
         ready.register(self._keeper.stdout, select.POLLIN)
@@ -100,12 +110,8 @@ class Environments:
     def _answered(self, sample: int, message: dict[str, Any]) -> Answered:
         if "failed" not in message:
             return Answered(sample, message["given"])
-        failed = Answered(sample, None, message["failed"], message["seen"])
-        self._first_failure = self._first_failure or self._sentence(failed)
-        return failed
-
-    def _sentence(self, failed: Answered) -> str:
-        return f"rollout.environment.kind={self._settings.kind} failed on a sample for the first time: it {failed.seen}"
+        self.note_failure(message["seen"])
+        return Answered(sample, None, message["failed"], message["seen"])
 
     def _ask(self, sample: int, request: list[Any]) -> None:
         if sample in self._asked:
@@ -114,9 +120,8 @@ class Environments:
         self._send(request)
 
     def _send(self, request: list[Any]) -> None:
-        # What JSON has no form for, such as a date, arrives as its text.
-        if not self._keeper.send(json.dumps(request, default=str).encode() + b"\n"):
-            self._replace()
+        # What JSON has no form for, such as a date, arrives as its text. That the keeper is gone is seen by `poll`.
+        self._keeper.send(json.dumps(request, default=str).encode() + b"\n")
 
     def _replace(self) -> None:
         """The keeper is gone, and with it every environment: somebody has ended it."""
@@ -124,9 +129,11 @@ class Environments:
         failed = [Answered(sample, None, DIED, f"ended its keeper ({self._keeper.ended()})") for sample in self._asked]
         self._asked.clear()
         self._lost += failed
-        if failed:
-            self._first_failure = self._first_failure or self._sentence(failed[0])
-        self._keeper, self.traits = self._begin()
+        self.note_failure(f"ended its keeper ({self._keeper.ended()})")
+        try:
+            self._keeper, self.traits = self._begin()
+        except Refusal as refusal:
+            raise ScoringStopped(f"Environments cannot be started any more: {refusal} Then resume the run.") from None
 
     def _begin(self) -> tuple[Helper, Traits]:
         settings = self._settings

@@ -16,6 +16,7 @@ from megarl.config.schema import RunConfig
 from megarl.data.preview import SECONDS, data_refusals, first_prompt
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megarl.environments import host as environments
 from megarl.errors import MegarlError, Refusal
 from megarl.formats import checkpoint_folder
 from megarl.rewards.grader import BUILTIN_KINDS
@@ -65,6 +66,9 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
         for section, reward in (("reward", config.reward), ("evaluation.reward", config.evaluation.reward)):
             for name, one in () if reward is None else reward.named_parts(section):
                 _look_at_reward(name, one, config, tokenizer)
+        if config.rollout.environment is not None and Implied(config, evaluates_alone=evaluates).has_engine:
+            first = first_prompt(config, tokenizer, held_out=False)
+            environments.build(config.rollout.environment, tokenizer, first).close()
     except Refusal as refusal:
         yield refusal
 
