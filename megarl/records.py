@@ -1,4 +1,4 @@
-"""The records that travel between the floors: prompts, samples, training sequences.
+"""The records that travel between the floors: prompts, trajectories, training sequences.
 
 Torch-free. Token ids are plain Python ints in tuples: they are made once by the tokenizer or the
 engine and never re-tokenised.
@@ -6,28 +6,18 @@ engine and never re-tokenised.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
-#: What a sample is: an answer to the prompt's question, or to its hinted question.
-SampleKind = Literal["answer", "explanation"]
-
-
-#: Whose tokens they are: the policy's, other weights', an environment's, a hint's, or a text's that is to be learned.
+#: Who put tokens into a response: the policy; other weights of the same model; an environment; a hint; or the
+#: algorithm, as a text to learn.
 Source = Literal["policy", "other", "environment", "hint", "text"]
-
-
-class Stretch(NamedTuple):
-    """Consecutive tokens of a response, from `start` up to `end`: whose they are, and the `version` of the weights that
-    made them, or before which they were put."""
-
-    start: int
-    end: int
-    source: Source
-    version: int
+#: Sources whose tokens are never trained: nothing of the model's made them.
+NEVER_TRAINED: frozenset[Source] = frozenset({"environment", "hint"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +40,90 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sampled answer to a prompt.
+class Key(NamedTuple):
+    """What names a trajectory within a step.
 
-    `token_ids` (T,) are the response's ids, the end token included where the engine stopped on it;
-    `rollout_log_probs` (T,) the engine's log-probs of these ids in nats under the sampling
-    distribution; `seed` the sample's own seed, see `rollout.seeds`. `reward` is None where none could be found.
-    `thinking_length`: tokens up to the end of the thinking, None where it was not asked for or there is none.
-    `reward_terms`: of a reward that is a sum, what each term gave, without its weight. `routed_experts`: see
-    `Sequence`; not saved with the sample.
+    `prompt` is the prompt's index; `draw` how often it had been drawn before in the step; `number` counts the
+    trajectories of one kind that a draw has; `kind` is the algorithm's word for what it is, such as "answer"; `branch`
+    is its place below the trajectory that it goes on from: (j,) is the j-th that does.
     """
 
-    prompt_index: int
-    sample_index: int
+    prompt: int
+    draw: int
+    number: int
+    kind: str = "answer"
+    branch: tuple[int, ...] = ()
+
+    def nth(self, per_draw: int) -> int:
+        """Its number among all of its prompt and kind, of which every draw has `per_draw`."""
+        return self.draw * per_draw + self.number
+
+
+class Stretch(NamedTuple):
+    """Consecutive tokens of a response, from `start` up to `end`, all from one source; `version` of the policy's
+    weights that made them, in steps that these had learned from, or before which they were put; None where that says
+    nothing."""
+
+    start: int
+    end: int
+    source: Source
+    version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all ranks know of a trajectory; the rest, its `Body`, is on rank `holder`, or on every rank where that is
+    None.
+
+    `stretches` cover the response from its first token to its last. `finish_reason` "length": it was cut at a bound.
+    `reward` is None where none could be found or was asked for; `reward_terms`: of a reward that is a sum, what each
+    term gave, without its weight. `marks` are places in the response by name, as numbers of tokens before them, such as
+    the end of the thinking. `measured` are the numbers that the algorithm's probes found, by probe.
+    """
+
+    key: Key
+    holder: int | None
+    stretches: tuple[Stretch, ...]
+    finish_reason: FinishReason = "stop"
+    reward: float | None = None
+    reward_terms: Mapping[str, float | None] = field(default_factory=dict)
+    marks: Mapping[str, int] = field(default_factory=dict)
+    measured: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the response."""
+        return self.stretches[-1].end if self.stretches else 0
+
+    @property
+    def finished(self) -> bool:
+        """False where the response was cut at a bound."""
+        return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What the holder of a trajectory has.
+
+    `token_ids` (T,) are the response's ids, the end token included where the engine stopped on it; `log_probs` (T,) the
+    engine's log-probs of these ids in nats under the sampling distribution, empty where no engine made them; `seed` the
+    sample's own seed, see `rollout.seeds`. `counters`: what was counted when it was graded. `routed_experts`: see
+    `Sequence`; not saved.
+    """
+
     token_ids: tuple[int, ...]
-    rollout_log_probs: tuple[float, ...]
-    finish_reason: FinishReason
-    seed: int = 0
+    log_probs: tuple[float, ...] = ()
     text: str = ""
-    reward: float | None = 0.0
-    kind: SampleKind = "answer"
-    thinking_length: int | None = None
-    reward_counters: dict[str, int] = field(default_factory=dict)
-    reward_terms: dict[str, float | None] = field(default_factory=dict)
+    seed: int = 0
+    counters: Mapping[str, int] = field(default_factory=dict)
     routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+
+class Trajectory(NamedTuple):
+    """One response to a prompt, from its generation to training."""
+
+    head: Head
+    body: Body
 
 
 @dataclass(slots=True)

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from group_case import group_of
 from loss_case import double
 
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome
+from megarl.algorithms.base import AlgorithmContext, Group
 from megarl.algorithms.nft import Nft
 from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.config.algorithms import NftSettings
@@ -29,8 +30,8 @@ def nft(**chosen) -> Nft:
     return Nft(NftSettings(**chosen), CONTEXT)
 
 
-def outcome(rewards: Sequence[float]) -> GroupOutcome:
-    return GroupOutcome(tuple(map(float, rewards)), (1,) * len(rewards), (True,) * len(rewards))
+def outcome(rewards: Sequence[float]) -> Group:
+    return group_of(map(float, rewards))
 
 
 def make_batch(groups: Groups, seed: int = 0, spread: float = 0.0, masked_share: float = 0.0) -> LossInputs:

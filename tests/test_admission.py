@@ -18,7 +18,7 @@ from megarl.config.load import load_config
 from megarl.config.model_shape import model_shape_from_hf
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
-from megarl.records import Sample
+from megarl.records import Body, Head, Key, Stretch, Trajectory
 from megarl.train import admission
 from megarl.train.replay import remove_step, save_samples
 
@@ -190,7 +190,7 @@ def test_a_thinking_that_ends_in_several_tokens(run_file: Path) -> None:
 def test_settings_and_algorithm_agree_on_answers_in_parts(run_file: Path, overrides: str) -> None:
     settings = load_config(run_file, ["algorithm=start", *overrides.split()]).algorithm
     algorithm = build(settings, AlgorithmContext(max_tokens=64, group_size=8))
-    assert (algorithm.needs.responder is not None) == settings.answers_in_parts
+    assert any(one.responder for one in algorithm.plan(1).generations) == settings.answers_in_parts
 
 
 def test_the_past_counts_for_a_training_alone(run_file: Path) -> None:
@@ -212,7 +212,8 @@ def test_rollouts_that_do_not_serve_every_step(run_file: Path) -> None:
     folder = Path("saved")
     folder.mkdir()
     override = "rollout.replay=saved"
-    sample = Sample(0, 0, (1,), (-0.5,), "stop", text="2", reward=1.0)
+    head = Head(Key(0, 0, 0), 0, (Stretch(0, 1, "policy", 0),), reward=1.0)
+    sample = Trajectory(head, Body((1,), (-0.5,), "2"))
     missing = (
         "rollout.replay=saved: holds no samples of step {}. "
         "Fix: give a rollouts/ folder that has it, or one of its files."

@@ -6,10 +6,12 @@ import statistics
 
 import numpy as np
 import pytest
+from group_case import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome
+from megarl.algorithms.advantages import batch_normalized
+from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.grpo import Grpo
 from megarl.config.algorithms import GrpoSettings
 
@@ -23,7 +25,7 @@ def grpo(**chosen) -> Grpo:
 
 def advantages(rewards, lengths=None, **chosen) -> tuple[float, ...]:
     lengths = (10,) * len(rewards) if lengths is None else lengths
-    return grpo(**chosen).advantages(GroupOutcome(tuple(rewards), tuple(lengths), (True,) * len(rewards)))
+    return grpo(**chosen).advantages(group_of(rewards, lengths))
 
 
 def close(found, expected) -> None:
@@ -154,9 +156,9 @@ def test_expected_gradient(p, chosen, factor, objective):
 def test_reinforce_pp_normalises_over_the_tokens_of_the_step(estimator, advantage, groups, data):
     count = sum(map(len, groups))
     tokens = data.draw(st.lists(st.integers(1, 30), min_size=count, max_size=count))
-    algorithm = grpo(advantage=advantage, std_estimator=estimator, std_epsilon=0.1)
+    chosen = GrpoSettings(advantage=advantage, std_estimator=estimator, std_epsilon=0.1)
     raw = [a for rewards in groups for a in advantages(rewards, advantage=advantage, std_estimator=estimator)]
-    found = algorithm.batch_advantages(tuple(raw), tuple(tokens))
+    found = batch_normalized(chosen, raw, tokens)
     plain = np.concatenate(
         [np.array(rewards) - (np.mean(rewards) if advantage == "reinforce_pp_baseline" else 0.0) for rewards in groups]
     )
@@ -170,16 +172,20 @@ def test_reinforce_pp_normalises_over_the_tokens_of_the_step(estimator, advantag
 
 def test_reinforce_pp_by_hand():
     """Rewards 1, 0, 0 of 2, 1 and 1 tokens: mean 1/2, deviation 1/2."""
-    algorithm = grpo(advantage="reinforce_pp", std_epsilon=0.0)
+    chosen = GrpoSettings(advantage="reinforce_pp", std_epsilon=0.0)
     assert advantages([1.0, 0.0, 0.0], advantage="reinforce_pp") == (1.0, 0.0, 0.0)
-    assert algorithm.batch_advantages((1.0, 0.0, 0.0), (2, 1, 1)) == (1.0, -1.0, -1.0)
-    assert algorithm.batch_advantages((0.7,) * 7, (3,) * 7) == (0.0,) * 7
-    assert algorithm.batch_advantages((), ()) == ()
+    assert batch_normalized(chosen, (1.0, 0.0, 0.0), (2, 1, 1)) == (1.0, -1.0, -1.0)
+    assert batch_normalized(chosen, (0.7,) * 7, (3,) * 7) == (0.0,) * 7
+    assert batch_normalized(chosen, (), ()) == ()
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "opo", "pass_at_k", "pass_at_k_loo"])
 def test_other_advantages_do_not_depend_on_the_step(advantage):
-    assert grpo(advantage=advantage, pass_k=2).batch_advantages((1.0, 0.0, 0.25), (2, 1, 1)) == (1.0, 0.0, 0.25)
+    algorithm = grpo(advantage=advantage, pass_k=2)
+    one, other = group_of([1.0, 0.0, 0.25]), group_of([0.0, 1.0, 1.0], number=1)
+    assert algorithm.credit(1, [one, other])[0] == algorithm.credit(1, [one])[0]
+    found = [answer.spans[0].advantage for answer in algorithm.credit(1, [one])[0].trained]
+    assert tuple(found) == algorithm.advantages(one)
 
 
 @pytest.mark.parametrize("advantage", GROUP_ADVANTAGES)

@@ -111,7 +111,7 @@ def in_world(processes: int, calls: dict[str, tuple[Any, ...]]) -> dict[str, lis
 
 def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
     """Scenario: the training sequences of each step, with what the step counted and measured; the policy is updated."""
-    from megarl.train import chains
+    from megarl.train import gauges
     from megarl.train.loop import add_log_probs, roll_out
     from megarl.train.selection import trainable
 
@@ -125,23 +125,23 @@ def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
 
     made.engine.generate = watched
     for step in range(1, steps + 1):
-        made.algorithm.begin_step(step)
-        rollouts = roll_out(made, step)
-        batches, totals = trainable(made, rollouts)
+        plan = made.algorithm.plan(step)
+        rollouts = roll_out(made, plan, step)
+        measured = gauges.measure(made, plan, rollouts)
+        batches, totals, counters = trainable(made, rollouts, step)
         add_log_probs(made, batches)
         results = [made.policy.update(b, made.algorithm, t) for b, t in zip(batches, totals, strict=True)]
+        written = rollouts.made.written
         found["steps"].append(
             {
                 "sequences": [s for batch in batches for s in batch],
-                "prompts": [p.token_ids for p in rollouts.prompts],
+                "prompts": [group.prompt.token_ids for group in rollouts.made.groups],
                 "totals": totals,
-                "counters": rollouts.counters,
-                "generated": dict(rollouts.generated_tokens),
-                "mine": rollouts.mine,
-                "scores": rollouts.scores,
-                "explanations": rollouts.explanations,
+                "counters": {**rollouts.made.counters, **rollouts.kept.counters, **counters},
+                "generated": dict(rollouts.made.generated_tokens),
+                "explanations": [body for head, body in written if head.key.kind == "explanation"],
                 "means": [r.means for r in results],
-                "measured": chains.measure(made, rollouts, step),
+                "measured": measured,
             }
         )
     found["thinking_end"] = made.thinking_end.token_id
@@ -292,27 +292,28 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
 
     made = session(world, table)
     for step in (1, 2):
-        made.algorithm.begin_step(step)
-        rollouts = roll_out(made, step)
+        rollouts = roll_out(made, made.algorithm.plan(step), step)
         if step == 1:
-            batches, totals = trainable(made, rollouts)
+            batches, totals, _ = trainable(made, rollouts, step)
             for batch, total in zip(batches, totals, strict=True):
                 made.policy.update(batch, made.algorithm, total)
+            made.progress.step = step
     found = []
-    numbers = [n for n in rollouts.mine if rollouts.scores[n].thinking_length is not None]
-    sequences = []
-    for number in numbers:
-        prompt = rollouts.prompts[number // rollouts.group_size].token_ids
-        tokens = rollouts.mine[number].token_ids
-        sequences.append(
-            Sequence(np.array([*prompt, *tokens], np.int32), len(prompt), np.zeros(len(tokens), np.float32))
-        )
+    seen = [
+        (group.prompt.token_ids, head, rollouts.made.bodies[head.key])
+        for group in rollouts.made.groups
+        for head in group.answers
+        if "thinking" in head.marks
+    ]
+    sequences = [
+        Sequence(np.array([*prompt, *body.token_ids], np.int32), len(prompt), np.zeros(len(body.token_ids), np.float32))
+        for prompt, _, body in seen
+    ]
     own, initial = made.policy.log_probs(sequences), made.policy.log_probs(sequences, weights=REFERENCE)
-    for i, number in enumerate(numbers):
-        engine = np.array(rollouts.mine[number].rollout_log_probs)
-        found.append(
-            (rollouts.scores[number].thinking_length, engine, own[i], initial[i], rollouts.scores[number].reward)
-        )
+    for i, (_, head, body) in enumerate(seen):
+        assert [one.source for one in head.stretches] == ["policy", "other"]
+        assert head.stretches[0][:2] == (0, head.marks["thinking"]) and head.stretches[0].version == 1
+        found.append((head.marks["thinking"], np.array(body.log_probs), own[i], initial[i], head.reward))
     return found
 
 
@@ -355,8 +356,7 @@ def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
     made = session(world, table)
     with awake(made):
         before = evaluate(made, "before")
-    made.algorithm.begin_step(1)
-    batches, totals = trainable(made, roll_out(made, 1))
+    batches, totals, _ = trainable(made, roll_out(made, made.algorithm.plan(1), 1), 1)
     for batch, total in zip(batches, totals, strict=True):
         made.policy.update(batch, made.algorithm, total)
     with awake(made):

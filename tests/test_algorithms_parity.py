@@ -14,7 +14,7 @@ import parity
 import pytest
 import torch
 
-from megarl.records import Prompt, Sample, Sequence
+from megarl.records import Body, Prompt, Sequence
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
@@ -57,61 +57,62 @@ KEYS = [
 ]
 
 
-def groups(rank: int) -> Any:
+def made_for(rank: int) -> Any:
     """A step's groups of unlike lengths, with mixed rewards, as rank `rank` knows them; rank 0 holds all tokens."""
-    from megarl.train.groups import Rollouts, Score, Target
+    from group_case import group_of
+
+    from megarl.train.groups import Made
 
     random = np.random.default_rng(11)
 
     def tokens(least: int, most: int) -> tuple[int, ...]:
         return tuple(int(t) for t in random.integers(2, VOCABULARY, int(random.integers(least, most))))
 
-    made = Rollouts(SIZE)
-    for group in range(GROUPS):
-        made.prompts.append(Prompt(group, tokens(1, 12), "", ""))
-        for k in range(SIZE):
+    groups, bodies = [], {}
+    for number in range(GROUPS):
+        prompt = Prompt(number, tokens(1, 12), "", "")
+        answers = []
+        for _ in range(SIZE):
             ids = tokens(4, 16)
-            reward = float(k < 1 + group % 3)
-            made.scores[group * SIZE + k] = Score(reward, len(ids), True, 0, None if k == 3 else len(ids) // 2)
-            log_probs = tuple(float(x) for x in random.normal(-4.5, 0.2, len(ids)))
-            if rank == 0:
-                made.mine[group * SIZE + k] = Sample(group, k, ids, log_probs, "stop", reward=reward)
-        chosen = tokens(4, 20)
+            answers.append(Body(ids, tuple(float(x) for x in random.normal(-4.5, 0.2, len(ids)))))
+        chosen = Body(tokens(4, 20))
+        rewards = [float(k < 1 + number % 3) for k in range(SIZE)]
+        lengths = [len(body.token_ids) for body in answers]
+        ends = [None if k == 3 else length // 2 for k, length in enumerate(lengths)]
         # One prompt has no explanation.
-        if group != 2:
-            made.targets[group] = [Target(0, 0, len(chosen), len(chosen) - 2)]
-            if rank == 0:
-                made.my_targets[group, 0] = chosen
-        made.kept.append(group)
-    return made
+        texts = [] if number == 2 else [len(chosen.token_ids)]
+        group = group_of(rewards, lengths, ends, explanations=texts, number=number, prompt=prompt)
+        groups.append(group)
+        bodies |= dict(zip((head.key for head in group.heads), [*answers, chosen], strict=False))
+    return Made(tuple(groups), bodies=bodies if rank == 0 else {})
 
 
-def items_of(algorithm: Any, rollouts: Any) -> dict[int, list[Any]]:
-    """What is trained; the explanations only where the algorithm asks for them."""
-    from megarl.train.selection import step_items
+def batch_of(algorithm: Any, made: Any, data_parallel: int) -> list[Any]:
+    """The mini-batch of all groups."""
+    from megarl.train.route import assign
+    from megarl.train.selection import credited_groups
 
-    if not algorithm.needs.explanations:
-        rollouts.targets = {}
-    return step_items(algorithm, rollouts)
+    credited, _ = credited_groups(made.groups, algorithm.credit(1, made.groups))
+    batches, _ = assign(credited, 1, data_parallel, together=algorithm.needs.pairs)
+    return batches
 
 
 def near(values: np.ndarray, sequence: Sequence, purpose: int) -> np.ndarray:
     """Values scattered around `values`, always alike for the same sequence."""
-    random = np.random.default_rng([purpose, sequence.group, sequence.sample, sequence.target])
+    random = np.random.default_rng([purpose, *sequence.tokens.tolist()])
     return (values + random.normal(scale=0.2, size=values.shape)).astype(np.float32)
 
 
 def routed(world: Any, config: Any, algorithm: Any) -> tuple[list[Sequence], Any]:
     """This rank's sequences of one mini-batch, and the counts of the whole."""
     from megarl.config.grid import grid_of_rank
-    from megarl.train.route import assign, deliver
+    from megarl.train.route import deliver
 
-    rollouts = groups(world.rank)
-    items = items_of(algorithm, rollouts)
+    made = made_for(world.rank)
     grid = grid_of_rank(world.rank, world.size, config.parallel)
-    batches = assign(rollouts, items, 1, grid.data, together=algorithm.needs.pairs)
+    batches = batch_of(algorithm, made, grid.data)
     assert grid.data_rank < len(batches[0].items)
-    return deliver(rollouts, batches, config, world)[0], batches[0].totals
+    return deliver(made.bodies, [batch.items for batch in batches], config, world)[0], batches[0].totals
 
 
 def put_gradients_in_place(optimizer: torch.optim.Optimizer) -> None:
@@ -125,7 +126,6 @@ def gradients(world: Any, config: Any, folder: str) -> tuple[float, float, dict[
     """Scenario: loss, gradient norm, and on rank 0 the gradient by Hugging Face name."""
     with parity.policy_of(config, world) as policy:
         algorithm = parity.grpo(config)
-        algorithm.begin_step(1)
         sequences, totals = routed(world, config, algorithm)
         for s, values in zip(sequences, policy.log_probs(sequences) or [], strict=False):
             s.old_log_probs, s.reference_log_probs = near(values, s, 1), near(values, s, 2)
@@ -178,31 +178,24 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
 
     from megarl.algorithms.objective import LossInputs
     from megarl.policy.batch import lay_out
-    from megarl.train.route import assign
 
     config = configuration(model, name, True)
     algorithm = parity.grpo(config)
-    algorithm.begin_step(1)
-    rollouts = groups(0)
-    items = items_of(algorithm, rollouts)
-    (batch,) = assign(rollouts, items, 1, 1, together=algorithm.needs.pairs)
+    made = made_for(0)
+    (batch,) = batch_of(algorithm, made, 1)
     network = parity.transformers_model(model)
     sequences, parts, entropies = [], [], []
-    for item in batch.items[0]:
-        prompt = rollouts.prompts[item.group].token_ids
-        sample = None if item.target else rollouts.mine[item.group * SIZE + item.number]
-        tokens = rollouts.my_targets[item.group, item.number] if sample is None else sample.token_ids
+    for group, trained in batch.items[0]:
+        prompt, (span,) = group.prompt.token_ids, trained.spans
+        body, target = made.bodies[trained.head.key], trained.head.key.kind == "explanation"
         s = Sequence(
-            np.array([*prompt, *tokens[: item.end]], np.int32),
-            len(prompt) + item.start,
-            np.full(item.trained, item.advantage, np.float32),
-            group=item.group,
-            sample=item.number,
-            target=item.target,
-            rollout_log_probs=None
-            if sample is None
-            else np.array(sample.rollout_log_probs[item.start : item.end], np.float32),
-            signals=item.signals,
+            np.array([*prompt, *body.token_ids[: span.end]], np.int32),
+            len(prompt) + span.start,
+            np.full(trained.tokens, span.advantage, np.float32),
+            group=group.number,
+            target=target,
+            rollout_log_probs=None if target else np.array(body.log_probs[span.start : span.end], np.float32),
+            signals=dict(trained.signals),
         )
         log_probs, entropy = parity.token_values(network, s)
         values = log_probs.detach().numpy()

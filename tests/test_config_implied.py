@@ -12,7 +12,7 @@ from megarl import algorithms
 from megarl.algorithms.base import AlgorithmContext
 from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.implied import Implied
-from megarl.config.parameter_sets import CONSUMER, REFERENCE, ParameterSet, united
+from megarl.config.parameter_sets import CONSUMER, POLICY, REFERENCE, ParameterSet, united
 from megarl.config.schema import RunConfig
 
 MEASURED = ParameterSet(REFERENCE, measures=True)
@@ -130,12 +130,13 @@ def test_parameter_sets(
 def test_settings_declare_what_the_algorithm_needs(algorithm: str | dict[str, Any]) -> None:
     """The settings, which a rehearsal reads without torch, against the algorithm, which the loop reads."""
     config = run_of(algorithm)
-    needs = algorithms.build(config.algorithm, AlgorithmContext(100, 4)).needs
-    responds = needs.responder is not None and needs.responder.weights == "initial"
-    sets = Implied(config).parameter_sets
-    assert any(one.measures for one in sets) == needs.reference_log_probs
-    assert any(one.generates for one in sets) == (needs.rollout_weights == "initial" or responds)
-    assert Implied(config).marks_thinking == (needs.responder is not None)
+    built = algorithms.build(config.algorithm, AlgorithmContext(100, 4))
+    generations, sets = built.plan(1).generations, Implied(config).parameter_sets
+    responders = [one.responder for one in generations if one.responder is not None]
+    assert any(one.measures for one in sets) == built.needs.reference_log_probs
+    writers = {one.weights for one in (*generations, *responders)} - {POLICY}
+    assert {one.name for one in sets if one.generates} == writers
+    assert Implied(config).marks_thinking == bool(responders)
 
 
 def test_checkpoints_that_are_read() -> None:

@@ -35,7 +35,13 @@ class Characters:
         return "".join(chr(token_id - 10) for token_id in ids if token_id >= 10)
 
     def apply_chat(self, messages: Any) -> list[int]:
-        return self.encode("".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]")
+        return self.chat_ids(self.chat_text(messages))
+
+    def chat_text(self, messages: Any) -> str:
+        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
+
+    def chat_ids(self, text: str) -> list[int]:
+        return self.encode(text)
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch
+from group_case import group_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loss_case import PER_TOKEN, by_sequence, micro_batch
 from torch import Tensor
 
 from megarl.algorithms import ALGORITHMS, build
-from megarl.algorithms.base import GroupOutcome, Needs
+from megarl.algorithms.base import Needs
 from megarl.algorithms.expo import ExpGrpo
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs, required
@@ -42,10 +43,12 @@ def answers_alone(inputs: LossInputs) -> LossInputs:
 
 def test_the_table_has_it_and_it_asks_for_what_it_needs() -> None:
     assert ALGORITHMS["exp_grpo"] is ExpGrpo and ALGORITHM_SETTINGS["exp_grpo"] is ExpGrpoSettings
-    explanation = ExpGrpoSettings().explanation
-    needs = Needs(old_log_probs=True, reference_log_probs=True, explanations=explanation)
-    assert build(ExpGrpoSettings(), CONTEXT).needs == needs
-    assert exp_grpo(explanation_weight=0.0).needs == Needs(old_log_probs=True)
+    asks = build(ExpGrpoSettings(), CONTEXT)
+    assert asks.needs == Needs(old_log_probs=True, reference_log_probs=True)
+    assert [one.kind for one in asks.plan(1).generations] == ["answer", "explanation"]
+    plain = exp_grpo(explanation_weight=0.0)
+    assert plain.needs == Needs(old_log_probs=True)
+    assert plain.plan(1) == Grpo(GrpoSettings(), CONTEXT).plan(1)
 
 
 @pytest.mark.parametrize("chosen", GRPO_SETTINGS, ids=str)
@@ -67,10 +70,10 @@ def test_e1_without_weight_it_is_grpo_bit_for_bit(chosen: dict[str, Any], presen
         assert torch.equal(one, other)
     assert gradients(found, whole)[0].count_nonzero() > 0
     assert {name: found.token_sums[name] for name in expected.token_sums} == expected.token_sums
-    outcome = GroupOutcome((1.0, 0.0, 0.5), (3, 4, 5), (True, True, False))
+    group = group_of((1.0, 0.0, 0.5), (3, 4, 5), finished=(True, True, False))
     grpo = Grpo(GrpoSettings(**chosen), CONTEXT)
-    for stage in ("shape_rewards", "advantages", "drop_reason", "signals", "spans"):
-        assert getattr(algorithm, stage)(outcome) == getattr(grpo, stage)(outcome)
+    assert algorithm.credit(1, [group]) == grpo.credit(1, [group])
+    assert algorithm.drop_reason(group) == grpo.drop_reason(group)
 
 
 @pytest.mark.parametrize("chosen", GRPO_SETTINGS, ids=str)
@@ -120,7 +123,7 @@ def test_e2_where_all_answers_are_wrong_the_explanation_is_the_only_gradient(
     policy, beta = Tabular(1), 0.04
     answers, explanation = [[1, 2], [3, 3, 4], [2, 1, 1, 4], [4]], [2, 3, 1, 4]
     algorithm = exp_grpo(explanation_weight=beta, explanation_aggregation=aggregation, aggregation=grpo_aggregation)
-    advantages = algorithm.advantages(GroupOutcome((0.0,) * 4, tuple(map(len, answers)), (True,) * 4))
+    advantages = algorithm.advantages(group_of((0.0,) * 4, map(len, answers)))
     texts = [*answers, explanation]
     sequence = torch.tensor([index for index, text in enumerate(texts) for _ in text])
     log_probs = policy.log_probs(texts)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch
+from group_case import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_case import micro_batch
 from torch import Tensor
 
 from megarl.algorithms import ALGORITHMS, build
-from megarl.algorithms.base import GroupOutcome, Needs
+from megarl.algorithms.base import Group, Needs
 from megarl.algorithms.expo import ExpDpo
 from megarl.algorithms.objective import LossInputs
 from megarl.config.algorithms import ALGORITHM_SETTINGS, ExpDpoSettings
@@ -28,9 +29,10 @@ def exp_dpo(**chosen: Any) -> ExpDpo:
 
 def test_the_table_has_it_and_it_asks_for_what_it_needs() -> None:
     assert ALGORITHMS["exp_dpo"] is ExpDpo and ALGORITHM_SETTINGS["exp_dpo"] is ExpDpoSettings
-    needs = Needs(reference_log_probs=True, explanations=ExpDpoSettings().explanation, pairs=True)
-    assert build(ExpDpoSettings(), CONTEXT).needs == needs
-    assert exp_dpo(mode="offline").needs == replace(needs, rollout_weights="initial")
+    assert build(ExpDpoSettings(), CONTEXT).needs == Needs(reference_log_probs=True, pairs=True)
+    for mode, weights in (("iterative", "policy"), ("offline", "reference")):
+        plan = exp_dpo(mode=mode).plan(1)
+        assert [(one.kind, one.weights) for one in plan.generations] == [("answer", weights), ("explanation", weights)]
 
 
 def pair_sums(inputs: LossInputs) -> list[tuple[float, float]]:
@@ -137,14 +139,21 @@ def test_dpo_names_a_second_answer_and_missing_inputs() -> None:
 
 
 def test_dpo_trains_one_answer_of_a_group() -> None:
-    group = GroupOutcome((1.0, 0.25, 0.0, 0.0), (5, 6, 7, 8), (True, True, True, False))
-    assert exp_dpo().spans(group) == ((0, 5), (0, 0), (0, 0), (0, 0))
-    assert exp_dpo(rejected="wrong").spans(group) == ((0, 0), (0, 0), (0, 7), (0, 0))
-    right = GroupOutcome((1.0, 0.5), (5, 6), (True, True))
-    assert exp_dpo().spans(right) == ((0, 5), (0, 0))
-    assert exp_dpo(rejected="wrong").spans(right) == ((0, 0), (0, 0))
+    def trained(algorithm: ExpDpo, group: Group) -> list[tuple[str, int, int]]:
+        """Kind, number and trained tokens of what is trained."""
+        (credit,) = algorithm.credit(1, [group])
+        assert (credit.left_out is None) == (len(credit.trained) == 2)
+        return [(one.head.key.kind, one.head.key.number, one.tokens) for one in credit.trained]
+
+    chosen = ("explanation", 0, 9)
+    group = group_of((1.0, 0.25, 0.0, 0.0), (5, 6, 7, 8), explanations=[9])
+    assert trained(exp_dpo(), group) == [("answer", 0, 5), chosen]
+    assert trained(exp_dpo(rejected="wrong"), group) == [("answer", 2, 7), chosen]
+    right = group_of((1.0, 0.5), (5, 6), explanations=[9])
+    assert trained(exp_dpo(), right) == [("answer", 0, 5), chosen]
+    assert trained(exp_dpo(rejected="wrong"), right) == [chosen]
     low = ExpDpo(ExpDpoSettings(rejected="wrong"), replace(CONTEXT, reward_low=-1.0))
-    assert low.spans(GroupOutcome((0.0, -1.0), (5, 6), (True, True))) == ((0, 0), (0, 6))
+    assert trained(low, group_of((0.0, -1.0), (5, 6), explanations=[9])) == [("answer", 1, 6), chosen]
 
 
 GROUPS = st.lists(

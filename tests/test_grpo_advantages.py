@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from group_case import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.base import AlgorithmContext, Group, Needs
 from megarl.algorithms.grpo import Grpo
+from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import GrpoSettings
 from megarl.errors import Refusal
 
@@ -19,9 +21,9 @@ def grpo(**settings) -> Grpo:
     return Grpo(GrpoSettings(**settings), CONTEXT)
 
 
-def outcome(rewards, lengths=None) -> GroupOutcome:
+def outcome(rewards, lengths=None) -> Group:
     lengths = (10,) * len(rewards) if lengths is None else lengths
-    return GroupOutcome(tuple(rewards), tuple(lengths), (True,) * len(rewards))
+    return group_of(rewards, lengths)
 
 
 OPTIONS = [
@@ -109,19 +111,19 @@ def test_needs():
     assert grpo().needs == Needs(old_log_probs=True)
     assert grpo(kl_coefficient=0.01).needs.reference_log_probs
     assert grpo(entropy_coefficient=-0.01).needs.entropy_gradient
-    assert grpo(dynamic_sampling=True, max_generation_batches=4).needs.max_generation_batches == 4
-    assert grpo(max_generation_batches=4).needs.max_generation_batches == 1
+    assert grpo(dynamic_sampling=True, max_generation_batches=4).plan(1).batches == 4
+    assert grpo(max_generation_batches=4).plan(1) == Plan((Generation(CONTEXT.group_size),))
 
 
 @pytest.mark.parametrize(
-    ("rewards", "lengths", "finished", "message"),
+    ("rewards", "message"),
     [
-        ((), (), (), "at least 1"),
-        ((1.0,), (3, 4), (True,), "1 rewards, 2 lengths, 1 ends"),
-        ((1.0, math.nan), (3, 4), (True, True), "reward nan of sample 1: must be finite"),
-        ((math.inf,), (3,), (True,), "reward inf of sample 0: must be finite"),
+        ((), "a group without answers"),
+        ((1.0, None), "reward None of sample 1: must be finite"),
+        ((1.0, math.nan), "reward nan of sample 1: must be finite"),
+        ((math.inf,), "reward inf of sample 0: must be finite"),
     ],
 )
-def test_refused_outcomes(rewards, lengths, finished, message):
+def test_refused_rewards(rewards, message):
     with pytest.raises(Refusal, match=message):
-        GroupOutcome(rewards, lengths, finished)
+        grpo().credit(1, [group_of(rewards)])

@@ -12,13 +12,14 @@ from config_case import RUN
 from torch._C._distributed_c10d import HashStore
 
 from megarl.config.schema import RunConfig
+from megarl.records import Key
 from megarl.rollout.engine import Completion
 from megarl.train import journal
 from megarl.train.journal import Journal
 
 FIRST = Completion(0, (5, 6, 7), (-0.1, -2.5, -1e-8), "stop")
 SECOND = Completion(1, (8,), (-0.30000001192092896,), "length")
-KEYS: dict[str, tuple[int, int, str]] = {"first": (3, 0, "answer"), "second": (3, 1, "answer")}
+KEYS = {"first": Key(3, 0, 0), "second": Key(3, 1, 0, "thinking", (2, 1))}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +48,7 @@ def written(folder: Path, rank: int = 0) -> None:
 def test_what_was_kept_comes_back_bit_for_bit_without_being_closed(tmp_path: Path):
     written(tmp_path)
     again = made(tmp_path, rank=1)
-    assert len(again) == 2 and again.knows(KEYS["first"]) and not again.knows((3, 2, "answer"))
+    assert len(again) == 2 and again.knows(KEYS["first"]) and not again.knows(Key(3, 2, 0))
     found = again.take(KEYS["first"], 17)
     assert found == Completion(17, FIRST.token_ids, tuple(again.take(KEYS["first"], 0).log_probs), "stop")
     assert found.token_ids == (5, 6, 7) and found.log_probs[2] == pytest.approx(-1e-8)
@@ -79,7 +80,7 @@ def test_what_is_known_is_not_written_again_and_a_silent_rank_writes_nothing(tmp
     again = made(tmp_path, rank=1)
     again.add(KEYS["first"], FIRST)
     silent = Journal(tmp_path, 4, config(), rank=2, writes=False)
-    silent.add((9, 9, "answer"), FIRST)
+    silent.add(Key(9, 9, 0), FIRST)
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -6,19 +6,20 @@ import math
 from pathlib import Path
 
 import pytest
+from group_case import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nft_case import nft
 
-from megarl.algorithms.base import GroupOutcome, Needs
+from megarl.algorithms.base import Group, Needs
 from megarl.algorithms.nft import RATE_MARGIN
 from megarl.config.load import load_config
 from megarl.config.rules import broken_rules
 from megarl.errors import Refusal
 
 
-def outcome(*rewards: float) -> GroupOutcome:
-    return GroupOutcome(rewards, (1,) * len(rewards), (True,) * len(rewards))
+def outcome(*rewards: float) -> Group:
+    return group_of(rewards)
 
 
 NOT_BINARY, OUT_OF_RANGE = "groups_reward_not_binary", "groups_reward_out_of_range"
@@ -87,9 +88,10 @@ def test_rates_leave_room_for_finite_odds_in_float32(rewards, kind, rate_clamp):
 
 
 def test_needs():
-    assert nft().needs == Needs(old_log_probs=True, max_generation_batches=10)
-    assert nft(max_generation_batches=4).needs.max_generation_batches == 4
-    assert nft(dynamic_sampling=False, max_generation_batches=4).needs.max_generation_batches == 1
+    assert nft().needs == Needs(old_log_probs=True)
+    assert nft().plan(1).batches == 10
+    assert nft(max_generation_batches=4).plan(1).batches == 4
+    assert nft(dynamic_sampling=False, max_generation_batches=4).plan(1).batches == 1
 
 
 REFUSED = [

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megarl.config.load import load_config
 from megarl.errors import Refusal
 from megarl.parallel import noise
-from megarl.records import Prompt, Sample
+from megarl.records import Body, Head, Key, Prompt, Stretch, Trajectory
 from megarl.train import display
 from megarl.train.curves import draw_curves, figure_of
 from megarl.train.display import Display, Pace
@@ -181,8 +181,8 @@ def record(made: Recorder, *steps: int) -> None:
     for step in steps:
         made.step(RL | {"step": step, "reward_mean": step / 40})
         prompt = Prompt(7, (1,), "1+1=", "2")
-        sample = Sample(7, 0, (5,), (0.0,), "stop", 1, text=f"answer {step}", reward=1.0)
-        made.samples(step, [prompt], [sample])
+        head = Head(Key(7, 0, 0), 0, (Stretch(0, 1, "policy", 0),), reward=1.0)
+        made.samples(step, [(prompt, Trajectory(head, Body((5,), (0.0,), f"answer {step}", 1)))])
 
 
 SUMMARY = {"name": "run", "steps": 40, "processes": 2, "seconds": 3675.0, "skipped_updates": 0}

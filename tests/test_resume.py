@@ -22,6 +22,9 @@ MACHINE = ("seconds", "peak_memory_bytes", "time_shares")
 
 #: GRPO with a step size that depends on all steps before: a state of its own, as an algorithm of a user's may have.
 REMEMBERING = """
+from dataclasses import replace
+
+from megarl.algorithms.base import Credit
 from megarl.algorithms.grpo import Grpo
 from megarl.config.algorithms.grpo import GroupRelativeSettings
 
@@ -31,9 +34,15 @@ class Remembering(Grpo):
 
     seen, total = 0, 0.0
 
-    def batch_advantages(self, advantages, tokens):
-        self.seen, self.total = self.seen + 1, self.total + sum(map(abs, advantages))
-        return tuple(advantage * (1 + self.total / 1000) for advantage in advantages)
+    def credit(self, step, groups):
+        found = super().credit(step, groups)
+        spans = [span for credit in found for one in credit.trained for span in one.spans]
+        self.seen, self.total = self.seen + 1, self.total + sum(abs(span.advantage) for span in spans)
+        return [Credit(tuple(self.scaled(one) for one in credit.trained)) for credit in found]
+
+    def scaled(self, one):
+        factor = 1 + self.total / 1000
+        return replace(one, spans=tuple(span._replace(advantage=span.advantage * factor) for span in one.spans))
 
     def state(self):
         return {"seen": self.seen, "total": self.total}

@@ -5,16 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from group_case import head_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.algorithms import ALGORITHMS, algorithm_class, build
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.base import AlgorithmContext, Group, Needs
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs
+from megarl.algorithms.plan import Plan
 from megarl.algorithms.sft import Sft
 from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings, GrpoSettings, SftSettings
 from megarl.errors import Refusal
+from megarl.records import Key, Prompt
 
 CONTEXT = AlgorithmContext(max_tokens=64)
 
@@ -63,13 +66,14 @@ def test_needs_nothing_not_even_rollouts():
     assert not SftSettings.generates
 
 
-def test_defaults_before_the_loss_pass_rewards_through():
+def test_every_solution_is_trained_whole_and_nothing_is_generated():
     algorithm = Sft(SftSettings(), CONTEXT)
-    outcome = GroupOutcome((1.0, 0.5), (3, 4), (True, False))
-    assert algorithm.shape_rewards(outcome) == algorithm.advantages(outcome) == (1.0, 0.5)
-    assert algorithm.drop_reason(outcome) is None
-    assert algorithm.signals(outcome) == {}
-    assert algorithm.spans(outcome) == ((0, 3), (0, 4))
+    assert algorithm.plan(1) == Plan(solutions=True)
+    solution = head_of(Key(0, 0, 0, "solution"), 4, holder=None, text=True)
+    group = Group(0, Prompt(0, (1,), "", ""), 0, (solution,))
+    assert algorithm.drop_reason(group) is None
+    ((one,),) = [credit.trained for credit in algorithm.credit(1, [group])]
+    assert one.head is solution and [span[:2] for span in one.spans] == [(0, 4)] and not one.signals
 
 
 def test_the_table_matches_the_settings_table():
@@ -84,8 +88,9 @@ def test_build_by_name():
 
 
 OWN_ALGORITHM = """
-from megarl.algorithms.base import Algorithm, Needs
+from megarl.algorithms.base import Algorithm, Credit, Needs, Trained, whole
 from megarl.algorithms.objective import LossTerms
+from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import AlgorithmSettings
 
 class Reinforce(Algorithm):
@@ -95,6 +100,12 @@ class Reinforce(Algorithm):
     def __init__(self, settings, context):
         self.scale = settings.scale
         self.needs = Needs(old_log_probs=True)
+
+    def plan(self, step):
+        return Plan((Generation(2),))
+
+    def credit(self, step, groups):
+        return [Credit(tuple(Trained(head, whole(head, head.reward)) for head in group.answers)) for group in groups]
 
     def loss(self, inputs):
         return LossTerms(-(self.scale * inputs.log_probs_T * inputs.advantages_T).sum(), {})

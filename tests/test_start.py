@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from group_case import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_case import double
 
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Needs, Responder
+from megarl.algorithms.base import AlgorithmContext, Group, Needs
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs
+from megarl.algorithms.plan import Generation, Plan, Responder
 from megarl.algorithms.start import Start
 from megarl.config.algorithms import GrpoSettings, StartSettings
 from megarl.config.load import load_config
@@ -42,27 +44,27 @@ def grpo(**chosen) -> Grpo:
 
 
 #: One group: three outputs of thinking and response, and one that has no end of thinking.
-GROUP = GroupOutcome(
-    rewards=(1.0, 0.25, 0.5, 0.0),
-    lengths=(5, 4, 7, 6),
-    finished=(True, True, True, False),
-    thinking_lengths=(3, 1, 5, None),
-)
-WHOLE = replace(GROUP, thinking_lengths=(3, 1, 5, 2))
+GROUP = group_of((1.0, 0.25, 0.5, 0.0), (5, 4, 7, 6), (3, 1, 5, None), finished=(True, True, True, False))
+WHOLE = group_of((1.0, 0.25, 0.5, 0.0), (5, 4, 7, 6), (3, 1, 5, 2), finished=(True, True, True, False))
+
+
+def ends_of(group: Group) -> list[int | None]:
+    """Where the thinking of each answer ends."""
+    return [head.marks.get("thinking") for head in group.answers]
 
 
 @dataclass(frozen=True)
 class Toy:
     """The outputs of a group under a softmax model: a free row of logits for each token."""
 
-    outcome: GroupOutcome
+    outcome: Group
     logits_TV: torch.Tensor
     tokens_T: torch.Tensor
     old_T: torch.Tensor
     reference_T: torch.Tensor
 
     @classmethod
-    def of(cls, outcome: GroupOutcome, seed: int = 0, spread: float = 0.4) -> Toy:
+    def of(cls, outcome: Group, seed: int = 0, spread: float = 0.4) -> Toy:
         generator = torch.Generator().manual_seed(seed)
         total = sum(outcome.lengths)
         logits_TV = torch.randn(total, 5, generator=generator, dtype=torch.float64)
@@ -81,16 +83,16 @@ class Toy:
 
     def thinking(self) -> torch.Tensor:
         """[T] bool: the token belongs to a thinking."""
-        return self.positions([(0, z or 0) for z in self.outcome.thinking_lengths or ()])
+        return self.positions([(0, z or 0) for z in ends_of(self.outcome)])
 
     def response(self) -> torch.Tensor:
         """[T] bool: the token belongs to a response."""
-        pairs = zip(self.outcome.thinking_lengths or (), self.outcome.lengths, strict=True)
+        pairs = zip(ends_of(self.outcome), self.outcome.lengths, strict=True)
         return self.positions([(0, 0) if z is None else (z, length) for z, length in pairs])
 
     def inputs(self, algorithm: Grpo) -> LossInputs:
         """What the loop makes of the group for the algorithm."""
-        lengths, spans = self.outcome.lengths, algorithm.spans(self.outcome)
+        lengths, spans = self.outcome.lengths, algorithm.spans(1, self.outcome)
         log_probs_TV = self.logits_TV.log_softmax(1)
         sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         trained = [end - first for first, end in spans]
@@ -118,9 +120,9 @@ class Toy:
 
 
 def test_spans_of_each_stage():
-    assert start().spans(GROUP) == ((0, 3), (0, 1), (0, 5), (0, 0))
-    assert start(**RESPONSE).spans(GROUP) == ((3, 5), (1, 4), (5, 7), (0, 0))
-    assert start(**FULL).spans(GROUP) == ((0, 5), (0, 4), (0, 7), (0, 6))
+    assert start().spans(1, GROUP) == ((0, 3), (0, 1), (0, 5), (0, 0))
+    assert start(**RESPONSE).spans(1, GROUP) == ((3, 5), (1, 4), (5, 7), (0, 0))
+    assert start(**FULL).spans(1, GROUP) == ((0, 5), (0, 4), (0, 7), (0, 6))
 
 
 @settings(deadline=None)
@@ -128,60 +130,39 @@ def test_spans_of_each_stage():
 def test_thinking_and_response_make_the_whole_output(drawn):
     lengths = tuple(length for length, _, _ in drawn)
     ends = tuple(max(1, round(share * (length - 1))) if formed else None for length, share, formed in drawn)
-    group = GroupOutcome((0.5,) * len(drawn), lengths, (True,) * len(drawn), ends)
+    group = group_of((0.5,) * len(drawn), lengths, ends)
     for length, end, first, second in zip(
-        lengths, ends, start().spans(group), start(**RESPONSE).spans(group), strict=True
+        lengths, ends, start().spans(1, group), start(**RESPONSE).spans(1, group), strict=True
     ):
         assert (first, second) == (((0, end), (end, length)) if end else ((0, 0), (0, 0)))
 
 
-@pytest.mark.parametrize("chosen", [{}, RESPONSE])
-def test_unknown_ends_of_thinking_are_named(chosen):
-    with pytest.raises(ValueError, match=r"GroupOutcome.thinking_lengths is None"):
-        start(**chosen).spans(replace(GROUP, thinking_lengths=None))
-
-
-def test_needs_of_stage_1():
-    assert start().needs == Needs(old_log_probs=True, thinking=True)
-    assert start(responder="initial").needs.responder == Responder("initial", 1)
-    assert start(responses=4).needs.responder == Responder("current", 4)
+def test_what_stage_1_asks_for():
+    assert start().needs == Needs(old_log_probs=True) and start().splits_thinking
+    plain = Generation(CONTEXT.group_size)
+    assert start().plan(1) == Plan((plain,))
+    assert start(responder="initial").plan(1) == Plan((replace(plain, responder=Responder("reference", 1)),))
+    assert start(responses=4).plan(1) == Plan((replace(plain, responder=Responder("policy", 4)),))
     assert start(kl_coefficient=0.1).needs.reference_log_probs
-    assert start(dynamic_sampling=True).needs.max_generation_batches == 10
+    assert start(dynamic_sampling=True).plan(1).batches == 10
 
 
 @pytest.mark.parametrize("second", ["response", "full"])
 @pytest.mark.parametrize("last", [1, 3])
 def test_the_stages_change_after_the_given_step(second, last):
+    """Whatever was asked before: a continued run is in the stage of its step."""
     algorithm = start(thinking_steps=last, second_stage=second, responder="initial", responses=2)
-    built_for = algorithm.needs
-    first_spans, second_spans = start().spans(GROUP), start(thinking_steps=0, second_stage=second).spans(GROUP)
-    for step in range(1, 7):
-        algorithm.begin_step(step)
-        assert algorithm.spans(GROUP) == (first_spans if step <= last else second_spans)
-        assert algorithm.needs == (built_for if step <= last else Needs(old_log_probs=True, thinking=True))
-    assert built_for.responder == Responder("initial", 2)
-
-
-@pytest.mark.parametrize("step", [1, 3, 4, 9])
-def test_a_continued_run_is_in_the_stage_of_its_step(step):
-    """A new object that begins at the step, and one that comes from a later one, do as one that went through all."""
-    chosen = {"thinking_steps": 3, "responder": "initial"}
-    through, resumed, back = start(**chosen), start(**chosen), start(**chosen)
-    for earlier in range(1, step + 1):
-        through.begin_step(earlier)
-    resumed.begin_step(step)
-    back.begin_step(100)
-    back.begin_step(step)
-    for algorithm in (resumed, back):
-        assert algorithm.needs == through.needs
-        assert algorithm.spans(GROUP) == through.spans(GROUP)
+    first_spans, second_spans = start().spans(1, GROUP), start(thinking_steps=0, second_stage=second).spans(1, GROUP)
+    for step in (*range(1, 7), 100, 2):
+        responder = Responder("reference", 2) if step <= last else None
+        assert algorithm.spans(step, GROUP) == (first_spans if step <= last else second_spans)
+        assert [one.responder for one in algorithm.plan(step).generations] == [responder]
 
 
 def test_without_a_number_of_steps_stage_1_never_ends():
     algorithm = start(responder="initial")
-    algorithm.begin_step(10**9)
-    assert algorithm.spans(GROUP) == start().spans(GROUP)
-    assert algorithm.needs.responder == Responder("initial", 1)
+    assert algorithm.spans(10**9, GROUP) == start().spans(1, GROUP)
+    assert algorithm.plan(10**9) == algorithm.plan(1)
 
 
 # --- S1 to S4: the loss of the parts ---------------------------------------------------------------------------------
@@ -208,7 +189,7 @@ def test_s1_groups_and_rewards_are_grpos():
     mine, other = start(**chosen), grpo(**chosen)
     assert mine.shape_rewards(GROUP) == other.shape_rewards(GROUP) != GROUP.rewards
     assert mine.advantages(GROUP) == other.advantages(GROUP)
-    assert mine.drop_reason(replace(GROUP, rewards=(0.5,) * 4)) == "groups_without_variance"
+    assert mine.drop_reason(group_of((0.5,) * 4, GROUP.lengths)) == "groups_without_variance"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -216,7 +197,7 @@ def test_s1_groups_and_rewards_are_grpos():
 @pytest.mark.parametrize("stage", [{}, RESPONSE])
 def test_s1_the_span_of_nothing_has_no_gradient(level, aggregation, stage):
     """No output has an end of thinking."""
-    toy = Toy.of(replace(GROUP, thinking_lengths=(None,) * 4))
+    toy = Toy.of(group_of(GROUP.rewards, GROUP.lengths))
     terms, gradient = toy.run(start(ratio_level=level, aggregation=aggregation, **EVERY_TERM, **stage))
     assert terms.loss.item() == 0.0
     assert gradient.count_nonzero() == 0
@@ -275,9 +256,10 @@ def test_s4_other_response_tokens_do_not_change_the_loss_of_the_thinking(level, 
     toy = Toy.of(WHOLE, seed)
     algorithm = start(ratio_level=level, aggregation=aggregation, **EVERY_TERM)
     terms, gradient = toy.run(algorithm)
-    ends = WHOLE.thinking_lengths or ()
-    lengths = tuple((z or 0) + tail for z, tail in zip(ends, tails, strict=True))
-    other = Toy.of(replace(WHOLE, lengths=lengths), seed + 1)
+    ends = ends_of(WHOLE)
+    other = Toy.of(
+        group_of(WHOLE.rewards, [(z or 0) + tail for z, tail in zip(ends, tails, strict=True)], ends), seed + 1
+    )
     mine_T, theirs_T = toy.thinking(), other.thinking()
     for name in ("tokens_T", "old_T", "reference_T"):
         getattr(other, name)[theirs_T] = getattr(toy, name)[mine_T]

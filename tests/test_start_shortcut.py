@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from group_case import group_of
 from loss_case import double
 
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome
+from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.algorithms.start import Start
@@ -68,8 +69,8 @@ def group_inputs(algorithm: Grpo, policy: Policy, samples: tuple[tuple[int, int]
     """The group of `samples`, (thinking, response) each, as the loop hands it to the loss."""
     ends = tuple(len(THINKINGS[z]) for z, _ in samples)
     lengths = tuple(end + 1 for end in ends)
-    outcome = GroupOutcome(tuple(REWARDS[y] for _, y in samples), lengths, (True,) * len(samples), ends)
-    spans = algorithm.spans(outcome)
+    group = group_of((REWARDS[y] for _, y in samples), lengths, ends)
+    spans = algorithm.spans(1, group)
     table = policy.response.log_softmax(1)
     log_probs_T = torch.cat([torch.cat([policy.thinking_log_probs(z), table[z, y, None]]) for z, y in samples])
     sequence_T = torch.tensor([s for s, length in enumerate(lengths) for _ in range(length)])
@@ -78,7 +79,7 @@ def group_inputs(algorithm: Grpo, policy: Policy, samples: tuple[tuple[int, int]
         log_probs_T=log_probs_T,
         entropy_T=torch.zeros_like(log_probs_T).detach(),
         old_log_probs_T=log_probs_T.detach(),
-        advantages_T=double(algorithm.advantages(outcome))[sequence_T],
+        advantages_T=double(algorithm.advantages(group))[sequence_T],
         mask_T=double([first <= t < end for (first, end), n in zip(spans, lengths, strict=True) for t in range(n)]),
         sequence_T=sequence_T,
         num_sequences=len(samples),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from tokenizer_case import load_all
 
-from megarl.algorithms.base import Needs, Responder
 from megarl.config.rewards import RewardSettings
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
@@ -67,10 +66,9 @@ class Away(Opinions):
         raise ScoringStopped("The judge is away.")
 
 
-def session_of(tokenizer: Tokenizer, needs: Needs) -> Any:
-    return SimpleNamespace(
-        tokenizer=tokenizer, thinking_end=ThinkingEnd(tokenizer), algorithm=SimpleNamespace(needs=needs)
-    )
+def session_of(tokenizer: Tokenizer, splits: bool) -> Any:
+    algorithm = SimpleNamespace(splits_thinking=splits)
+    return SimpleNamespace(tokenizer=tokenizer, thinking_end=ThinkingEnd(tokenizer), algorithm=algorithm)
 
 
 def settings_of(**changes: Any) -> RewardSettings:
@@ -97,17 +95,17 @@ def alone(scorer: Scorer, settings: RewardSettings) -> Scoring:
 
 
 def graded_by(
-    scorer: Scorer, tokenizer: Tokenizer, output: Output, answer: str, settings: RewardSettings, needs: Needs
+    scorer: Scorer, tokenizer: Tokenizer, output: Output, answer: str, settings: RewardSettings, splits: bool
 ) -> Graded:
     prompt = Prompt(0, (1,), "question", answer)
-    return grade(session_of(tokenizer, needs), alone(scorer, settings), [prompt], [output])[0]
+    return grade(session_of(tokenizer, splits), alone(scorer, settings), [prompt], [output])[0]
 
 
 def graded_as_boxed(
-    tokenizer: Tokenizer, output: Output, answer: str, settings: RewardSettings, needs: Needs | None = None
+    tokenizer: Tokenizer, output: Output, answer: str, settings: RewardSettings, splits: bool = False
 ) -> Graded:
     scorer = build_scorer(settings)
-    found = graded_by(scorer, tokenizer, output, answer, settings, needs or Needs())
+    found = graded_by(scorer, tokenizer, output, answer, settings, splits)
     scorer.close()
     return found
 
@@ -134,11 +132,11 @@ def test_the_malformed_get_the_floor_and_are_counted(
 ) -> None:
     tokenizer, settings = tokenizers[kind], settings_of(graded=graded)
     output = Output(completion(tokenizer, *texts))
-    found = graded_as_boxed(tokenizer, output, "4", settings, Needs(thinking=thinking))
+    found = graded_as_boxed(tokenizer, output, "4", settings, thinking)
     assert found == Graded(tokenizer.decode(output.completion.token_ids), LOW, None, {counter: 1})
     # The answer is right, and nobody is asked about it.
     scorer = Opinions()
-    graded_by(scorer, tokenizer, output, "4", settings, Needs(thinking=thinking))
+    graded_by(scorer, tokenizer, output, "4", settings, thinking)
     assert scorer.seen == []
 
 
@@ -181,7 +179,7 @@ def test_the_response_alone_or_all(
     parts: int,
 ) -> None:
     """Of an output in two parts the reward is always the response's."""
-    tokenizer, settings, needs = tokenizers[kind], settings_of(graded=graded), Needs(thinking=thinking)
+    tokenizer, settings, splits = tokenizers[kind], settings_of(graded=graded), thinking
 
     def output(text: str) -> Output:
         if parts == 1:
@@ -191,12 +189,12 @@ def test_the_response_alone_or_all(
     sees_all = graded == "whole" and parts == 1
     if response == "as above" and not sees_all:
         reward = LOW
-    found = graded_as_boxed(tokenizer, output(response), answer, settings, needs)
+    found = graded_as_boxed(tokenizer, output(response), answer, settings, splits)
     assert (found.text, found.reward, found.counters) == (THINKING + response, reward, {})
     separated = thinking or graded == "response"
     assert found.thinking_length == (len(tokenizer.encode(THINKING)) if separated else None)
     scorer = Opinions()
-    graded_by(scorer, tokenizer, output("3"), answer, settings, needs)
+    graded_by(scorer, tokenizer, output("3"), answer, settings, splits)
     assert scorer.seen == [GradingItem(f"{THINKING}3" if sees_all else "3", answer, question="question")]
 
 
@@ -243,7 +241,7 @@ def test_last_characters(
 # Several responses to a thinking
 
 RIGHT, WRONG = "\\boxed{4}", "\\boxed{5}"
-TWO_PARTS = Needs(thinking=True, responder=Responder("initial", 2))
+TWO_PARTS = True
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "hugging_face"])
@@ -331,7 +329,7 @@ def test_every_output_gets_its_own_reward_and_prompt(tokenizers: dict[str, Token
     texts = [("so</think>1",), ("2",), ("so</think>3?",), ("so</think>4</think>4",), ("so</think>5",)]
     outputs = [Output(completion(tokenizer, *one, index=10 - number)) for number, one in enumerate(texts)]
     prompts = [Prompt(number, (1,), f"question {number}", str(number)) for number in range(5)]
-    found = grade(session_of(tokenizer, Needs()), alone(scorer, settings_of(graded="response")), prompts, outputs)
+    found = grade(session_of(tokenizer, False), alone(scorer, settings_of(graded="response")), prompts, outputs)
     assert [one.reward for one in found] == [0.1, LOW, None, LOW, 0.5]
     assert [one.counters for one in found] == [
         {},
@@ -350,7 +348,7 @@ def test_every_output_gets_its_own_reward_and_prompt(tokenizers: dict[str, Token
 def test_a_scorer_that_is_away_stops_the_grading(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["sentencepiece"]
     with pytest.raises(ScoringStopped, match="away"):
-        graded_by(Away(), tokenizer, Output(completion(tokenizer, "4")), "4", settings_of(), Needs())
+        graded_by(Away(), tokenizer, Output(completion(tokenizer, "4")), "4", settings_of(), False)
 
 
 # Several rewards that add up
@@ -370,7 +368,7 @@ def test_a_sum_finds_each_term_by_its_own_settings(tokenizers: dict[str, Tokeniz
     texts = [("so \\boxed{4}", "</think>", "4"), ("so", "</think>", "\\boxed{4}"), ("\\boxed{4}",)]
     outputs = [Output(completion(tokenizer, *one, index=number)) for number, one in enumerate(texts)]
     prompts = [Prompt(number, (1,), "question", "4") for number in range(3)]
-    found = grade(session_of(tokenizer, Needs()), scoring, prompts, outputs)
+    found = grade(session_of(tokenizer, False), scoring, prompts, outputs)
     assert [one.terms for one in found] == [
         {"right": 0.0, "words": 1.0, "leak": 0.0},
         {"right": 1.0, "words": -1.0, "leak": 2.0},
@@ -388,7 +386,7 @@ def test_a_sum_is_not_known_where_a_term_is_not(tokenizers: dict[str, Tokenizer]
     scoring = Scoring([Part(settings, Opinions(), "a", 2.0), Part(settings, Opinions(), "b")], (-10.0, 10.0))
     outputs = [Output(completion(tokenizer, text, index=number)) for number, text in enumerate(("4", "4?"))]
     prompts = [Prompt(number, (1,), "question", "4") for number in range(2)]
-    found = grade(session_of(tokenizer, Needs()), scoring, prompts, outputs)
+    found = grade(session_of(tokenizer, False), scoring, prompts, outputs)
     assert [one.reward for one in found] == [pytest.approx(1.2), None]
     assert found[1].counters == {"judge_unreadable": 1}
     assert term_means(one.terms for one in found) == {"a": 0.4, "b": 0.4}

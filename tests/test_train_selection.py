@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,177 +13,196 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from group_case import group_of
 
 from megarl.algorithms import build
-from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Group, Trained
+from megarl.algorithms.nft import Nft
 from megarl.algorithms.objective import BatchTotals
+from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
-from megarl.records import Prompt, Sample, Sequence
-from megarl.train.groups import Rollouts, Score, Target
-from megarl.train.rollouts import _drop_reason
-from megarl.train.route import Item, MiniBatch, assign, deliver
-from megarl.train.selection import items_of, step_items
+from megarl.records import Body, Key, Prompt, Sequence, Stretch
+from megarl.train.groups import Kept, Made
+from megarl.train.rollouts import keep
+from megarl.train.route import CreditedGroup, MiniBatch, assign, deliver
+from megarl.train.selection import credited_groups
 
 #: Of an answer: reward, tokens, and those of its thinking.
 Answer = tuple[float | None, int, int | None]
 
 
 def algorithm_of(name: str, **settings: Any) -> Algorithm:
-    made = build(ALGORITHM_SETTINGS[name].model_validate({"name": name} | settings), AlgorithmContext(64, 2))
-    made.begin_step(1)
-    return made
+    return build(ALGORITHM_SETTINGS[name].model_validate({"name": name} | settings), AlgorithmContext(64, 2))
 
 
-def step_of(*groups: list[Answer], targets: dict[int, int] | None = None) -> Rollouts:
-    """Groups of equal size, all kept, held by this rank; `targets` are lengths of explanations by group.
+def step_of(*groups: list[Answer], explanations: dict[int, int] | None = None) -> Made:
+    """Groups of equal size, held by this rank; `explanations` are lengths by group.
 
     Group g's prompt has g + 1 tokens; answer k's are 100 g + 10 k and what follows, its log-probs -1, -2 and so on; an
     explanation's are 1000 (g + 1) and what follows.
     """
-    rollouts = Rollouts(len(groups[0]))
-    for group, answers in enumerate(groups):
-        rollouts.prompts.append(Prompt(group, tuple(range(1, group + 2)), "", ""))
-        for k, (reward, length, thinking) in enumerate(answers):
-            number, first = group * len(answers) + k, 100 * group + 10 * k
-            rollouts.scores[number] = Score(reward, length, True, 0, thinking)
-            log_probs = tuple(float(-1 - place) for place in range(length))
-            ids = tuple(range(first, first + length))
-            rollouts.mine[number] = Sample(group, k, ids, log_probs, "stop", reward=reward)
-        rollouts.kept.append(group)
-    for group, length in (targets or {}).items():
-        rollouts.targets[group] = [Target(0, 0, length, length - 1)]
-        rollouts.my_targets[group, 0] = tuple(range(1000 * (group + 1), 1000 * (group + 1) + length))
-    return rollouts
+    made: list[Group] = []
+    bodies: dict[Key, Body] = {}
+    for number, answers in enumerate(groups):
+        rewards, lengths, thinking = zip(*answers, strict=True)
+        explained = [] if number not in (explanations or {}) else [(explanations or {})[number]]
+        prompt = Prompt(number, tuple(range(1, number + 2)), "", "")
+        group = group_of(rewards, lengths, thinking, explanations=explained, number=number, prompt=prompt)
+        for head in group.heads:
+            first = 1000 * (number + 1) if head.key.kind == "explanation" else 100 * number + 10 * head.key.number
+            ids = tuple(range(first, first + head.length))
+            log_probs = () if head.key.kind == "explanation" else tuple(float(-1 - t) for t in range(head.length))
+            bodies[head.key] = Body(ids, log_probs)
+        made.append(group)
+    return Made(tuple(made), bodies=bodies)
 
 
-def batches_of(algorithm: Algorithm, rollouts: Rollouts, updates: int, data_parallel: int) -> list[MiniBatch]:
-    items = step_items(algorithm, rollouts)
-    return assign(rollouts, items, updates, data_parallel, together=algorithm.needs.pairs)
+def credited(algorithm: Algorithm, groups: tuple[Group, ...]) -> tuple[list[CreditedGroup], dict[str, int]]:
+    return credited_groups(groups, algorithm.credit(1, groups))
 
 
-def spans_of(items: list[Item]) -> list[tuple[int, int, int, int]]:
-    return [(item.group, item.number, item.start, item.end) for item in items]
+def batches_of(
+    algorithm: Algorithm, groups: tuple[Group, ...], updates: int, data_parallel: int
+) -> tuple[list[MiniBatch], dict[str, int]]:
+    return assign(credited(algorithm, groups)[0], updates, data_parallel, together=algorithm.needs.pairs)
 
 
-# Items
+def spans_of(items: Iterable[Trained]) -> list[tuple[str, int, int, int]]:
+    """Kind and number, and start and end of what is trained, which must be in one piece."""
+    return [(one.head.key.kind, one.head.key.number, *one.spans[0][:2]) for one in items if len(one.spans) == 1]
+
+
+def advantages_of(items: Iterable[Trained]) -> list[float]:
+    return [one.spans[0].advantage for one in items if one.head.key.kind == "answer"]
+
+
+# What of a group is trained
 
 
 def test_all_of_every_answer_is_trained_by_default() -> None:
-    rollouts = step_of([(1.0, 5, None), (0.0, 3, None)])
-    items = items_of(algorithm_of("grpo", std_epsilon=0.0), rollouts, 0)
-    assert spans_of(items) == [(0, 0, 0, 5), (0, 1, 0, 3)]
-    assert [item.advantage for item in items] == pytest.approx([1.0, -1.0])
-    assert rollouts.counters == {}
+    made = step_of([(1.0, 5, None), (0.0, 3, None)])
+    ((_, items),), counters = credited(algorithm_of("grpo", std_epsilon=0.0), made.groups)
+    assert spans_of(items) == [("answer", 0, 0, 5), ("answer", 1, 0, 3)]
+    assert advantages_of(items) == pytest.approx([1.0, -1.0])
+    assert counters == {}
 
 
 def test_answers_without_a_trained_span_are_left_out_and_counted() -> None:
     """START's stage 1 trains the thinking; the second output has none. Its reward counts in the advantages."""
-    rollouts = step_of([(1.0, 5, 2), (0.0, 6, None), (1.0, 7, 4)], [(0.0, 4, None), (1.0, 4, None), (1.0, 4, 1)])
-    algorithm = algorithm_of("start", normalize_std=False)
-    first = items_of(algorithm, rollouts, 0)
-    assert spans_of(first) == [(0, 0, 0, 2), (0, 2, 0, 4)]
-    assert [item.advantage for item in first] == pytest.approx([1 / 3, 1 / 3])
-    assert rollouts.counters == {"samples_not_trained": 1}
-    assert spans_of(items_of(algorithm, rollouts, 1)) == [(1, 2, 0, 1)]
-    assert rollouts.counters == {"samples_not_trained": 3}
+    made = step_of([(1.0, 5, 2), (0.0, 6, None), (1.0, 7, 4)], [(0.0, 4, None), (1.0, 4, None), (1.0, 4, 1)])
+    ((_, first), (_, second)), counters = credited(algorithm_of("start", normalize_std=False), made.groups)
+    assert spans_of(first) == [("answer", 0, 0, 2), ("answer", 2, 0, 4)]
+    assert advantages_of(first) == pytest.approx([1 / 3, 1 / 3])
+    assert spans_of(second) == [("answer", 2, 0, 1)]
+    assert counters == {"samples_not_trained": 3}
 
 
 def test_the_second_stage_trains_the_response() -> None:
-    rollouts = step_of([(1.0, 5, 2), (0.0, 6, None)])
-    assert spans_of(items_of(algorithm_of("start", thinking_steps=0), rollouts, 0)) == [(0, 0, 2, 5)]
-    assert rollouts.counters == {"samples_not_trained": 1}
+    made = step_of([(1.0, 5, 2), (0.0, 6, None)])
+    ((_, items),), counters = credited(algorithm_of("start", thinking_steps=0), made.groups)
+    assert spans_of(items) == [("answer", 0, 2, 5)]
+    assert counters == {"samples_not_trained": 1}
 
 
-def test_targets_come_after_the_answers() -> None:
-    rollouts = step_of([(1.0, 5, None), (0.0, 3, None)], targets={0: 7})
-    items = items_of(algorithm_of("exp_grpo"), rollouts, 0)
-    assert spans_of(items) == [(0, 0, 0, 5), (0, 1, 0, 3), (0, 0, 0, 7)]
-    assert [item.target for item in items] == [False, False, True]
+@pytest.mark.parametrize("name", ["grpo", "nft", "start", "exp_grpo", "exp_dpo"])
+def test_what_another_has_put_there_is_never_trained(name: str) -> None:
+    """Whatever an algorithm asks for: tokens of an environment or a hint are context."""
+    group = group_of([1.0, 0.0], [10, 10], [9, 9], explanations=[5])
+    mixed = (
+        Stretch(0, 3, "policy", 0),
+        Stretch(3, 5, "environment"),
+        Stretch(5, 6, "policy", 0),
+        Stretch(6, 7, "hint"),
+        Stretch(7, 8, "environment"),
+        Stretch(8, 10, "policy", 0),
+    )
+    heads = (replace(h, stretches=mixed) if h.key.kind == "answer" else h for h in group.heads)
+    ((_, items),), _ = credited(algorithm_of(name), (replace(group, heads=tuple(heads)),))
+    answers = [one for one in items if one.head.key.kind == "answer"]
+    end = 9 if name == "start" else 10
+    assert answers and all([span[:2] for span in one.spans] == [(0, 3), (5, 6), (8, end)] for one in answers)
+    assert all(one.tokens == end - 4 for one in answers)
+    assert all(len({str(span.advantage) for span in one.spans}) == 1 for one in answers)
+
+
+def test_explanations_come_after_the_answers() -> None:
+    made = step_of([(1.0, 5, None), (0.0, 3, None)], explanations={0: 7})
+    ((_, items),), _ = credited(algorithm_of("exp_grpo"), made.groups)
+    assert spans_of(items) == [("answer", 0, 0, 5), ("answer", 1, 0, 3), ("explanation", 0, 0, 7)]
 
 
 def test_signals_go_with_their_answers() -> None:
-    items = items_of(algorithm_of("nft"), step_of([(1.0, 5, None), (0.0, 3, None)]), 0)
-    named = {name for item in items for name in item.signals}
-    assert named
-    algorithm, outcome = algorithm_of("nft"), step_of([(1.0, 5, None), (0.0, 3, None)]).outcome(0)
-    for k, item in enumerate(items):
-        assert item.signals == {name: values[k] for name, values in algorithm.signals(outcome).items()}
+    algorithm, made = algorithm_of("nft"), step_of([(1.0, 5, None), (0.0, 3, None)])
+    assert isinstance(algorithm, Nft)
+    signals = algorithm.signals(made.groups[0])
+    ((_, items),), _ = credited(algorithm, made.groups)
+    assert signals
+    assert [one.signals for one in items] == [{name: values[k] for name, values in signals.items()} for k in range(2)]
 
 
 def test_groups_without_a_pair_are_left_out_and_counted() -> None:
     """exp_dpo with `rejected` wrong: group 1 has no wrong answer, group 2 no explanation."""
     right, wrong = (1.0, 4, None), (0.0, 3, None)
-    rollouts = step_of([right, wrong], [right, right], [wrong, right], targets={0: 6, 1: 6})
-    algorithm = algorithm_of("exp_dpo", rejected="wrong")
-    assert spans_of(items_of(algorithm, rollouts, 0)) == [(0, 1, 0, 3), (0, 0, 0, 6)]
-    assert rollouts.counters == {"samples_not_trained": 1}
-    assert items_of(algorithm, rollouts, 1) == []
-    assert rollouts.counters == {"samples_not_trained": 3, "groups_without_pair": 1}
-    assert items_of(algorithm, rollouts, 2) == []
-    assert rollouts.counters == {"samples_not_trained": 4, "groups_without_pair": 2}
+    made = step_of([right, wrong], [right, right], [wrong, right], explanations={0: 6, 1: 6})
+    ((_, first), (_, second), (_, third)), counters = credited(algorithm_of("exp_dpo", rejected="wrong"), made.groups)
+    assert spans_of(first) == [("answer", 1, 0, 3), ("explanation", 0, 0, 6)]
+    assert second == third == ()
+    assert counters == {"samples_not_trained": 4, "groups_without_pair": 2}
 
 
 def test_advantages_of_the_whole_step() -> None:
     """REINFORCE++ over the trained tokens of both groups: rewards 1, 0, 0, 0 of 5, 3, 1 and 1 tokens have the mean and
-    the deviation 1/2. Targets have none, and groups that are not kept count nowhere."""
-    rollouts = step_of(
+    the deviation 1/2. Groups that are not kept count nowhere."""
+    made = step_of(
         [(1.0, 5, None), (0.0, 3, None)], [(1.0, 90, None), (1.0, 90, None)], [(0.0, 1, None), (0.0, 1, None)]
     )
-    rollouts.kept = [0, 2]
-    items = step_items(algorithm_of("grpo", advantage="reinforce_pp", std_epsilon=0.0), rollouts)
-    assert {group: [item.advantage for item in found] for group, found in items.items()} == {0: [1, -1], 2: [-1, -1]}
+    kept = (made.groups[0], made.groups[2])
+    found, _ = credited(algorithm_of("grpo", advantage="reinforce_pp", std_epsilon=0.0), kept)
+    assert [advantages_of(items) for _, items in found] == [[1, -1], [-1, -1]]
 
     # START's stage 1 trains 2 and 4 tokens; the second output of group 0, with reward 1, is not trained.
-    rollouts = step_of([(1.0, 5, 2), (1.0, 6, None)], [(0.0, 7, 4), (0.0, 8, None)], targets={0: 7})
-    items = step_items(algorithm_of("start", advantage="reinforce_pp", std_epsilon=0.0), rollouts)
+    made = step_of([(1.0, 5, 2), (1.0, 6, None)], [(0.0, 7, 4), (0.0, 8, None)])
+    found, _ = credited(algorithm_of("start", advantage="reinforce_pp", std_epsilon=0.0), made.groups)
     mean, std = 1 / 3, math.sqrt(2) / 3
-    assert [item.advantage for item in items[0]] == pytest.approx([(1 - mean) / std, 0.0])
-    assert items[0][1].target
-    assert [item.advantage for item in items[1]] == pytest.approx([-mean / std])
+    assert [advantages_of(items) for _, items in found] == [
+        pytest.approx([(1 - mean) / std]),
+        pytest.approx([-mean / std]),
+    ]
 
 
 # Mini-batches
 
 
 def test_totals_are_those_of_the_whole_mini_batch() -> None:
-    """Trained tokens and sequences of the answers, all tokens of their groups, and the targets apart."""
-    rollouts = step_of(
+    """Trained tokens and sequences of the answers, all tokens of their groups, and the explanations apart."""
+    made = step_of(
         [(1.0, 5, 2), (0.0, 6, None)], [(1.0, 7, 3), (0.0, 8, 4)], [(1.0, 9, 5), (0.0, 2, 1)], [(1.0, 3, 1)] * 2
     )
-    batches = batches_of(algorithm_of("start"), rollouts, 2, 1)
+    batches, _ = batches_of(algorithm_of("start"), made.groups, 2, 1)
     assert [batch.totals for batch in batches] == [BatchTotals(9.0, 3.0, 26.0), BatchTotals(8.0, 4.0, 17.0)]
-    rollouts = step_of([(1.0, 5, None), (0.0, 6, None)], [(1.0, 7, None), (0.0, 8, None)], targets={1: 10})
-    batches = batches_of(algorithm_of("exp_grpo"), rollouts, 1, 2)
+    made = step_of([(1.0, 5, None), (0.0, 6, None)], [(1.0, 7, None), (0.0, 8, None)], explanations={1: 10})
+    batches, _ = batches_of(algorithm_of("exp_grpo"), made.groups, 1, 2)
     assert [batch.totals for batch in batches] == [BatchTotals(26.0, 4.0, 26.0, 10.0, 1.0)]
-    assert sorted(spans_of([item for share in batches[0].items for item in share])) == [
-        (0, 0, 0, 5),
-        (0, 1, 0, 6),
-        (1, 0, 0, 7),
-        (1, 0, 0, 10),
-        (1, 1, 0, 8),
+    items = [item for share in batches[0].items for item in share]
+    assert sorted((item.group.number, *spans_of([item.trained])[0]) for item in items) == [
+        (0, "answer", 0, 0, 5),
+        (0, "answer", 1, 0, 6),
+        (1, "answer", 0, 0, 7),
+        (1, "answer", 1, 0, 8),
+        (1, "explanation", 0, 0, 10),
     ]
-
-
-def test_only_kept_groups_are_trained() -> None:
-    answers: list[Answer] = [(1.0, 4, None), (0.0, 4, None)]
-    rollouts = step_of(answers, answers, answers)
-    rollouts.kept.remove(1)
-    (batch,) = batches_of(algorithm_of("grpo"), rollouts, 1, 1)
-    assert [item.group for item in batch.items[0]] == [0, 0, 2, 2]
-    assert batch.totals == BatchTotals(16.0, 4.0, 16.0)
 
 
 def test_updates_with_fewer_sequences_than_ranks_are_left_out_and_counted() -> None:
     """The first update's two groups have one trained output, the second's four."""
     bad, good = (0.0, 4, None), (1.0, 4, 2)
-    groups = [[bad, bad], [bad, good], [good, good], [good, good]]
+    made = step_of([bad, bad], [bad, good], [good, good], [good, good])
     for ranks, left in ((1, [1, 4]), (2, [4]), (4, [4]), (5, [])):
-        rollouts = step_of(*groups)
-        batches = batches_of(algorithm_of("start"), rollouts, 2, ranks)
+        batches, counters = batches_of(algorithm_of("start"), made.groups, 2, ranks)
         assert [batch.totals.sequences for batch in batches] == left
-        assert rollouts.counters.get("updates_without_data", 0) == 2 - len(left)
+        assert counters.get("updates_without_data", 0) == 2 - len(left)
 
 
 def test_pairs_are_counted_by_groups_and_stay_together() -> None:
@@ -190,14 +210,14 @@ def test_pairs_are_counted_by_groups_and_stay_together() -> None:
     algorithm = algorithm_of("exp_dpo", rejected="wrong")
     for ranks, trained in ((1, True), (2, True), (3, False), (4, False)):
         # Two pairs of four sequences, and a group without an explanation.
-        rollouts = step_of([wrong, right], [right, wrong], [wrong, wrong], targets={0: 9, 1: 2})
-        batches = batches_of(algorithm, rollouts, 1, ranks)
-        assert rollouts.counters.get("updates_without_data", 0) == (not trained)
+        made = step_of([wrong, right], [right, wrong], [wrong, wrong], explanations={0: 9, 1: 2})
+        batches, counters = batches_of(algorithm, made.groups, 1, ranks)
+        assert counters.get("updates_without_data", 0) == (not trained)
         assert len(batches) == trained
         for share in batches[0].items if trained else ():
-            groups = {item.group for item in share}
-            assert sorted((item.group, item.target) for item in share) == [
-                (group, target) for group in sorted(groups) for target in (False, True)
+            groups = {item.group.number for item in share}
+            assert sorted((item.group.number, item.trained.head.key.kind) for item in share) == [
+                (group, kind) for group in sorted(groups) for kind in ("answer", "explanation")
             ]
 
 
@@ -212,25 +232,26 @@ def alone(tmp_path: Path) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def delivered(algorithm: Algorithm, rollouts: Rollouts, world: World) -> list[Sequence]:
+def delivered(algorithm: Algorithm, made: Made, world: World) -> list[Sequence]:
     config = RunConfig.model_validate(
         {"name": "case", "steps": 1, "model": {"path": "m"}, "algorithm": {"name": "grpo"}, "data": {"path": "d"}}
     )
-    (sequences,) = deliver(rollouts, batches_of(algorithm, rollouts, 1, 1), config, world)
+    batches, _ = batches_of(algorithm, made.groups, 1, 1)
+    (sequences,) = deliver(made.bodies, [batch.items for batch in batches], config, world)
     return sequences
 
 
 def test_tokens_before_the_span_are_context_and_those_after_it_are_cut(alone: World) -> None:
     answers: list[Answer] = [(1.0, 5, 2), (0.0, 4, 3)]
-    rollouts = step_of(answers, answers)
-    thinking = delivered(algorithm_of("start"), rollouts, alone)
+    made = step_of(answers, answers)
+    thinking = delivered(algorithm_of("start"), made, alone)
     assert [list(s.tokens) for s in thinking] == [[1, 0, 1], [1, 10, 11, 12], [1, 2, 100, 101], [1, 2, 110, 111, 112]]
     assert [s.prompt_length for s in thinking] == [1, 1, 2, 2]
     assert [list(s.rollout_log_probs) for s in thinking if s.rollout_log_probs is not None] == [
         [-1.0, -2.0],
         [-1.0, -2.0, -3.0],
     ] * 2
-    responses = delivered(algorithm_of("start", thinking_steps=0), rollouts, alone)
+    responses = delivered(algorithm_of("start", thinking_steps=0), made, alone)
     assert [list(s.tokens[s.prompt_length :]) for s in responses] == [[2, 3, 4], [13], [102, 103, 104], [113]]
     assert [list(s.tokens[: s.prompt_length]) for s in responses] == [
         [1, 0, 1],
@@ -242,14 +263,14 @@ def test_tokens_before_the_span_are_context_and_those_after_it_are_cut(alone: Wo
         [-3.0, -4.0, -5.0],
         [-4.0],
     ] * 2
-    for s in (*thinking, *responses):
+    for number, s in enumerate((*thinking, *responses)):
         assert len(s.advantages) == s.response_length
-        assert (s.advantages > 0).all() if s.sample == 0 else (s.advantages < 0).all()
+        assert (s.advantages > 0).all() if number % 2 == 0 else (s.advantages < 0).all()
 
 
 def test_targets_have_no_values_of_sampled_answers(alone: World) -> None:
-    rollouts = step_of([(1.0, 3, None), (0.0, 2, None)], targets={0: 4})
-    *answers, target = delivered(algorithm_of("exp_grpo"), rollouts, alone)
+    made = step_of([(1.0, 3, None), (0.0, 2, None)], explanations={0: 4})
+    *answers, target = delivered(algorithm_of("exp_grpo"), made, alone)
     assert [answer.target for answer in answers] == [False, False] and target.target
     assert list(target.tokens) == [1, 1000, 1001, 1002, 1003] and target.prompt_length == 1
     assert target.rollout_log_probs is None and np.isnan(target.advantages).all() and len(target.advantages) == 4
@@ -275,6 +296,7 @@ def test_a_group_with_an_unknown_reward_is_dropped(
     name: str, rewards: tuple[float | None, ...], reason: str | None
 ) -> None:
     session: Any = SimpleNamespace(algorithm=algorithm_of(name))
-    rollouts = step_of([(1.0, 4, None), (0.0, 4, None)], [(reward, 4, None) for reward in rewards])
-    assert _drop_reason(session, rollouts, 1) == reason
-    assert _drop_reason(session, rollouts, 0) is None
+    made = step_of([(1.0, 4, None), (0.0, 4, None)], [(reward, 4, None) for reward in rewards])
+    kept = keep(session, Plan((Generation(2),)), Kept(), made.groups)
+    assert [group.number for group in kept.groups] == ([0] if reason else [0, 1])
+    assert kept.counters == ({"groups_dropped": 1, reason: 1} if reason else {})

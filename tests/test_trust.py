@@ -70,7 +70,7 @@ def attempt_all(config: Any) -> Any:
     from megarl.parallel import progress
     from megarl.parallel.exchange import gather_all
     from megarl.rollout.phases import Phase
-    from megarl.train import rollouts, run
+    from megarl.train import generation, run
     from megarl.train.loop import run_step
     from megarl.train.session import unfinished_directory
 
@@ -87,9 +87,9 @@ def attempt_all(config: Any) -> Any:
                     after(session.engine)
                 return found
 
-            made, step = rollouts.generate, session.progress.step
+            made, step = generation.generate, session.progress.step
             weights = [parameter.detach().clone() for _, parameter in session.policy.named_parameters()]
-            with mock.patch.object(rollouts, "generate", generate):
+            with mock.patch.object(generation, "generate", generate):
                 try:
                     run_step(session, step + 1)
                     said[name] = "learned"

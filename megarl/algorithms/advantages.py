@@ -11,23 +11,23 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from megarl.algorithms.base import GroupOutcome
 from megarl.config.algorithms import GroupRelativeSettings
 
 
-def group_advantages(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[float, ...]:
+def group_advantages(
+    settings: GroupRelativeSettings, rewards: tuple[float, ...], lengths: Sequence[int]
+) -> tuple[float, ...]:
     """One advantage per sample by `settings.advantage`; see the functions of `ESTIMATORS`.
 
     Exactly 0 for all where all rewards are equal, but for reinforce_pp, whose baseline is the step's.
     """
-    rewards = outcome.rewards
     if settings.advantage == "reinforce_pp":
         return rewards
     if len(rewards) == 1:
         return rewards if settings.singleton_advantage == "reward" else (0.0,)
     if min(rewards) == max(rewards):
         return (0.0,) * len(rewards)
-    return ESTIMATORS[settings.advantage](settings, outcome)
+    return ESTIMATORS[settings.advantage](settings, rewards, lengths)
 
 
 def batch_normalized(
@@ -46,71 +46,73 @@ def batch_normalized(
     return _over_std(settings, deviations, _std(settings, deviations, shares, total))
 
 
-def _grpo(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[float, ...]:
+def _grpo(settings: GroupRelativeSettings, rewards: Sequence[float], lengths: Sequence[int]) -> tuple[float, ...]:
     """R_i - mean R, over the standard deviation (GRPO, 2402.03300 section 4.1.2) or not (Dr. GRPO, 2503.20783)."""
-    deviations = _from_mean(outcome.rewards)
-    return _over_std(settings, deviations, _std_of_rewards(settings, outcome.rewards))
+    deviations = _from_mean(rewards)
+    return _over_std(settings, deviations, _std_of_rewards(settings, rewards))
 
 
-def _rloo(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[float, ...]:
+def _rloo(settings: GroupRelativeSettings, rewards: Sequence[float], lengths: Sequence[int]) -> tuple[float, ...]:
     """R_i less the mean of the others' rewards (2402.14740): G / (G - 1) of the distance from the mean."""
-    size = len(outcome.rewards)
-    return tuple(size / (size - 1) * deviation for deviation in _from_mean(outcome.rewards))
+    size = len(rewards)
+    return tuple(size / (size - 1) * deviation for deviation in _from_mean(rewards))
 
 
-def _opo(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[float, ...]:
+def _opo(settings: GroupRelativeSettings, rewards: Sequence[float], lengths: Sequence[int]) -> tuple[float, ...]:
     """R_i less the mean reward weighted by length, the baseline of least variance where the gradients of tokens are
     independent and of one size (2505.23585). A response's length is that of all of it, trained or not."""
-    total = sum(outcome.lengths)
+    total = sum(lengths)
     if total == 0:
-        return tuple(_from_mean(outcome.rewards))
-    products = (reward * length for reward, length in zip(outcome.rewards, outcome.lengths, strict=True))
+        return tuple(_from_mean(rewards))
+    products = (reward * length for reward, length in zip(rewards, lengths, strict=True))
     baseline = math.fsum(products) / total
-    return tuple(reward - baseline for reward in outcome.rewards)
+    return tuple(reward - baseline for reward in rewards)
 
 
-def _reinforce_pp_baseline(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[float, ...]:
+def _reinforce_pp_baseline(
+    settings: GroupRelativeSettings, rewards: Sequence[float], lengths: Sequence[int]
+) -> tuple[float, ...]:
     """R_i - mean R (2501.03262), before `batch_normalized`."""
-    return tuple(_from_mean(outcome.rewards))
+    return tuple(_from_mean(rewards))
 
 
-def _pass_at_k(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[float, ...]:
+def _pass_at_k(settings: GroupRelativeSettings, rewards: Sequence[float], lengths: Sequence[int]) -> tuple[float, ...]:
     """The reward of a set of k samples is its greatest reward. A sample's advantage is the mean reward of the sets that
     hold it, less that of all sets, over the standard deviation of the sets' rewards, all C(G, k) of them counted
     (2508.10751, there for rewards of two values). k = 1 is GRPO."""
-    rewards, size = sorted(outcome.rewards), _pass_k(settings)
-    shares = _shares(len(rewards), size)
-    maxima = [(reward, share) for reward, share in zip(rewards, shares, strict=True) if share > 0]
+    ordered, size = sorted(rewards), _pass_k(settings)
+    shares = _shares(len(ordered), size)
+    maxima = [(reward, share) for reward, share in zip(ordered, shares, strict=True) if share > 0]
     if maxima[0][0] == maxima[-1][0]:
         return (0.0,) * len(rewards)
     mean = math.fsum(share * reward for reward, share in maxima)
     spread = _std(
         settings, [reward - mean for reward, _ in maxima], [share for _, share in maxima], math.comb(len(rewards), size)
     )
-    gains = {reward: _mean_greatest_with(reward, rewards, size) - mean for reward in set(rewards)}
-    return _over_std(settings, [gains[reward] for reward in outcome.rewards], spread)
+    gains = {reward: _mean_greatest_with(reward, ordered, size) - mean for reward in set(rewards)}
+    return _over_std(settings, [gains[reward] for reward in rewards], spread)
 
 
-def _pass_at_k_loo(settings: GroupRelativeSettings, outcome: GroupOutcome) -> tuple[float, ...]:
+def _pass_at_k_loo(
+    settings: GroupRelativeSettings, rewards: Sequence[float], lengths: Sequence[int]
+) -> tuple[float, ...]:
     """What a sample adds to the greatest reward of k - 1 others, in the mean over all choices of these.
 
     The leave-one-out estimator of 2505.15201, whose s_i is k / G times this. With k = G it is the distance from
     the best to the second best reward for the best sample, and 0 for the others (2503.19595).
     """
-    rewards = sorted(outcome.rewards)
-    shares = _shares(len(rewards) - 1, _pass_k(settings) - 1)
+    ordered = sorted(rewards)
+    shares = _shares(len(ordered) - 1, _pass_k(settings) - 1)
     gains: dict[float, float] = {}
     for reward in set(rewards):
         # It adds something where the greatest of the others is below it.
-        below = rewards[: rewards.index(reward)]
+        below = ordered[: ordered.index(reward)]
         gains[reward] = math.fsum(share * (reward - value) for share, value in zip(shares, below, strict=False))
-    return _over_std(
-        settings, [gains[reward] for reward in outcome.rewards], _std_of_rewards(settings, outcome.rewards)
-    )
+    return _over_std(settings, [gains[reward] for reward in rewards], _std_of_rewards(settings, rewards))
 
 
 #: By `GroupRelativeSettings.advantage`: from a group of at least two samples with unlike rewards to advantages.
-ESTIMATORS: dict[str, Callable[[GroupRelativeSettings, GroupOutcome], tuple[float, ...]]] = {
+ESTIMATORS: dict[str, Callable[[GroupRelativeSettings, Sequence[float], Sequence[int]], tuple[float, ...]]] = {
     "grpo": _grpo,
     "rloo": _rloo,
     "opo": _opo,

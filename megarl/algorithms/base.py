@@ -1,62 +1,29 @@
 """What an algorithm is to the training loop.
 
-The loop provides what `needs` asks for, in this order per step:
+The loop asks it, in this order per step:
 
-    begin_step -> rollouts -> drop_reason (on the rewards as scored) -> shape_rewards -> advantages, signals, spans
-               (on the shaped rewards) -> batch_advantages -> old / reference log-probs -> loss per micro-batch
+    plan -> (texts are made and graded) -> drop_reason -> probes -> (measured) -> credit -> objectives
 
-All but the last work on whole groups, batch_advantages on all groups of the step, from metadata that every rank has, so
-every rank computes the same and no algorithm contains parallel code. The losses: `megarl.algorithms.objective`.
+All work on what every rank knows, whole groups and `credit` on all of a step's, so every rank computes the same and no
+algorithm contains parallel code. What a step is asked for: `megarl.algorithms.plan`; the losses:
+`megarl.algorithms.objective`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 from megarl.algorithms.objective import LossInputs, LossTerms
-from megarl.config.algorithms import AlgorithmSettings, ExplanationSettings
+from megarl.algorithms.plan import Gauge, Plan, Probe
+from megarl.config.algorithms import AlgorithmSettings
+from megarl.config.data import DataSettings
+from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal
-
-#: Whose weights generate: those of the policy as it is, or as it was when the run began.
-Weights = Literal["current", "initial"]
-
-
-@dataclass(frozen=True)
-class Responder:
-    """Rollouts in two parts: the policy thinks, then `responses` answers are written to each thinking by `weights`.
-
-    A sample's reward is the mean of its responses' rewards; the first response stands in the sample.
-    """
-
-    weights: Weights
-    responses: int = 1
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the loop must provide for an algorithm that generates; the first three also for one that does not."""
-
-    old_log_probs: bool = False
-    """Log-probs under the weights the rollouts were made with, recomputed by the policy."""
-    reference_log_probs: bool = False
-    """Log-probs under the weights the run began with."""
-    entropy_gradient: bool = False
-    """`entropy_T` must carry a gradient; otherwise it may be computed without."""
-    max_generation_batches: int = 1
-    """Bound on generation batches per step while groups are dropped; then the step trains on what it has."""
-    thinking: bool = False
-    """`GroupOutcome.thinking_lengths`: where the thinking of each sample ends."""
-    responder: Responder | None = None
-    """Generate in two parts; needs `thinking`."""
-    explanations: ExplanationSettings | None = None
-    """Generate explanations of the reference answers beside the rollouts: the targets of `LossInputs`."""
-    pairs: bool = False
-    """The trained samples and the targets of a group share a micro-batch; groups that lack either are left out."""
-    rollout_weights: Weights = "current"
-    """Whose weights generate the rollouts. Those of "initial" are the same whenever a prompt returns."""
+from megarl.records import NEVER_TRAINED, Head, Prompt, Trajectory
 
 
 @dataclass(frozen=True)
@@ -69,50 +36,121 @@ class AlgorithmContext:
     """rollout.group_size: samples per prompt."""
     reward_low: float = 0.0
     """The least reward: reward.low, of a sum what its terms' add up to."""
+    reward_high: float = 1.0
+    """The greatest reward."""
+    reward_judges: bool = False
+    """Whether the reward says right or wrong, and costs nothing to ask."""
+    tokenizer: Tokenizer | None = None
+    data: DataSettings | None = None
+    """How questions are put to the model; with the tokenizer, for texts of the algorithm's own."""
+    stop_ids: frozenset[int] = frozenset()
+    """Token ids that end a response."""
 
 
 @dataclass(frozen=True)
-class GroupOutcome:
-    """How the samples of one prompt ended: metadata, the same on all ranks; one entry per sample, in sample order.
+class Group:
+    """A prompt that was drawn, and what all ranks know of what was made for it; the `number`-th of the step."""
 
-    Raises:
-        Refusal: the entries differ in number, there are none, or a reward is not finite.
+    number: int
+    prompt: Prompt
+    draw: int
+    """How often the prompt had been drawn before in the step."""
+    heads: tuple[Head, ...] = ()
+    """By kind in the order of the plan, and in order within."""
+
+    def of(self, kind: str) -> tuple[Head, ...]:
+        """The heads of one kind."""
+        return tuple(head for head in self.heads if head.key.kind == kind)
+
+    @property
+    def answers(self) -> tuple[Head, ...]:
+        """The heads of the kind "answer"."""
+        return self.of("answer")
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Those of the answers, all of which must have one.
+
+        Raises:
+            Refusal: a reward is not finite, or there is no answer.
+        """
+        rewards = tuple(head.reward for head in self.answers)
+        if not rewards:
+            raise Refusal("a group without answers", "has no rewards", "plan a generation of the kind answer")
+        for index, reward in enumerate(rewards):
+            if reward is None or not math.isfinite(reward):
+                raise Refusal(f"reward {reward} of sample {index}", "must be finite", "correct the reward function")
+        return tuple(reward for reward in rewards if reward is not None)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Response tokens of the answers, the end token included."""
+        return tuple(head.length for head in self.answers)
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `end` of a response that are trained, all with one advantage; NaN: they have none."""
+
+    start: int
+    end: int
+    advantage: float = math.nan
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a trajectory is trained.
+
+    `spans` are in order and apart, and without the tokens of environments and hints, whatever is given. Tokens before
+    and between them are context, those after the last are not even computed. `signals` are further numbers that the
+    losses find in `LossInputs.signals_S`, by name, the same names in every group.
     """
 
-    rewards: tuple[float, ...]
-    lengths: tuple[int, ...]
-    """Response tokens, the end token included."""
-    finished: tuple[bool, ...]
-    """False where the response was cut at rollout.max_tokens."""
-    thinking_lengths: tuple[int | None, ...] | None = None
-    """Tokens up to and including the end of the thinking; None for a sample that is not one thinking, which is not
-    empty, and a response. Known where `Needs.thinking` asks for it."""
+    head: Head
+    spans: tuple[Span, ...]
+    signals: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        counts = {len(self.rewards), len(self.lengths), len(self.finished)}
-        if self.thinking_lengths is not None:
-            counts.add(len(self.thinking_lengths))
-        if len(counts) != 1 or 0 in counts:
-            raise Refusal(
-                f"a group with {len(self.rewards)} rewards, {len(self.lengths)} lengths, {len(self.finished)} ends",
-                "needs the same number of each, at least 1",
-                "pass one entry per sample",
-            )
-        for index, reward in enumerate(self.rewards):
-            if not math.isfinite(reward):
-                raise Refusal(f"reward {reward} of sample {index}", "must be finite", "correct the reward function")
+        object.__setattr__(self, "spans", _learnable(self.head, self.spans))
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens trained."""
+        return sum(span.end - span.start for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What of a group is trained; nothing where it is `left_out`, the name of a counter that says why."""
+
+    trained: tuple[Trained, ...]
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the loop must provide for an algorithm's loss."""
+
+    old_log_probs: bool = False
+    """Log-probs under the weights the rollouts were made with, recomputed by the policy."""
+    reference_log_probs: bool = False
+    """Log-probs under the weights the run began with."""
+    entropy_gradient: bool = False
+    """`entropy_T` must carry a gradient; otherwise it may be computed without."""
+    pairs: bool = False
+    """The trained sequences of a group share a micro-batch."""
 
 
 class Algorithm(ABC):
     """One algorithm: a file beside this one and a row in `megarl.algorithms.ALGORITHMS`."""
 
     Settings: ClassVar[type[AlgorithmSettings]]
+    #: Whether outputs are one thinking and a response each, whose border is marked as "thinking".
+    splits_thinking: ClassVar[bool] = False
     needs: Needs
 
     @abstractmethod
     def __init__(self, settings: Any, context: AlgorithmContext) -> None:
-        """Set `needs`.
-
+        """
         Args:
             settings: an instance of the class's `Settings`.
             context: facts of the run.
@@ -121,53 +159,37 @@ class Algorithm(ABC):
             Refusal: settings that do not fit each other or the run.
         """
 
-    def begin_step(self, step: int) -> None:  # noqa: B027 (an algorithm without stages has nothing to do)
-        """Called before step `step` (1, 2, ...), also when a run continues there; may change `needs`.
+    @abstractmethod
+    def plan(self, step: int) -> Plan:
+        """What step `step` (1, 2, ...) generates and learns from.
 
-        What the algorithm does then depends on nothing but its settings and `step`. The first `needs`, after
-        construction, are those of which the run is built: later ones may only ask for less.
+        Depends on nothing but settings, step and declared state. It may name only parameter sets that the settings
+        declare (`AlgorithmSettings.parameter_sets`).
         """
 
-    def shape_rewards(self, outcome: GroupOutcome) -> tuple[float, ...]:
-        """The rewards that the following shall see, one per sample; by default those of the outcome."""
-        return outcome.rewards
+    def drop_reason(self, group: Group) -> str | None:
+        """Why not to train on the group, by its rewards; None to train on it, the default.
 
-    def drop_reason(self, outcome: GroupOutcome) -> str | None:
-        """Why not to train on the group, by its rewards as scored (not shaped); None to train on it, the default.
-
-        Further prompts take the place of dropped ones, up to `Needs.max_generation_batches`. The reason is the name of
-        a counter, such as "groups_without_variance".
+        Further prompts take the place of dropped ones, up to `Plan.batches`. The reason is the name of a counter, such
+        as "groups_without_variance".
         """
         return None
 
-    def advantages(self, outcome: GroupOutcome) -> tuple[float, ...]:
-        """One advantage per sample, for all its tokens; `outcome` is the whole group with shaped rewards.
+    def probes(self, step: int) -> tuple[Probe, ...]:
+        """What to measure of the kept groups before `credit`; by default nothing."""
+        return ()
 
-        By default the rewards themselves.
+    @abstractmethod
+    def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
+        """What of each of the step's kept groups is trained, and with which advantages."""
+
+    def gauges(self, group: Group, held: Sequence[Trajectory]) -> list[Gauge]:
+        """Texts whose likelihood is to be logged, of a kept group; by default none.
+
+        `held` are those of the group's trajectories that this rank answers for: every rank says what it has. What is
+        made of `group` alone, every rank says, as `Gauge.common`. Asked for where `Plan.gauged` says so.
         """
-        return outcome.rewards
-
-    def batch_advantages(self, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> tuple[float, ...]:
-        """The advantages of all samples that the step trains on, seen together; by default as they are.
-
-        `tokens` has the number of trained tokens, at least 1, of each sample.
-        """
-        return advantages
-
-    def signals(self, outcome: GroupOutcome) -> dict[str, tuple[float, ...]]:
-        """Further numbers per sample that `loss` finds in `LossInputs.signals_S`, by name; by default none.
-
-        `outcome` is the whole group with shaped rewards. Every group has the same names.
-        """
-        return {}
-
-    def spans(self, outcome: GroupOutcome) -> tuple[tuple[int, int], ...]:
-        """Which tokens of each sample are trained, as (start, end) within the response; by default all.
-
-        Tokens before `start` are context, those from `end` on are not even computed; an empty span leaves the
-        sample out.
-        """
-        return tuple((0, length) for length in outcome.lengths)
+        return []
 
     def state(self) -> dict[str, Any]:
         """What the algorithm has learned of the run that later steps depend on, saved in every checkpoint; by default
@@ -180,3 +202,19 @@ class Algorithm(ABC):
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossTerms:
         """The micro-batch's share of the loss, from its own sequences alone: no collective."""
+
+
+def _learnable(head: Head, spans: Sequence[Span]) -> tuple[Span, ...]:
+    """What of `spans` lies in stretches whose tokens may be trained; without empty spans."""
+    sources = [stretch for stretch in head.stretches if stretch.source not in NEVER_TRAINED]
+    cut = (
+        Span(max(span.start, stretch.start), min(span.end, stretch.end), span.advantage)
+        for span in spans
+        for stretch in sources
+    )
+    return tuple(span for span in cut if span.start < span.end)
+
+
+def whole(head: Head, advantage: float = math.nan) -> tuple[Span, ...]:
+    """The span of a whole response."""
+    return (Span(0, head.length, advantage),) if head.length else ()

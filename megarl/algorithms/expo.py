@@ -7,19 +7,24 @@ prefers them to the policy's own answers. What the paper says and what is our ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Trained, whole
+from megarl.algorithms.explanations import EXPLANATION, Explanations
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import LossInputs, LossTerms, required
+from megarl.algorithms.plan import Gauge, Generation, Plan
 from megarl.config.algorithms import ExpDpoSettings, ExpGrpoSettings
+from megarl.config.parameter_sets import POLICY, REFERENCE
 from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked
 from megarl.ops.segments import sum_by_sequence
+from megarl.records import Head, Trajectory
 
 _TOKEN_FIELDS = tuple(field.name for field in fields(LossInputs) if field.name.endswith("_T"))
 
@@ -38,8 +43,24 @@ class ExpGrpo(Grpo):
         super().__init__(settings, context)
         self._explanation_weight = settings.explanation_weight
         self._explanation_aggregation = settings.explanation_aggregation
-        if self._explanation_weight > 0:
-            self.needs = replace(self.needs, explanations=settings.explanation)
+        self._explanations = Explanations(settings.explanation, context) if self._explanation_weight > 0 else None
+
+    def plan(self, step: int) -> Plan:
+        """GRPO's answers, and beside them explanations."""
+        plan = super().plan(step)
+        if self._explanations is None:
+            return plan
+        generations = (*plan.generations, self._explanations.generation())
+        return replace(plan, generations=generations, gauged=self._explanations.gauged(step))
+
+    def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
+        """GRPO's of the answers, and the explanations whole."""
+        found = zip(super().credit(step, groups), groups, strict=True)
+        return [Credit((*credit.trained, *_explained(group))) for credit, group in found]
+
+    def gauges(self, group: Group, held: Sequence[Trajectory]) -> list[Gauge]:
+        """See `Explanations.gauges`."""
+        return [] if self._explanations is None else self._explanations.gauges(group, held)
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """See `Algorithm.loss`.
@@ -86,21 +107,34 @@ class ExpDpo(Algorithm):
     def __init__(self, settings: ExpDpoSettings, context: AlgorithmContext) -> None:
         self.settings = settings
         self.context = context
-        self.needs = Needs(
-            reference_log_probs=True,
-            explanations=settings.explanation,
-            pairs=True,
-            rollout_weights="initial" if settings.mode == "offline" else "current",
-        )
+        self.needs = Needs(reference_log_probs=True, pairs=True)
+        self._explanations = Explanations(settings.explanation, context)
 
-    def spans(self, outcome: GroupOutcome) -> tuple[tuple[int, int], ...]:
-        """The rejected answer whole, and nothing of the others: the first, or under `rejected` wrong the first whose
-        reward is reward.low. Where there is none, nothing."""
+    def plan(self, step: int) -> Plan:
+        """Answers and explanations, offline those of the policy that the run started with."""
+        weights = REFERENCE if self.settings.mode == "offline" else POLICY
+        generations = (Generation(self.context.group_size, weights=weights), self._explanations.generation(weights))
+        return Plan(generations, gauged=self._explanations.gauged(step))
+
+    def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
+        """The rejected answer and the explanation, both whole; `groups_without_pair` lack one of them."""
+        return [self._pair(group) for group in groups]
+
+    def _pair(self, group: Group) -> Credit:
+        rejected, chosen = self.rejected(group), _explained(group)
+        trained = () if rejected is None else (Trained(rejected, whole(rejected)),)
+        return Credit((*trained, *chosen), None if trained and chosen else "groups_without_pair")
+
+    def rejected(self, group: Group) -> Head | None:
+        """The first answer, or under `rejected` wrong the first whose reward is reward.low; None where none is."""
         wrong_only = self.settings.rejected == "wrong"
-        eligible = [
-            k for k, reward in enumerate(outcome.rewards) if not wrong_only or reward <= self.context.reward_low
-        ]
-        return tuple((0, length if k in eligible[:1] else 0) for k, length in enumerate(outcome.lengths))
+        answers = zip(group.answers, group.rewards, strict=True)
+        eligible = (head for head, reward in answers if not wrong_only or reward <= self.context.reward_low)
+        return next(eligible, None)
+
+    def gauges(self, group: Group, held: Sequence[Trajectory]) -> list[Gauge]:
+        """See `Explanations.gauges`."""
+        return self._explanations.gauges(group, held)
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """See `Algorithm.loss`.
@@ -126,6 +160,11 @@ class ExpDpo(Algorithm):
                 "explanation_nll": sum_counted(counted_T & _of_targets(inputs), -inputs.log_probs_T),
             },
         )
+
+
+def _explained(group: Group) -> tuple[Trained, ...]:
+    """The group's explanations, whole."""
+    return tuple(Trained(head, whole(head)) for head in group.of(EXPLANATION))
 
 
 def _of_targets(inputs: LossInputs) -> Tensor:

@@ -6,11 +6,15 @@ GRPO: arXiv 2402.03300; Dr. GRPO: 2503.20783; DAPO: 2503.14476; GSPO: 2507.18071
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch import Tensor
 
 from megarl.algorithms.advantages import batch_normalized, group_advantages
-from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Span, Trained
 from megarl.algorithms.objective import LossInputs, LossTerms, required
+from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
@@ -32,37 +36,59 @@ class Grpo(Algorithm):
             old_log_probs=True,
             reference_log_probs=settings.kl_coefficient > 0,
             entropy_gradient=settings.entropy_coefficient != 0,
-            max_generation_batches=settings.max_generation_batches if settings.dynamic_sampling else 1,
         )
 
-    def shape_rewards(self, outcome: GroupOutcome) -> tuple[float, ...]:
+    def plan(self, step: int) -> Plan:
+        """Answers, and under `dynamic_sampling` more of them while groups are dropped."""
+        batches = self.settings.max_generation_batches if self.settings.dynamic_sampling else 1
+        return Plan((Generation(self.context.group_size),), batches)
+
+    def drop_reason(self, group: Group) -> str | None:
+        """Under `dynamic_sampling` groups whose rewards are all equal are dropped, DAPO Eq. 11."""
+        if self.settings.dynamic_sampling and min(group.rewards) == max(group.rewards):
+            return "groups_without_variance"
+        return None
+
+    def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
+        """Every answer's `spans` with its advantage; REINFORCE++'s are normalised over the step.
+
+        An answer of which nothing is trained counts in its group's advantages alone.
+        """
+        found = [self._of_group(step, group) for group in groups]
+        if self.settings.advantage not in ("reinforce_pp", "reinforce_pp_baseline"):
+            return [Credit(trained) for trained in found]
+        answers = [one for trained in found for one in trained]
+        advantages = [one.spans[0].advantage for one in answers]
+        normalized = iter(batch_normalized(self.settings, advantages, [one.tokens for one in answers]))
+        return [Credit(tuple(_with_advantage(one, next(normalized)) for one in trained)) for trained in found]
+
+    def _of_group(self, step: int, group: Group) -> tuple[Trained, ...]:
+        advantages, spans = self.advantages(group), self.spans(step, group)
+        asked = [
+            Trained(head, (Span(*span, advantage),))
+            for head, span, advantage in zip(group.answers, spans, advantages, strict=True)
+        ]
+        return tuple(one for one in asked if one.spans)
+
+    def advantages(self, group: Group) -> tuple[float, ...]:
+        """One per answer, of the group alone, by `advantage`: `megarl.algorithms.advantages.group_advantages`."""
+        return group_advantages(self.settings, self.shape_rewards(group), group.lengths)
+
+    def shape_rewards(self, group: Group) -> tuple[float, ...]:
         """Rewards less the soft overlong penalty, DAPO Eq. 13: it grows linearly over the last `overlong_buffer`
         tokens before rollout.max_tokens, from 0 to `overlong_penalty`."""
         buffer = self.settings.overlong_buffer
         if buffer is None:
-            return outcome.rewards
+            return group.rewards
         free = self.context.max_tokens - buffer
-        excess = [min(max(length - free, 0), buffer) / buffer for length in outcome.lengths]
+        excess = [min(max(length - free, 0), buffer) / buffer for length in group.lengths]
         return tuple(
-            reward - self.settings.overlong_penalty * share
-            for reward, share in zip(outcome.rewards, excess, strict=True)
+            reward - self.settings.overlong_penalty * share for reward, share in zip(group.rewards, excess, strict=True)
         )
 
-    def drop_reason(self, outcome: GroupOutcome) -> str | None:
-        """Under `dynamic_sampling` groups whose rewards are all equal are dropped, DAPO Eq. 11."""
-        if self.settings.dynamic_sampling and min(outcome.rewards) == max(outcome.rewards):
-            return "groups_without_variance"
-        return None
-
-    def advantages(self, outcome: GroupOutcome) -> tuple[float, ...]:
-        """By `advantage`: `megarl.algorithms.advantages.group_advantages`."""
-        return group_advantages(self.settings, outcome)
-
-    def batch_advantages(self, advantages: tuple[float, ...], tokens: tuple[int, ...]) -> tuple[float, ...]:
-        """REINFORCE++'s are normalised over the step, the others as they are."""
-        if self.settings.advantage in ("reinforce_pp", "reinforce_pp_baseline"):
-            return batch_normalized(self.settings, advantages, tokens)
-        return advantages
+    def spans(self, step: int, group: Group) -> tuple[tuple[int, int], ...]:
+        """Which tokens of each answer are trained, as (start, end): all."""
+        return tuple((0, length) for length in group.lengths)
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """See `Algorithm.loss`.
@@ -157,3 +183,7 @@ class Grpo(Algorithm):
             total_sequences=inputs.totals.sequences,
             constant=float(self.context.max_tokens) if constant is None else constant,
         )
+
+
+def _with_advantage(one: Trained, advantage: float) -> Trained:
+    return replace(one, spans=tuple(span._replace(advantage=advantage) for span in one.spans))

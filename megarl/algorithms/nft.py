@@ -6,11 +6,13 @@ Which setting is the paper's, which its published code's and which ours: docs/al
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, GroupOutcome, Needs
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Trained, whole
 from megarl.algorithms.objective import LossInputs, LossTerms, required
+from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import NftSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.implicit_negative import implicit_negative
@@ -29,21 +31,25 @@ class Nft(Algorithm):
 
     def __init__(self, settings: NftSettings, context: AlgorithmContext) -> None:
         self.settings = settings
-        self.needs = Needs(
-            old_log_probs=True,
-            max_generation_batches=settings.max_generation_batches if settings.dynamic_sampling else 1,
-        )
+        self.context = context
+        self.needs = Needs(old_log_probs=True)
 
-    def drop_reason(self, outcome: GroupOutcome) -> str | None:
+    def plan(self, step: int) -> Plan:
+        """Answers, and under `dynamic_sampling` more of them while groups are dropped."""
+        batches = self.settings.max_generation_batches if self.settings.dynamic_sampling else 1
+        return Plan((Generation(self.context.group_size),), batches)
+
+    def drop_reason(self, group: Group) -> str | None:
         """Groups whose rewards `rewards` does not allow are dropped always; under `dynamic_sampling` also those whose
         rewards are all equal, which the paper filters out.
 
         Reasons: groups_reward_not_binary, groups_all_right, groups_all_wrong (binary); groups_reward_out_of_range,
         groups_without_variance (continuous).
         """
-        low, high = min(outcome.rewards), max(outcome.rewards)
+        rewards = group.rewards
+        low, high = min(rewards), max(rewards)
         binary = self.settings.rewards == "binary"
-        if binary and any(reward not in (0.0, 1.0) for reward in outcome.rewards):
+        if binary and any(reward not in (0.0, 1.0) for reward in rewards):
             return "groups_reward_not_binary"
         if low < 0.0 or high > 1.0:
             return "groups_reward_out_of_range"
@@ -53,12 +59,24 @@ class Nft(Algorithm):
             return "groups_without_variance"
         return "groups_all_right" if low == 1.0 else "groups_all_wrong"
 
-    def signals(self, outcome: GroupOutcome) -> dict[str, tuple[float, ...]]:
+    def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
+        """Every answer whole, with its reward for the advantage, and with `signals`."""
+        return [self._of_group(group) for group in groups]
+
+    def _of_group(self, group: Group) -> Credit:
+        signals = self.signals(group)
+        answers = (
+            Trained(head, whole(head, reward), {name: values[k] for name, values in signals.items()})
+            for k, (head, reward) in enumerate(zip(group.answers, group.rewards, strict=True))
+        )
+        return Credit(tuple(one for one in answers if one.spans))
+
+    def signals(self, group: Group) -> dict[str, tuple[float, ...]]:
         """`reward`; the prompt's `success_rate`, clamped; its `prompt_weight`, exactly 0 where all rewards are equal.
 
         The weight is computed from the clamped rate, as in the published code.
         """
-        rewards = outcome.rewards
+        rewards = group.rewards
         margin = max(self.settings.rate_clamp, RATE_MARGIN)
         rate = min(max(math.fsum(rewards) / len(rewards), margin), 1.0 - margin)
         weight = 0.0 if min(rewards) == max(rewards) else self._prompt_weight(rate)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, Needs
+from collections.abc import Sequence
+
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Trained, whole
 from megarl.algorithms.objective import LossInputs, LossTerms
+from megarl.algorithms.plan import Plan
 from megarl.config.algorithms import SftSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked
@@ -17,6 +20,14 @@ class Sft(Algorithm):
     def __init__(self, settings: SftSettings, context: AlgorithmContext) -> None:
         self.settings = settings
         self.needs = Needs()
+
+    def plan(self, step: int) -> Plan:
+        """The data set's solutions."""
+        return Plan(solutions=True)
+
+    def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
+        """Every solution whole."""
+        return [Credit(tuple(Trained(head, whole(head)) for head in group.of("solution"))) for group in groups]
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """See `Algorithm.loss`. Logs `entropy`, mean per token in nats."""

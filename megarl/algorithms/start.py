@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megarl.algorithms.base import AlgorithmContext, GroupOutcome, Responder
+from megarl.algorithms.base import AlgorithmContext, Group
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import LossInputs, LossTerms
+from megarl.algorithms.plan import Plan, Responder
 from megarl.config.algorithms import StartSettings
+from megarl.config.parameter_sets import POLICY, REFERENCE
 
 
 class Start(Grpo):
@@ -19,38 +21,38 @@ class Start(Grpo):
 
     Settings = StartSettings
 
+    splits_thinking = True
+
     def __init__(self, settings: StartSettings, context: AlgorithmContext) -> None:
         super().__init__(settings, context)
         self.settings: StartSettings = settings
-        self.begin_step(1)
 
-    def begin_step(self, step: int) -> None:
-        """Stage 1 for the first `thinking_steps` steps (all, where that is None), then stage 2, whose responses the
-        policy itself writes."""
-        settings = self.settings
-        self._thinks = settings.thinking_steps is None or step <= settings.thinking_steps
-        responder = None
-        if self._thinks and (settings.responder != "policy" or settings.responses > 1):
-            weights = "current" if settings.responder == "policy" else "initial"
-            responder = Responder(weights, settings.responses)
-        self.needs = replace(self.needs, thinking=True, responder=responder)
+    def thinks(self, step: int) -> bool:
+        """Whether a step is one of stage 1: the first `thinking_steps`, all where that is None."""
+        return self.settings.thinking_steps is None or step <= self.settings.thinking_steps
 
-    def spans(self, outcome: GroupOutcome) -> tuple[tuple[int, int], ...]:
+    def plan(self, step: int) -> Plan:
+        """GRPO's; in stage 1 with responses apart from the thinking, where other weights write them or several are
+        written. In stage 2 the policy itself writes everything."""
+        plan, settings = super().plan(step), self.settings
+        if not self.thinks(step) or (settings.responder == "policy" and settings.responses == 1):
+            return plan
+        responder = Responder(POLICY if settings.responder == "policy" else REFERENCE, settings.responses)
+        return replace(plan, generations=tuple(replace(one, responder=responder) for one in plan.generations))
+
+    def spans(self, step: int, group: Group) -> tuple[tuple[int, int], ...]:
         """Stage 1: the thinking, its end mark included. Stage 2: the response, or all of the output.
 
         An output that is not one thinking and a response has an empty span, but for all of the output under
         `second_stage` full.
-
-        Raises:
-            ValueError: the loop did not provide `thinking_lengths`.
         """
-        if not self._thinks and self.settings.second_stage == "full":
-            return super().spans(outcome)
-        if outcome.thinking_lengths is None:
-            raise ValueError("GroupOutcome.thinking_lengths is None, but the algorithm needs it")
+        thinks = self.thinks(step)
+        if not thinks and self.settings.second_stage == "full":
+            return super().spans(step, group)
+        ends = [head.marks.get("thinking") for head in group.answers]
         return tuple(
-            (0, 0) if thinking is None else (0, thinking) if self._thinks else (thinking, length)
-            for thinking, length in zip(outcome.thinking_lengths, outcome.lengths, strict=True)
+            (0, 0) if end is None else (0, end) if thinks else (end, length)
+            for end, length in zip(ends, group.lengths, strict=True)
         )
 
     def loss(self, inputs: LossInputs) -> LossTerms:

@@ -1,10 +1,12 @@
-"""Sets of weights that a run keeps beside those that it trains. Torch-free."""
+"""Sets of weights by name: the one that a run trains, and those that it keeps beside. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+#: The weights that are trained.
+POLICY = "policy"
 #: The weights as they were when the run began.
 REFERENCE = "reference"
 #: The weights of the policy that answers the trained one's thinking in evaluations, where they are a checkpoint's.

@@ -28,6 +28,7 @@ from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms
 from megarl.config import gpu_rules
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
+from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
 from megarl.data.packing import microbatches, padded_microbatches
 from megarl.parallel import progress
@@ -126,15 +127,15 @@ class Policy:
         self.movement.forget()
 
     @contextmanager
-    def using(self, weights: str | None) -> Iterator[None]:
-        """Run with the named weight set in place of the policy's own weights; None changes nothing."""
-        if weights is None:
+    def using(self, weights: str) -> Iterator[None]:
+        """Run with the named parameter set in place of the policy's own weights."""
+        if weights == POLICY:
             yield
             return
         with self.weight_sets.using(weights):
             yield
 
-    def log_probs(self, sequences: Sequences[Sequence], weights: str | None = None) -> list[np.ndarray] | None:
+    def log_probs(self, sequences: Sequences[Sequence], weights: str = POLICY) -> list[np.ndarray] | None:
         """Log-probs of each sequence's response tokens, float32 (T,) each, under `weights`.
 
         `sequences` are those of this data-parallel rank. None on all but the last pipeline stage.

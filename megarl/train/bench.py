@@ -103,11 +103,12 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
         turns: list[dict[str, float]] = []
         for step in range(1, WARM_UP_STEPS + config.steps + 1):
             session.recorder.status(f"turn {step} of {WARM_UP_STEPS + config.steps}")
-            loop_seconds, rollouts = _together(lambda step=step: make_rollouts(session, step))
-            prompts = [p.token_ids for p in rollouts.prompts for _ in range(rollouts.group_size)]
+            plan = session.algorithm.plan(step)
+            loop_seconds, rollouts = _together(lambda plan=plan, step=step: make_rollouts(session, plan, step))
+            prompts = [prompt.token_ids for prompt, _ in rollouts.made.answers]
             share = prompts[engine.replica :: engine.num_replicas]
             plain_seconds, made = _together(lambda share=share: plain.generate(share, sampling))
-            tokens = rollouts.generated_tokens.total()
+            tokens = sum(rollouts.made.generated_tokens.values())
             turns.append(
                 {"loop": tokens / loop_seconds, "plain": sum(gather_all(made if engine.speaks else 0)) / plain_seconds}
             )

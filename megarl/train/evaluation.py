@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from megarl.algorithms.plan import Responder
 from megarl.config.implied import Implied
+from megarl.config.parameter_sets import POLICY
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
-from megarl.train.generation import Output, generate, respond, think
+from megarl.train.generation import Output, Thinkings, generate, respond, think
 from megarl.train.scoring import Graded, grade, term_means
 from megarl.train.session import Session
 from megarl.train.sources import above_middle, by_source
@@ -65,8 +67,8 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
         _keep(session, name, rows)
         return numbers | constants
     # In two parts also for the policy itself, so that both answer under the same conditions.
-    thinkings = think(session, requests, sampling)
-    outputs = [respond(session, thinkings, requests, sampling, weights) for weights in (None, consumer)]
+    thinkings = Thinkings(think(session, requests, sampling), requests)
+    outputs = [respond(session, thinkings, sampling, Responder(weights)) for weights in (POLICY, consumer)]
     session.stops.give_up_if(session.engine.interrupted)
     own, cross = outputs
     numbers = _numbers(session, own, "", "evaluation_", rows)

@@ -1,58 +1,133 @@
-"""From prompts to generated tokens: what is asked of the engine, with which seeds, in one part or in two."""
+"""From drawn groups to generated tokens: what is asked of the engine, with which seeds, in one part or in two."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
-from megarl.config.parameter_sets import REFERENCE
+from megarl.algorithms.base import Group
+from megarl.algorithms.plan import Generation, Plan, Responder
+from megarl.config.parameter_sets import POLICY
 from megarl.parallel.cpu_platform import has_cuda
-from megarl.records import SampleKind
+from megarl.records import Key, Stretch
 from megarl.rollout.engine import Completion, Request, Sampling
-from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
-from megarl.train.journal import Kept
+from megarl.rollout.seeds import batch_seed, hash_seed
+from megarl.train.groups import added
+from megarl.train.journal import Journal, Kept
 from megarl.train.serving import serve
 from megarl.train.session import Session
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One sample to generate, number `number` of its group: an answer, or an explanation.
+    """One sample to generate for group `group` of the step.
 
-    `request.index` is the job's position in the list of jobs that go to the engine together.
+    `request.index` is the job's position in the list of jobs that are made together.
     """
 
-    group: int
-    number: int
+    key: Key
+    group: Group
+    generation: Generation
     request: Request
-    kind: SampleKind = "answer"
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """What was generated for a request. Of responses to one thinking, `completion` holds the thinking with the first
-    response; `responses` has the completions of them all, without the thinking."""
+    response; `responses` has the completions of them all, without the thinking. `stretches` say who wrote what."""
 
     completion: Completion
     responses: tuple[Completion, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def tokens_made(self) -> int:
+        """Tokens that the engine made."""
+        return len(self.completion.token_ids) + sum(len(response.token_ids) for response in self.responses[1:])
 
 
-def answer_seed(session: Session, step: int, prompt_index: int, sample_index: int) -> int | None:
-    """The seed of an answer, or None where samples have none of their own."""
-    if not _seeded(session):
-        return None
-    return sample_seed(session.config.seed, _draw_of(session, step), prompt_index, sample_index)
+def jobs(
+    session: Session, plan: Plan, step: int, groups: Iterable[Group], is_served: Callable[[Generation, Group], bool]
+) -> tuple[list[Job], dict[str, int]]:
+    """What is to be generated for `groups`, kind by kind, and what is counted of what is not.
+
+    Nothing for a prompt whose texts of an earlier step serve again.
+    """
+    made: list[Job] = []
+    counters: dict[str, int] = {}
+    for generation in plan.generations:
+        for group in groups:
+            if is_served(generation, group):
+                continue
+            ids = group.prompt.token_ids if generation.prompt is None else generation.prompt(group.prompt)
+            if isinstance(ids, str):
+                counters = added(counters, {ids: 1})
+                continue
+            for number in range(generation.count):
+                key = Key(group.prompt.index, group.draw, number, generation.kind)
+                seed = _seed(session, step, key, generation)
+                request = Request(tuple(ids), len(made), seed, generation.max_tokens)
+                made.append(Job(key, group, generation, request))
+    return made, counters
 
 
-def explanation_seed(session: Session, step: int, prompt_index: int, sample_index: int) -> int | None:
-    """The seed of an explanation, or None where samples have none of their own."""
-    if not _seeded(session):
-        return None
-    return hash_seed("explanation", session.config.seed, _draw_of(session, step), prompt_index, sample_index)
+def outputs(session: Session, step: int, batch: int, asked: Sequence[Job], journal: Journal | None) -> list[Output]:
+    """What this rank's replica makes of the jobs; those for the same writers go to the engine in one call. Collective:
+    the engine may change its weights."""
+    found: list[Output] = []
+    for writers, together in groupby(asked, key=lambda job: (job.generation.weights, job.generation.responder)):
+        found += _outputs(session, step, batch, list(together), *writers, journal)
+    return found
 
 
-def sampling_of(session: Session, step: int, batch: int) -> Sampling:
-    """How generation batch `batch` of a step samples."""
+def _outputs(
+    session: Session,
+    step: int,
+    batch: int,
+    asked: Sequence[Job],
+    weights: str,
+    responder: Responder | None,
+    journal: Journal | None,
+) -> list[Output]:
+    requests, sampling = [job.request for job in asked], sampling_of(session, step, batch, weights)
+
+    def kept(kind: str | None = None) -> Kept | None:
+        """What the journal has of the jobs, or of a part of them that it calls `kind`."""
+        keys = {job.request.index: job.key._replace(kind=kind or job.key.kind) for job in asked}
+        return None if journal is None else Kept(journal, keys)
+
+    serve(session, weights)
+    if responder is None:
+        return [
+            Output(one, stretches=_stretches((one, weights))) for one in generate(session, requests, sampling, kept())
+        ]
+    thinkings = think(session, requests, sampling, kept("thinking"))
+    return respond(session, Thinkings(thinkings, requests, weights), sampling, responder, kept("response"))
+
+
+@dataclass(frozen=True, slots=True)
+class Thinkings:
+    """The thinkings that this replica made for `requests`, written by the parameter set `weights`."""
+
+    completions: Sequence[Completion]
+    requests: Sequence[Request]
+    weights: str = POLICY
+
+
+def _stretches(*parts: tuple[Completion, str]) -> tuple[Stretch, ...]:
+    """Consecutive parts of a response, each with the parameter set that wrote it."""
+    found: list[Stretch] = []
+    for part, weights in parts:
+        start = found[-1].end if found else 0
+        end = start + len(part.token_ids)
+        own = weights == POLICY
+        found += [Stretch(start, end, "policy" if own else "other", part.version if own else None)] * (end > start)
+    return tuple(found)
+
+
+def sampling_of(session: Session, step: int, batch: int, weights: str = POLICY) -> Sampling:
+    """How generation batch `batch` of a step samples from a parameter set."""
     settings = session.config.rollout
     return Sampling(
         max_tokens=settings.max_tokens,
@@ -60,7 +135,7 @@ def sampling_of(session: Session, step: int, batch: int) -> Sampling:
         top_p=settings.top_p,
         top_k=settings.top_k,
         stop_token_ids=settings.stop_token_ids,
-        seed=batch_seed(session.config.seed, _draw_of(session, step), batch),
+        seed=batch_seed(session.config.seed, _occasion(step, weights), batch),
     )
 
 
@@ -89,95 +164,98 @@ def think(
     return generate(session, requests, replace(sampling, stop_token_ids=stops), kept)
 
 
+def respond(
+    session: Session, thinkings: Thinkings, sampling: Sampling, responder: Responder, kept: Kept | None = None
+) -> list[Output]:
+    """Let the responder answer each of this replica's thinkings.
+
+    `kept` has the keys of the thinkings' requests; that of the j-th response to one is its branch (j,). The budget
+    `sampling.max_tokens` is for both parts together. A thinking without its end marker, or with no token left for an
+    answer, gets none. Collective: the engine may change its weights.
+    """
+    serve(session, responder.weights)
+    assert session.engine is not None
+    marker, tokens = session.thinking_end.token_id, sampling.max_tokens
+    by_index = {request.index: request for request in thinkings.requests}
+    ended = [z for z in thinkings.completions if z.token_ids[-1:] == (marker,) and len(z.token_ids) < tokens]
+    parts = [(z, number) for z in ended for number in range(responder.responses)]
+    continued = [
+        Request(
+            prompt_token_ids=(*by_index[z.index].prompt_token_ids, *z.token_ids),
+            index=index,
+            seed=_response_seed(by_index[z.index].seed, number),
+            max_tokens=tokens - len(z.token_ids),
+        )
+        for index, (z, number) in enumerate(parts)
+    ]
+    if kept is not None:
+        keys = {i: kept.keys[z.index]._replace(branch=(number,)) for i, (z, number) in enumerate(parts)}
+        kept = Kept(kept.journal, keys)
+    left, known = _split(continued, kept)
+    # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
+    # With a seed of their own, for engines that draw unseeded requests from one generator.
+    own = replace(sampling, seed=hash_seed("response", sampling.seed))
+    written = _together(session.engine.generate(left, own, None, _keeping(kept)), known, kept)
+    answers: dict[int, list[Completion]] = {}
+    for one in written:
+        answers.setdefault(parts[one.index][0].index, []).append(one)
+    writers = (thinkings.weights, responder.weights)
+    return [_joined(z, tuple(answers.get(z.index, ())), writers) for z in thinkings.completions]
+
+
+def _joined(thinking: Completion, responses: tuple[Completion, ...], writers: tuple[str, str]) -> Output:
+    """A thinking with its responses, the first of which stands in the output."""
+    if not responses:
+        return Output(thinking, stretches=_stretches((thinking, writers[0])))
+    first = responses[0]
+    stretches = _stretches((thinking, writers[0]), (first, writers[1]))
+    tokens, log_probs = thinking.token_ids + first.token_ids, thinking.log_probs + first.log_probs
+    # The record of the response has the thinking before it too; one of other weights says nothing about the policy.
+    routed = first.routed_experts if writers[0] == writers[1] else thinking.routed_experts
+    return Output(Completion(thinking.index, tokens, log_probs, first.finish_reason, routed), responses, stretches)
+
+
 def _split(requests: Sequence[Request], kept: Kept | None) -> tuple[list[Request], list[Request]]:
     """The requests that are left to make, and those whose completions are known."""
     if kept is None:
         return list(requests), []
-    known = [request for request in requests if kept.journal.knows(kept.key_of(request.index))]
+    known = [request for request in requests if kept.journal.knows(kept.keys[request.index])]
     indices = {request.index for request in known}
     return [request for request in requests if request.index not in indices], known
 
 
 def _keeping(kept: Kept | None) -> Callable[[Completion], None] | None:
     """What is done with each completion as soon as it is made."""
-    return None if kept is None else lambda one: kept.journal.add(kept.key_of(one.index), one)
+    return None if kept is None else lambda one: kept.journal.add(kept.keys[one.index], one)
 
 
 def _together(made: list[Completion], known: Sequence[Request], kept: Kept | None) -> list[Completion]:
     """What was made and what was made before, in the order of the requests."""
     if kept is not None:
-        made = made + [kept.journal.take(kept.key_of(request.index), request.index) for request in known]
+        made = made + [kept.journal.take(kept.keys[request.index], request.index) for request in known]
     return sorted(made, key=lambda completion: completion.index)
 
 
-def respond(
-    session: Session,
-    thinkings: Sequence[Completion],
-    requests: Sequence[Request],
-    sampling: Sampling,
-    weights: str | None,
-    responses: int = 1,
-    kept: Kept | None = None,
-) -> list[Output]:
-    """Let the policy, or the weight set `weights`, write `responses` answers to each of this replica's thinkings.
-
-    `requests` are those of the thinkings, by their index; `kept` has the keys of responses j to thinking z by the index
-    z x `responses` + j; the budget `sampling.max_tokens` is for both parts
-    together. A thinking without its end marker, or with no token left for an answer, gets none. Collective: the
-    engine may change its weights.
-    """
-    serve(session, weights)
-    assert session.engine is not None
-    marker, tokens = session.thinking_end.token_id, sampling.max_tokens
-    by_index = {request.index: request for request in requests}
-    ended = [z for z in thinkings if z.token_ids[-1:] == (marker,) and len(z.token_ids) < tokens]
-    continued = [
-        Request(
-            prompt_token_ids=(*by_index[z.index].prompt_token_ids, *z.token_ids),
-            index=z.index * responses + j,
-            seed=_response_seed(by_index[z.index].seed, j),
-            max_tokens=tokens - len(z.token_ids),
-        )
-        for z in ended
-        for j in range(responses)
-    ]
-    left, known = _split(continued, kept)
-    # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
-    # With a seed of their own, for engines that draw unseeded requests from one generator.
-    own = replace(sampling, seed=hash_seed("response", sampling.seed))
-    written = _together(session.engine.generate(left, own, None, _keeping(kept)), known, kept)
-    answers: dict[int, tuple[Completion, ...]] = {}
-    for one in written:
-        answers[one.index // responses] = (*answers.get(one.index // responses, ()), one)
-    return [_output(thinking, answers.get(thinking.index, ()), weights is None) for thinking in thinkings]
-
-
-def _output(thinking: Completion, responses: tuple[Completion, ...], same_weights: bool) -> Output:
-    if not responses:
-        return Output(thinking)
-    first = responses[0]
-    tokens, log_probs = thinking.token_ids + first.token_ids, thinking.log_probs + first.log_probs
-    # The record of the response has the thinking before it too; one of other weights says nothing about the policy.
-    routed = first.routed_experts if same_weights else thinking.routed_experts
-    return Output(Completion(thinking.index, tokens, log_probs, first.finish_reason, routed), responses)
+def _seed(session: Session, step: int, key: Key, generation: Generation) -> int | None:
+    """The seed of a sample, or None where samples have none of their own."""
+    if not _seeded(session, generation.weights):
+        return None
+    purpose = "sample" if key.kind == "answer" else key.kind
+    occasion = _occasion(step, generation.weights)
+    return hash_seed(purpose, session.config.seed, occasion, key.prompt, key.nth(generation.count))
 
 
 def _response_seed(seed: int | None, number: int) -> int | None:
     return None if seed is None else hash_seed("response", seed, number)
 
 
-def _seeded(session: Session) -> bool:
+def _seeded(session: Session, weights: str) -> bool:
     seeded = session.config.rollout.seeded
-    if session.algorithm.needs.rollout_weights == "initial":
+    if weights != POLICY:
         return True
     return not has_cuda() if seeded is None else seeded
 
 
-def _draw_of(session: Session, step: int) -> int:
-    """What stands for the step in seeds: what the initial weights write to a prompt is the same in every step."""
-    return 0 if session.algorithm.needs.rollout_weights == "initial" else step
-
-
-def weight_set(weights: str) -> str | None:
-    """The weight set that an algorithm's word means: None for the policy as it is."""
-    return REFERENCE if weights == "initial" else None
+def _occasion(step: int, weights: str) -> int:
+    """What stands for the step in seeds: what other weights than the policy's write to a prompt is always the same."""
+    return step if weights == POLICY else 0

@@ -1,91 +1,93 @@
-"""The groups of a step, as the ranks know them while they are made and trained on."""
+"""The groups of a step: what is drawn, what was made for it, what is kept. Values made one after the other.
+
+What is trained follows in `megarl.train.selection`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from megarl.algorithms.base import GroupOutcome
-from megarl.records import Prompt, Sample
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What all ranks know of a text to learn, number `number` of its group: its tokens, of which the first
-    `chain_length` are the chain that leads to the answer, are on rank `holder`."""
-
-    number: int
-    holder: int
-    length: int
-    chain_length: int
+from megarl.algorithms.base import Group
+from megarl.records import Body, Head, Key, Prompt, Trajectory
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What all ranks know of an answer. `reward` is None where none could be found; `reward_terms` is what each term of
-    a sum gave."""
-
-    reward: float | None
-    length: int
-    finished: bool
-    holder: int
-    thinking_length: int | None = None
-    reward_terms: Mapping[str, float | None] = field(default_factory=dict)
+def draw(prompts: Iterable[Prompt], before: Sequence[Group] = ()) -> tuple[Group, ...]:
+    """Groups for `prompts`, with nothing made for them, after those that the step has drawn `before`."""
+    drawn = Counter(group.prompt.index for group in before)
+    groups: list[Group] = []
+    for prompt in prompts:
+        groups.append(Group(len(before) + len(groups), prompt, drawn[prompt.index]))
+        drawn[prompt.index] += 1
+    return tuple(groups)
 
 
-@dataclass(slots=True)
-class Rollouts:
-    """The groups of a step. Sample k of group g has the number g·G+k.
+@dataclass(frozen=True)
+class Made:
+    """What was made for the groups that a step has drawn.
 
-    On all ranks: `scores` of every sample, `targets` by group, `shown`, the first few samples with their texts, and
-    `kept`, the groups to train on. On this rank: `mine`, the samples, and `explanations`, the explanations it holds,
-    with `my_targets`, the training tokens made of them, by (group, number).
+    On all ranks: `groups` with their heads; `shown`, the first few answers with their texts, each with its prompt;
+    `counters`; `generated_tokens` of all engines, by kind; `reward_failure`, how the reward failed on an answer, where
+    a rank saw that for the first time. On this rank: `bodies` of the trajectories that it holds, and `written`, what
+    its engine wrote, as it was written.
     """
 
-    group_size: int
-    prompts: list[Prompt] = field(default_factory=list)
-    scores: dict[int, Score] = field(default_factory=dict)
-    targets: dict[int, list[Target]] = field(default_factory=dict)
-    shown: list[Sample] = field(default_factory=list)
-    counters: dict[str, int] = field(default_factory=dict)
-    kept: list[int] = field(default_factory=list)
-    mine: dict[int, Sample] = field(default_factory=dict)
-    explanations: list[Sample] = field(default_factory=list)
-    my_targets: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    generated_tokens: Counter[str] = field(default_factory=Counter)
-    """Tokens made by all engines, by kind of sample."""
+    groups: tuple[Group, ...] = ()
+    shown: tuple[tuple[Prompt, Trajectory], ...] = ()
+    counters: Mapping[str, int] = field(default_factory=dict)
+    generated_tokens: Mapping[str, int] = field(default_factory=dict)
     reward_failure: str | None = None
-    """How the reward failed on an answer, where a rank saw that for the first time."""
-    _earlier: list[int] = field(default_factory=list)
-    _drawn: Counter[int] = field(default_factory=Counter)
+    bodies: Mapping[Key, Body] = field(default_factory=dict)
+    written: tuple[Trajectory, ...] = ()
 
-    def outcome(self, group: int) -> GroupOutcome:
-        """A group's metadata, in sample order. Every sample must have a reward."""
-        scores = self.scores_of(group)
-        return GroupOutcome(
-            tuple(s.reward for s in scores if s.reward is not None),
-            tuple(s.length for s in scores),
-            tuple(s.finished for s in scores),
-            tuple(s.thinking_length for s in scores),
+    def __add__(self, later: Made) -> Made:
+        """What two generation batches of a step have made."""
+        return Made(
+            self.groups + later.groups,
+            self.shown + later.shown,
+            added(self.counters, later.counters),
+            added(self.generated_tokens, later.generated_tokens),
+            self.reward_failure or later.reward_failure,
+            {**self.bodies, **later.bodies},
+            self.written + later.written,
         )
 
-    def scores_of(self, group: int) -> list[Score]:
-        """The scores of a group's samples, in order."""
-        return [self.scores[group * self.group_size + k] for k in range(self.group_size)]
+    @cached_property
+    def answers(self) -> tuple[tuple[Prompt, Head], ...]:
+        """All answers with their prompts."""
+        return tuple((group.prompt, head) for group in self.groups for head in group.answers)
 
-    def count(self, name: str, amount: int = 1) -> None:
-        """Add to a counter of the step."""
-        if amount:
-            self.counters[name] = self.counters.get(name, 0) + amount
+    def held(self, group: Group, rank: int) -> list[Trajectory]:
+        """Those of a group's trajectories that rank `rank`, this one, answers for; the first for what all hold."""
+        held = (head for head in group.heads if head.holder == rank or (head.holder is None and rank == 0))
+        return [Trajectory(head, self.bodies[head.key]) for head in held]
 
-    def draw(self, prompts: Iterable[Prompt]) -> None:
-        """Add groups for `prompts`."""
-        for prompt in prompts:
-            self._earlier.append(self._drawn[prompt.index])
-            self._drawn[prompt.index] += 1
-            self.prompts.append(prompt)
 
-    def sample_index(self, group: int, number: int, per_prompt: int) -> int:
-        """The index of a prompt's sample: those of a prompt that was drawn again go on where its last group ended."""
-        return self._earlier[group] * per_prompt + number
+@dataclass(frozen=True)
+class Kept:
+    """The groups to train on, in the order in which they were drawn, and what was counted of the others."""
+
+    groups: tuple[Group, ...] = ()
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+    def measured(self, numbers: Mapping[Key, Mapping[str, tuple[float, ...]]]) -> Kept:
+        """The same groups, with what the algorithm's probes found."""
+        return dataclasses.replace(self, groups=tuple(_with_numbers(group, numbers) for group in self.groups))
+
+
+def added(*counters: Mapping[str, int]) -> dict[str, int]:
+    """The sums of counters, by name; without names that nothing was counted for."""
+    found: dict[str, int] = {}
+    for one in counters:
+        for name, amount in one.items():
+            if amount:
+                found[name] = found.get(name, 0) + amount
+    return found
+
+
+def _with_numbers(group: Group, numbers: Mapping[Key, Mapping[str, tuple[float, ...]]]) -> Group:
+    heads = (dataclasses.replace(head, measured=numbers.get(head.key, {})) for head in group.heads)
+    return dataclasses.replace(group, heads=tuple(heads))

@@ -8,9 +8,10 @@ float32.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -18,9 +19,8 @@ import numpy as np
 
 from megarl.config.schema import RunConfig
 from megarl.parallel.exchange import gather_all
-from megarl.records import FinishReason
+from megarl.records import FinishReason, Key
 from megarl.rollout.engine import Completion
-from megarl.train.replay import Key
 
 #: Sections whose settings change no number of a rollout by more than rounding.
 _ELSEWHERE = ("name", "runs_dir", "resume", "resume_changes", "parallel", "recompute")
@@ -55,7 +55,7 @@ class Journal:
     def take(self, key: Key, index: int) -> Completion:
         """A completion that was made before, as that of request `index`."""
         found = self._found[key]
-        return Completion(index, found.token_ids, found.log_probs, found.finish_reason)
+        return dataclasses.replace(found, index=index)
 
     def add(self, key: Key, completion: Completion) -> None:
         """Keep a completion: with the next line of code it survives the end of this process."""
@@ -70,7 +70,9 @@ class Journal:
                 file = self._file.with_suffix(f".{number}.bin")
             self._handle = open(file, "wb", buffering=0)  # noqa: SIM115 (until `close`)
             self._handle.write(json.dumps({"made_for": self._identity}).encode() + b"\n")
-        head = json.dumps([*key, len(completion.token_ids), completion.finish_reason]).encode() + b"\n"
+        head = (
+            json.dumps([key, len(completion.token_ids), completion.finish_reason, completion.version]).encode() + b"\n"
+        )
         tokens, log_probs = np.array(completion.token_ids, np.int32), np.array(completion.log_probs, np.float32)
         self._handle.write(head + tokens.tobytes() + log_probs.tobytes())
 
@@ -82,10 +84,10 @@ class Journal:
 
 
 class Kept(NamedTuple):
-    """The journal of a call to the engine, and the key of its request with an index."""
+    """The journal of a call to the engine, and the keys of its requests by their index."""
 
     journal: Journal
-    key_of: Callable[[int], Key]
+    keys: Mapping[int, Key]
 
 
 def forget(directory: Path, step: int) -> None:
@@ -113,13 +115,15 @@ def _read(file: Path, identity: str) -> Iterator[tuple[Key, Completion]]:
             if json.loads(handle.readline()) != {"made_for": identity}:
                 return
             while head := handle.readline():
-                prompt, sample, kind, length, ended = json.loads(head)
+                (prompt, draw, number, kind, branch), length, ended, version = json.loads(head)
                 content = handle.read(8 * length)
                 if len(content) < 8 * length:
                     return
                 tokens = np.frombuffer(content, np.int32, length)
                 log_probs = np.frombuffer(content, np.float32, length, 4 * length)
                 reason: FinishReason = ended
-                yield (prompt, sample, kind), Completion(-1, tuple(tokens.tolist()), tuple(log_probs.tolist()), reason)
+                key = Key(prompt, draw, number, kind, tuple(branch))
+                ids, numbers = tuple(tokens.tolist()), tuple(log_probs.tolist())
+                yield key, Completion(-1, ids, numbers, reason, version=version)
         except ValueError:
             return

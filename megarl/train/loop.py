@@ -1,21 +1,21 @@
 """The training loop: one function, the same on every rank, for every algorithm.
 
-generate → score → select groups → advantages → log-probs → update → push weights → evaluate, save
+plan → draw, generate, score → keep groups → credit → log-probs → update → push weights → evaluate, save
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from megarl.algorithms.plan import Plan
 from megarl.config.parameter_sets import REFERENCE
 from megarl.errors import TrainingStopped
 from megarl.records import Sequence
-from megarl.train import chains, divergence, supervised, trust
+from megarl.train import divergence, gauges, trust
 from megarl.train.evaluation import evaluate
-from megarl.train.generation import weight_set
-from megarl.train.groups import Rollouts
 from megarl.train.measure import StepRecord
-from megarl.train.rollouts import make_rollouts
+from megarl.train.probes import probed
+from megarl.train.rollouts import Rollouts, make_rollouts
 from megarl.train.saving import save_checkpoint, save_rollouts
 from megarl.train.selection import trainable
 from megarl.train.serving import awake
@@ -48,17 +48,14 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     """One step; returns the metrics that it recorded."""
     session.stops.step_begins()
     record = StepRecord(session, step)
-    session.algorithm.begin_step(step)
-    if session.config.algorithm.generates:
-        rollouts = roll_out(session, step)
-        save_rollouts(session, step, rollouts)
-        batches, totals = trainable(session, rollouts)
-        record.rollouts(rollouts)
-        record.add(chains.measure(session, rollouts, step))
-    else:
-        batches, totals = supervised.batches(session)
+    plan = session.algorithm.plan(step)
+    rollouts = roll_out(session, plan, step)
+    record.rollouts(rollouts)
+    record.add(gauges.measure(session, plan, rollouts))
+    batches, totals, counters = trainable(session, probed(session, rollouts, step), step)
+    record.count(counters)
     add_log_probs(session, batches)
-    look = trust.gap_guard(session, step, batches)
+    look = trust.gap_guard(session, plan, step, batches)
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
             result = session.policy.update(batch, session.algorithm, total, look)
@@ -71,15 +68,19 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     return record.write()
 
 
-def roll_out(session: Session, step: int) -> Rollouts:
-    """The step's groups; the engine is awake meanwhile. Collective.
+def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
+    """The step's groups, saved where that is asked for; the engine is awake while they are generated. Collective.
 
     Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back; where
     the run was asked to stop and the step would not end in time, `StopAsked`. Raises `EngineChanged` on all ranks where
     an engine's weights have changed since the push.
     """
-    with trust.discarding(session, step), awake(session, weight_set(session.algorithm.needs.rollout_weights)):
-        return make_rollouts(session, step)
+    if not plan.generations:
+        return make_rollouts(session, plan, step)
+    with trust.discarding(session, step), awake(session, plan.generations[0].weights):
+        rollouts = make_rollouts(session, plan, step)
+    save_rollouts(session, step, rollouts.made)
+    return rollouts
 
 
 def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:

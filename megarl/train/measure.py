@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.policy import UpdateResult
-from megarl.train.groups import Rollouts
+from megarl.train.groups import added
+from megarl.train.rollouts import Rollouts
 from megarl.train.scoring import term_means
 from megarl.train.session import Session
 from megarl.train.sources import by_source
@@ -23,13 +25,20 @@ class StepRecord:
     def __init__(self, session: Session, step: int) -> None:
         self._session, self._step = session, step
         self._rollouts: Rollouts | None = None
+        self._counters: dict[str, int] = {}
         self._results: list[UpdateResult] = []
         self._measured: dict[str, float] = {}
 
     def rollouts(self, rollouts: Rollouts) -> None:
         """Take the step's groups."""
         self._rollouts = rollouts
-        for name, amount in rollouts.counters.items():
+        self.count(rollouts.made.counters)
+        self.count(rollouts.kept.counters)
+
+    def count(self, counters: Mapping[str, int]) -> None:
+        """Take what was counted in the step."""
+        self._counters = added(self._counters, counters)
+        for name, amount in counters.items():
             self._session.counters.count(name, amount)
 
     def add(self, values: dict[str, float]) -> None:
@@ -48,7 +57,7 @@ class StepRecord:
         values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
         values |= _of_updates(self._results)
-        values |= _of_rollouts(self._rollouts)
+        values |= _of_rollouts(self._rollouts, self._counters)
         values |= _by_source(session, self._rollouts)
         values |= self._measured
         if not session.config.algorithm.generates:
@@ -59,14 +68,12 @@ class StepRecord:
         values["time_shares"] = _time_shares(values["seconds"], self._results, self._rollouts)
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
-        values["counters"] = dict(self._rollouts.counters) if self._rollouts else {}
-        if self._rollouts is not None and self._rollouts.reward_failure is not None:
-            values["reward_failure"] = self._rollouts.reward_failure
+        values["counters"] = self._counters
+        if self._rollouts is not None and self._rollouts.made.reward_failure is not None:
+            values["reward_failure"] = self._rollouts.made.reward_failure
         session.recorder.step(values)
         if self._rollouts is not None:
-            shown = self._rollouts.shown
-            by_index = {p.index: p for p in self._rollouts.prompts}
-            session.recorder.samples(self._step, [by_index[s.prompt_index] for s in shown], shown)
+            session.recorder.samples(self._step, self._rollouts.made.shown)
         if self._step % session.config.logging.plot_every == 0:
             session.recorder.curves()
         return values
@@ -118,29 +125,28 @@ def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
     return values
 
 
-def _of_rollouts(rollouts: Rollouts | None) -> dict[str, Any]:
-    if rollouts is None:
+def _of_rollouts(rollouts: Rollouts | None, counters: Mapping[str, int]) -> dict[str, Any]:
+    answers = [head for _, head in rollouts.made.answers] if rollouts is not None else []
+    if rollouts is None or not answers:
         return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean"))
-    scores = list(rollouts.scores.values())
-    rewards = [s.reward for s in scores if s.reward is not None]
-    terms = term_means(s.reward_terms for s in scores)
+    rewards = [head.reward for head in answers if head.reward is not None]
+    terms = term_means(head.reward_terms for head in answers)
     return ({"reward_terms": terms} if terms else {}) | {
         "reward_mean": statistics.fmean(rewards) if rewards else None,
         "reward_std": statistics.pstdev(rewards) if rewards else None,
-        "response_length_mean": statistics.fmean(s.length for s in scores),
-        "truncated_share": statistics.fmean(not s.finished for s in scores),
-        "generated_tokens": rollouts.generated_tokens.total() or sum(s.length for s in scores),
-        "groups": len(rollouts.prompts),
-        "groups_trained": len(rollouts.kept) - rollouts.counters.get("groups_without_pair", 0),
+        "response_length_mean": statistics.fmean(head.length for head in answers),
+        "truncated_share": statistics.fmean(not head.finished for head in answers),
+        "generated_tokens": sum(rollouts.made.generated_tokens.values()) or sum(head.length for head in answers),
+        "groups": len(rollouts.made.groups),
+        "groups_trained": len(rollouts.kept.groups) - counters.get("groups_without_pair", 0),
     }
 
 
 def _by_source(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
     """The answers' numbers apart by source, where the data has several."""
-    if rollouts is None or not session.data.source_names:
+    if rollouts is None or not rollouts.made.answers or not session.data.source_names:
         return {}
-    size = rollouts.group_size
-    answers = [(rollouts.prompts[number // size].source, score.reward) for number, score in rollouts.scores.items()]
+    answers = [(prompt.source, head.reward) for prompt, head in rollouts.made.answers]
     return by_source(answers, session.config.reward)
 
 
@@ -151,7 +157,7 @@ def _time_shares(seconds: dict[str, float], results: list[UpdateResult], rollout
     """
     total = sum(seconds.values())
     shares = {"loss": sum(r.loss_seconds for r in results) / total}
-    made = rollouts.generated_tokens if rollouts is not None else {}
+    made = rollouts.made.generated_tokens if rollouts is not None else {}
     if made.get("explanation"):
         shares["explanations"] = seconds.get("generate", 0.0) * made["explanation"] / sum(made.values()) / total
     return {name: round(share, 6) for name, share in shares.items()}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import RunConfig
-from megarl.records import Prompt, Sample
+from megarl.records import Prompt, Trajectory
 from megarl.train.curves import draw_curves
 from megarl.train.display import Display
 from megarl.train.ending import first_and_last, sentences
@@ -73,23 +74,24 @@ class Recorder:
         for tracker in self._trackers:
             tracker.numbers(values)
 
-    def samples(self, step: int, prompts: list[Prompt], samples: list[Sample]) -> None:
-        """Append samples with their prompts; `prompts[i]` belongs to `samples[i]`."""
+    def samples(self, step: int, samples: Sequence[tuple[Prompt, Trajectory]]) -> None:
+        """Append samples, each with its prompt."""
         if not self._writes or not samples:
             return
         rows = [
             {
                 "step": step,
-                "prompt_index": sample.prompt_index,
-                "sample_index": sample.sample_index,
+                "prompt_index": head.key.prompt,
+                "sample_index": head.key.number,
                 "prompt": prompt.text,
                 "answer": prompt.answer,
-                "response": sample.text,
-                "reward": sample.reward,
-                "finish_reason": sample.finish_reason,
+                "response": body.text,
+                "reward": head.reward,
+                "finish_reason": head.finish_reason,
             }
-            | ({"reward_terms": sample.reward_terms} if sample.reward_terms else {})
-            for prompt, sample in zip(prompts, samples, strict=True)
+            | ({"draw": head.key.draw} if head.key.draw else {})
+            | ({"reward_terms": head.reward_terms} if head.reward_terms else {})
+            for prompt, (head, body) in samples
         ]
         with open(self.directory / "samples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

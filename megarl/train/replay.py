@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import Refusal
-from megarl.records import Sample
-
-#: What names a sample within a step: prompt index, sample index, kind.
-Key = tuple[int, int, str]
+from megarl.records import Body, Head, Key, Stretch, Trajectory
 
 
-def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Sample]) -> Path:
+def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Trajectory]) -> Path:
     """Write this rank's samples of one step; the file appears whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"step_{step:06d}.rank_{rank:04d}.jsonl"
@@ -30,11 +27,14 @@ def save_samples(directory: Path, step: int, rank: int, samples: Sequence[Sample
     return file
 
 
-def _saved(sample: Sample) -> dict[str, Any]:
-    """The fields of a line: all but the routing, which would be larger than all others together."""
-    fields = dataclasses.asdict(dataclasses.replace(sample, routed_experts=None))
-    del fields["routed_experts"]
-    return fields
+def _saved(sample: Trajectory) -> dict[str, Any]:
+    """A line: all but the holder, and the routing, which would be larger than all else together."""
+    head, body = sample
+    fields = dataclasses.asdict(dataclasses.replace(head, holder=None))
+    fields |= dataclasses.asdict(dataclasses.replace(body, routed_experts=None))
+    for name in ("holder", "measured", "routed_experts"):
+        del fields[name]
+    return fields | {"key": head.key._asdict(), "stretches": [one._asdict() for one in head.stretches]}
 
 
 def remove_step(directory: Path, step: int) -> None:
@@ -69,30 +69,33 @@ def require(source: str, steps: range) -> None:
     for file in files_of(source, steps[0])[:1] if steps else ():
         with file.open(encoding="utf-8") as lines:
             for line in itertools.islice(lines, 1):
-                _sample(line, file, 1)
+                _sample(line, file, 1, rank=0)
 
 
-def read_samples(source: str, step: int, keys: Sequence[Key], rank: int, size: int) -> dict[int, Sample]:
+def read_samples(source: str, step: int, keys: Sequence[Key], rank: int, size: int) -> dict[int, Trajectory]:
     """This rank's part of the saved samples that `keys` name, by position in `keys`.
 
     Of a step's files all are read. The `size` ranks share the samples round robin. Raises `Refusal` where there is
     nothing to read.
     """
     files = files_of(source, step)
-    saved: dict[Key, Sample] = {}
+    saved: dict[Key, Trajectory] = {}
     for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            sample = _sample(line, file, number)
-            saved[sample.prompt_index, sample.sample_index, sample.kind] = sample
+            sample = _sample(line, file, number, rank)
+            saved[sample.head.key] = sample
     mine = range(rank, len(keys), size)
     return {position: saved[keys[position]] for position in mine if keys[position] in saved}
 
 
-def _sample(line: str, file: Path, number: int) -> Sample:
+def _sample(line: str, file: Path, number: int, rank: int) -> Trajectory:
     try:
         fields = json.loads(line)
-        for name in ("token_ids", "rollout_log_probs"):
-            fields[name] = tuple(fields[name])
-        return Sample(**fields)
-    except (ValueError, KeyError, TypeError) as error:
+        named = fields.pop("key")
+        key = Key(**named)._replace(branch=tuple(named["branch"]))
+        stretches = tuple(Stretch(**one) for one in fields.pop("stretches"))
+        body = {name: fields.pop(name) for name in ("text", "seed", "counters")}
+        ids, log_probs = (tuple(fields.pop(name)) for name in ("token_ids", "log_probs"))
+        return Trajectory(Head(key, rank, stretches, **fields), Body(ids, log_probs, **body))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{file} line {number}", f"must be a saved sample ({error})", "save the rollouts again") from None

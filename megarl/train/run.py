@@ -31,7 +31,7 @@ from megarl.train.divergence import Diverged
 from megarl.train.loop import evaluate_now, roll_out, run_steps
 from megarl.train.measure import peak_memory_bytes
 from megarl.train.past import run_directory
-from megarl.train.saving import resume, save_checkpoint, save_rollouts
+from megarl.train.saving import resume, save_checkpoint
 from megarl.train.serving import awake
 from megarl.train.session import Session, build
 from megarl.train.stops import StopAsked, Stops
@@ -209,11 +209,9 @@ def generate(config: RunConfig) -> dict[str, Any]:
         progress.enter("step")
         rewards: list[float] = []
         for step in range(1, session.config.steps + 1):
-            session.algorithm.begin_step(step)
-            rollouts = roll_out(session, step)
-            save_rollouts(session, step, rollouts)
-            rewards += [s.reward for s in rollouts.scores.values() if s.reward is not None]
-            session.recorder.status(f"step {step}: {len(rollouts.scores)} samples")
+            answers = roll_out(session, session.algorithm.plan(step), step).made.answers
+            rewards += [head.reward for _, head in answers if head.reward is not None]
+            session.recorder.status(f"step {step}: {len(answers)} samples")
         return {
             "name": config.name,
             "rollouts": str(run_directory(config) / "rollouts"),

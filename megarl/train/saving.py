@@ -17,7 +17,7 @@ from megarl.formats import checkpoint_folder
 from megarl.parallel.exchange import first_decides
 from megarl.policy import checkpoint
 from megarl.train import differences, divergence, journal, replay
-from megarl.train.groups import Rollouts
+from megarl.train.groups import Made
 from megarl.train.past import run_directory
 from megarl.train.session import Progress, Session, unfinished_directory
 
@@ -120,7 +120,7 @@ def _choose(root: Path, damaged: Mapping[Path, str]) -> tuple[Path | None, list[
     return directory, [(other, said) for other, said in newer if said is not None and other not in damaged]
 
 
-def save_rollouts(session: Session, step: int, rollouts: Rollouts) -> None:
+def save_rollouts(session: Session, step: int, made: Made) -> None:
     """Write the samples this rank holds, where `rollout.save` asks for it."""
     if not session.config.rollout.save:
         return
@@ -129,6 +129,5 @@ def save_rollouts(session: Session, step: int, rollouts: Rollouts) -> None:
         # An earlier attempt at this step may have had other ranks.
         replay.remove_step(directory, step)
     dist.barrier()
-    samples = [rollouts.mine[i] for i in sorted(rollouts.mine)] + rollouts.explanations
-    if samples:
-        replay.save_samples(directory, step, session.world.rank, samples)
+    if made.written:
+        replay.save_samples(directory, step, session.world.rank, made.written)

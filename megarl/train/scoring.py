@@ -117,7 +117,7 @@ def _seen(
     session: Session, settings: ScoreSettings, graded: Graded, thinking: tuple[int, ...], tokens: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """The tokens that the reward sees of an output or of a response to `thinking`; None where there are none to see."""
-    if settings.graded == "whole" and not session.algorithm.needs.thinking:
+    if settings.graded == "whole" and not session.algorithm.splits_thinking:
         return tokens
     split = session.thinking_end.split((*thinking, *tokens))
     if isinstance(split, str):

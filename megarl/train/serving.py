@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.train.session import Session
@@ -12,7 +13,7 @@ from megarl.train.stops import StopAsked
 
 
 @contextmanager
-def awake(session: Session, weights: str | None = None) -> Iterator[None]:
+def awake(session: Session, weights: str = POLICY) -> Iterator[None]:
     """The engine is awake inside, filled as by `wake_engine`.
 
     It also sleeps again where all ranks leave together, by `TrainingStopped` or `StopAsked`; any other error ends the
@@ -27,8 +28,8 @@ def awake(session: Session, weights: str | None = None) -> Iterator[None]:
     sleep_engine(session)
 
 
-def wake_engine(session: Session, weights: str | None = None) -> None:
-    """Memory goes to the engine, and with it the policy's current weights, or those of the set `weights`."""
+def wake_engine(session: Session, weights: str = POLICY) -> None:
+    """Memory goes to the engine, and with it the parameter set `weights`."""
     if session.engine is None:
         return
     with session.clock.phase("push"):
@@ -45,13 +46,13 @@ def sleep_engine(session: Session) -> None:
         session.policy.residence.onload()
 
 
-def serve(session: Session, weights: str | None) -> None:
-    """Let the engine, which is awake, generate with the set `weights`; None: with the policy's own."""
+def serve(session: Session, weights: str) -> None:
+    """Let the engine, which is awake, generate with the parameter set `weights`."""
     if session.engine is None or session.serving == weights:
         return
     with session.clock.phase("push"):
         _let_sleep(session)
-        if weights is None:
+        if weights == POLICY:
             session.policy.residence.onload_weights()
         _fill(session, weights)
 
@@ -59,12 +60,12 @@ def serve(session: Session, weights: str | None) -> None:
 def _let_sleep(session: Session) -> None:
     """Put the engine to sleep, which must still hold what it was filled with: raises `EngineChanged` on all ranks."""
     assert session.engine is not None and session.push is not None
-    with session.policy.using(None if has_cuda() else session.serving):
+    with session.policy.using(POLICY if has_cuda() else session.serving):
         session.push.check()
     session.engine.sleep()
 
 
-def _fill(session: Session, weights: str | None) -> None:
+def _fill(session: Session, weights: str) -> None:
     """Wake the engine, which sleeps, with these weights in it."""
     assert session.engine is not None and session.push is not None
     session.engine.wake_weights()

@@ -17,7 +17,7 @@ from megarl import algorithms
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
-from megarl.config.parameter_sets import ParameterSet
+from megarl.config.parameter_sets import POLICY, ParameterSet
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import SKIPPED_SHARE, LoadedPrompts, evaluation_data, training_data
 from megarl.data.sampler import MixedStream, PromptStream
@@ -32,10 +32,11 @@ from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
 from megarl.policy.policy import Policy
 from megarl.rewards.scorer import Scoring, build_scoring
 from megarl.rollout.engine import Engine
-from megarl.train.carry import Carry, Counters, Table
+from megarl.train.carry import Carry, Counters
 from megarl.train.clock import Clock
 from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
+from megarl.train.served_texts import ServedTexts
 from megarl.train.stops import Stops
 from megarl.weights.push import Push
 
@@ -56,7 +57,7 @@ class Progress:
 class Session:
     """One rank's view of a run. `engine`, `push` and the scorers are None where the run never generates.
 
-    `serving` names the weight set that the engine was last filled with; None: the policy's own weights.
+    `serving` names the parameter set that the engine was last filled with.
     """
 
     config: RunConfig
@@ -74,17 +75,14 @@ class Session:
     scorer: Scoring | None
     evaluation_scorer: Scoring | None
     thinking_end: ThinkingEnd
-    stop_ids: frozenset[int]
-    """Token ids that end a response."""
     recorder: Recorder
     clock: Clock
     progress: Progress
     counters: Counters
-    texts: Table[list]
-    """Texts to learn that later steps may use again, by prompt index (`megarl.train.explanations`)."""
+    texts: ServedTexts
     carry: Carry
     stops: Stops
-    serving: str | None = None
+    serving: str = POLICY
     saved_step: int | None = None
     """The step of the newest checkpoint that this session saved or continues from."""
     rows: dict[str, Any] | None = None
@@ -122,10 +120,9 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     shape = read_model_shape(config.model.path)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     check_vocabulary(tokenizer, shape.vocab_size)
-    algorithm = algorithms.build(
-        config.algorithm,
-        AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.bounds[0]),
-    )
+    eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
+    stop_ids = frozenset((*eos, *config.rollout.stop_token_ids))
+    algorithm = algorithms.build(config.algorithm, _context(config, tokenizer, stop_ids))
     needs_solutions = Implied(config, evaluate_only).needs_solutions
     data = training_data(config, tokenizer, need_solution=needs_solutions)
     config = _with_steps(config, data)
@@ -139,7 +136,6 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         if loaded is not None and loaded.skipped_share > SKIPPED_SHARE:
             recorder.status(f"warning: {key}: {loaded.sentence()}")
     engine = None
-    eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
     if implied.has_engine:
         recorder.status("building the inference engine")
         engine = Engine(
@@ -154,7 +150,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         engine.sleep()
     scorer, evaluation_scorer = _scorers(config, engine, recorder, data, held_out)
     recorder.status("building the policy")
-    stream, counters, texts = _stream(config, data), Counters(), Table[list]()
+    stream, counters, texts = _stream(config, data), Counters(), ServedTexts()
     policy = Policy(config, shape, world, grid, step_budget=implied.updates, temperature=implied.temperature)
     _load_weights(policy, config, implied.parameter_sets)
     return Session(
@@ -173,7 +169,6 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         scorer=scorer,
         evaluation_scorer=evaluation_scorer,
         thinking_end=thinking_end,
-        stop_ids=frozenset((*eos, *config.rollout.stop_token_ids)),
         recorder=recorder,
         clock=Clock(recorder.phase),
         progress=Progress(),
@@ -181,6 +176,20 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         texts=texts,
         carry=Carry({"stream": stream, "counters": counters, "texts": texts, "algorithm": algorithm}),
         stops=stops,
+    )
+
+
+def _context(config: RunConfig, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> AlgorithmContext:
+    low, high = config.reward.bounds
+    return AlgorithmContext(
+        max_tokens=config.rollout.max_tokens,
+        group_size=config.rollout.group_size,
+        reward_low=low,
+        reward_high=high,
+        reward_judges=config.reward.kind in ("math", "boxed"),
+        tokenizer=tokenizer,
+        data=config.data,
+        stop_ids=stop_ids,
     )
 
 

@@ -11,7 +11,9 @@ from typing import NoReturn
 import numpy as np
 
 from megarl import records
+from megarl.algorithms.plan import Plan
 from megarl.config.implied import Implied
+from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
@@ -37,7 +39,7 @@ def _discard(session: Session, step: int) -> None:
 
 
 def gap_guard(
-    session: Session, step: int, batches: Sequence[Sequence[records.Sequence]]
+    session: Session, plan: Plan, step: int, batches: Sequence[Sequence[records.Sequence]]
 ) -> Callable[[UpdateResult], None] | None:
     """Raise `TrainingStopped` on all ranks where the step's log-prob gap exceeds `health.gap_limit`, or the engine's
     log-probs are no numbers. Collective.
@@ -46,8 +48,8 @@ def gap_guard(
     looks at them before anything is learned.
     """
     config = session.config
-    generates = Implied(config).makes_rollouts
-    if config.health.gap_limit is None or not generates or session.algorithm.needs.rollout_weights != "current":
+    sampled = any(one.weights == POLICY for one in plan.generations) and Implied(config).makes_rollouts
+    if config.health.gap_limit is None or not sampled:
         return None
     if not all(gather_all(_all_finite(batches))):
         # A diverged policy's engine has no numbers either; nobody is to take these up.

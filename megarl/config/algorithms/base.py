@@ -134,8 +134,8 @@ class ExplanationSettings(Settings):
 
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
-        return max(run.data.max_prompt_tokens, self.prompt_limit(run))
+        return max(run.data.max_prompt_tokens, self.longest_hint(run.data.max_prompt_tokens))
 
-    def prompt_limit(self, run: RunSettings) -> int:
-        """`max_prompt_tokens`, or its default."""
-        return self.max_prompt_tokens or run.data.max_prompt_tokens + 256
+    def longest_hint(self, max_prompt_tokens: int) -> int:
+        """`max_prompt_tokens`, or its default where questions without a hint have up to `max_prompt_tokens` tokens."""
+        return self.max_prompt_tokens or max_prompt_tokens + 256

@@ -9,10 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizer_case import KINDS, byte_ids, choose, load_all
 
+from megarl.algorithms.explanations import cut_chain, hinted_prompt_ids, training_tokens
 from megarl.config.algorithms import ExplanationSettings
 from megarl.config.data import DataSettings
 from megarl.data.dataset import question_ids
-from megarl.data.explanations import cut_chain, hinted_prompt_ids, training_tokens
 from megarl.data.tokenizer import Tokenizer, response_ids
 from megarl.records import Prompt
 
@@ -41,7 +41,13 @@ class Characters:
         return "".join(chr(token_id - 10) for token_id in ids if token_id >= 10)
 
     def apply_chat(self, messages: Any) -> list[int]:
-        return self.encode("".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]")
+        return self.chat_ids(self.chat_text(messages))
+
+    def chat_text(self, messages: Any) -> str:
+        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
+
+    def chat_ids(self, text: str) -> list[int]:
+        return self.encode(text)
 
 
 def ends_of(tokenizer: Tokenizer) -> set[int]:

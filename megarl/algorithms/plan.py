@@ -1,0 +1,105 @@
+"""What an algorithm asks of a step before anything is learned: texts to generate, and numbers to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megarl.config.parameter_sets import POLICY
+from megarl.records import Prompt, Trajectory
+
+
+@dataclass(frozen=True)
+class Responder:
+    """An output in two parts: it is begun up to the end of its thinking, and `responses` answers are written to that by
+    the parameter set `weights`.
+
+    The output's reward is the mean of its responses' rewards; the first response stands in it.
+    """
+
+    weights: str = POLICY
+    responses: int = 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is learned after a prompt, the end token included; `marks` as in `megarl.records.Head`."""
+
+    token_ids: tuple[int, ...]
+    marks: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What became of something that was generated: a text to learn, or None; and what is counted of it, by name."""
+
+    text: Text | None
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Texts that the engine writes to every prompt that is drawn, `count` of them, called `kind`.
+
+    All callables see one prompt at a time, on the rank that needs it, and depend on nothing but their arguments.
+    """
+
+    count: int
+    kind: str = "answer"
+    weights: str = POLICY
+    """The parameter set that writes. What another than the policy writes is the same whenever a prompt returns."""
+    responder: Responder | None = None
+    """Who writes the part after the thinking, where that is generated apart."""
+    prompt: Callable[[Prompt], Sequence[int] | str] | None = None
+    """Ids that the engine is given in place of the prompt's own, or the name of a counter where it is given none."""
+    max_tokens: int | None = None
+    """A bound of its own, in place of rollout.max_tokens."""
+    graded: bool = True
+    """Whether the run's reward is found for it."""
+    learn: Callable[[Prompt, Trajectory], Learned] | None = None
+    """Where not the sample itself is trained, but a text that is made of it: what that is. The text follows the prompt
+    as the data set has it, and is trained without a reward."""
+    serves: int = 1
+    """A prompt's texts serve again when it returns within that many steps; 1: they are made anew each time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step generates, in this order, and learns from besides."""
+
+    generations: tuple[Generation, ...] = ()
+    batches: int = 1
+    """Bound on generation batches, while groups are dropped; then the step trains on what it has."""
+    solutions: bool = False
+    """The data set's worked solutions are learned, as texts of the kind "solution"."""
+    gauged: int = 0
+    """Of so many kept groups, the first ones, `Algorithm.gauges` is asked for."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement of the kept groups' samples of one kind, made before credit.
+
+    The log-probs (T,) in nats of a sample's own tokens under the parameter set `parameters` are reduced to a few
+    numbers on the rank that finds them; every rank then has these as `Head.measured[name]`.
+    """
+
+    name: str
+    reduce: Callable[[np.ndarray], Sequence[float]]
+    parameters: str = POLICY
+    kind: str = "answer"
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """A text whose likelihood after a prompt is logged: `parts` by the metric's name, as (start, end) in `token_ids`.
+
+    A metric whose name ends in "_nll" is a negative log-likelihood per token, any other the log-likelihood of a text;
+    nats, in the mean over the step's gauges that have it. `common`: it is made of what all ranks know.
+    """
+
+    token_ids: tuple[int, ...]
+    parts: Mapping[str, tuple[int, int]]
+    common: bool = False
