@@ -59,4 +59,4 @@ class TrainingStopped(MegarlError):
 
 
 class ScoringStopped(MegarlError):
-    """Answers can no longer be scored (the judge is away, refuses, or fails too often); what was saved stays."""
+    """Answers can no longer be scored (a judge or teacher is away, refuses, fails too often); what was saved stays."""

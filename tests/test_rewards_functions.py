@@ -11,8 +11,8 @@ from megarl.config.rewards import RewardSettings
 from megarl.errors import Refusal, ScoringStopped
 from megarl.rewards import grader as grader_module
 from megarl.rewards.answers import GradedAnswer, GradingItem
-from megarl.rewards.failures import Failures
 from megarl.rewards.grader import Grader
+from megarl.servers.failures import Failures
 
 ROW = GradingItem("4", "4", "here", question="2 + 2?", extra={"difficulty": 3, "info.tags": ["a"], "day": None})
 

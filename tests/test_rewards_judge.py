@@ -14,10 +14,10 @@ from failing_judge import Act, Drop, Hang, JudgeServer, Say, Script, Status, fre
 from megarl.config.rewards import RewardSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.rewards.answers import GradedAnswer, GradingItem
-from megarl.rewards.chat import retry_after
 from megarl.rewards.judge import Judge
 from megarl.rewards.scorer import Scorer, build_scorer
 from megarl.rewards.verdict import REMINDER
+from megarl.servers.client import retry_after
 
 #: The message is the response alone, so that a script can tell answers apart; the first small question is "4".
 HELLO = "4"

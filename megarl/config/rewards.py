@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megarl.config.base import Settings
+from megarl.config.servers import ServerSettings
 
 
-class JudgeSettings(Settings):
+class JudgeSettings(ServerSettings):
     """A language model that scores answers from 1 to 10 over the chat-completions protocol. All are our choice."""
 
-    url: str = Field(description="Base URL of the server, http or https, as in http://host:8000/v1.")
-    model: Annotated[str, Field(min_length=1)] = Field(description="Name of the model, as the server knows it.")
-    api_key_env: str | None = Field(
-        default=None, description="Environment variable that holds the key; none: no key is sent."
-    )
     concurrency: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=32, description="Requests in flight per engine replica."
     )
-    time_limit: PositiveFloat = Field(default=60.0, description="Seconds per request, from sending to the whole reply.")
     retries: NonNegativeInt = Field(
         default=3, description="How often an answer is asked about again after a failed request or unreadable verdict."
     )
@@ -41,10 +35,6 @@ class JudgeSettings(Settings):
     extra: dict[str, JsonValue] = Field(
         default={}, description="Further fields of the request's body, such as vLLM's structured_outputs."
     )
-    patience: NonNegativeFloat = Field(
-        default=600.0,
-        description="Seconds the run waits, asking again, while nobody can reach the judge; then it stops.",
-    )
     max_cost_per_step: PositiveFloat | None = Field(
         default=None,
         description="What all replicas together may spend in a step, in the prices' currency; past it answers stay "
@@ -52,13 +42,6 @@ class JudgeSettings(Settings):
     )
     input_price: NonNegativeFloat = Field(default=0.0, description="Price of a million tokens sent.")
     output_price: NonNegativeFloat = Field(default=0.0, description="Price of a million tokens received.")
-
-    @field_validator("url")
-    @classmethod
-    def _is_base_url(cls, url: str) -> str:
-        if re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", url) is None:
-            raise ValueError("must be http://host[:port]/path or https://..., without user name, query or blanks")
-        return url
 
 
 class ScoreSettings(Settings):

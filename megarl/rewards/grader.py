@@ -15,9 +15,9 @@ from megarl.config.rewards import ScoreSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
-from megarl.rewards.failures import Failures
 from megarl.rewards.process import GradingProcess
 from megarl.rewards.text import token_f1
+from megarl.servers.failures import Failures
 
 #: Seconds that a function's first call may take, which may load what later ones use. Our choice.
 FIRST_CALL_LIMIT = 30.0

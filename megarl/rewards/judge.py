@@ -7,25 +7,21 @@ without reward. Where the judge is away as a whole the run waits; where it can n
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from megarl.config.rewards import JudgeSettings, ScoreSettings
+from megarl.config.rewards import ScoreSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
-from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
-from megarl.rewards.chat import AskFailed, ChatClient, most_it_costs
-from megarl.rewards.failures import Failures
+from megarl.rewards.chat import ChatClient, check_message, most_it_costs
 from megarl.rewards.spending import Spending
 from megarl.rewards.verdict import HIGHEST, LOWEST, REMINDER, TEMPLATE, message_of, read_score
-from megarl.rewards.watch import StillAway, Watch, check_message, delay
-
-#: Failures of an answer because the judge was away as a whole that do not count as its tries. More, and the answer may
-#: be what ends the judge. Our choice.
-SPARED_TRIES = 3
+from megarl.servers.asking import Asking
+from megarl.servers.client import AskFailed, key_of
+from megarl.servers.failures import Failures
+from megarl.servers.watch import Watch
 
 
 def _fixes(section: str) -> dict[str, str]:
@@ -36,6 +32,14 @@ def _fixes(section: str) -> dict[str, str]:
         "judge_timeout": f"raise {section}.time_limit or lower {section}.concurrency",
         "judge_error": f"see the judge's own log, or lower {section}.concurrency",
     }
+
+
+@dataclass(slots=True)
+class _Open:
+    """An answer that is asked about, and whether the judge must be reminded of the form of a verdict."""
+
+    item: GradingItem
+    reminded: bool = False
 
 
 class Judge:
@@ -64,7 +68,7 @@ class Judge:
         self._settings = settings
         self._judge = settings.judge
         self._section = f"{section}.judge"
-        self._key = key_of(settings.judge, self._section)
+        self._key = key_of(settings.judge, self._section, "judge")
         self._on_wait = on_wait or (lambda text: None)
         cap = settings.judge.max_cost_per_step
         self._spending = Spending(None if cap is None else cap / replicas)
@@ -120,7 +124,7 @@ class Judge:
         return ChatClient(self._judge, self._key, self._counters, self._spending, self._section)
 
     def _watch(self, client: ChatClient) -> Watch:
-        return Watch(client, self._judge, self._counters, self._rng, self._on_wait, self._section)
+        return Watch(client, self._rng, self._on_wait)
 
     def _refuse_small_cap(self, replicas: int) -> None:
         share, least = self._spending.limit, most_it_costs(self._judge, check_message(self._judge))
@@ -132,134 +136,44 @@ class Judge:
             )
 
     async def _introduce(self) -> None:
-        """Ask the first, small question, waiting for a judge that is not there yet. Raises `Refusal`."""
-        url = f"{self._section}.url={self._judge.url}"
+        """Ask the first, small question. Raises `Refusal`."""
         async with self._client() as client:
-            try:
-                _, failure = await self._watch(client).find(None, ("away", "busy"))
-            except StillAway as away:
-                rule = f"no judge answers there for {away.seconds:.0f} s (last seen: {away.seen})"
-                raise Refusal(
-                    url, rule, f"start the judge, correct the URL or raise {self._section}.patience"
-                ) from None
-        if failure is not None:
-            rule = f"is of no use, since the judge answers the first request with {failure.seen}"
-            fix = failure.fix or f"correct it or the other settings of {self._section} as the answer says"
-            raise Refusal(url, rule, fix)
+            await self._watch(client).introduce()
 
     async def _grade(self, items: Sequence[GradingItem]) -> list[GradedAnswer]:
         async with self._client() as client:
             watch = self._watch(client)
-            call = _Call(
-                self._settings,
-                self._judge,
-                client,
-                watch,
-                self._spending,
-                self._counters,
-                self._rng,
-                self._failures,
-                self._section,
-            )
+
+            async def ask(one: _Open, failure: AskFailed | None) -> GradedAnswer:
+                one.reminded |= failure is not None and failure.kind == "unreadable"
+                return await self._verdict(client, one.item, one.reminded)
+
             try:
-                return await call.run(items)
+                found = await Asking(client, watch, self._failures, self._rng, ask).answers([*map(_Open, items)])
             finally:
                 watch.close()
-
-
-class _Call:
-    """One batch of answers: as many at a time as `concurrency` allows, each asked about until it has its reward."""
-
-    def __init__(
-        self,
-        settings: ScoreSettings,
-        judge: JudgeSettings,
-        client: ChatClient,
-        watch: Watch,
-        spending: Spending,
-        counters: Counter[str],
-        rng: random.Random,
-        failures: Failures,
-        section: str,
-    ) -> None:
-        self._settings = settings
-        self._judge = judge
-        self._client = client
-        self._watch = watch
-        self._spending = spending
-        self._counters = counters
-        self._rng = rng
-        self._started_at = time.monotonic()
-        self._failures = failures
-        self._section = section
-
-    async def run(self, items: Sequence[GradingItem]) -> list[GradedAnswer]:
-        """The answers' rewards in order. Raises `ScoringStopped`."""
-        graded: dict[int, GradedAnswer] = {}
-        work = iter(enumerate(items))
-        num_workers = min(self._judge.concurrency, len(items))
-        self._failures.begin(len(items))
-        workers = [asyncio.create_task(self._work(work, graded)) for _ in range(num_workers)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-        self._failures.end()
-        if self._spending.spent == 0 and all(answer.counter == "judge_cap" for answer in graded.values()):
+        graded = [GradedAnswer(None, one.counter) if isinstance(one, AskFailed) else one for one in found]
+        if self._spending.spent == 0 and all(answer.counter == "judge_cap" for answer in graded):
             raise ScoringStopped(
                 f"{self._section}.max_cost_per_step={self._judge.max_cost_per_step:g} pays for a verdict on none of "
                 f"{len(items)} answer(s), with {self._spending.limit:.3g} for this replica. Fix: raise it, or shorten "
                 "the answers."
             )
-        return [graded[index] for index in range(len(items))]
+        return graded
 
-    async def _work(self, work: Iterator[tuple[int, GradingItem]], graded: dict[int, GradedAnswer]) -> None:
-        """Take the next answer and grade it, until none is left."""
-        for index, item in work:
-            graded[index] = await self._grade_one(item)
-            progress.tick()
+    async def _verdict(self, client: ChatClient, item: GradingItem, reminded: bool) -> GradedAnswer:
+        """The answer with its reward by one reply of the judge, or without one where the money is used up.
 
-    async def _grade_one(self, item: GradingItem) -> GradedAnswer:
-        """Ask about one answer until there is a verdict, its tries are used up, or the money is."""
-        text = message_of(self._judge.template or TEMPLATE, item)
-        asked, tries, spared = text, 0, SPARED_TRIES
-        while True:
-            await self._watch.ready()
-            cost = most_it_costs(self._judge, asked)
-            if not await self._spending.reserve(cost):
-                return GradedAnswer(None, "judge_cap")
-            sent_at = time.monotonic()
-            try:
-                return GradedAnswer(await self._reward(asked))
-            except AskFailed as failed:
-                failure = failed
-            finally:
-                self._spending.release(cost)
-            if failure.kind == "refused":
-                raise ScoringStopped(
-                    f"The judge at {self._judge.url} takes no request any more, {self._elapsed():.0f} s into a call "
-                    f"(last seen: {failure.seen}). Fix: {failure.fix}, then resume the run."
-                )
-            if failure.kind == "away" and await self._watch.was_away(sent_at, failure) and spared:
-                spared -= 1
-                continue
-            if failure.kind == "rejected" or tries == self._judge.retries:
-                self._failures.note(failure.counter, failure.seen)
-                return GradedAnswer(None, failure.counter)
-            self._counters["judge_retries"] += 1
-            if failure.kind == "unreadable":
-                asked = text + REMINDER
-            else:
-                self._watch.pause(failure)
-                await asyncio.sleep(delay(tries, self._rng))
-            tries += 1
-
-    async def _reward(self, text: str) -> float:
-        """The reward by one reply of the judge. Raises `AskFailed`, kind unreadable where it holds no clear score."""
-        reply = await self._client.ask(text)
-        self._watch.replied()
+        Raises `AskFailed`, of kind unreadable where the reply holds no clear score.
+        """
+        text = message_of(self._judge.template or TEMPLATE, item) + (REMINDER if reminded else "")
+        cost = most_it_costs(self._judge, text)
+        if not await self._spending.reserve(cost):
+            return GradedAnswer(None, "judge_cap")
+        try:
+            reply = await client.ask(text)
+        finally:
+            self._spending.release(cost)
         # In a reply that was cut, a last `Score: 1` may be the beginning of `Score: 10`.
         score = read_score(reply.text) if reply.whole else None
         if score is None:
@@ -268,28 +182,7 @@ class _Call:
             raise AskFailed("unreadable", f"{what} {_tail(reply.text)!r}", "judge_unreadable")
         clipped = min(max(score, LOWEST), HIGHEST)
         self._counters["judge_clipped"] += clipped != score
-        return scaled((clipped - LOWEST) / (HIGHEST - LOWEST), self._settings.low, self._settings.high)
-
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started_at
-
-
-def key_of(judge: JudgeSettings, section: str) -> str | None:
-    """The key from the environment; None where none is sent. Raises `Refusal` where the variable holds none.
-
-    `section` is the key of `judge` in the run's file.
-    """
-    if judge.api_key_env is None:
-        return None
-    value, key = f"{section}.api_key_env={judge.api_key_env}", os.environ.get(judge.api_key_env, "").strip()
-    if not key:
-        rule = "must name an environment variable that holds the judge's key, and it is not set"
-        raise Refusal(value, rule, f"export {judge.api_key_env}=...")
-    # A header of HTTP carries no other; the key itself stands in no message.
-    if not (key.isascii() and key.isprintable()):
-        rule = "must hold one line of printable ASCII, as every key is, and holds other characters"
-        raise Refusal(value, rule, f"put the key alone into {judge.api_key_env}")
-    return key
+        return GradedAnswer(scaled((clipped - LOWEST) / (HIGHEST - LOWEST), self._settings.low, self._settings.high))
 
 
 def _tail(text: str, length: int = 100) -> str:

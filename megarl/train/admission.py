@@ -20,8 +20,8 @@ from megarl.environments import host as environments
 from megarl.errors import MegarlError, Refusal
 from megarl.formats import checkpoint_folder
 from megarl.rewards.grader import BUILTIN_KINDS
-from megarl.rewards.judge import key_of
 from megarl.rewards.scorer import build_scorer
+from megarl.servers.client import key_of
 from megarl.train import past, replay
 
 #: Seconds for a file's rows where the run, which reads all of them, follows at once. Our choice.
@@ -109,7 +109,7 @@ def _look_at_reward(section: str, settings: ScoreSettings, config: RunConfig, to
         return
     with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
         if settings.kind == "judge" and settings.judge is not None:
-            key_of(settings.judge, f"{section}.judge")
+            key_of(settings.judge, f"{section}.judge", "judge")
             return
         first = first_prompt(config, tokenizer, held_out=section.startswith("evaluation."))
         build_scorer(settings.model_copy(update={"workers": 1}), section=section, first=first).close()

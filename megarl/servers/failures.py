@@ -1,5 +1,5 @@
-"""What happens where a reward fails on answers, whatever the reward: it is counted, said once, and past a share it
-ends the run.
+"""What happens where a reward, or a server, fails on answers: it is counted, said once, and past a share it ends the
+run.
 
 A reward that is broken looks like a policy that is bad: the numbers alone do not tell one from the other.
 """
@@ -19,7 +19,7 @@ FEWEST = 10
 
 
 class Failures:
-    """The failures of one reward.
+    """The failures of one reward, or of one server.
 
     `setting` names the setting that bounds their share at `allowed`. `failed_on` begins the sentence that ends the run:
     it is followed by how many of how many answers. `fixes` say what helps, by counter.
@@ -45,7 +45,7 @@ class Failures:
             self._earlier.popleft()
 
     def note(self, counter: str, seen: str) -> None:
-        """The reward failed on an answer; `seen` says how.
+        """There is nothing for an answer; `seen` says how.
 
         Raises `ScoringStopped` past the share, as soon as that is certain.
         """

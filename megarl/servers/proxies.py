@@ -1,4 +1,4 @@
-"""Whether requests to a judge go through a proxy that the environment names, as HTTP libraries let them."""
+"""Whether requests to a server go through a proxy that the environment names, as HTTP libraries let them."""
 
 from __future__ import annotations
 
