@@ -78,7 +78,8 @@ class Head:
     `stretches` cover the response from its first token to its last. `finish_reason` "length": it was cut at a bound.
     `reward` is None where none could be found or was asked for; `reward_terms`: of a reward that is a sum, what each
     term gave, without its weight. `marks` are places in the response by name, as numbers of tokens before them, such as
-    the end of the thinking. `measured` are the numbers that the algorithm's probes found, by probe.
+    the end of the thinking. `measured` are the numbers that the algorithm's probes found, by probe. `prompt_length` is
+    that of `Body.prompt_ids` in tokens, None where the response follows the data's prompt.
     """
 
     key: Key
@@ -89,6 +90,7 @@ class Head:
     reward_terms: Mapping[str, float | None] = field(default_factory=dict)
     marks: Mapping[str, int] = field(default_factory=dict)
     measured: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    prompt_length: int | None = None
 
     @property
     def length(self) -> int:
@@ -106,9 +108,10 @@ class Body:
     """What the holder of a trajectory has.
 
     `token_ids` (T,) are the response's ids, the end token included where the engine stopped on it; `log_probs` (T,) the
-    engine's log-probs of these ids in nats under the sampling distribution, empty where no engine made them; `seed` the
-    sample's own seed, see `rollout.seeds`. `counters`: what was counted when it was graded. `routed_experts`: see
-    `Sequence`; not saved.
+    engine's log-probs of these ids in nats under the sampling distribution, NaN where an environment put them, empty
+    where no engine made any; `seed` the sample's own seed, see `rollout.seeds`. `counters`: what was counted when it
+    was made and graded. `prompt_ids` are the prompt's where an environment asked something of its own; `texts` those of
+    the stretches, where an environment answered. `routed_experts`: see `Sequence`; not saved.
     """
 
     token_ids: tuple[int, ...]
@@ -116,6 +119,8 @@ class Body:
     text: str = ""
     seed: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)
+    prompt_ids: tuple[int, ...] | None = None
+    texts: tuple[str, ...] = ()
     routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 

@@ -37,9 +37,9 @@ REFUSED: list[tuple[str, str]] = [
         "observations together. Fix: lower it, or leave it out.",
     ),
     (
-        "rollout.environment.kind=retry algorithm=start algorithm.responses=2 reward.graded=response",
-        "rollout.environment.kind=retry: cannot be told from the response, which algorithm.name=start generates by "
-        "itself. Fix: use another algorithm, or remove rollout.environment.",
+        "rollout.environment.kind=retry algorithm=start reward.graded=response",
+        "rollout.environment.kind=retry: answers between turns, and algorithm.name=start needs one thinking and one "
+        "response. Fix: use another algorithm, or remove rollout.environment.",
     ),
     (
         "rollout.environment.kind=retry evaluation.consumer=initial reward.graded=response",

@@ -13,11 +13,12 @@ from megarl.config.rewards import RewardSettings
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import ScoringStopped
-from megarl.records import FinishReason, Prompt
+from megarl.records import FinishReason, Prompt, Stretch
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.scorer import Part, Scorer, Scoring, build_scorer, build_scoring
 from megarl.rollout.engine import Completion
-from megarl.train.generation import Output
+from megarl.rollout.turns import Played
+from megarl.train.outputs import Output
 from megarl.train.scoring import Graded, grade, term_means
 
 LOW, HIGH = -1.0, 2.0
@@ -390,3 +391,86 @@ def test_a_sum_is_not_known_where_a_term_is_not(tokenizers: dict[str, Tokenizer]
     assert [one.reward for one in found] == [pytest.approx(1.2), None]
     assert found[1].counters == {"judge_unreadable": 1}
     assert term_means(one.terms for one in found) == {"a": 0.4, "b": 0.4}
+
+
+# Samples of several turns
+
+
+def played(tokenizer: Tokenizer, *turns: str, reason: FinishReason = "stop", **changes: Any) -> Output:
+    """The policy's turns and the environment's observations, by turns; the last turn has the end token."""
+    tokens: list[int] = []
+    stretches: list[Stretch] = []
+    for number, text in enumerate(turns):
+        ids = tokenizer.encode(text) + [tokenizer.eos_token_id] * (number == len(turns) - 1 and reason == "stop")
+        start = len(tokens)
+        tokens += ids
+        stretches.append(Stretch(start, len(tokens), "environment" if number % 2 else "policy", 0))
+    values: dict[str, Any] = {"reward": None, "failure": None, "counters": {"calls": 1}} | changes
+    own = sum(stretch.source == "policy" for stretch in stretches)
+    one = Played(0, (1,), tuple(tokens), (-0.5,) * len(tokens), tuple(stretches), reason, turns=own, **values)
+    return Output(Completion(0, one.token_ids, one.log_probs, reason), stretches=one.stretches, played=one)
+
+
+RESULT = "<result>\\boxed{4}</result>"
+TURNS = [
+    # What the environment says is no answer of the policy's.
+    ({}, ("so <tool>2+2</tool>", RESULT, "I cannot say"), LOW, {"calls": 1}),
+    ({}, ("so <tool>2+2</tool>", RESULT, "it is \\boxed{4}"), HIGH, {"calls": 1}),
+    ({}, ("it is \\boxed{4}", "sure?", "no"), LOW, {"calls": 1}),
+    # The thinking goes over several turns, or ended in an earlier one, or every turn has its own.
+    ({"graded": "response"}, ("so <tool>2+2</tool>", RESULT, "</think>\\boxed{4}"), HIGH, {"calls": 1}),
+    ({"graded": "response"}, ("so</think><tool>2+2</tool>", RESULT, "\\boxed{4}"), HIGH, {"calls": 1}),
+    ({"graded": "response"}, ("a</think>\\boxed{5}", "no", "b</think>\\boxed{4}"), HIGH, {"calls": 1}),
+    ({"graded": "response"}, ("a \\boxed{4}", "no", "b \\boxed{4}"), LOW, {"calls": 1, "thinking_missing": 1}),
+    (
+        {"graded": "response"},
+        ("a</think>\\boxed{4}", "no", "</think>\\boxed{4}"),
+        LOW,
+        {"calls": 1, "thinking_empty": 1},
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("changes", "turns", "reward", "counters"), TURNS)
+def test_of_several_turns_the_policys_last_is_graded(
+    tokenizers: dict[str, Tokenizer],
+    kind: str,
+    changes: dict[str, Any],
+    turns: tuple[str, ...],
+    reward: float,
+    counters: dict[str, int],
+) -> None:
+    tokenizer = tokenizers[kind]
+    graded = graded_as_boxed(tokenizer, played(tokenizer, *turns), "4", settings_of(**changes))
+    assert (graded.reward, graded.counters) == (reward, counters)
+
+
+def test_an_environments_reward_is_not_graded_again_and_keeps_the_bounds(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, settings, scorer = tokenizers[KINDS[0]], settings_of(), Away()
+    middle, bounded = (LOW + HIGH) / 2, {"calls": 1, "environment_reward_bounded": 1}
+    for given, reward, counters in (
+        (middle, middle, {"calls": 1}),
+        (LOW - 0.5, LOW, bounded),
+        (HIGH + 0.5, HIGH, bounded),
+    ):
+        graded = graded_by(scorer, tokenizer, played(tokenizer, "a \\boxed{4}", reward=given), "4", settings, False)
+        assert (graded.reward, graded.counters) == (reward, counters)
+
+
+def test_a_sample_whose_environment_failed_gets_the_floor_though_it_has_no_token(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    tokenizer, counters = tokenizers[KINDS[0]], {"environment_raised": 1}
+    nothing = played(tokenizer, failure="environment_raised", counters=counters)
+    something = played(tokenizer, "a \\boxed{4}", failure="environment_raised", counters=counters)
+    for output in (nothing, something):
+        graded = graded_by(Away(), tokenizer, output, "4", settings_of(), False)
+        assert (graded.reward, graded.counters) == (LOW, counters)
+    assert (nothing.tokens_made, something.tokens_made) == (0, len(something.completion.token_ids))
+
+
+def test_tokens_of_the_environment_were_not_made_by_the_engine(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers[KINDS[0]]
+    output = played(tokenizer, "so", RESULT, "yes")
+    assert output.tokens_made == len(tokenizer.encode("so")) + len(tokenizer.encode("yes")) + 1

@@ -21,14 +21,18 @@ from compare import experiments, inputs, pass_at, report, runs
 EXAMPLES = """examples:
   python tools/compare_algorithms.py --out runs/compare
   python tools/compare_algorithms.py --out runs/compare --algorithms start --seeds 5
-  python tools/compare_algorithms.py --prepare exp_grpo start
+  python tools/compare_algorithms.py --prepare exp_grpo start tools
 """
 
 
+#: What can be made by name: the start of every experiment, and that of configs/quickstart_tools.yaml.
+STARTS = {name: experiment.start for name, experiment in experiments.EXPERIMENTS.items()} | {"tools": inputs.TOOLS}
+
+
 def prepare(names: Sequence[str], root: Path, sizes: inputs.Sizes) -> None:
-    """Make the data and warm-ups of experiments."""
+    """Make the data and warm-ups of starts."""
     for name in names:
-        inputs.prepare(experiments.EXPERIMENTS[name].start, root, sizes)
+        inputs.prepare(STARTS[name], root, sizes)
 
 
 def run_experiment(
@@ -66,7 +70,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     names = list(experiments.EXPERIMENTS)
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--out", type=Path, help="folder for the results")
-    goal.add_argument("--prepare", nargs="+", choices=names, help="only make the inputs of these experiments")
+    goal.add_argument("--prepare", nargs="+", choices=list(STARTS), help="only make the inputs of these")
     parser.add_argument("--algorithms", nargs="+", choices=names, default=names, help="experiments (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm, each with its own seed (default 3)")
     parser.add_argument(

@@ -17,7 +17,7 @@ from megarl.config.parameter_sets import POLICY
 from megarl.data.dataset import question_ids
 from megarl.data.prefixes import tokens_until
 from megarl.data.tokenizer import Tokenizer, response_ids
-from megarl.records import Prompt, Trajectory
+from megarl.records import NEVER_TRAINED, Prompt, Trajectory
 
 #: What explanations are called among the kinds of a step's texts.
 EXPLANATION = "explanation"
@@ -85,7 +85,8 @@ class Explanations:
         found: list[Gauge] = []
         first = next(iter(group.of(EXPLANATION)), None)
         for head, body in held:
-            if head.key.kind == "answer" and head.key.number == 0 and head.finished:
+            own = head.finished and not any(one.source in NEVER_TRAINED for one in head.stretches)
+            if own and head.key.kind == "answer" and head.key.number == 0:
                 found += self._gauge("own", self._training_tokens(body.token_ids, prompt))
             elif first is not None and head.key == first.key:
                 found += self._gauge("explanation", (body.token_ids, head.marks["chain"]))

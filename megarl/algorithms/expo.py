@@ -126,10 +126,12 @@ class ExpDpo(Algorithm):
         return Credit((*trained, *chosen), None if trained and chosen else "groups_without_pair")
 
     def rejected(self, group: Group) -> Head | None:
-        """The first answer, or under `rejected` wrong the first whose reward is reward.low; None where none is."""
+        """The first answer that has a token, or under `rejected` wrong the first such whose reward is reward.low; None
+        where none is."""
         wrong_only = self.settings.rejected == "wrong"
         answers = zip(group.answers, group.rewards, strict=True)
-        eligible = (head for head, reward in answers if not wrong_only or reward <= self.context.reward_low)
+        low = self.context.reward_low
+        eligible = (head for head, reward in answers if head.length and (not wrong_only or reward <= low))
         return next(eligible, None)
 
     def gauges(self, group: Group, held: Sequence[Trajectory]) -> list[Gauge]:

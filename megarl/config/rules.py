@@ -288,8 +288,8 @@ def _environment(config: RunConfig) -> Iterator[Refusal]:
         return
     yield from environments.refusals(settings, config.rollout.max_tokens)
     shown = f"rollout.environment.kind={settings.kind}"
-    if config.algorithm.answers_in_parts:
-        rule = f"cannot be told from the response, which algorithm.name={config.algorithm.name} generates by itself"
+    if not config.algorithm.takes_turns or config.algorithm.answers_in_parts:
+        rule = f"answers between turns, and algorithm.name={config.algorithm.name} needs one thinking and one response"
         yield Refusal(shown, rule, "use another algorithm, or remove rollout.environment")
     if config.evaluation.consumer is not None:
         rule = "does not answer evaluation.consumer, which continues the policy's thinking"

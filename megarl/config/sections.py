@@ -153,7 +153,7 @@ class RolloutSettings(Settings):
     keep_unfinished: bool = Field(
         default=True,
         description="Keep what the engines make until a checkpoint has the step (unfinished/, 8 bytes a token): a run "
-        "that was killed does not make it again. Not with moe.routing_replay.",
+        "that was killed does not make it again. Not with moe.routing_replay, nor what rollout.environment answers.",
     )
     replay: PathText | None = Field(
         default=None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."

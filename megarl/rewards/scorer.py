@@ -56,7 +56,7 @@ class Scoring:
 
     def __init__(self, parts: Sequence[Part], bounds: tuple[float, float]) -> None:
         self.parts = tuple(parts)
-        self._bounds = bounds
+        self.bounds = bounds
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Scoring:
         known = [reward for reward in rewards if reward is not None]
         if len(known) < len(self.parts):
             return None
-        low, high = self._bounds
+        low, high = self.bounds
         return min(max(sum(part.weight * one for part, one in zip(self.parts, known, strict=True)), low), high)
 
     def begin_step(self) -> None:

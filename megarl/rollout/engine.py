@@ -115,6 +115,8 @@ class Engine:
         self.interrupted = False
         self.version = 0
         """That of the weights in the engine."""
+        self.tokens_generated = 0
+        """Of all finished requests so far."""
         # vLLM's own names of the unfinished requests, by ours.
         self._running: dict[str, str] = {}
         self._parameters: Callable[[Request], SamplingParams] | None = None
@@ -290,6 +292,7 @@ class Engine:
             tokens = len(output.prompt_token_ids) + len(answer.token_ids) - 1
             experts = self._routing.experts_of(request_id, output, tokens)
         tokens = tuple(answer.token_ids)
+        self.tokens_generated += len(tokens)
         return Completion(int(output.request_id), tokens, log_probs, answer.finish_reason, experts, self.version)
 
     def call_worker(self, function: Callable[..., T]) -> T:

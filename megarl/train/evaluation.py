@@ -17,10 +17,14 @@ from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
-from megarl.train.generation import Output, Thinkings, generate, respond, think
+from megarl.rollout.turns import Task
+from megarl.train.generation import Thinkings, generate, respond, think, work
+from megarl.train.outputs import Output
+from megarl.train.recorder import turns
 from megarl.train.scoring import Graded, grade, term_means
 from megarl.train.session import Session
 from megarl.train.sources import above_middle, by_source
+from megarl.train.turns import play
 
 #: A line of an evaluation's file after its place there.
 _Row = tuple[tuple[bool, int], dict[str, Any]]
@@ -61,9 +65,9 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     rows: list[_Row] = []
     consumer = Implied(session.config).consumer
     if consumer is None:
-        completions = generate(session, requests, sampling)
+        outputs = _outputs(session, requests, sampling)
         session.stops.give_up_if(session.engine.interrupted)
-        numbers = _numbers(session, [Output(c) for c in completions], "", "evaluation_", rows)
+        numbers = _numbers(session, outputs, "", "evaluation_", rows)
         _keep(session, name, rows)
         return numbers | constants
     # In two parts also for the policy itself, so that both answer under the same conditions.
@@ -75,6 +79,17 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     numbers |= _numbers(session, cross, "cross_", "cross_", rows)
     _keep(session, name, rows)
     return numbers | constants
+
+
+def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) -> list[Output]:
+    """This replica's answers, in one turn each or with the run's environment."""
+    if session.host is None:
+        return [Output(completion) for completion in generate(session, requests, sampling)]
+    assert session.evaluation_data is not None
+    prompts, k = session.evaluation_data.prompts, session.config.evaluation.samples
+    tasks = [Task(request.index, prompts[request.index // k], request.seed) for request in requests]
+    scoring = session.evaluation_scorer or session.scorer
+    return play(session, tasks, sampling, scoring, work(session, len(tasks)))
 
 
 def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, rows: list[_Row]) -> dict[str, Any]:
@@ -162,6 +177,9 @@ def _rows(session: Session, outputs: Sequence[Output], graded: Sequence[Graded],
         }
         if one.terms:
             row["reward_terms"] = one.terms
+        if output.played is not None:
+            ids, parts = output.completion.token_ids, output.stretches
+            row["turns"] = turns(parts, [session.tokenizer.decode(ids[part.start : part.end]) for part in parts])
         found.append(((consumer, output.completion.index), row))
     return found
 

@@ -11,12 +11,16 @@ from megarl.algorithms.plan import Generation, Plan, Responder
 from megarl.config.parameter_sets import POLICY
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.records import Key, Stretch
+from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.seeds import batch_seed, hash_seed
+from megarl.rollout.turns import Task
 from megarl.train.groups import added
 from megarl.train.journal import Journal, Kept
+from megarl.train.outputs import Output
 from megarl.train.serving import serve
 from megarl.train.session import Session
+from megarl.train.turns import play, plays
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +34,6 @@ class Job:
     group: Group
     generation: Generation
     request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What was generated for a request. Of responses to one thinking, `completion` holds the thinking with the first
-    response; `responses` has the completions of them all, without the thinking. `stretches` say who wrote what."""
-
-    completion: Completion
-    responses: tuple[Completion, ...] = ()
-    stretches: tuple[Stretch, ...] = ()
-
-    @property
-    def tokens_made(self) -> int:
-        """Tokens that the engine made."""
-        return len(self.completion.token_ids) + sum(len(response.token_ids) for response in self.responses[1:])
 
 
 def jobs(
@@ -73,12 +62,29 @@ def jobs(
 
 
 def outputs(session: Session, step: int, batch: int, asked: Sequence[Job], journal: Journal | None) -> list[Output]:
-    """What this rank's replica makes of the jobs; those for the same writers go to the engine in one call. Collective:
-    the engine may change its weights."""
+    """What this rank's replica makes of the jobs. Those for the same writers go to the engine in one call; those
+    that an environment answers are played. Collective: the engine may change its weights. Raises as `play`."""
     found: list[Output] = []
-    for writers, together in groupby(asked, key=lambda job: (job.generation.weights, job.generation.responder)):
-        found += _outputs(session, step, batch, list(together), *writers, journal)
+    for played, some in groupby(asked, key=lambda job: plays(session, job.generation)):
+        if played:
+            found += _played(session, step, batch, list(some))
+            continue
+        for writers, together in groupby(some, key=lambda job: (job.generation.weights, job.generation.responder)):
+            found += _outputs(session, step, batch, list(together), *writers, journal)
     return found
+
+
+def _played(session: Session, step: int, batch: int, asked: Sequence[Job]) -> list[Output]:
+    """Samples of several turns. They are not kept in the journal."""
+    generation = asked[0].generation
+    sampling = sampling_of(session, step, batch, generation.weights)
+    sampling = replace(sampling, max_tokens=generation.max_tokens or sampling.max_tokens)
+    tasks = [
+        Task(job.request.index, replace(job.group.prompt, token_ids=job.request.prompt_token_ids), job.request.seed)
+        for job in asked
+    ]
+    serve(session, generation.weights)
+    return play(session, tasks, sampling, session.scorer, work(session, len(tasks)), generation.weights)
 
 
 def _outputs(
@@ -142,17 +148,23 @@ def sampling_of(session: Session, step: int, batch: int, weights: str = POLICY) 
 def generate(
     session: Session, requests: Sequence[Request], sampling: Sampling, kept: Kept | None = None
 ) -> list[Completion]:
-    """This replica's completions; fixed or drawn work by `rollout.deterministic`. The same on all its ranks.
+    """This replica's completions. The same on all its ranks.
 
     With `kept`, those that were made before are not made again: the replicas take them in turns.
     """
     assert session.engine is not None
+    engine = session.engine
+    left, known = _split(requests, kept)
+    made = engine.generate(left, sampling, work(session, len(left)), _keeping(kept))
+    return _together(made, known[engine.replica :: engine.num_replicas], kept)
+
+
+def work(session: Session, total: int) -> WorkSource:
+    """Which of `total` requests are this replica's: fixed or drawn by `rollout.deterministic`."""
+    assert session.engine is not None
     engine, deterministic = session.engine, session.config.rollout.deterministic
     fixed = not has_cuda() if deterministic is None else deterministic
-    left, known = _split(requests, kept)
-    work = engine.fixed_assignment(len(left)) if fixed else engine.shared_counter(len(left))
-    made = engine.generate(left, sampling, work, _keeping(kept))
-    return _together(made, known[engine.replica :: engine.num_replicas], kept)
+    return engine.fixed_assignment(total) if fixed else engine.shared_counter(total)
 
 
 def think(

@@ -30,15 +30,16 @@ class Made:
     """What was made for the groups that a step has drawn.
 
     On all ranks: `groups` with their heads; `shown`, the first few answers with their texts, each with its prompt;
-    `counters`; `generated_tokens` of all engines, by kind; `reward_failure`, how the reward failed on an answer, where
-    a rank saw that for the first time. On this rank: `bodies` of the trajectories that it holds, and `written`, what
-    its engine wrote, as it was written.
+    `counters`; `generated_tokens` that were made, by kind, and `engine_tokens`, those that the engines have counted;
+    `reward_failure`, how the reward failed on an answer, where a rank saw that for the first time. On this rank:
+    `bodies` of the trajectories that it holds, and `written`, what its engine wrote, as it was written.
     """
 
     groups: tuple[Group, ...] = ()
     shown: tuple[tuple[Prompt, Trajectory], ...] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
     generated_tokens: Mapping[str, int] = field(default_factory=dict)
+    engine_tokens: int = 0
     reward_failure: str | None = None
     bodies: Mapping[Key, Body] = field(default_factory=dict)
     written: tuple[Trajectory, ...] = ()
@@ -50,6 +51,7 @@ class Made:
             self.shown + later.shown,
             added(self.counters, later.counters),
             added(self.generated_tokens, later.generated_tokens),
+            self.engine_tokens + later.engine_tokens,
             self.reward_failure or later.reward_failure,
             {**self.bodies, **later.bodies},
             self.written + later.written,

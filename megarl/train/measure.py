@@ -59,6 +59,7 @@ class StepRecord:
         values |= _of_updates(self._results)
         values |= _of_rollouts(self._rollouts, self._counters)
         values |= _by_source(session, self._rollouts)
+        values |= _of_turns(session, self._rollouts)
         values |= self._measured
         if not session.config.algorithm.generates:
             # No engine made what is trained on.
@@ -139,6 +140,21 @@ def _of_rollouts(rollouts: Rollouts | None, counters: Mapping[str, int]) -> dict
         "generated_tokens": sum(rollouts.made.generated_tokens.values()) or sum(head.length for head in answers),
         "groups": len(rollouts.made.groups),
         "groups_trained": len(rollouts.kept.groups) - counters.get("groups_without_pair", 0),
+    }
+
+
+def _of_turns(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
+    """Where an environment answers: the policy's turns per answer, the environment's share of their tokens, and all
+    tokens that the engines have counted, of which `generated_tokens` are those that are in a text."""
+    if rollouts is None or session.config.rollout.environment is None or not rollouts.made.answers:
+        return {}
+    heads = [head for _, head in rollouts.made.answers]
+    put = sum(one.end - one.start for head in heads for one in head.stretches if one.source == "environment")
+    total = sum(head.length for head in heads)
+    return {
+        "turns_mean": statistics.fmean(sum(one.source != "environment" for one in head.stretches) for head in heads),
+        "environment_token_share": put / total if total else 0.0,
+        "engine_tokens": rollouts.made.engine_tokens,
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import RunConfig
-from megarl.records import Prompt, Trajectory
+from megarl.records import Prompt, Stretch, Trajectory
 from megarl.train.curves import draw_curves
 from megarl.train.display import Display
 from megarl.train.ending import first_and_last, sentences
@@ -91,6 +91,7 @@ class Recorder:
             }
             | ({"draw": head.key.draw} if head.key.draw else {})
             | ({"reward_terms": head.reward_terms} if head.reward_terms else {})
+            | ({"turns": turns(head.stretches, body.texts)} if body.texts else {})
             for prompt, (head, body) in samples
         ]
         with open(self.directory / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -149,6 +150,11 @@ class Recorder:
         self._tell_samples()
         for tracker in self._trackers:
             tracker.close()
+
+
+def turns(stretches: Sequence[Stretch], texts: Sequence[str]) -> list[dict[str, str]]:
+    """Who said what in a response, for a line of a file."""
+    return [{"by": stretch.source, "text": text} for stretch, text in zip(stretches, texts, strict=True)]
 
 
 def _null_where_not_finite(value: Any) -> Any:

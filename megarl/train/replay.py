@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def _saved(sample: Trajectory) -> dict[str, Any]:
     fields |= dataclasses.asdict(dataclasses.replace(body, routed_experts=None))
     for name in ("holder", "measured", "routed_experts"):
         del fields[name]
+    for name in ("prompt_length", "prompt_ids", "texts"):
+        if not fields[name]:
+            del fields[name]
+    # JSON has no NaN, which stands at an environment's tokens.
+    fields["log_probs"] = [None if math.isnan(one) else one for one in body.log_probs]
     return fields | {"key": head.key._asdict(), "stretches": [one._asdict() for one in head.stretches]}
 
 
@@ -95,7 +101,9 @@ def _sample(line: str, file: Path, number: int, rank: int) -> Trajectory:
         key = Key(**named)._replace(branch=tuple(named["branch"]))
         stretches = tuple(Stretch(**one) for one in fields.pop("stretches"))
         body = {name: fields.pop(name) for name in ("text", "seed", "counters")}
-        ids, log_probs = (tuple(fields.pop(name)) for name in ("token_ids", "log_probs"))
+        body |= {name: tuple(fields.pop(name)) for name in ("prompt_ids", "texts") if name in fields}
+        ids = tuple(fields.pop("token_ids"))
+        log_probs = tuple(math.nan if one is None else one for one in fields.pop("log_probs"))
         return Trajectory(Head(key, rank, stretches, **fields), Body(ids, log_probs, **body))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{file} line {number}", f"must be a saved sample ({error})", "save the rollouts again") from None

@@ -16,10 +16,12 @@ from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Body, Head, Key, Trajectory
 from megarl.rewards.scorer import Scoring
+from megarl.rollout.turns import Played
 from megarl.train import generation, replay, texts
-from megarl.train.generation import Job, Output
+from megarl.train.generation import Job
 from megarl.train.groups import Kept, Made, added, draw
 from megarl.train.journal import Journal
+from megarl.train.outputs import Output
 from megarl.train.scoring import grade
 from megarl.train.session import Session, unfinished_directory
 
@@ -111,14 +113,15 @@ def _generate_batch(
     )
     samples: dict[int, Trajectory] = {}
     tokens: dict[str, int] = {}
-    failure = None
+    engine, failure = session.engine, None
+    before = engine.tokens_generated if engine is not None else 0
     if session.config.rollout.replay is not None:
         samples = _replayed(session, step, jobs)
     else:
         with session.clock.phase("generate"):
             outputs = generation.outputs(session, step, batch, jobs, journal)
-            assert session.engine is not None
-            session.stops.give_up_if(session.engine.interrupted or session.stops.too_late)
+            assert engine is not None
+            session.stops.give_up_if(engine.interrupted or session.stops.too_late)
         if session.scorer is not None:
             with session.clock.phase("score"):
                 try:
@@ -128,7 +131,8 @@ def _generate_batch(
             for output in outputs:
                 tokens = added(tokens, {jobs[output.completion.index].key.kind: output.tokens_made})
     with session.clock.phase("score"):
-        made = _told(session, plan, step, groups, jobs, samples, tokens, failure)
+        pumped = engine.tokens_generated - before if engine is not None and engine.speaks else 0
+        made = _told(session, plan, step, groups, jobs, samples, tokens, pumped, failure)
         return _with_texts(made, *texts.served(session.texts, plan, step, groups), counters)
 
 
@@ -142,18 +146,31 @@ def _samples(
     by_position = {output.completion.index: one for output, one in zip(asked, graded, strict=True)}
     samples = {}
     for output in outputs:
-        completion = output.completion
+        completion, played = output.completion, output.played
         job, one = jobs[completion.index], by_position.get(completion.index)
         head = Head(job.key, session.world.rank, output.stretches, completion.finish_reason)
         text = session.tokenizer.decode(completion.token_ids) if one is None else one.text
         seed = job.request.seed or 0
         body = Body(completion.token_ids, completion.log_probs, text, seed, routed_experts=completion.routed_experts)
+        if played is not None:
+            head, body = _with_turns(session, job, played, Trajectory(head, body))
         if one is not None:
-            marks = {} if one.thinking_length is None else {"thinking": one.thinking_length}
+            marks = {} if one.thinking_length is None or played is not None else {"thinking": one.thinking_length}
             head = dataclasses.replace(head, reward=one.reward, reward_terms=one.terms, marks=marks)
             body = dataclasses.replace(body, counters=one.counters)
         samples[completion.index] = Trajectory(head, body)
     return samples
+
+
+def _with_turns(session: Session, job: Job, played: Played, sample: Trajectory) -> Trajectory:
+    """A sample of several turns, with their texts, and with the prompt where that was the environment's."""
+    head, body = sample
+    texts = tuple(session.tokenizer.decode(body.token_ids[one.start : one.end]) for one in head.stretches)
+    body = dataclasses.replace(body, texts=texts, counters=played.counters)
+    if played.prompt_token_ids == job.group.prompt.token_ids:
+        return Trajectory(head, body)
+    head = dataclasses.replace(head, prompt_length=len(played.prompt_token_ids))
+    return Trajectory(head, dataclasses.replace(body, prompt_ids=played.prompt_token_ids))
 
 
 def _replayed(session: Session, step: int, jobs: Sequence[Job]) -> dict[int, Trajectory]:
@@ -184,6 +201,7 @@ class _Told(NamedTuple):
     shown: dict[Key, Trajectory]
     counters: dict[str, int]
     tokens: dict[str, int]
+    engine_tokens: int
     samples: int
     reward_failure: str | None
     failure: str | None
@@ -197,6 +215,7 @@ def _told(
     jobs: Sequence[Job],
     samples: dict[int, Trajectory],
     tokens: dict[str, int],
+    engine_tokens: int,
     failure: str | None,
 ) -> Made:
     """Exchange heads, the texts that serve again, and the samples that are to be shown. Collective."""
@@ -212,6 +231,7 @@ def _told(
         shown={key: _shown(answers[key]) for key in _to_show(session, groups, plan) if key in answers},
         counters=counters,
         tokens=tokens,
+        engine_tokens=engine_tokens,
         samples=len(samples),
         reward_failure=scorer.take_first_failure() if scorer is not None else None,
         failure=failure,
@@ -239,6 +259,7 @@ def _told(
         shown=tuple((by_key[key], shown[key]) for key in _to_show(session, groups, plan) if key in shown),
         counters=added(*(one.counters for one in told)),
         generated_tokens=added(*(one.tokens for one in told)),
+        engine_tokens=sum(one.engine_tokens for one in told),
         reward_failure=reward_failure,
         bodies={head.key: body for head, body in trajectories},
         written=tuple(samples[position] for position in sorted(samples)),

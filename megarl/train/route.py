@@ -41,7 +41,13 @@ class Item(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of the sequence: the prompt, and the response up to the last token that is trained."""
-        return len(self.group.prompt.token_ids) + self.end
+        return self.prompt_length + self.end
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        own = self.trained.head.prompt_length
+        return len(self.group.prompt.token_ids) if own is None else own
 
     @property
     def end(self) -> int:
@@ -155,18 +161,25 @@ def _routed_shape(item: Item, routing: Routing) -> tuple[int, int, int]:
 
 
 def _sent(item: Item, routing: Routing) -> int:
-    """Numbers that travel: the tokens, and of a sample the log-probs of the trained ones and the routing, in pairs."""
+    """Numbers that travel: the tokens, and of a sample the prompt's where it is not the data's, the log-probs of the
+    trained ones, and the routing, in pairs."""
     if item.is_text:
         return item.end
-    return item.end + item.trained.tokens + -(-prod(_routed_shape(item, routing)) // 2)
+    return _own_prompt(item) + item.end + item.trained.tokens + -(-prod(_routed_shape(item, routing)) // 2)
+
+
+def _own_prompt(item: Item) -> int:
+    """Tokens of a prompt that is not the data's; 0 where it is."""
+    return item.trained.head.prompt_length or 0
 
 
 def _pack(bodies: Mapping[Key, Body], items: Sequences[Item], routing: Routing) -> np.ndarray:
-    """Tokens, then log-probs bit for bit, then the routing, of each item in turn, as int32."""
+    """Tokens, first those of a prompt of their own; then log-probs bit for bit, then the routing, of each item in turn,
+    as int32."""
     parts: list[np.ndarray] = []
     for item in items:
         body = bodies[item.trained.head.key]
-        parts.append(np.array(body.token_ids[: item.end], np.int32))
+        parts.append(np.array([*(body.prompt_ids or ()), *body.token_ids[: item.end]], np.int32))
         if item.is_text:
             continue
         log_probs = [body.log_probs[span.start : span.end] for span in item.trained.spans]

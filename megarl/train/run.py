@@ -56,7 +56,10 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     minutes = WATCHED_MINUTES if health.watchdog else bootstrap.TIMEOUT_MINUTES + patience / 60
     world = bootstrap.join(timeout_minutes=minutes, join_limit=health.join_limit)
     directory = run_directory(config)
-    waits = {"score": patience, "evaluate": patience}
+    environment = config.rollout.environment
+    # A turn's verdict may be a judge's, and on a crowded machine a call may take longer.
+    between = patience + 2 * environment.time_limit if environment is not None else 0.0
+    waits = {"score": patience, "generate": between, "evaluate": max(patience, between)}
     with watching(health, world, directory, waits) as guard, contextlib.ExitStack() as at_end:
         with guard.one_voice():
             if world.size > 1 and not started_here():

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import fmean
+from typing import NamedTuple
 
 from megarl.config.rewards import ScoreSettings
 from megarl.records import FinishReason, Prompt
 from megarl.rewards.grader import GradingItem
 from megarl.rewards.scorer import Part, Scoring
-from megarl.train.generation import Output
+from megarl.rollout.turns import Played
+from megarl.train.outputs import Output
 from megarl.train.session import Session
 
 
@@ -42,13 +45,54 @@ class _Response:
     tokens: tuple[int, ...]
 
 
+class _Gradable(NamedTuple):
+    """A part of an output that a reward is found for, with what it may be read as one with: `thinking`, the tokens
+    before it. `thought`: the thinking has come to its end still earlier."""
+
+    tokens: tuple[int, ...]
+    thinking: tuple[int, ...]
+    finish_reason: FinishReason
+    thought: bool = False
+
+
 def grade(session: Session, scoring: Scoring, prompts: Sequence[Prompt], outputs: Sequence[Output]) -> list[Graded]:
     """Rewards of outputs, one prompt each.
 
-    Of a sum each term is found for itself, by settings of its own. Raises as `_grade_part`.
+    Of a sum each term is found for itself, by settings of its own. What an environment has given a reward, or failed
+    on, is not graded. Raises as `_grade_part`.
     """
-    found = [_grade_part(session, part, prompts, outputs) for part in scoring.parts]
-    return [_added_up(scoring, ones) for ones in zip(*found, strict=True)] if scoring.terms else found[0]
+    asked = [place for place, output in enumerate(outputs) if not _settled(output)]
+    some, answers = [prompts[place] for place in asked], [outputs[place] for place in asked]
+    found = [_grade_part(session, part, some, answers) for part in scoring.parts if asked]
+    graded = (_added_up(scoring, ones) for ones in zip(*found, strict=True)) if scoring.terms else chain(*found)
+    by_place = dict(zip(asked, graded, strict=True))
+    return [
+        _with_counters(by_place.get(place) or _given(session, scoring, output), output)
+        for place, output in enumerate(outputs)
+    ]
+
+
+def _settled(output: Output) -> bool:
+    """Whether there is nothing to grade in an output, since its environment has said its reward or failed."""
+    return output.played is not None and (output.played.failure is not None or output.played.reward is not None)
+
+
+def _given(session: Session, scoring: Scoring, output: Output) -> Graded:
+    """An output with the reward that its environment gave, within the run's bounds; the least where it failed."""
+    played, (low, high) = output.played, scoring.bounds
+    assert played is not None
+    reward = low if played.reward is None else played.reward
+    graded = Graded(session.tokenizer.decode(output.completion.token_ids), min(max(reward, low), high))
+    if graded.reward != reward:
+        graded.count("environment_reward_bounded")
+    return graded
+
+
+def _with_counters(graded: Graded, output: Output) -> Graded:
+    """What was counted while an output was made beside what was counted when it was graded."""
+    if output.played is not None:
+        graded.counters = dict(Counter(graded.counters) + Counter(output.played.counters))
+    return graded
 
 
 def term_means(answers: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
@@ -84,9 +128,9 @@ def _grade_part(session: Session, part: Part, prompts: Sequence[Prompt], outputs
     rewards: list[list[float | None]] = [[] for _ in outputs]
     responses: list[_Response] = []
     for number, output in enumerate(outputs):
-        for tokens, context, reason in _responses(output):
-            seen = _seen(session, settings, graded[number], context, tokens)
-            if seen is None or (settings.truncated == "zero" and reason == "length"):
+        for part_of_it in _gradable(session, settings, output):
+            seen = _seen(session, settings, graded[number], part_of_it)
+            if seen is None or (settings.truncated == "zero" and part_of_it.finish_reason == "length"):
                 rewards[number].append(settings.low)
             else:
                 responses.append(_Response(number, seen))
@@ -104,22 +148,39 @@ def _grade_part(session: Session, part: Part, prompts: Sequence[Prompt], outputs
     return graded
 
 
-def _responses(output: Output) -> list[tuple[tuple[int, ...], tuple[int, ...], FinishReason]]:
-    """The parts of an output that a reward is found for: tokens, the thinking before them, how they ended."""
+def _gradable(session: Session, settings: ScoreSettings, output: Output) -> list[_Gradable]:
+    """The parts of an output that a reward is found for."""
     whole = output.completion
+    if output.played is not None:
+        return [_last_turn(session, settings, output.played)]
     if not output.responses:
-        return [(whole.token_ids, (), whole.finish_reason)]
+        return [_Gradable(whole.token_ids, (), whole.finish_reason)]
     thinking = whole.token_ids[: len(whole.token_ids) - len(output.responses[0].token_ids)]
-    return [(response.token_ids, thinking, response.finish_reason) for response in output.responses]
+    return [_Gradable(response.token_ids, thinking, response.finish_reason) for response in output.responses]
 
 
-def _seen(
-    session: Session, settings: ScoreSettings, graded: Graded, thinking: tuple[int, ...], tokens: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """The tokens that the reward sees of an output or of a response to `thinking`; None where there are none to see."""
+def _last_turn(session: Session, settings: ScoreSettings, played: Played) -> _Gradable:
+    """The policy's last turn: what an environment put there is not its own. Its thinking may have begun in turns
+    before, behind the last that ended one."""
+    if settings.graded == "whole":
+        return _Gradable(played.last_turn, (), played.finish_reason)
+    thinking: tuple[int, ...] = ()
+    for stretch in [one for one in played.stretches if one.source == "policy"][-2::-1]:
+        turn = played.token_ids[stretch.start : stretch.end]
+        if session.thinking_end.split(turn) != "thinking_missing":
+            return _Gradable(played.last_turn, thinking, played.finish_reason, thought=True)
+        thinking = (*turn, *thinking)
+    return _Gradable(played.last_turn, thinking, played.finish_reason)
+
+
+def _seen(session: Session, settings: ScoreSettings, graded: Graded, part: _Gradable) -> tuple[int, ...] | None:
+    """The tokens that the reward sees of a part of an output; None where there are none to see."""
+    thinking, tokens = part.thinking, part.tokens
     if settings.graded == "whole" and not session.algorithm.splits_thinking:
         return tokens
     split = session.thinking_end.split((*thinking, *tokens))
+    if split == "thinking_missing" and part.thought:
+        return tokens
     if isinstance(split, str):
         graded.count(split)
         if thinking and split in ("thinking_repeated", "thinking_unanswered"):

@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from megarl.train.carry import Carry, Counters
 from megarl.train.clock import Clock
 from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
+from megarl.train.replica_host import ReplicaHost
 from megarl.train.served_texts import ServedTexts
 from megarl.train.stops import Stops
 from megarl.weights.push import Push
@@ -55,7 +56,8 @@ class Progress:
 
 @dataclass
 class Session:
-    """One rank's view of a run. `engine`, `push` and the scorers are None where the run never generates.
+    """One rank's view of a run. `engine`, `push` and the scorers are None where the run never generates, and
+    `host` where it has no environment.
 
     `serving` names the parameter set that the engine was last filled with.
     """
@@ -71,6 +73,7 @@ class Session:
     algorithm: Algorithm
     policy: Policy
     engine: Engine | None
+    host: ReplicaHost | None
     push: Push | None
     scorer: Scoring | None
     evaluation_scorer: Scoring | None
@@ -87,14 +90,14 @@ class Session:
     """The step of the newest checkpoint that this session saved or continues from."""
     rows: dict[str, Any] | None = None
     """Number and digest of the prompts that are trained on, once they are known (`differences.rows_of`)."""
-    failure_told: bool = False
-    """Whether a failure of the reward was said on the terminal."""
+    failures_told: set[str] = field(default_factory=set)
+    """Of what a failure was said on the terminal: of the reward, of the environment."""
 
-    def tell_failure(self, failure: str | None) -> None:
-        """Say once how the reward failed on an answer, where it did; all ranks know it."""
-        if failure is None or self.failure_told:
+    def tell_failure(self, failure: str | None, of: str = "reward") -> None:
+        """Say once how the reward, or something else, failed on an answer, where it did; all ranks know it."""
+        if failure is None or of in self.failures_told:
             return
-        self.failure_told = True
+        self.failures_told.add(of)
         if self.world.is_first:
             terminal.say(f"{failure}; such answers are counted in metrics.jsonl, and this is said once")
 
@@ -105,10 +108,10 @@ class Session:
         return sum(prompt.text in trained for prompt in self.evaluation_data.prompts) if self.evaluation_data else 0
 
     def close(self) -> None:
-        """End what finds rewards, flush what is recorded, and shut the engine down."""
-        for scorer in (self.scorer, self.evaluation_scorer):
-            if scorer is not None:
-                scorer.close()
+        """End what finds rewards and environments, flush what is recorded, and shut the engine down."""
+        for helper in (self.scorer, self.evaluation_scorer, self.host):
+            if helper is not None:
+                helper.close()
         self.recorder.close()
         if self.engine is not None:
             self.engine.close()
@@ -149,6 +152,10 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         engine.stop = lambda: stops.too_late
         engine.sleep()
     scorer, evaluation_scorer = _scorers(config, engine, recorder, data, held_out)
+    environment = config.rollout.environment
+    host = None
+    if engine is not None and environment is not None:
+        host = ReplicaHost(environment, tokenizer, engine, data.prompts[0])
     recorder.status("building the policy")
     stream, counters, texts = _stream(config, data), Counters(), ServedTexts()
     policy = Policy(config, shape, world, grid, step_budget=implied.updates, temperature=implied.temperature)
@@ -165,6 +172,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         algorithm=algorithm,
         policy=policy,
         engine=engine,
+        host=host,
         push=Push(policy, engine) if engine is not None else None,
         scorer=scorer,
         evaluation_scorer=evaluation_scorer,

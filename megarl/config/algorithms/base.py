@@ -22,6 +22,8 @@ class AlgorithmSettings(Settings):
     sequences_together: ClassVar[int] = 1
     #: Whether the loss takes samples for draws from the policy itself, so that none may be left out in sampling.
     draws_from_policy: ClassVar[bool] = True
+    #: Whether its answers may have several turns; else they are one thinking and one response.
+    takes_turns: ClassVar[bool] = True
 
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
 

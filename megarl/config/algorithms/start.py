@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -19,6 +19,8 @@ class StartSettings(GroupRelativeSettings):
     Published in full is the idea alone; every setting here is our choice. Advantages, ratio, clip, KL and aggregation
     are those of grpo, over the trained tokens.
     """
+
+    takes_turns: ClassVar[bool] = False
 
     name: Literal["start"] = "start"
     thinking_steps: NonNegativeInt | None = Field(

@@ -1,0 +1,28 @@
+"""What was generated for a request, before it is graded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.records import Stretch
+from megarl.rollout.engine import Completion
+from megarl.rollout.turns import Played
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What was generated for a request. Of responses to one thinking, `completion` holds the thinking with the first
+    response; `responses` has the completions of them all, without the thinking. Of a sample of several turns it holds
+    all of them, observations included, and `played` what else is known. `stretches` say who wrote what."""
+
+    completion: Completion
+    responses: tuple[Completion, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
+    played: Played | None = None
+
+    @property
+    def tokens_made(self) -> int:
+        """Tokens that the engine made."""
+        put = sum(one.end - one.start for one in self.stretches if one.source == "environment")
+        more = sum(len(response.token_ids) for response in self.responses[1:])
+        return len(self.completion.token_ids) - put + more
