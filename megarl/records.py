@@ -133,35 +133,63 @@ class Trajectory(NamedTuple):
 
 @dataclass(slots=True)
 class Sequence:
-    """One training sequence: context and trained tokens, with per-token values of the latter.
+    """One training sequence: its tokens, which of them are trained, and values of these.
 
-    `tokens` int32 (P+T,): the context (the prompt, and what of the response is not trained), then the trained tokens;
-    `prompt_length` = P >= 1. The values are float32 (T,): `advantages`; `rollout_log_probs`, None where no engine
-    made the response; `old_log_probs` and `reference_log_probs`, filled by the policy where the algorithm needs them
-    (on the last pipeline stage only). `signals` are further numbers of a sampled answer, by name. A `target` is a text
-    whose likelihood is to rise: of the values it has the reference log-probs alone. `group` and `sample` say where the
-    sequence came from. `routed_experts` int16 (N, sparse layers, k), N <= P+T: the experts that the engine chose for
-    the first N tokens, -1 where not known.
+    `tokens` int32 (L,); `positions` int32 (T,): the places of the trained tokens in it, ascending, from 1 on, as
+    nothing predicts the first. All others are context, also those between trained ones, which an environment or a hint
+    has put there.
+    The values are float32 (T,), None where not known: `advantages`; `rollout_log_probs`, the engine's;
+    `old_log_probs`, of the weights that generated, and `log_probs_under`, by the name of a parameter set, which the
+    policy measures where an objective needs them (on the last pipeline stage only). `kind` says what the sequence is:
+    an "answer", an "explanation", a "solution", or whatever an algorithm calls its own. `temperature` is that of the
+    distribution that its log-probs are of. `group` is shared by the sequences of a prompt; `signals` are further
+    numbers of a sampled answer, by name. `routed_experts` int16 (N, sparse layers, k), N <= L: the experts that the
+    engine chose for the first N tokens, -1 where not known.
+
+    Raises:
+        ValueError: positions that do not ascend from 1 or more within the tokens, or values of another number.
     """
 
     tokens: np.ndarray
-    prompt_length: int
-    advantages: np.ndarray
+    positions: np.ndarray
+    advantages: np.ndarray | None = None
     rollout_log_probs: np.ndarray | None = None
     old_log_probs: np.ndarray | None = None
-    reference_log_probs: np.ndarray | None = None
+    log_probs_under: dict[str, np.ndarray] = field(default_factory=dict)
+    kind: str = "answer"
+    temperature: float = 1.0
     group: int = 0
-    sample: int = 0
-    target: bool = False
     signals: dict[str, float] = field(default_factory=dict)
     routed_experts: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        ends = np.concatenate([[0], self.positions, [self.length]])
+        if (np.diff(ends) <= 0).any():
+            raise ValueError(f"trained positions {self.positions} of {self.length} tokens must ascend from 1 or more")
+        values = {name: getattr(self, name) for name in VALUES} | self.log_probs_under
+        for name, value in values.items():
+            if value is not None and len(value) != self.trained:
+                raise ValueError(f"{len(value)} {name} of {self.trained} trained tokens")
+
     @property
     def length(self) -> int:
-        """P + T, in tokens."""
+        """L, in tokens."""
         return len(self.tokens)
 
     @property
-    def response_length(self) -> int:
+    def trained(self) -> int:
         """T, in tokens."""
-        return len(self.tokens) - self.prompt_length
+        return len(self.positions)
+
+
+#: The values per trained token that a sequence may have, beside those under other parameter sets.
+VALUES = ("advantages", "rollout_log_probs", "old_log_probs")
+
+
+def from_place(start: int, end: int) -> np.ndarray:
+    """The positions of a sequence whose tokens from `start` to `end` are all trained, int32.
+
+    >>> from_place(2, 5)
+    array([2, 3, 4], dtype=int32)
+    """
+    return np.arange(start, end, dtype=np.int32)

@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import preloaded
 import torch
 
 from megarl.config.schema import RunConfig
-from megarl.records import Sequence
+from megarl.records import Sequence, from_place
 
 TESTS = Path(__file__).resolve().parent
 
@@ -160,20 +161,27 @@ def run_config(path: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
-def mini_batch(seed: int, number: int = 13, vocab: int = 97) -> list[Sequence]:
-    """Sequences of 5 to 44 tokens with unlike advantages; the first response has one token."""
+def mini_batch(seed: int, number: int = 13, vocab: int = 97, temperatures: Sequences[float] = (1.0,)) -> list[Sequence]:
+    """Sequences of 5 to 44 tokens with unlike advantages and, in turns, these temperatures.
+
+    The first response has one token. Of every third response a stretch in the middle is not trained, as if an
+    environment had written it.
+    """
     random = np.random.default_rng(seed)
     made = []
     for index in range(number):
         prompt, response = int(random.integers(1, 20)), 1 if index == 0 else int(random.integers(4, 25))
         tokens = random.integers(2, vocab, prompt + response).astype(np.int32)
+        positions = from_place(prompt, prompt + response)
+        if index % 3 == 2:
+            positions = np.delete(positions, slice(response // 3, 2 * response // 3))
         made.append(
             Sequence(
                 tokens=tokens,
-                prompt_length=prompt,
-                advantages=np.full(response, random.normal(), np.float32),
+                positions=positions,
+                advantages=np.full(len(positions), random.normal(), np.float32),
+                temperature=temperatures[index % len(temperatures)],
                 group=index // 4,
-                sample=index % 4,
             )
         )
     return made
@@ -187,7 +195,12 @@ def with_old_log_probs(batch: Sequences[Sequence], log_probs: Sequences[np.ndarr
         return (values + random.normal(scale=scale, size=values.shape)).astype(np.float32)
 
     return [
-        replace(s, old_log_probs=near(v, 0.2), rollout_log_probs=near(v, 0.2), reference_log_probs=near(v, 0.3))
+        replace(
+            s,
+            old_log_probs=near(v, 0.2),
+            rollout_log_probs=near(v, 0.2),
+            log_probs_under={"reference": near(v, 0.3)},
+        )
         for s, v in zip(batch, log_probs, strict=True)
     ]
 
@@ -270,12 +283,15 @@ def totals(batch: Sequences[Sequence]) -> Any:
     """Counts of the whole mini-batch."""
     from megarl.algorithms.objective import BatchTotals
 
-    return BatchTotals(tokens=float(sum(s.response_length for s in batch)), sequences=float(len(batch)))
+    return BatchTotals.of({"answer": BatchTotals(float(sum(s.trained for s in batch)), float(len(batch)))})
 
 
 def update(policy: Any, algorithm: Any, batch: Sequences[Sequence]) -> Any:
-    """One optimizer update on the whole mini-batch, each data-parallel rank with its share."""
-    return policy.update([batch[i] for i in share(batch, policy.grid)], algorithm, totals(batch))
+    """One optimizer update on the whole mini-batch, each data-parallel rank with its share; all that is said of it."""
+    mine = [batch[i] for i in share(batch, policy.grid)]
+    current = all(s.old_log_probs is None for s in batch)
+    found = policy.accumulate(mine, algorithm.objectives, totals(batch), old_is_current=current)
+    return SimpleNamespace(**asdict(found), **asdict(policy.step()["policy"]))
 
 
 def exported(policy: Any, folder: Path) -> dict[str, np.ndarray] | None:
@@ -310,10 +326,11 @@ def checkpoint_of(model: Any) -> dict[str, np.ndarray]:
         return read_checkpoint(Path(folder))
 
 
-def token_values(model: Any, sequence: Sequence, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs (T,) of a response's tokens, and entropies (T,) there, by transformers, with gradient."""
+def token_values(model: Any, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs (T,) of the trained tokens, and entropies (T,) there, by transformers, with gradient."""
     tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
-    logits = model(tokens[None]).logits[0, sequence.prompt_length - 1 : -1].float() / temperature
+    positions = torch.from_numpy(sequence.positions.astype(np.int64))
+    logits = model(tokens[None]).logits[0, positions - 1].float() / sequence.temperature
     log_probs = torch.log_softmax(logits, -1)
-    chosen = log_probs.gather(-1, tokens[sequence.prompt_length :, None])[:, 0]
+    chosen = log_probs.gather(-1, tokens[positions, None])[:, 0]
     return chosen, -(log_probs.exp() * log_probs).sum(-1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megarl.policy.batch import lay_out
-from megarl.records import Sequence
+from megarl.records import Sequence, from_place
 
 TOKENS = 32
 
@@ -20,14 +20,14 @@ def saved_bytes_per_token(policy: Any) -> float:
     """
     ones = np.ones(TOKENS - 8, np.float32)
     tokens = np.arange(TOKENS, dtype=np.int32) + 2
-    sequence = Sequence(tokens=tokens, prompt_length=8, advantages=ones, group=0, sample=0)
-    batch = lay_out([sequence], packed=True, cut=policy._cut())
-    if policy.experts is not None:
-        policy.experts.begin([batch], policy._cut().sequence_parallel, training=True)
-    arguments = policy.forward_arguments.of(batch)
+    sequence = Sequence(tokens=tokens, positions=from_place(8, TOKENS), advantages=ones)
+    batch = lay_out([sequence], packed=True, cut=policy.passes.cut)
+    if policy.passes.experts is not None:
+        policy.passes.experts.begin([batch], policy.passes.cut.sequence_parallel, training=True)
+    arguments = policy.passes.forward_arguments.of(batch)
     packing = arguments["packed_seq_params"]
     shared = [packing.cos, packing.sin, *(part for rows in (packing.queries, packing.keys) for part in rows_of(rows))]
-    for wrapped in policy.wrapped:
+    for wrapped in policy.trained["policy"].wrapped:
         shared += [buffer.param_data for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers)]
         wrapped.train()
     known = {place(tensor) for tensor in (*shared, arguments["input_ids"])}
@@ -39,7 +39,7 @@ def saved_bytes_per_token(policy: Any) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = policy.wrapped[0](**arguments)
+        output = policy.trained["policy"].wrapped[0](**arguments)
     found = sum(t.untyped_storage().nbytes() for where, t in kept.items() if where not in known)
     assert output.requires_grad
     return found / TOKENS

@@ -106,6 +106,16 @@ def in_world(processes: int, calls: dict[str, tuple[Any, ...]]) -> dict[str, lis
     return {name: [rank[name] for rank in ranks] for name in calls}
 
 
+def learn(made: Any, batches: list[Any], totals: list[Any]) -> list[Any]:
+    """The updates of a step, as the loop makes them; what each pass has found."""
+    found, objectives = [], made.algorithm.objectives
+    measured = len(batches) > 1 and any(objective.old for objective in objectives)
+    for batch, total in zip(batches, totals, strict=True):
+        found.append(made.policy.accumulate(batch, objectives, total, old_is_current=not (measured or found)))
+        made.policy.step()
+    return found
+
+
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +140,7 @@ def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
         measured = gauges.measure(made, plan, rollouts)
         batches, totals, counters = trainable(made, rollouts, step)
         add_log_probs(made, batches)
-        results = [made.policy.update(b, made.algorithm, t) for b, t in zip(batches, totals, strict=True)]
+        results = learn(made, batches, totals)
         written = rollouts.made.written
         found["steps"].append(
             {
@@ -192,11 +202,11 @@ def test_hint_is_in_no_training_sequence(on_two: dict[str, list[Any]]) -> None:
             seen = rank["steps"][step]
             hint = rank["hint_ids"]
             for s in seen["sequences"]:
-                context = s.tokens[: s.prompt_length].tolist()
+                context = s.tokens[: s.positions[0]].tolist()
                 assert tuple(context) == seen["prompts"][s.group]
                 everything = s.tokens.tolist()
                 assert not contains(everything, hint)
-                targets += s.target
+                targets += s.kind == "explanation"
     assert targets >= 12
     # What was asked for did hold the hint: 6 prompts x 2 explanations beside 6 x 4 answers, in one call.
     for asked in explained[0]["asked"]:
@@ -213,12 +223,14 @@ def test_explanations_are_targets_beside_the_groups(on_two: dict[str, list[Any]]
     for step in range(2):
         parts = [rank["steps"][step] for rank in explained]
         sequences = [s for part in parts for s in part["sequences"]]
-        answers, targets = [s for s in sequences if not s.target], [s for s in sequences if s.target]
+        answers = [s for s in sequences if s.kind == "answer"]
+        targets = [s for s in sequences if s.kind == "explanation"]
         (totals,) = parts[0]["totals"]
         assert totals == parts[1]["totals"][0]
-        assert (totals.sequences, totals.target_sequences) == (len(answers), len(targets)) == (24, len(targets))
-        assert totals.tokens == sum(s.response_length for s in answers) == totals.response_tokens
-        assert totals.target_tokens == sum(s.response_length for s in targets)
+        own, learned = totals.of_kind("answer"), totals.of_kind("explanation")
+        assert (own.sequences, learned.sequences) == (len(answers), len(targets)) == (24, len(targets))
+        assert own.tokens == sum(s.trained for s in answers) == own.response_tokens
+        assert learned.tokens == sum(s.trained for s in targets)
         assert parts[0]["counters"]["explanations"] == len(targets)
         # All that the engines made is counted, and who made it does not matter.
         made = sum(len(s.token_ids) for part in parts for s in part["explanations"])
@@ -236,7 +248,7 @@ def test_explanation_ends_in_the_reference(on_two: dict[str, list[Any]]) -> None
     rank = on_two["explained"][0]
     for seen in rank["steps"]:
         for s in seen["sequences"]:
-            if s.target:
+            if s.kind == "explanation":
                 text = rank["decode"][s.tokens.tobytes()]
                 assert text.endswith(f"\\boxed{{{rank['answers'][text.partition('=')[0] + '=']}}}")
 
@@ -244,7 +256,8 @@ def test_explanation_ends_in_the_reference(on_two: dict[str, list[Any]]) -> None
 def test_kept_explanations_serve_again(on_two: dict[str, list[Any]]) -> None:
     ranks = on_two["kept"]
     steps = [[rank["steps"][i] for rank in ranks] for i in range(3)]
-    texts = [{tuple(s.tokens.tolist()) for part in step for s in part["sequences"] if s.target} for step in steps]
+    learned = [[s for part in step for s in part["sequences"] if s.kind == "explanation"] for step in steps]
+    texts = [{tuple(s.tokens.tolist()) for s in of_step} for of_step in learned]
     # Prompts that got none in the first step ask again in the second.
     assert len(texts[0]) >= 3 and texts[0] <= texts[1]
     assert steps[1][0]["counters"]["explanations_reused"] == len(texts[0])
@@ -257,9 +270,9 @@ def test_prompt_drawn_twice_keeps_one_explanation(on_two: dict[str, list[Any]]) 
     ranks = on_two["twice"]
     first, second = ([rank["steps"][i] for rank in ranks] for i in (0, 1))
     assert len(set(first[0]["prompts"])) == 4 < len(first[0]["prompts"]) == 6
-    answers = [tuple(s.tokens.tolist()) for part in first for s in part["sequences"] if not s.target]
+    answers = [tuple(s.tokens.tolist()) for part in first for s in part["sequences"] if s.kind == "answer"]
     assert len(answers) == 24 and len(set(answers)) > 16
-    targets = [s for part in second for s in part["sequences"] if s.target]
+    targets = [s for part in second for s in part["sequences"] if s.kind == "explanation"]
     # One target for each group, also where both groups of a prompt take the same one.
     assert len({s.group for s in targets}) == len(targets) >= 3
     assert second[0]["counters"]["explanations_reused"] >= 2
@@ -269,10 +282,10 @@ def test_offline_pairs_are_those_of_the_first_policy(alone: dict[str, list[Any]]
     found = {}
     for mode in ("offline", "iterative"):
         steps = alone[mode][0]["steps"]
-        found[mode] = [{(tuple(s.tokens.tolist()), s.target) for s in seen["sequences"]} for seen in steps]
+        found[mode] = [{(tuple(s.tokens.tolist()), s.kind) for s in seen["sequences"]} for seen in steps]
         for seen in steps:
-            groups = [s.group for s in seen["sequences"] if s.target]
-            assert sorted(groups) == sorted(s.group for s in seen["sequences"] if not s.target) and groups
+            groups = [s.group for s in seen["sequences"] if s.kind == "explanation"]
+            assert sorted(groups) == sorted(s.group for s in seen["sequences"] if s.kind == "answer") and groups
     assert found["offline"][0] == found["offline"][1]
     assert found["iterative"][0] != found["iterative"][1]
 
@@ -286,7 +299,7 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
     import numpy as np
 
     from megarl.config.parameter_sets import REFERENCE
-    from megarl.records import Sequence
+    from megarl.records import Sequence, from_place
     from megarl.train.loop import roll_out
     from megarl.train.selection import trainable
 
@@ -295,8 +308,7 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
         rollouts = roll_out(made, made.algorithm.plan(step), step)
         if step == 1:
             batches, totals, _ = trainable(made, rollouts, step)
-            for batch, total in zip(batches, totals, strict=True):
-                made.policy.update(batch, made.algorithm, total)
+            learn(made, batches, totals)
             made.progress.step = step
     found = []
     seen = [
@@ -306,10 +318,10 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
         if "thinking" in head.marks
     ]
     sequences = [
-        Sequence(np.array([*prompt, *body.token_ids], np.int32), len(prompt), np.zeros(len(body.token_ids), np.float32))
-        for prompt, _, body in seen
+        Sequence(np.array([*prompt, *ids], np.int32), from_place(len(prompt), len(prompt) + len(ids)))
+        for prompt, ids in ((prompt, body.token_ids) for prompt, _, body in seen)
     ]
-    own, initial = made.policy.log_probs(sequences), made.policy.log_probs(sequences, weights=REFERENCE)
+    own, initial = made.policy.measure(sequences), made.policy.measure(sequences, REFERENCE)
     for i, (_, head, body) in enumerate(seen):
         assert [one.source for one in head.stretches] == ["policy", "other"]
         assert head.stretches[0][:2] == (0, head.marks["thinking"]) and head.stretches[0].version == 1
@@ -338,11 +350,11 @@ def test_first_stage_trains_no_token_of_a_response(alone: dict[str, list[Any]]) 
     assert len(first["sequences"]) >= 8 and len(second["sequences"]) >= 8
     for s in first["sequences"]:
         assert s.tokens[-1] == rank["thinking_end"]
-        assert s.prompt_length == len(first["prompts"][s.group])
+        assert s.positions[0] == len(first["prompts"][s.group])
     for s in second["sequences"]:
-        assert s.tokens[s.prompt_length - 1] == rank["thinking_end"]
-        assert rank["thinking_end"] not in s.tokens[s.prompt_length :]
-    trained_tokens = sum(s.response_length for s in first["sequences"])
+        assert s.tokens[s.positions[0] - 1] == rank["thinking_end"]
+        assert rank["thinking_end"] not in s.tokens[s.positions]
+    trained_tokens = sum(s.trained for s in first["sequences"])
     assert first["totals"][0].tokens == trained_tokens < first["totals"][0].response_tokens
 
 
@@ -357,8 +369,7 @@ def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
     with awake(made):
         before = evaluate(made, "before")
     batches, totals, _ = trainable(made, roll_out(made, made.algorithm.plan(1), 1), 1)
-    for batch, total in zip(batches, totals, strict=True):
-        made.policy.update(batch, made.algorithm, total)
+    learn(made, batches, totals)
     with awake(made):
         after = evaluate(made, "after")
     return [before, after]

@@ -14,7 +14,7 @@ import parity
 import pytest
 import torch
 
-from megarl.records import Body, Prompt, Sequence
+from megarl.records import Body, Prompt, Sequence, from_place
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
@@ -93,7 +93,7 @@ def batch_of(algorithm: Any, made: Any, data_parallel: int) -> list[Any]:
     from megarl.train.selection import credited_groups
 
     credited, _ = credited_groups(made.groups, algorithm.credit(1, made.groups))
-    batches, _ = assign(credited, 1, data_parallel, together=algorithm.needs.pairs)
+    batches, _ = assign(credited, 1, data_parallel, together=algorithm.objectives[0].together)
     return batches
 
 
@@ -101,6 +101,13 @@ def near(values: np.ndarray, sequence: Sequence, purpose: int) -> np.ndarray:
     """Values scattered around `values`, always alike for the same sequence."""
     random = np.random.default_rng([purpose, *sequence.tokens.tolist()])
     return (values + random.normal(scale=0.2, size=values.shape)).astype(np.float32)
+
+
+def measured(sequence: Sequence, values: np.ndarray) -> None:
+    """Give the sequence what the policy would have measured where these are its log-probs now."""
+    if sequence.kind == "answer":
+        sequence.old_log_probs = near(values, sequence, 1)
+    sequence.log_probs_under["reference"] = near(values, sequence, 2)
 
 
 def routed(world: Any, config: Any, algorithm: Any) -> tuple[list[Sequence], Any]:
@@ -127,14 +134,14 @@ def gradients(world: Any, config: Any, folder: str) -> tuple[float, float, dict[
     with parity.policy_of(config, world) as policy:
         algorithm = parity.grpo(config)
         sequences, totals = routed(world, config, algorithm)
-        for s, values in zip(sequences, policy.log_probs(sequences) or [], strict=False):
-            s.old_log_probs, s.reference_log_probs = near(values, s, 1), near(values, s, 2)
-        for optimizer in policy.optimizer.chained_optimizers:
+        for s, values in zip(sequences, policy.measure(sequences) or [], strict=False):
+            measured(s, values)
+        for optimizer in policy.trained["policy"].optimizer.chained_optimizers:
             if not optimizer.is_stub_optimizer:
                 optimizer.optimizer.step = lambda inner=optimizer.optimizer: put_gradients_in_place(inner)
-        result = policy.update(sequences, algorithm, totals)
-        assert not result.skipped
-        return result.loss, result.grad_norm, parity.exported(policy, Path(folder))
+        found, step = policy.accumulate(sequences, algorithm.objectives, totals), policy.step()["policy"]
+        assert not step.skipped
+        return found.loss, step.grad_norm, parity.exported(policy, Path(folder))
 
 
 def scenario(world: Any, configs: list[Any], folder: str) -> list[Any]:
@@ -176,7 +183,7 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient by transformers, all sequences in one go."""
     from types import SimpleNamespace
 
-    from megarl.algorithms.objective import LossInputs
+    from megarl.algorithms.objective import LossInputs, total
     from megarl.policy.batch import lay_out
 
     config = configuration(model, name, True)
@@ -190,21 +197,22 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
         body, target = made.bodies[trained.head.key], trained.head.key.kind == "explanation"
         s = Sequence(
             np.array([*prompt, *body.token_ids[: span.end]], np.int32),
-            len(prompt) + span.start,
-            np.full(trained.tokens, span.advantage, np.float32),
+            from_place(len(prompt) + span.start, len(prompt) + span.end),
+            None if target else np.full(trained.tokens, span.advantage, np.float32),
             group=group.number,
-            target=target,
+            kind=trained.head.key.kind,
             rollout_log_probs=None if target else np.array(body.log_probs[span.start : span.end], np.float32),
             signals=dict(trained.signals),
         )
         log_probs, entropy = parity.token_values(network, s)
         values = log_probs.detach().numpy()
-        s.old_log_probs, s.reference_log_probs = near(values, s, 1), near(values, s, 2)
+        measured(s, values)
         sequences.append(s)
         parts.append(log_probs)
         entropies.append(entropy)
     flat: Any = lay_out(sequences, packed=True) if sequences else SimpleNamespace()
-    terms = algorithm.loss(
+    terms = total(
+        algorithm.objectives,
         LossInputs(
             log_probs_T=torch.cat(parts),
             entropy_T=torch.cat(entropies),
@@ -215,12 +223,12 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
             totals=batch.totals,
             old_log_probs_T=flat.old_log_probs,
             rollout_log_probs_T=flat.rollout_log_probs,
-            reference_log_probs_T=flat.reference_log_probs,
+            log_probs_under_T=flat.log_probs_under,
             advantages_T=flat.advantages,
             signals_S=flat.signals,
-            target_S=flat.target,
+            kind_S=flat.kinds,
             group_S=flat.group,
-        )
+        ),
     )
     terms.loss.backward()
     return terms.loss.item(), {n: p.grad.numpy() for n, p in network.named_parameters() if p.grad is not None}

@@ -10,6 +10,7 @@ import pytest
 
 from megarl import algorithms
 from megarl.algorithms.base import AlgorithmContext
+from megarl.algorithms.objective import sets_read
 from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import CONSUMER, POLICY, REFERENCE, ParameterSet, united
@@ -81,11 +82,8 @@ def test_sequences_of_an_update(algorithm: str | dict[str, Any], sequences: int)
     assert Implied(run_of(algorithm)).sequences_per_update == sequences
 
 
-def test_updates_and_temperature() -> None:
-    sampled = {"temperature": 0.7}
-    assert Implied(run_of(rollout=sampled)).updates == 12
-    assert Implied(run_of(rollout=sampled)).temperature == 0.7
-    assert Implied(run_of("sft", rollout=sampled)).temperature == 1.0
+def test_updates() -> None:
+    assert Implied(run_of()).updates == 12
 
 
 SETS: list[tuple[str | dict[str, Any], dict[str, Any], tuple[ParameterSet, ...]]] = [
@@ -133,7 +131,7 @@ def test_settings_declare_what_the_algorithm_needs(algorithm: str | dict[str, An
     built = algorithms.build(config.algorithm, AlgorithmContext(100, 4))
     generations, sets = built.plan(1).generations, Implied(config).parameter_sets
     responders = [one.responder for one in generations if one.responder is not None]
-    assert any(one.measures for one in sets) == built.needs.reference_log_probs
+    assert tuple(one.name for one in sets if one.measures) == sets_read(built.objectives)
     writers = {one.weights for one in (*generations, *responders)} - {POLICY}
     assert {one.name for one in sets if one.generates} == writers
     assert Implied(config).marks_thinking == bool(responders)

@@ -39,7 +39,7 @@ def measure(world: Any, folder: Path, batch: list) -> dict[str, dict[int, np.nda
         with parity.policy_of(config, world, weights=False) as policy:
             checkpoint.load(policy, folder / "megatron" / model, optimizer=False)
             mine = parity.share(batch, policy.grid)
-            values = policy.log_probs([batch[index] for index in mine])
+            values = policy.measure([batch[index] for index in mine])
             found[model] = {} if values is None else dict(zip(mine, values, strict=True))
             checkpoint.save(policy, folder / "saved" / model, 1, {}, optimizer=False, keep=1)
     return found

@@ -37,8 +37,8 @@ def threads_of_an_update(world: Any, folder: Path) -> tuple[int, int]:
     torch.ones(1 << 20).exp()
     with parity.policy_of(parity.run_config(folder / "qwen2-tied"), world) as policy:
         batch = parity.mini_batch(0)
-        values = [np.full(s.response_length, -4.5) for s in batch]
-        policy.log_probs(batch)
+        values = [np.full(s.trained, -4.5) for s in batch]
+        policy.measure(batch)
         before = len(os.listdir("/proc/self/task"))
         parity.update(policy, parity.grpo(policy.config), parity.with_old_log_probs(batch, values, 0))
         return before, len(os.listdir("/proc/self/task"))

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, make_batch
+from expo_case import CONTEXT, NAN, assert_parts_add_up, gradients, is_target, logged, loss_of, make_batch, totals_of
 from group_case import group_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from loss_case import PER_TOKEN, by_sequence, micro_batch
+from loss_case import PER_TOKEN, by_sequence, logged_sums, micro_batch
 from torch import Tensor
 
 from megarl.algorithms import ALGORITHMS, build
-from megarl.algorithms.base import Needs
 from megarl.algorithms.expo import ExpGrpo
 from megarl.algorithms.grpo import Grpo
-from megarl.algorithms.objective import BatchTotals, LossInputs, required
+from megarl.algorithms.objective import BatchTotals, LossInputs, Objective
 from megarl.config.algorithms import ALGORITHM_SETTINGS, ExpGrpoSettings, GrpoSettings
+from megarl.config.parameter_sets import REFERENCE
 
 #: What GRPO's part of the loss may be: every aggregation and ratio, every further term.
 GRPO_SETTINGS: list[dict[str, Any]] = [
@@ -37,39 +37,41 @@ def exp_grpo(**chosen: Any) -> ExpGrpo:
 
 def answers_alone(inputs: LossInputs) -> LossInputs:
     """The mini-batch of the sampled answers, as it would be without targets."""
-    members = torch.nonzero(~required(inputs.target_S, "target_S"))[:, 0].tolist()
-    return replace(micro_batch(inputs, members), target_S=None)
+    members = [index for index, kind in enumerate(inputs.kind_S) if kind == "answer"]
+    alone = micro_batch(inputs, members)
+    return replace(alone, totals=BatchTotals.of({"answer": inputs.totals.of_kind("answer")}))
 
 
 def test_the_table_has_it_and_it_asks_for_what_it_needs() -> None:
     assert ALGORITHMS["exp_grpo"] is ExpGrpo and ALGORITHM_SETTINGS["exp_grpo"] is ExpGrpoSettings
     asks = build(ExpGrpoSettings(), CONTEXT)
-    assert asks.needs == Needs(old_log_probs=True, reference_log_probs=True)
+    answers, explanations = asks.objectives
+    assert (answers.kinds, answers.old, answers.under) == (frozenset({"answer"}), True, (REFERENCE,))
+    assert explanations == Objective(explanations.loss, kinds=frozenset({"explanation"}))
     assert [one.kind for one in asks.plan(1).generations] == ["answer", "explanation"]
     plain = exp_grpo(explanation_weight=0.0)
-    assert plain.needs == Needs(old_log_probs=True)
+    assert len(plain.objectives) == 1 and not plain.objectives[0].under
     assert plain.plan(1) == Grpo(GrpoSettings(), CONTEXT).plan(1)
 
 
 @pytest.mark.parametrize("chosen", GRPO_SETTINGS, ids=str)
-@pytest.mark.parametrize("present", ["no targets", "target_S None", "targets"])
+@pytest.mark.parametrize("present", ["no targets", "targets"])
 def test_e1_without_weight_it_is_grpo_bit_for_bit(chosen: dict[str, Any], present: str) -> None:
     """Values and gradients are equal, not close, also where targets stand among the answers."""
     whole = make_batch(LAYOUT)
     alone = answers_alone(whole)
-    if present == "no targets":
-        inputs = replace(alone, target_S=torch.zeros(alone.num_sequences, dtype=torch.bool))
-    else:
+    inputs = alone
+    if present == "targets":
         # Not even a target that the policy could never write.
         impossible = whole.log_probs_T.masked_fill(is_target(whole), -float("inf"))
-        inputs = replace(whole, log_probs_T=impossible) if present == "targets" else alone
+        inputs = replace(whole, log_probs_T=impossible)
     algorithm = exp_grpo(explanation_weight=0.0, **chosen)
-    found, expected = algorithm.loss(inputs), Grpo(GrpoSettings(**chosen), CONTEXT).loss(alone)
+    found, expected = loss_of(algorithm, inputs), Grpo(GrpoSettings(**chosen), CONTEXT).loss(alone)
     assert found.loss.item() == expected.loss.item() != 0.0
     for one, other in zip(gradients(found, whole), gradients(expected, whole), strict=True):
         assert torch.equal(one, other)
     assert gradients(found, whole)[0].count_nonzero() > 0
-    assert {name: found.token_sums[name] for name in expected.token_sums} == expected.token_sums
+    assert {name: logged_sums(found)[name] for name in logged_sums(expected)} == logged_sums(expected)
     group = group_of((1.0, 0.0, 0.5), (3, 4, 5), finished=(True, True, False))
     grpo = Grpo(GrpoSettings(**chosen), CONTEXT)
     assert algorithm.credit(1, [group]) == grpo.credit(1, [group])
@@ -80,7 +82,8 @@ def test_e1_without_weight_it_is_grpo_bit_for_bit(chosen: dict[str, Any], presen
 @pytest.mark.parametrize("aggregation", ["token_mean", "sum"])
 def test_loss_is_grpo_less_the_weighted_log_likelihood(chosen: dict[str, Any], aggregation: str) -> None:
     whole = make_batch(LAYOUT, seed=3)
-    found = exp_grpo(explanation_weight=0.3, explanation_aggregation=aggregation, **chosen).loss(whole)
+    chosen_both = {"explanation_weight": 0.3, "explanation_aggregation": aggregation} | chosen
+    found = loss_of(exp_grpo(**chosen_both), whole)
     grpo = Grpo(GrpoSettings(**chosen), CONTEXT).loss(answers_alone(whole))
     target = is_target(whole)
     per_token = 0.3 / (10.0 if aggregation == "token_mean" else 3.0)
@@ -96,7 +99,8 @@ def test_loss_is_grpo_less_the_weighted_log_likelihood(chosen: dict[str, Any], a
         "explanation_nll": -whole.log_probs_T[target].sum().item(),
     }
     assert logged(found) == pytest.approx(logged(grpo) | nll, rel=1e-14)
-    assert set(found.target_token_sums) == {"explanation_nll"} and not found.target_sums
+    counts = {name: count for name, (_, count) in found.means.items()}
+    assert counts.pop("explanation_nll") == 10.0 and set(counts.values()) == {14.0}
 
 
 class Tabular:
@@ -127,7 +131,8 @@ def test_e2_where_all_answers_are_wrong_the_explanation_is_the_only_gradient(
     texts = [*answers, explanation]
     sequence = torch.tensor([index for index, text in enumerate(texts) for _ in text])
     log_probs = policy.log_probs(texts)
-    loss = algorithm.loss(
+    loss = loss_of(
+        algorithm,
         LossInputs(
             log_probs_T=log_probs,
             entropy_T=torch.zeros_like(log_probs),
@@ -135,11 +140,11 @@ def test_e2_where_all_answers_are_wrong_the_explanation_is_the_only_gradient(
             sequence_T=sequence,
             num_sequences=5,
             lengths_S=torch.tensor([float(len(text)) for text in texts], dtype=torch.float64),
-            totals=BatchTotals(10.0, 4.0, 10.0, target_tokens=4.0, target_sequences=1.0),
+            totals=totals_of(10.0, 4.0, 4.0, 1.0),
+            kind_S=("answer",) * 4 + ("explanation",),
             old_log_probs_T=log_probs.detach() - 0.5 * moved,
             advantages_T=torch.tensor([*advantages, NAN], dtype=torch.float64)[sequence],
-            target_S=torch.tensor([False] * 4 + [True]),
-        )
+        ),
     ).loss
     (found,) = torch.autograd.grad(loss, policy.logits)
     likelihood = policy.log_probs([explanation]).sum()
@@ -162,12 +167,16 @@ def test_e4_explanations_change_nothing_of_the_answers_part(chosen: dict[str, An
             theirs, ours = getattr(second, name).detach().clone(), getattr(first, name).detach()
             theirs[~target] = ours[~is_target(first)]
             second = replace(second, **{name: theirs.requires_grad_(name in ("log_probs_T", "entropy_T"))})
-    one, other = algorithm.loss(first), algorithm.loss(second)
+    reference = second.under(REFERENCE).clone()
+    reference[~target] = first.under(REFERENCE)[~is_target(first)]
+    second = replace(second, log_probs_under_T={REFERENCE: reference})
+    one, other = loss_of(algorithm, first), loss_of(algorithm, second)
     for mine, theirs in zip(gradients(one, first), gradients(other, second), strict=True):
         assert torch.equal(mine[~is_target(first)], theirs[~target])
         assert theirs.isfinite().all()
     assert gradients(one, first)[0][~is_target(first)].count_nonzero() > 0
-    assert one.token_sums == other.token_sums
+    sums, theirs = logged_sums(one), logged_sums(other)
+    assert sums.pop("explanation_nll") != theirs.pop("explanation_nll") and sums == theirs
     assert other.loss.isfinite() and one.loss.item() != other.loss.item()
 
 
@@ -177,17 +186,17 @@ def test_a_micro_batch_of_answers_alone_or_of_targets_alone(chosen: dict[str, An
     algorithm = exp_grpo(explanation_weight=0.3, **chosen)
     answers = answers_alone(whole)
     targets = micro_batch(whole, [0, 4, 6])
-    parts = [algorithm.loss(answers), algorithm.loss(targets)]
+    parts = [loss_of(algorithm, answers), loss_of(algorithm, targets)]
     assert parts[0].loss.item() == Grpo(GrpoSettings(**chosen), CONTEXT).loss(answers).loss.item()
     assert logged(parts[0]).keys() == logged(parts[1]).keys()
     assert logged(parts[0])["explanation_nll"] == 0.0
-    assert {logged(parts[1])[name] for name in parts[1].token_sums} == {0.0}
+    assert {value for name, value in logged(parts[1]).items() if name != "explanation_nll"} == {0.0}
     gradient = gradients(parts[1], whole)[0]
     assert gradient[is_target(whole)].tolist() == pytest.approx([-0.03] * 10, rel=1e-14)
     assert gradient[~is_target(whole)].count_nonzero() == 0
     # A mini-batch whose explanations were all left out.
-    none = replace(answers, totals=replace(answers.totals, target_tokens=0.0, target_sequences=0.0))
-    assert algorithm.loss(none).loss.item() == parts[0].loss.item()
+    none = replace(answers, totals=totals_of(14.0, 4.0, 0.0, 0.0))
+    assert loss_of(algorithm, none).loss.item() == parts[0].loss.item()
 
 
 def test_masked_tokens_of_targets_may_hold_anything() -> None:
@@ -195,11 +204,11 @@ def test_masked_tokens_of_targets_may_hold_anything() -> None:
     masked = torch.tensor([1, 17])
     assert is_target(whole)[masked].all()
     counts = whole.lengths_S - torch.bincount(whole.sequence_T[masked], minlength=whole.num_sequences)
-    totals = replace(whole.totals, target_tokens=8.0)
+    totals = totals_of(14.0, 4.0, 8.0, 3.0)
     clean = replace(whole, mask_T=whole.mask_T.index_fill(0, masked, 0.0), lengths_S=counts, totals=totals)
     leaf = whole.log_probs_T.detach().index_fill(0, masked, NAN).requires_grad_()
     dirty = replace(clean, log_probs_T=leaf)
-    one, other = (exp_grpo(explanation_weight=0.4).loss(inputs) for inputs in (clean, dirty))
+    one, other = (loss_of(exp_grpo(explanation_weight=0.4), inputs) for inputs in (clean, dirty))
     assert one.loss.item() == other.loss.item()
     assert logged(one) == logged(other)
     gradient = gradients(other, dirty)[0]
@@ -261,7 +270,8 @@ def test_e6_the_ideal_explanation_is_the_gradient_of_success(seed: int) -> None:
     expected_loss = torch.zeros((), dtype=torch.float64)
     for chain, probability in zip(chains, posterior, strict=True):
         log_probs = policy.log_probs([[1, 1], [*chain, right]])
-        terms = algorithm.loss(
+        terms = loss_of(
+            algorithm,
             LossInputs(
                 log_probs_T=log_probs,
                 entropy_T=torch.zeros_like(log_probs),
@@ -269,11 +279,11 @@ def test_e6_the_ideal_explanation_is_the_gradient_of_success(seed: int) -> None:
                 sequence_T=torch.tensor([0, 0, 1, 1, 1]),
                 num_sequences=2,
                 lengths_S=torch.tensor([2.0, 3.0], dtype=torch.float64),
-                totals=BatchTotals(2.0, 1.0, 2.0, target_tokens=3.0, target_sequences=1.0),
+                totals=totals_of(2.0, 1.0, 3.0, 1.0),
+                kind_S=("answer", "explanation"),
                 old_log_probs_T=log_probs.detach(),
                 advantages_T=torch.tensor([0.0, 0.0, NAN, NAN, NAN], dtype=torch.float64),
-                target_S=torch.tensor([False, True]),
-            )
+            ),
         )
         expected_loss = expected_loss + probability * terms.loss
     (found,) = torch.autograd.grad(expected_loss, policy.logits, retain_graph=True)

@@ -14,10 +14,11 @@ from loss_case import micro_batch
 from torch import Tensor
 
 from megarl.algorithms import ALGORITHMS, build
-from megarl.algorithms.base import Group, Needs
+from megarl.algorithms.base import Group
 from megarl.algorithms.expo import ExpDpo
 from megarl.algorithms.objective import LossInputs
 from megarl.config.algorithms import ALGORITHM_SETTINGS, ExpDpoSettings
+from megarl.config.parameter_sets import REFERENCE
 
 #: (group, whether it is a target, tokens): one rejected and one chosen answer per group.
 PAIRS = [(7, False, 4), (7, True, 3), (2, True, 5), (2, False, 2), (9, False, 1), (9, True, 1)]
@@ -29,7 +30,9 @@ def exp_dpo(**chosen: Any) -> ExpDpo:
 
 def test_the_table_has_it_and_it_asks_for_what_it_needs() -> None:
     assert ALGORITHMS["exp_dpo"] is ExpDpo and ALGORITHM_SETTINGS["exp_dpo"] is ExpDpoSettings
-    assert build(ExpDpoSettings(), CONTEXT).needs == Needs(reference_log_probs=True, pairs=True)
+    (pairs,) = build(ExpDpoSettings(), CONTEXT).objectives
+    assert pairs.together and pairs.kinds == {"answer", "explanation"} and pairs.under == (REFERENCE,)
+    assert not (pairs.old or pairs.rollout or pairs.advantages)
     for mode, weights in (("iterative", "policy"), ("offline", "reference")):
         plan = exp_dpo(mode=mode).plan(1)
         assert [(one.kind, one.weights) for one in plan.generations] == [("answer", weights), ("explanation", weights)]
@@ -37,12 +40,13 @@ def test_the_table_has_it_and_it_asks_for_what_it_needs() -> None:
 
 def pair_sums(inputs: LossInputs) -> list[tuple[float, float]]:
     """(D_chosen, D_rejected) of each group, token by token."""
-    assert inputs.target_S is not None and inputs.group_S is not None and inputs.reference_log_probs_T is not None
+    assert inputs.group_S is not None
+    reference_T = inputs.under(REFERENCE)
     sums: dict[int, list[float]] = {int(group): [0.0, 0.0] for group in inputs.group_S}
     for t, sequence in enumerate(inputs.sequence_T.tolist()):
         if inputs.mask_T[t] > 0:
-            difference = inputs.log_probs_T[t].item() - inputs.reference_log_probs_T[t].item()
-            sums[int(inputs.group_S[sequence])][0 if inputs.target_S[sequence] else 1] += difference
+            difference = inputs.log_probs_T[t].item() - reference_T[t].item()
+            sums[int(inputs.group_S[sequence])][0 if inputs.kind_S[sequence] == "explanation" else 1] += difference
     return [(chosen, rejected) for chosen, rejected in sums.values()]
 
 
@@ -66,7 +70,8 @@ def test_dpo_against_its_formula(beta: float, seed: int) -> None:
         },
         rel=1e-13,
     )
-    assert terms.target_sums.keys() == {"preference_accuracy", "preference_margin"}
+    counts = {name: count for name, (_, count) in terms.means.items()}
+    assert counts == {"preference_accuracy": 3.0, "preference_margin": 3.0, "explanation_nll": 9.0}
 
 
 def test_dpo_gradcheck() -> None:
@@ -82,7 +87,7 @@ def test_dpo_at_its_start_and_the_limits_of_beta() -> None:
     """Policy = reference: log 2, whatever beta. Small beta: loss - log 2 -> -beta x margin / 2, the likelihood ratio's
     gradient. Large beta: loss / beta -> the hinge max(0, D_rejected - D_chosen)."""
     inputs = make_batch(PAIRS, 5)
-    start = replace(inputs, reference_log_probs_T=inputs.log_probs_T)
+    start = replace(inputs, log_probs_under_T={REFERENCE: inputs.log_probs_T})
     for beta in (1e-3, 0.1, 50.0):
         terms = exp_dpo(beta=beta).loss(start)
         assert terms.loss.item() == pytest.approx(math.log(2), rel=1e-15)
@@ -105,11 +110,10 @@ def test_dpo_masked_tokens_and_what_is_not_needed_reach_nothing(order: list[int]
     counts = inputs.lengths_S - torch.bincount(inputs.sequence_T[masked], minlength=6)
     clean = replace(inputs, mask_T=inputs.mask_T.index_fill(0, masked, 0.0), lengths_S=counts)
     leaf = clean.log_probs_T.detach().index_fill(0, masked, NAN).requires_grad_()
-    assert clean.reference_log_probs_T is not None
     dirty = replace(
         clean,
         log_probs_T=leaf,
-        reference_log_probs_T=clean.reference_log_probs_T.index_fill(0, masked, NAN),
+        log_probs_under_T={REFERENCE: clean.under(REFERENCE).index_fill(0, masked, NAN)},
         advantages_T=None,
         old_log_probs_T=None,
         rollout_log_probs_T=None,
@@ -133,9 +137,14 @@ def test_dpo_names_a_pair_that_was_torn_apart(members: list[int]) -> None:
 def test_dpo_names_a_second_answer_and_missing_inputs() -> None:
     with pytest.raises(ValueError, match="must share its micro-batch"):
         exp_dpo().loss(make_batch([(1, True, 2), (1, False, 2), (1, False, 3)]))
-    for name in ("reference_log_probs_T", "target_S", "group_S"):
-        with pytest.raises(ValueError, match=f"LossInputs.{name} is None"):
-            exp_dpo().loss(replace(make_batch(PAIRS), **{name: None}))
+    missing = {
+        "log_probs_under_T": ({}, r"log_probs_under_T\['reference'\] is None"),
+        "kind_S": ((), "kind_S names 0 kinds of 6 sequences"),
+        "group_S": (None, "group_S is None"),
+    }
+    for name, (nothing, said) in missing.items():
+        with pytest.raises(ValueError, match=f"LossInputs.{said}"):
+            exp_dpo().loss(replace(make_batch(PAIRS), **{name: nothing}))
 
 
 def test_dpo_trains_one_answer_of_a_group() -> None:

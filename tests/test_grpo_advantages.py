@@ -8,7 +8,7 @@ from group_case import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.algorithms.base import AlgorithmContext, Group, Needs
+from megarl.algorithms.base import AlgorithmContext, Group
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import GrpoSettings
@@ -108,9 +108,12 @@ def test_dynamic_sampling_drops_groups_of_equal_rewards(rewards, kept):
 
 
 def test_needs():
-    assert grpo().needs == Needs(old_log_probs=True)
-    assert grpo(kl_coefficient=0.01).needs.reference_log_probs
-    assert grpo(entropy_coefficient=-0.01).needs.entropy_gradient
+    (plain,) = grpo().objectives
+    assert plain.kinds == {"answer"} and plain.old and plain.advantages
+    assert not (plain.under or plain.rollout or plain.entropy_gradient or plain.together)
+    assert grpo(kl_coefficient=0.01).objectives[0].under == ("reference",)
+    assert grpo(entropy_coefficient=-0.01).objectives[0].entropy_gradient
+    assert grpo(importance_cap=2.0).objectives[0].rollout and grpo(rejection_bounds=(0.5, 2.0)).objectives[0].rollout
     assert grpo(dynamic_sampling=True, max_generation_batches=4).plan(1).batches == 4
     assert grpo(max_generation_batches=4).plan(1) == Plan((Generation(CONTEXT.group_size),))
 

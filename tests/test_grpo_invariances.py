@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_case import CONSTANTS, assert_micro_batches_add_up, by_sequence, log_ratios
+from loss_case import assert_micro_batches_add_up, by_sequence, constants_of, log_ratios, logged_sums, with_constants
 
 from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs, required
 from megarl.config.algorithms import GrpoSettings
+from megarl.config.parameter_sets import REFERENCE
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
 EVERY_TERM = {
@@ -49,7 +50,7 @@ def make_batch(lengths=(4, 2, 6), seed=0) -> LossInputs:
         entropy_T=normal().abs().requires_grad_(),
         old_log_probs_T=old,
         rollout_log_probs_T=old + 0.2 * normal(),
-        reference_log_probs_T=old + 0.4 * normal(),
+        log_probs_under_T={REFERENCE: old + 0.4 * normal()},
         advantages_T=torch.where(sequence % 2 == 0, 1.3, -0.8).double(),
         mask_T=torch.ones(total, dtype=torch.float64),
         sequence_T=sequence,
@@ -92,9 +93,9 @@ def test_masked_tokens_may_hold_anything(aggregation, level, junk):
     masked = torch.tensor([0, 5, 9, 11])
     mask = clean.mask_T.index_fill(0, masked, 0.0)
     clean = replace(clean, mask_T=mask, lengths_S=torch.tensor([3.0, 1.0, 4.0]).double(), totals=BatchTotals(8.0, 3.0))
-    spoilt = {name: getattr(clean, name).detach().index_fill(0, masked, junk) for name in CONSTANTS}
+    spoilt = {name: value.detach().index_fill(0, masked, junk) for name, value in constants_of(clean).items()}
     log_probs = clean.log_probs_T.detach().index_fill(0, masked, junk).requires_grad_()
-    dirty = replace(clean, log_probs_T=log_probs, **spoilt)
+    dirty = replace(with_constants(clean, spoilt), log_probs_T=log_probs)
 
     clean_terms, dirty_terms = algorithm.loss(clean), algorithm.loss(dirty)
     clean_grad = torch.autograd.grad(clean_terms.loss, clean.log_probs_T)[0]
@@ -103,7 +104,7 @@ def test_masked_tokens_may_hold_anything(aggregation, level, junk):
     assert torch.equal(dirty_grad, clean_grad)
     assert dirty_grad[masked].tolist() == [0.0] * 4
     assert clean_grad.count_nonzero() >= 4
-    assert dirty_terms.token_sums == clean_terms.token_sums
+    assert logged_sums(dirty_terms) == logged_sums(clean_terms)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -116,7 +117,7 @@ def test_a_batch_without_counted_tokens_is_exactly_zero(aggregation, level, tota
     loss, gradient = loss_and_gradient(algorithm, inputs)
     assert loss.item() == 0.0
     assert gradient.tolist() == [0.0] * 12
-    assert {value.item() for value in algorithm.loss(inputs).token_sums.values()} == {0.0}
+    assert {value.item() for value in logged_sums(algorithm.loss(inputs)).values()} == {0.0}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -129,7 +130,7 @@ def test_first_update_is_the_plain_policy_gradient(level, old):
     loss, gradient = loss_and_gradient(grpo(ratio_level=level), inputs)
     assert loss.item() == pytest.approx(-advantages(inputs).mean().item())
     torch.testing.assert_close(gradient, -advantages(inputs) / 12)
-    sums = grpo(ratio_level=level).loss(inputs).token_sums
+    sums = logged_sums(grpo(ratio_level=level).loss(inputs))
     assert [sums[name].item() for name in ("ratio_mean", "clip_share", "kl_old_k3")] == [12.0, 0.0, 0.0]
 
 
@@ -190,11 +191,11 @@ def test_gspo_equals_its_token_form_for_one_advantage_per_sequence(aggregation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_far_off_policy_stays_finite(level, gap, dtype):
     inputs = make_batch((4, 2, 6))
-    cast = {name: getattr(inputs, name).detach().to(dtype) for name in (*CONSTANTS, "mask_T", "lengths_S")}
+    cast = {name: value.detach().to(dtype) for name, value in constants_of(inputs).items()}
     log_probs = (cast["old_log_probs_T"] + gap).requires_grad_()
-    loss, gradient = loss_and_gradient(
-        grpo(ratio_level=level, **EVERY_TERM), replace(inputs, **cast, log_probs_T=log_probs)
-    )
+    masks = {"mask_T": inputs.mask_T.to(dtype), "lengths_S": inputs.lengths_S.to(dtype)}
+    inputs = replace(with_constants(inputs, cast), log_probs_T=log_probs, **masks)
+    loss, gradient = loss_and_gradient(grpo(ratio_level=level, **EVERY_TERM), inputs)
     assert loss.dtype == dtype and loss.isfinite() and gradient.isfinite().all()
 
 
@@ -205,14 +206,15 @@ def test_far_off_policy_stays_finite(level, gap, dtype):
         ("advantages_T", {}),
         ("rollout_log_probs_T", {"importance_cap": 2.0}),
         ("rollout_log_probs_T", {"rejection_bounds": (0.5, 2.0)}),
-        ("reference_log_probs_T", {"kl_coefficient": 0.1}),
+        ("log_probs_under_T", {"kl_coefficient": 0.1}),
     ],
 )
 def test_a_tensor_that_is_needed_and_missing_is_named(missing, chosen):
-    with pytest.raises(ValueError, match=f"LossInputs.{missing} is None"):
-        grpo(**chosen).loss(replace(make_batch(), **{missing: None}))
+    nothing, said = ({}, r"log_probs_under_T\['reference'\]") if missing == "log_probs_under_T" else (None, missing)
+    with pytest.raises(ValueError, match=f"LossInputs.{said} is None"):
+        grpo(**chosen).loss(replace(make_batch(), **{missing: nothing}))
 
 
 def test_what_is_not_needed_may_be_missing():
-    inputs = replace(make_batch(), rollout_log_probs_T=None, reference_log_probs_T=None)
+    inputs = replace(make_batch(), rollout_log_probs_T=None, log_probs_under_T={})
     assert grpo().loss(inputs).loss.item() == grpo().loss(make_batch()).loss.item()

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_case import logged_sums
 
 from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
+from megarl.config.parameter_sets import REFERENCE
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
 PER_TOKEN = (
@@ -20,7 +22,6 @@ PER_TOKEN = (
     "entropy_T",
     "old_log_probs_T",
     "rollout_log_probs_T",
-    "reference_log_probs_T",
     "advantages_T",
 )
 TERMS = {"kl_coefficient": 0.1, "entropy_coefficient": 0.05}
@@ -49,7 +50,7 @@ def make_batch(seed: int, lengths=(5, 1, 7, 0, 3), masked_share=0.25, spread=0.5
         entropy_T=double([draw.uniform(0.0, 3.0) for _ in sequence], grad=True),
         old_log_probs_T=double(old),
         rollout_log_probs_T=double([x + draw.gauss(0.0, 0.3) for x in old]),
-        reference_log_probs_T=double([x + draw.gauss(0.0, 0.7) for x in log_probs]),
+        log_probs_under_T={REFERENCE: double([x + draw.gauss(0.0, 0.7) for x in log_probs])},
         advantages_T=double([draw.choice([-1.7, -0.4, 0.0, 0.6, 2.1]) for _ in sequence]),
         mask_T=double(mask),
         sequence_T=torch.tensor(sequence, dtype=torch.int64),
@@ -123,7 +124,8 @@ def reference_rejected(s: GroupRelativeSettings, token: float, answer: list[floa
 
 def reference_loss(s: GroupRelativeSettings, b: LossInputs):
     """The mini-batch's loss, its gradients in log-probs and entropies, and the logged sums."""
-    lp, entropy, old, rollout, ref, adv = (getattr(b, name).tolist() for name in PER_TOKEN)
+    lp, entropy, old, rollout, adv = (getattr(b, name).tolist() for name in PER_TOKEN)
+    ref = b.under(REFERENCE).tolist()
     tokens = [t for t, m in enumerate(b.mask_T.tolist()) if m == 1.0]
     members = {i: [t for t in tokens if b.sequence_T[t] == i] for i in range(b.num_sequences)}
     loss, grad_lp, grad_entropy = 0.0, [0.0] * len(lp), [0.0] * len(lp)
@@ -183,7 +185,7 @@ def assert_matches_reference(algorithm: Grpo, inputs: LossInputs) -> None:
     assert terms.loss.item() == pytest.approx(loss, rel=1e-11, abs=1e-12)
     torch.testing.assert_close(grad_lp, expected_lp, rtol=1e-11, atol=1e-13 * scale)
     torch.testing.assert_close(grad_entropy, expected_entropy, rtol=1e-12, atol=1e-15)
-    logged = {name: value.item() for name, value in terms.token_sums.items()}
+    logged = {name: value.item() for name, value in logged_sums(terms).items()}
     assert logged == pytest.approx(sums, rel=1e-11, abs=1e-12)
 
 
@@ -304,9 +306,9 @@ def test_worked_example():
     terms, grad, _ = gradients(grpo(), inputs)
     assert terms.loss.item() == pytest.approx(-(1.2 + 1.0 - 1.6 - 6.0) / 4)
     assert grad.tolist() == pytest.approx([0.0, -0.25, 0.0, 1.5])
-    assert terms.token_sums["clip_share"].item() == 2.0
-    assert terms.token_sums["ratio_mean"].item() == pytest.approx(6.0)
+    assert logged_sums(terms)["clip_share"].item() == 2.0
+    assert logged_sums(terms)["ratio_mean"].item() == pytest.approx(6.0)
     terms, grad, _ = gradients(grpo(dual_clip=2.5), inputs)
     assert terms.loss.item() == pytest.approx(-(1.2 + 1.0 - 1.6 - 5.0) / 4)
     assert grad.tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0])
-    assert terms.token_sums["dual_clip_share"].item() == 1.0
+    assert logged_sums(terms)["dual_clip_share"].item() == 1.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_case import double, take
+from loss_case import double, logged_sums, take
 from nft_case import (
     AGGREGATIONS,
     CONTEXT,
@@ -121,7 +121,7 @@ def test_n3_on_policy_every_token_has_the_loss_0_and_a_gradient(prompt_weight, d
     )
     whole = replace(whole, old_log_probs_T=whole.log_probs_T)
     wrong = (rewards_of_tokens(MIXED, whole) == 0).sum()
-    sums = algorithm.loss(whole).token_sums
+    sums = logged_sums(algorithm.loss(whole))
     assert sums["straight_through_share"].item() == 0.0
     assert sums["implicit_negative_mean"].item() == sums["wrong_share"].item() == float(wrong)
     for token in range(len(whole.mask_T)):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nft_case import nft
 
-from megarl.algorithms.base import Group, Needs
+from megarl.algorithms.base import Group
 from megarl.algorithms.nft import RATE_MARGIN
 from megarl.config.load import load_config
 from megarl.config.rules import broken_rules
@@ -88,7 +88,8 @@ def test_rates_leave_room_for_finite_odds_in_float32(rewards, kind, rate_clamp):
 
 
 def test_needs():
-    assert nft().needs == Needs(old_log_probs=True)
+    (answers,) = nft().objectives
+    assert answers.old and not (answers.under or answers.advantages)
     assert nft().plan(1).batches == 10
     assert nft(max_generation_batches=4).plan(1).batches == 4
     assert nft(dynamic_sampling=False, max_generation_batches=4).plan(1).batches == 1

@@ -85,7 +85,11 @@ def held(world: Any, folder: str) -> list[tuple[int, int, int]]:
         with parity.policy_of(config, world) as policy:
             batch = parity.mini_batch(0)
             parity.update(policy, parity.grpo(config), batch)
-            buffers = [b for chunk in policy.wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+            buffers = [
+                b
+                for chunk in policy.trained["policy"].wrapped
+                for b in (*chunk.buffers, *chunk.expert_parallel_buffers)
+            ]
             weights = sum(buffer.param_data.nbytes for buffer in buffers)
             found.append((weights, sum(buffer.grad_data.nbytes for buffer in buffers), optimizer_bytes(policy)))
     return found
@@ -94,7 +98,7 @@ def held(world: Any, folder: str) -> list[tuple[int, int, int]]:
 def optimizer_bytes(policy: Any) -> int:
     """Bytes of the moments, and of the fp32 copies of weights in another type, in the real optimizers."""
     total = 0
-    for one in policy.optimizer.chained_optimizers:
+    for one in policy.trained["policy"].optimizer.chained_optimizers:
         total += sum(p.nbytes for group in one.shard_fp32_from_float16_groups for p in group)
         states = one.optimizer.state.values()
         total += sum(state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq"))

@@ -19,7 +19,7 @@ from megarl.config.model_shape import model_shape_from_hf, read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.parallel.vocab import token_log_probs, vocabulary_shard
 from megarl.policy.batch import lay_out
-from megarl.records import Sequence
+from megarl.records import Sequence, from_place
 from megarl.rehearsal.activations import head_bytes, layer_terms
 from megarl.rehearsal.build import build_report
 from megarl.rehearsal.memory import micro_batch_bytes, work_of
@@ -140,20 +140,20 @@ def test_micro_batches_hold_no_more_than_the_formula_says() -> None:
     sequences = [
         Sequence(
             tokens=np.arange(64, dtype=np.int32),
-            prompt_length=1,
+            positions=from_place(1, 64),
             advantages=values,
             rollout_log_probs=values,
             old_log_probs=values,
-            reference_log_probs=values,
+            log_probs_under={"reference": values},
             routed_experts=routed,
-            group=0,
-            sample=index,
+            group=index,
         )
         for index in range(5)
     ]
     batch = lay_out(sequences, packed=True)
     fields = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
-    tensors = [one for field in fields for one in (field if isinstance(field, tuple) else [field])]
+    fields = [list(field.values()) if isinstance(field, dict) else field for field in fields]
+    tensors = [one for field in fields for one in (field if isinstance(field, tuple | list) else [field])]
     real = sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
     assert real == pytest.approx(micro_batch_bytes(config, shape, 5), rel=0.02)
 

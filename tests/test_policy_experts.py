@@ -57,7 +57,7 @@ def measure_layout(world: Any, path: Path, layout: dict[str, Any], batch: list, 
         with parity.policy_of(config, world) as policy:
             mine = parity.share(batch, policy.grid)
             given = batch if kind == "off" else routed
-            log_probs = policy.log_probs([given[i] for i in mine])
+            log_probs = policy.measure([given[i] for i in mine])
             found[kind] = {} if log_probs is None else dict(zip(mine, log_probs, strict=True))
             recompute = config.model_copy(update={"recompute": config.recompute.model_copy(update={"kind": "full"})})
         for name, one in (("", config), (" recomputed", recompute)):
@@ -75,7 +75,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def batches() -> tuple[list, list]:
     plain = parity.mini_batch(5)
-    zeros = [np.full(s.response_length, -3.0, np.float32) for s in plain]
+    zeros = [np.full(s.trained, -3.0, np.float32) for s in plain]
     batch = parity.with_old_log_probs(plain, zeros, 5)
     return batch, routing(batch, 6)
 
@@ -193,7 +193,7 @@ def test_the_balancing_loss_and_its_gradient(path: Path, batches: Any, outcomes:
     values = [parity.token_values(network.model, s) for s in batch]
     layers = [torch.cat(network.logits[number::3]) for number in range(3)]
     aux = [balancing_loss(logits, 4, 2) for logits in layers]
-    tokens = sum(s.response_length for s in batch)
+    tokens = sum(s.trained for s in batch)
     loss = torch.stack([token_losses(*v, s).sum() for v, s in zip(values, batch, strict=True)]).sum() / tokens
     (loss + COEFFICIENT * torch.stack(aux).sum()).backward()
     norm = float(torch.nn.utils.clip_grad_norm_(network.model.parameters(), 1e9))

@@ -43,6 +43,13 @@ class Guarded:
     after_without_poison: list[np.ndarray]
     in_a_row_at_end: int
     not_finite: dict[str, str | None]
+    split: tuple[float, float]
+    whole: tuple[float, float]
+    split_weights: list[np.ndarray]
+    whole_weights: list[np.ndarray]
+    lacking: dict[str, str]
+    mixed: list[np.ndarray] | None
+    apart: list[np.ndarray] | None
 
 
 def weights_of(policy: Any) -> list[np.ndarray]:
@@ -55,7 +62,7 @@ def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
 
 def batches() -> list:
     plain = [parity.mini_batch(seed) for seed in range(3)]
-    return [parity.with_old_log_probs(b, [np.full(s.response_length, -4.5) for s in b], 7) for b in plain]
+    return [parity.with_old_log_probs(b, [np.full(s.trained, -4.5) for s in b], 7) for b in plain]
 
 
 def poisoned(batch: list, field: str, value: float) -> list:
@@ -75,12 +82,12 @@ def guard_layout(world: Any, config: Any) -> Guarded:
     with parity.policy_of(config, world) as policy:
         algorithm = parity.grpo(config)
         mine = [first[i] for i in parity.share(first, policy.grid)]
-        start = policy.log_probs(mine)
+        start = policy.measure(mine)
         policy.weight_sets.keep("reference")
         parity.update(policy, algorithm, first)
         parity.update(policy, algorithm, second)
-        trained, weights = policy.log_probs(mine), weights_of(policy)
-        reference = policy.log_probs(mine, weights="reference")
+        trained, weights = policy.measure(mine), weights_of(policy)
+        reference = policy.measure(mine, "reference")
         kept_while_reference = same(weights_of(policy), weights)
         try:
             with policy.using("reference"):
@@ -91,7 +98,7 @@ def guard_layout(world: Any, config: Any) -> Guarded:
         for name, (field, value) in POISONS.items():
             result = parity.update(policy, algorithm, poisoned(third, field, value))
             found[name] = result.skipped, policy.skipped_in_a_row, same(weights_of(policy), weights)
-        trained_again = policy.log_probs(mine)
+        trained_again = policy.measure(mine)
         parity.update(policy, algorithm, third)
         after, in_a_row = weights_of(policy), policy.skipped_in_a_row
         not_finite = spoil(policy, first[0])
@@ -99,6 +106,11 @@ def guard_layout(world: Any, config: Any) -> Guarded:
         for batch in (first, second, third):
             parity.update(policy, parity.grpo(config), batch)
         control = weights_of(policy)
+    split, split_weights, lacking = in_two_passes(world, config, first)
+    with parity.policy_of(config, world) as policy:
+        result = parity.update(policy, parity.grpo(config), first)
+        whole, whole_weights = (result.loss, result.grad_norm), weights_of(policy)
+    mixed, apart = at_two_temperatures(world, config, first)
     return Guarded(
         start=start,
         trained=trained,
@@ -111,7 +123,59 @@ def guard_layout(world: Any, config: Any) -> Guarded:
         after_without_poison=control,
         in_a_row_at_end=in_a_row,
         not_finite=not_finite,
+        split=split,
+        whole=whole,
+        split_weights=split_weights,
+        whole_weights=whole_weights,
+        lacking=lacking,
+        mixed=mixed,
+        apart=apart,
     )
+
+
+def in_two_passes(world: Any, config: Any, batch: list) -> tuple[tuple[float, float], list[np.ndarray], dict[str, str]]:
+    """Loss, gradient norm and weights of a step after passes over two parts of the mini-batch; before them a pass that
+    is discarded, and passes over sequences that lack a value, with what is said of them."""
+    with parity.policy_of(config, world) as policy:
+        (objective,) = parity.grpo(config).objectives
+        mine, counts = [batch[i] for i in parity.share(batch, policy.grid)], parity.totals(batch)
+        lacking = {}
+        for name, nothing in {"advantages": None, "old_log_probs": None, "log_probs_under": {}}.items():
+            # On one rank alone, which has whole sequences on the last stage.
+            part = [replace(s, **{name: nothing}) if policy.grid.data_rank == 0 else s for s in mine]
+            try:
+                policy.accumulate(part, [objective], counts)
+            except ValueError as error:
+                lacking[name] = str(error)
+        for other in (replace(objective, parameters="adapter"), replace(objective, rollout=True)):
+            part = [replace(s, rollout_log_probs=None) for s in mine]
+            try:
+                policy.accumulate(part, [other], counts)
+            except ValueError as error:
+                lacking[other.parameters + " rollout" * other.rollout] = str(error)
+        policy.accumulate(mine, [objective], counts)
+        policy.discard()
+        try:
+            policy.step()
+        except ValueError as error:
+            lacking["gradient"] = str(error)
+        losses = [policy.accumulate(mine[start::2], [objective], counts).loss for start in (0, 1)]
+        step = policy.step()["policy"]
+        return (sum(losses), step.grad_norm), weights_of(policy), lacking
+
+
+def at_two_temperatures(
+    world: Any, config: Any, batch: list
+) -> tuple[list[np.ndarray] | None, list[np.ndarray] | None]:
+    """Log-probs where neighbours in a micro-batch have unlike temperatures, and those of each temperature alone."""
+    with parity.policy_of(config, world) as policy:
+        mine = [batch[i] for i in parity.share(batch, policy.grid)]
+        made = [[replace(s, temperature=t) for s in mine] for t in (0.5, 2.0)]
+        mixed = policy.measure([made[i % 2][i] for i in range(len(mine))])
+        cold, hot = (policy.measure(one) for one in made)
+        if mixed is None or cold is None or hot is None:
+            return None, None
+        return mixed, [(cold, hot)[i % 2][i] for i in range(len(mine))]
 
 
 def spoil(policy: Any, probe: Any) -> dict[str, str | None]:
@@ -119,7 +183,7 @@ def spoil(policy: Any, probe: Any) -> dict[str, str | None]:
     said = {"sound": finite.what_is_not(policy, probe)}
     parameters, last = dict(policy.named_parameters()), policy.world.rank == policy.world.size - 1
     norm = parameters["decoder.layers.0.mlp.linear_fc1.layer_norm_weight"]
-    (distributed,) = policy.optimizer.chained_optimizers
+    (distributed,) = policy.trained["policy"].optimizer.chained_optimizers
     # Each rank of the distributed optimizer has a part of the parameters.
     held = next(iter(distributed.model_param_group_index_map))
     moment = distributed._get_main_param_and_optimizer_states(held)["exp_avg_sq"]
@@ -140,6 +204,36 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> list[Guarded]:
     folder = tmp_path_factory.mktemp("guards")
     parity.write_model(folder, "qwen2-tied")
     return [found for rank in parity.run_world("test_policy_guards", "guard", 4, folder) for found in rank]
+
+
+def test_passes_before_a_step_add_up(guarded: list[Guarded]):
+    """Their gradients are summed over ranks once, and what was discarded is in none of them."""
+    for rank in guarded:
+        assert rank.split == pytest.approx(rank.whole, rel=1e-5)
+        for one, other in zip(rank.split_weights, rank.whole_weights, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+def test_what_a_sequence_lacks_is_named_on_all_ranks(guarded: list[Guarded]):
+    for rank in guarded:
+        for name in ("advantages", "old_log_probs"):
+            assert rank.lacking[name] == f"a sequence of kind 'answer' has no {name}, which an objective needs"
+        assert "has no log_probs_under['reference']" in rank.lacking["log_probs_under"]
+        assert "has no rollout_log_probs" in rank.lacking["policy rollout"]
+        assert (
+            rank.lacking["adapter"]
+            == "objectives of ['adapter']: must train one parameter set, of those that do: policy"
+        )
+        assert rank.lacking["gradient"] == "a step needs a gradient: call accumulate first"
+
+
+def test_temperatures_share_a_micro_batch(guarded: list[Guarded]):
+    found = [rank for rank in guarded if rank.mixed is not None]
+    assert found
+    for rank in found:
+        assert rank.mixed is not None and rank.apart is not None
+        for one, other in zip(rank.mixed, rank.apart, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_reference_log_probs_are_those_before_training(guarded: list[Guarded]):
@@ -227,7 +321,7 @@ def _save_what_is_no_number(*arguments: str) -> None:
     """A run that does not look at its weights, of which one is NaN after the third update."""
 
     def spoil_later(policy: Any, probe: Any) -> None:
-        if policy.scheduler.num_steps == 3:
+        if policy.trained["policy"].scheduler.num_steps == 3:
             dict(policy.named_parameters())["embedding.word_embeddings.weight"].data[0, 0] = np.nan
 
     finite.what_is_not = spoil_later

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from parity import ALGORITHM, MODELS, OPTIMIZER
 from megarl.config.grid import grid_of_rank
 from megarl.config.sections import ParallelSettings
 
-TEMPERATURE = 0.8
+#: Of the sequences in turns, so that micro-batches hold both.
+TEMPERATURES = (0.8, 1.25)
 UPDATES = 3
 
 SP = {"tensor": 2, "sequence": True}
@@ -148,8 +149,8 @@ class Recording:
     """The algorithm, recording each sequence's entropies; its advantages, unlike any other's, name the sequence."""
 
     def __init__(self, algorithm: Any) -> None:
-        self.needs = algorithm.needs
-        self._algorithm = algorithm
+        (self._own,) = algorithm.objectives
+        self.objectives = (replace(self._own, loss=self.loss),)
         self.entropies: dict[float, np.ndarray] = {}
         self.calls = 0
 
@@ -158,7 +159,7 @@ class Recording:
         for index in range(inputs.num_sequences):
             rows = inputs.sequence_T == index
             self.entropies[float(inputs.advantages_T[rows][0])] = inputs.entropy_T[rows].detach().numpy()
-        return self._algorithm.loss(inputs)
+        return self._own.loss(inputs)
 
 
 def measure(world: Any, folder: Path, cases: list[Case], batches: dict[str, list]) -> dict[Case, Outcome]:
@@ -170,12 +171,11 @@ def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome
     config = parity.run_config(
         folder / case.model,
         **case.sections,
-        rollout={"temperature": TEMPERATURE},
         batch={"packed": case.packed, "tokens_per_microbatch": 80, "logprob_chunk": 7},
     )
     with parity.policy_of(config, world) as policy:
         mine = parity.share(batches[0], policy.grid)
-        log_probs = policy.log_probs([batches[0][i] for i in mine])
+        log_probs = policy.measure([batches[0][i] for i in mine])
         recording = Recording(parity.grpo(config))
         results = [parity.update(policy, recording, batches[0])]
         entropies = {
@@ -211,7 +211,7 @@ class Reference:
 
 def token_losses(log_probs: torch.Tensor, entropies: torch.Tensor, sequence: Any) -> torch.Tensor:
     """GRPO's loss of each token as the papers write it: clipped objective, dual clip, k3 to the reference, entropy."""
-    old, reference = torch.from_numpy(sequence.old_log_probs), torch.from_numpy(sequence.reference_log_probs)
+    old, reference = torch.from_numpy(sequence.old_log_probs), torch.from_numpy(sequence.log_probs_under["reference"])
     advantage = float(sequence.advantages[0])
     ratio = (log_probs - old).exp()
     bounded = ratio.clamp(1 - ALGORITHM["clip_low"], 1 + ALGORITHM["clip_high"])
@@ -226,9 +226,9 @@ def train_by_transformers(path: Path) -> Reference:
     """Three updates by transformers, autograd and AdamW; weights of more than one dimension decay."""
     model = parity.transformers_model(path)
     before = parity.checkpoint_of(model)
-    plain = [parity.mini_batch(seed) for seed in range(UPDATES)]
+    plain = [parity.mini_batch(seed, temperatures=TEMPERATURES) for seed in range(UPDATES)]
     with torch.no_grad():
-        start = [[parity.token_values(model, s, TEMPERATURE) for s in batch] for batch in plain]
+        start = [[parity.token_values(model, s) for s in batch] for batch in plain]
     batches = [
         parity.with_old_log_probs(batch, [v[0].numpy() for v in values], seed)
         for seed, (batch, values) in enumerate(zip(plain, start, strict=True))
@@ -240,8 +240,8 @@ def train_by_transformers(path: Path) -> Reference:
     losses, norms, entropy_means = [], [], []
     for batch in batches:
         optimizer.zero_grad()
-        tokens = sum(s.response_length for s in batch)
-        values = [parity.token_values(model, s, TEMPERATURE) for s in batch]
+        tokens = sum(s.trained for s in batch)
+        values = [parity.token_values(model, s) for s in batch]
         total = torch.stack([token_losses(*v, s).sum() for v, s in zip(values, batch, strict=True)]).sum() / tokens
         total.backward()
         losses.append(float(total.detach()))

@@ -52,7 +52,7 @@ def made_batches(number: int) -> list:
     """Mini-batches with old and reference log-probs around -4.5, near a random model's."""
     plain = [parity.mini_batch(seed) for seed in range(number)]
     return [
-        parity.with_old_log_probs(batch, [np.full(s.response_length, -4.5) for s in batch], seed)
+        parity.with_old_log_probs(batch, [np.full(s.trained, -4.5) for s in batch], seed)
         for seed, batch in enumerate(plain)
     ]
 
@@ -285,25 +285,25 @@ def without_trace(world: Any, model: Path, root: Path) -> list[str]:
             said.append(str(stopped))
 
     with parity.policy_of(config, world) as policy:
-        step = policy.optimizer.step_with_ready_grads
-        policy.optimizer.step_with_ready_grads = lambda: None
+        step = policy.trained["policy"].optimizer.step_with_ready_grads
+        policy.trained["policy"].optimizer.step_with_ready_grads = lambda: None
         parity.update(policy, parity.grpo(config), first)
         save(policy, 3)
-        policy.optimizer.step_with_ready_grads = step
+        policy.trained["policy"].optimizer.step_with_ready_grads = step
         parity.update(policy, parity.grpo(config), first)
         save(policy, 4)
         # Nothing that should have moved the weights has happened since.
         save(policy, 5)
-        policy.optimizer.param_groups[0]["lr"] = 0.0
+        policy.trained["policy"].optimizer.param_groups[0]["lr"] = 0.0
         parity.update(policy, parity.grpo(config), second)
         save(policy, 6)
-        policy.optimizer.step_with_ready_grads = lambda: None
+        policy.trained["policy"].optimizer.step_with_ready_grads = lambda: None
         parity.update(policy, parity.grpo(config), second)
         parity.update(policy, parity.grpo(config), third)
         save(policy, 7)
-        policy.optimizer.step_with_ready_grads = step
+        policy.trained["policy"].optimizer.step_with_ready_grads = step
         parity.update(policy, parity.grpo(config), third)
-        for adam in policy.optimizer.chained_optimizers:
+        for adam in policy.trained["policy"].optimizer.chained_optimizers:
             for state in adam.optimizer.state.values():
                 state["exp_avg"].zero_()
                 state["exp_avg_sq"].zero_()

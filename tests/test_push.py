@@ -135,14 +135,13 @@ def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
     sequences = [
         parity.Sequence(
             tokens=np.array([*prompt, *c.token_ids], np.int32),
-            prompt_length=len(prompt),
-            advantages=np.zeros(len(c.token_ids), np.float32),
+            positions=parity.from_place(len(prompt), len(prompt) + len(c.token_ids)),
             routed_experts=c.routed_experts,
         )
         for prompt, c in completions
     ]
     mine = parity.share(sequences, policy.grid)
-    log_probs = policy.log_probs([sequences[i] for i in mine])
+    log_probs = policy.measure([sequences[i] for i in mine])
     found = Outcome(
         received=push.mover.received_bytes,
         sent=push.mover.sent_bytes,
@@ -174,7 +173,7 @@ def pushes(
                 rounds = []
                 for seed in range(updates):
                     batch = parity.mini_batch(seed, vocab=policy.shape.vocab_size)
-                    values = [np.full(s.response_length, -4.8) for s in batch]
+                    values = [np.full(s.trained, -4.8) for s in batch]
                     parity.update(policy, parity.grpo(config), parity.with_old_log_probs(batch, values, seed))
                     rounds.append(push_and_measure(policy, push, engine))
                 parity.exported(policy, exported)

@@ -8,11 +8,12 @@ import torch
 from group_case import head_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_case import logged_sums
 
 from megarl.algorithms import ALGORITHMS, algorithm_class, build
-from megarl.algorithms.base import AlgorithmContext, Group, Needs
+from megarl.algorithms.base import AlgorithmContext, Group
 from megarl.algorithms.grpo import Grpo
-from megarl.algorithms.objective import BatchTotals, LossInputs
+from megarl.algorithms.objective import BatchTotals, LossInputs, Objective, total
 from megarl.algorithms.plan import Plan
 from megarl.algorithms.sft import Sft
 from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings, GrpoSettings, SftSettings
@@ -40,7 +41,7 @@ def test_mean_negative_log_likelihood_per_counted_token():
     terms = Sft(SftSettings(), CONTEXT).loss(inputs)
     assert terms.loss.item() == pytest.approx(0.7)
     assert torch.autograd.grad(terms.loss, inputs.log_probs_T)[0].tolist() == [-0.1, -0.1, 0.0, -0.1]
-    assert {name: value.item() for name, value in terms.token_sums.items()} == {"entropy": 0.0 + 1.0 + 3.0}
+    assert {name: value.item() for name, value in logged_sums(terms).items()} == {"entropy": 0.0 + 1.0 + 3.0}
 
 
 @settings(deadline=None)
@@ -62,7 +63,8 @@ def test_a_batch_without_counted_tokens_is_exactly_zero():
 
 
 def test_needs_nothing_not_even_rollouts():
-    assert Sft(SftSettings(), CONTEXT).needs == Needs()
+    (texts,) = Sft(SftSettings(), CONTEXT).objectives
+    assert texts == Objective(texts.loss)
     assert not SftSettings.generates
 
 
@@ -88,8 +90,8 @@ def test_build_by_name():
 
 
 OWN_ALGORITHM = """
-from megarl.algorithms.base import Algorithm, Credit, Needs, Trained, whole
-from megarl.algorithms.objective import LossTerms
+from megarl.algorithms.base import Algorithm, Credit, Trained, whole
+from megarl.algorithms.objective import LossTerms, Objective
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import AlgorithmSettings
 
@@ -99,7 +101,7 @@ class Reinforce(Algorithm):
 
     def __init__(self, settings, context):
         self.scale = settings.scale
-        self.needs = Needs(old_log_probs=True)
+        self.objectives = (Objective(self.loss, advantages=True),)
 
     def plan(self, step):
         return Plan((Generation(2),))
@@ -124,7 +126,7 @@ def test_build_by_import_path(tmp_path, monkeypatch):
     algorithm = build(algorithm_class(name).Settings.model_validate({"name": name, "scale": 3.0}), CONTEXT)
     inputs = make_inputs([-1.0, -2.0], [1.0, 1.0], [0, 0], BatchTotals(2.0, 1.0))
     inputs = replace(inputs, advantages_T=torch.tensor([1.0, -1.0], dtype=torch.float64))
-    assert algorithm.loss(inputs).loss.item() == -3.0
+    assert total(algorithm.objectives, inputs).loss.item() == -3.0
     with pytest.raises(Refusal, match=r"needs settings of type Settings, got AlgorithmSettings"):
         build(AlgorithmSettings(name=name), CONTEXT)
     with pytest.raises(Refusal, match=r"must name a subclass"):

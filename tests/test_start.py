@@ -11,15 +11,16 @@ import torch
 from group_case import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_case import double
+from loss_case import double, logged_sums
 
-from megarl.algorithms.base import AlgorithmContext, Group, Needs
+from megarl.algorithms.base import AlgorithmContext, Group
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs
 from megarl.algorithms.plan import Generation, Plan, Responder
 from megarl.algorithms.start import Start
 from megarl.config.algorithms import GrpoSettings, StartSettings
 from megarl.config.load import load_config
+from megarl.config.parameter_sets import REFERENCE
 from megarl.config.rules import broken_rules
 
 CONTEXT = AlgorithmContext(max_tokens=64, group_size=4)
@@ -101,7 +102,7 @@ class Toy:
             entropy_T=-(log_probs_TV.exp() * log_probs_TV).sum(1),
             old_log_probs_T=self.old_T,
             rollout_log_probs_T=self.old_T + 0.1,
-            reference_log_probs_T=self.reference_T,
+            log_probs_under_T={REFERENCE: self.reference_T},
             advantages_T=double(algorithm.advantages(self.outcome))[sequence_T],
             mask_T=self.positions(list(spans)).double(),
             sequence_T=sequence_T,
@@ -138,12 +139,12 @@ def test_thinking_and_response_make_the_whole_output(drawn):
 
 
 def test_what_stage_1_asks_for():
-    assert start().needs == Needs(old_log_probs=True) and start().splits_thinking
+    assert start().objectives[0].old and start().splits_thinking
     plain = Generation(CONTEXT.group_size)
     assert start().plan(1) == Plan((plain,))
     assert start(responder="initial").plan(1) == Plan((replace(plain, responder=Responder("reference", 1)),))
     assert start(responses=4).plan(1) == Plan((replace(plain, responder=Responder("policy", 4)),))
-    assert start(kl_coefficient=0.1).needs.reference_log_probs
+    assert start(kl_coefficient=0.1).objectives[0].under == (REFERENCE,)
     assert start(dynamic_sampling=True).plan(1).batches == 10
 
 
@@ -181,7 +182,7 @@ def test_s1_the_span_of_everything_is_grpo_bit_for_bit(level, aggregation, norma
     expected, expected_grad = toy.run(grpo(**chosen))
     assert found.loss.item() == expected.loss.item() != 0.0
     assert torch.equal(found_grad, expected_grad) and (found_grad.abs().sum(1) > 0).all()
-    assert found.token_sums == expected.token_sums
+    assert logged_sums(found) == logged_sums(expected)
 
 
 def test_s1_groups_and_rewards_are_grpos():
@@ -268,9 +269,9 @@ def test_s4_other_response_tokens_do_not_change_the_loss_of_the_thinking(level, 
     other_terms, other_gradient = replace(other, logits_TV=logits_TV.requires_grad_()).run(algorithm)
     torch.testing.assert_close(other_terms.loss, terms.loss, rtol=1e-14, atol=1e-16)
     torch.testing.assert_close(other_gradient[theirs_T], gradient[mine_T], rtol=1e-14, atol=1e-17)
-    assert other_terms.token_sums.keys() == terms.token_sums.keys()
-    for name, value in terms.token_sums.items():
-        assert other_terms.token_sums[name].item() == pytest.approx(value.item(), rel=1e-13)
+    assert logged_sums(other_terms).keys() == logged_sums(terms).keys()
+    for name, value in logged_sums(terms).items():
+        assert logged_sums(other_terms)[name].item() == pytest.approx(value.item(), rel=1e-13)
 
 
 # --- refused runs ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,7 +65,7 @@ def credited(algorithm: Algorithm, groups: tuple[Group, ...]) -> tuple[list[Cred
 def batches_of(
     algorithm: Algorithm, groups: tuple[Group, ...], updates: int, data_parallel: int
 ) -> tuple[list[MiniBatch], dict[str, int]]:
-    return assign(credited(algorithm, groups)[0], updates, data_parallel, together=algorithm.needs.pairs)
+    return assign(credited(algorithm, groups)[0], updates, data_parallel, together=algorithm.objectives[0].together)
 
 
 def spans_of(items: Iterable[Trained]) -> list[tuple[str, int, int, int]]:
@@ -175,16 +174,22 @@ def test_advantages_of_the_whole_step() -> None:
 # Mini-batches
 
 
+def totals(answers: tuple[float, float, float], explanations: tuple[float, float, float] | None = None) -> BatchTotals:
+    counts = {"answer": BatchTotals(*answers)}
+    return BatchTotals.of(counts if explanations is None else counts | {"explanation": BatchTotals(*explanations)})
+
+
 def test_totals_are_those_of_the_whole_mini_batch() -> None:
     """Trained tokens and sequences of the answers, all tokens of their groups, and the explanations apart."""
     made = step_of(
         [(1.0, 5, 2), (0.0, 6, None)], [(1.0, 7, 3), (0.0, 8, 4)], [(1.0, 9, 5), (0.0, 2, 1)], [(1.0, 3, 1)] * 2
     )
     batches, _ = batches_of(algorithm_of("start"), made.groups, 2, 1)
-    assert [batch.totals for batch in batches] == [BatchTotals(9.0, 3.0, 26.0), BatchTotals(8.0, 4.0, 17.0)]
+    assert [batch.totals for batch in batches] == [totals((9.0, 3.0, 26.0)), totals((8.0, 4.0, 17.0))]
     made = step_of([(1.0, 5, None), (0.0, 6, None)], [(1.0, 7, None), (0.0, 8, None)], explanations={1: 10})
     batches, _ = batches_of(algorithm_of("exp_grpo"), made.groups, 1, 2)
-    assert [batch.totals for batch in batches] == [BatchTotals(26.0, 4.0, 26.0, 10.0, 1.0)]
+    assert [batch.totals for batch in batches] == [totals((26.0, 4.0, 26.0), (10.0, 1.0, 10.0))]
+    assert (batches[0].totals.tokens, batches[0].totals.sequences) == (36.0, 5.0)
     items = [item for share in batches[0].items for item in share]
     assert sorted((item.group.number, *spans_of([item.trained])[0]) for item in items) == [
         (0, "answer", 0, 0, 5),
@@ -246,14 +251,14 @@ def test_tokens_before_the_span_are_context_and_those_after_it_are_cut(alone: Wo
     made = step_of(answers, answers)
     thinking = delivered(algorithm_of("start"), made, alone)
     assert [list(s.tokens) for s in thinking] == [[1, 0, 1], [1, 10, 11, 12], [1, 2, 100, 101], [1, 2, 110, 111, 112]]
-    assert [s.prompt_length for s in thinking] == [1, 1, 2, 2]
+    assert [int(s.positions[0]) for s in thinking] == [1, 1, 2, 2]
     assert [list(s.rollout_log_probs) for s in thinking if s.rollout_log_probs is not None] == [
         [-1.0, -2.0],
         [-1.0, -2.0, -3.0],
     ] * 2
     responses = delivered(algorithm_of("start", thinking_steps=0), made, alone)
-    assert [list(s.tokens[s.prompt_length :]) for s in responses] == [[2, 3, 4], [13], [102, 103, 104], [113]]
-    assert [list(s.tokens[: s.prompt_length]) for s in responses] == [
+    assert [list(s.tokens[s.positions]) for s in responses] == [[2, 3, 4], [13], [102, 103, 104], [113]]
+    assert [list(s.tokens[: s.positions[0]]) for s in responses] == [
         [1, 0, 1],
         [1, 10, 11, 12],
         [1, 2, 100, 101],
@@ -264,16 +269,16 @@ def test_tokens_before_the_span_are_context_and_those_after_it_are_cut(alone: Wo
         [-4.0],
     ] * 2
     for number, s in enumerate((*thinking, *responses)):
-        assert len(s.advantages) == s.response_length
+        assert s.advantages is not None and len(s.advantages) == s.trained and s.kind == "answer"
         assert (s.advantages > 0).all() if number % 2 == 0 else (s.advantages < 0).all()
 
 
 def test_targets_have_no_values_of_sampled_answers(alone: World) -> None:
     made = step_of([(1.0, 3, None), (0.0, 2, None)], explanations={0: 4})
     *answers, target = delivered(algorithm_of("exp_grpo"), made, alone)
-    assert [answer.target for answer in answers] == [False, False] and target.target
-    assert list(target.tokens) == [1, 1000, 1001, 1002, 1003] and target.prompt_length == 1
-    assert target.rollout_log_probs is None and np.isnan(target.advantages).all() and len(target.advantages) == 4
+    assert [answer.kind for answer in answers] == ["answer"] * 2 and target.kind == "explanation"
+    assert list(target.tokens) == [1, 1000, 1001, 1002, 1003] and list(target.positions) == [1, 2, 3, 4]
+    assert target.rollout_log_probs is None and target.advantages is None
 
 
 # Groups that are dropped

@@ -105,7 +105,7 @@ def attempt_all(config: Any) -> Any:
             assert session.engine is not None
             if session.engine.phases.phase is Phase.GENERATE:
                 session.engine.sleep()
-                session.policy.residence.onload()
+                session.policy.onload()
 
         def change(**sections: dict[str, Any]) -> None:
             """Go on with other settings."""

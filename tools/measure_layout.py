@@ -66,14 +66,15 @@ def sequences(lengths: Sequences[int], vocab: int = 97) -> list[Any]:
     """Training sequences of these lengths, a fifth of each a prompt."""
     import numpy as np
 
-    from megarl.records import Sequence
+    from megarl.records import Sequence, from_place
 
     made = []
     for number, length in enumerate(lengths):
         prompt = max(1, length // 5)
         values = np.full(length - prompt, 0.5, np.float32)
         tokens = (np.arange(length) % (vocab - 2) + 1).astype(np.int32)
-        made.append(Sequence(tokens, prompt, values, rollout_log_probs=values - 4, group=number))
+        positions = from_place(prompt, length)
+        made.append(Sequence(tokens, positions, values, rollout_log_probs=values - 4, group=number))
     return made
 
 
@@ -211,10 +212,12 @@ def _kept(folder: str, context: int, recompute: str, tokens: int, number: int, b
     load_hf_weights(policy, folder)
     ledger = Ledger({parameter.untyped_storage().data_ptr() for _, parameter in policy.named_parameters()})
     batch = sequences([tokens // number] * (number * batches), vocab=512)
-    trained = float(sum(one.response_length for one in batch))
+    trained = float(sum(one.trained for one in batch))
     algorithm = algorithms.build(config.algorithm, AlgorithmContext(tokens, 1))
     with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda kept: kept.tensor):
-        policy.update(batch, algorithm, BatchTotals(tokens=trained, sequences=float(len(batch))))
+        totals = BatchTotals.of({"answer": BatchTotals(trained, float(len(batch)))})
+        policy.accumulate(batch, algorithm.objectives, totals, old_is_current=True)
+        policy.step()
     largest = max(gather_all(ledger.most))
     dissolve_grid()
     bootstrap.leave()

@@ -68,12 +68,12 @@ def read_sequences(options: argparse.Namespace, shape: ModelShape) -> list[Any]:
     import numpy as np
 
     from megarl.data.tokenizer import check_vocabulary, load_tokenizer
-    from megarl.records import Sequence
+    from megarl.records import Sequence, from_place
 
     tokenizer = load_tokenizer(options.tokenizer or options.hf)
     check_vocabulary(tokenizer, shape.vocab_size)
     texts = [tokenizer.encode(text)[: shape.max_positions] for text in read_prompts(options)]
-    return [Sequence(np.asarray(ids, np.int32), 1, np.zeros(len(ids) - 1, np.float32)) for ids in texts if len(ids) > 1]
+    return [Sequence(np.asarray(ids, np.int32), from_place(1, len(ids))) for ids in texts if len(ids) > 1]
 
 
 def fits(shape: ModelShape) -> bool:
@@ -112,7 +112,7 @@ def log_prob_difference(options: argparse.Namespace, sequences: list[Any]) -> fl
     world = bootstrap.join()
     policy = Policy(config, read_model_shape(options.hf), world, form_grid(config.parallel, 1), step_budget=1)
     checkpoint.load(policy, checkpoint_folder.newest(options.megatron), optimizer=False)
-    ours = policy.log_probs(sequences)
+    ours = policy.measure(sequences)
     dissolve_grid()
     bootstrap.leave()
     transformers.utils.logging.disable_progress_bar()

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from megarl.algorithms.objective import LossInputs, LossTerms
+from megarl.algorithms.objective import Objective
 from megarl.algorithms.plan import Gauge, Plan, Probe
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.data import DataSettings
@@ -126,31 +126,19 @@ class Credit:
     left_out: str | None = None
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What the loop must provide for an algorithm's loss."""
-
-    old_log_probs: bool = False
-    """Log-probs under the weights the rollouts were made with, recomputed by the policy."""
-    reference_log_probs: bool = False
-    """Log-probs under the weights the run began with."""
-    entropy_gradient: bool = False
-    """`entropy_T` must carry a gradient; otherwise it may be computed without."""
-    pairs: bool = False
-    """The trained sequences of a group share a micro-batch."""
-
-
 class Algorithm(ABC):
     """One algorithm: a file beside this one and a row in `megarl.algorithms.ALGORITHMS`."""
 
     Settings: ClassVar[type[AlgorithmSettings]]
     #: Whether outputs are one thinking and a response each, whose border is marked as "thinking".
     splits_thinking: ClassVar[bool] = False
-    needs: Needs
+    objectives: tuple[Objective, ...]
+    """What is trained: the loss of a pass over the policy is the sum of theirs."""
 
     @abstractmethod
     def __init__(self, settings: Any, context: AlgorithmContext) -> None:
-        """
+        """Set `objectives`.
+
         Args:
             settings: an instance of the class's `Settings`.
             context: facts of the run.
@@ -198,10 +186,6 @@ class Algorithm(ABC):
 
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 (an algorithm without state has nothing to do)
         """Go on from what `state` had returned."""
-
-    @abstractmethod
-    def loss(self, inputs: LossInputs) -> LossTerms:
-        """The micro-batch's share of the loss, from its own sequences alone: no collective."""
 
 
 def _learnable(head: Head, spans: Sequence[Span]) -> tuple[Span, ...]:

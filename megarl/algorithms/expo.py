@@ -1,23 +1,23 @@
 """ExPO (arXiv 2507.02834): the policy explains the known answer, and learns the explanation with the hint hidden.
 
 The explanation c is drawn from the policy that sees question q and reference answer a*; what is learned is its chain
-and then a*, after q alone: the targets of `LossInputs`. ExP-GRPO adds their log-likelihood to GRPO's objective, ExP-DPO
-prefers them to the policy's own answers. What the paper says and what is our choice: docs/algorithms.md.
+and then a*, after q alone: sequences of kind "explanation". ExP-GRPO adds their log-likelihood to GRPO's objective,
+ExP-DPO prefers them to the policy's own answers. What the paper says and what is our choice: docs/algorithms.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Trained, whole
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Trained, whole
 from megarl.algorithms.explanations import EXPLANATION, Explanations
 from megarl.algorithms.grpo import Grpo
-from megarl.algorithms.objective import LossInputs, LossTerms, required
+from megarl.algorithms.objective import LossInputs, LossTerms, Objective, counted_alone, required
 from megarl.algorithms.plan import Gauge, Generation, Plan
 from megarl.config.algorithms import ExpDpoSettings, ExpGrpoSettings
 from megarl.config.parameter_sets import POLICY, REFERENCE
@@ -26,7 +26,7 @@ from megarl.ops.masking import sum_counted, zero_masked
 from megarl.ops.segments import sum_by_sequence
 from megarl.records import Head, Trajectory
 
-_TOKEN_FIELDS = tuple(field.name for field in fields(LossInputs) if field.name.endswith("_T"))
+EXPLANATIONS = frozenset({EXPLANATION})
 
 
 class ExpGrpo(Grpo):
@@ -44,6 +44,8 @@ class ExpGrpo(Grpo):
         self._explanation_weight = settings.explanation_weight
         self._explanation_aggregation = settings.explanation_aggregation
         self._explanations = Explanations(settings.explanation, context) if self._explanation_weight > 0 else None
+        if self._explanations is not None:
+            self.objectives = (*self.objectives, Objective(self.likelihood, kinds=EXPLANATIONS))
 
     def plan(self, step: int) -> Plan:
         """GRPO's answers, and beside them explanations."""
@@ -63,37 +65,31 @@ class ExpGrpo(Grpo):
         return [] if self._explanations is None else self._explanations.gauges(group, held)
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """See `Algorithm.loss`.
+        """GRPO's, and mean negative log-likelihood of the answers in nats per token as `own_nll`."""
+        inputs = counted_alone(inputs)
+        terms = super().loss(inputs)
+        own = sum_counted(inputs.mask_T > 0, -inputs.log_probs_T)
+        return replace(terms, means=terms.means | {"own_nll": (own, inputs.totals.tokens)})
 
-        GRPO's loss on the answers, less explanation_weight x log p(c, a* | q), the last over the targets: the mean
-        over their tokens (token_mean), or sums over targets and then the mean (sum). Logs what GRPO logs, over the
-        answers, and mean negative log-likelihoods in nats: `own_nll` per token of the answers, `explanation_nll` per
-        token of the targets.
+    def likelihood(self, inputs: LossInputs) -> LossTerms:
+        """The objective on explanations: -explanation_weight x log p(c, a* | q).
+
+        The mean over their tokens (token_mean), or sums over explanations and then the mean (sum). Logs mean negative
+        log-likelihood in nats per token as `explanation_nll`.
         """
-        answers = inputs if inputs.target_S is None else _tokens_where(~_of_targets(inputs), inputs)
-        terms = super().loss(answers)
-        loss, targeted_T = terms.loss, (inputs.mask_T > 0) & _of_targets(inputs)
-        if self._explanation_weight > 0:
-            loss = loss - self._explanation_weight * self._log_likelihood(targeted_T, inputs)
-        return replace(
-            terms,
-            loss=loss,
-            token_sums=terms.token_sums | {"own_nll": sum_counted(answers.mask_T > 0, -answers.log_probs_T)},
-            target_token_sums={"explanation_nll": sum_counted(targeted_T, -inputs.log_probs_T)},
-        )
-
-    def _log_likelihood(self, targeted_T: Tensor, inputs: LossInputs) -> Tensor:
-        """The micro-batch's share of the targets' mean log-likelihood, a scalar."""
+        counted_T = inputs.mask_T > 0
         weights_T = token_weights(
             "token_mean" if self._explanation_aggregation == "token_mean" else "constant",
-            targeted_T,
+            counted_T,
             inputs.sequence_T,
             inputs.lengths_S,
-            total_tokens=inputs.totals.target_tokens,
-            total_sequences=inputs.totals.target_sequences,
+            total_tokens=inputs.totals.tokens,
+            total_sequences=inputs.totals.sequences,
             constant=1.0,
         )
-        return (weights_T * zero_masked(targeted_T, inputs.log_probs_T)).sum()
+        log_likelihood = (weights_T * zero_masked(counted_T, inputs.log_probs_T)).sum()
+        nll = sum_counted(counted_T, -inputs.log_probs_T)
+        return LossTerms(-self._explanation_weight * log_likelihood, {"explanation_nll": (nll, inputs.totals.tokens)})
 
 
 class ExpDpo(Algorithm):
@@ -107,7 +103,8 @@ class ExpDpo(Algorithm):
     def __init__(self, settings: ExpDpoSettings, context: AlgorithmContext) -> None:
         self.settings = settings
         self.context = context
-        self.needs = Needs(reference_log_probs=True, pairs=True)
+        pairs = Objective(self.loss, kinds=EXPLANATIONS | {"answer"}, under=(REFERENCE,), together=True)
+        self.objectives = (pairs,)
         self._explanations = Explanations(settings.explanation, context)
 
     def plan(self, step: int) -> Plan:
@@ -139,27 +136,29 @@ class ExpDpo(Algorithm):
         return self._explanations.gauges(group, held)
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """See `Algorithm.loss`.
+        """The objective on pairs.
 
         -log sigmoid(margin), mean over pairs, with margin = beta x (D_chosen - D_rejected) and D the sum of
         log p - log p_reference over an answer's tokens. Logs per pair `preference_accuracy` (margin above 0) and
         `preference_margin` in nats, and `explanation_nll`, mean negative log-likelihood per token of the chosen.
 
         Raises:
-            ValueError: a target without one answer of its group in the micro-batch, or an answer without a target.
+            ValueError: an explanation without one answer of its group in the micro-batch, or an answer without one.
         """
         counted_T = inputs.mask_T > 0
-        reference_T = required(inputs.reference_log_probs_T, "reference_log_probs_T").detach()
+        reference_T = inputs.under(REFERENCE).detach()
         log_ratio_T = zero_masked(counted_T, inputs.log_probs_T) - zero_masked(counted_T, reference_T)
         sums_S = sum_by_sequence(log_ratio_T, inputs.sequence_T, inputs.num_sequences)
         chosen_P, rejected_P = _pairs(inputs)
         margins_P = self.settings.beta * (sums_S[chosen_P] - sums_S[rejected_P])
-        logged_P = {"preference_accuracy": margins_P > 0, "preference_margin": margins_P.detach()}
+        chosen = inputs.totals.of_kind(EXPLANATION)
+        chosen_T = inputs.of_kinds(EXPLANATIONS)[inputs.sequence_T]
         return LossTerms(
-            loss=-(logsigmoid(margins_P) / inputs.totals.target_sequences).sum(),
-            target_sums={name: values_P.double().sum() for name, values_P in logged_P.items()},
-            target_token_sums={
-                "explanation_nll": sum_counted(counted_T & _of_targets(inputs), -inputs.log_probs_T),
+            loss=-(logsigmoid(margins_P) / chosen.sequences).sum(),
+            means={
+                "preference_accuracy": ((margins_P > 0).double().sum(), chosen.sequences),
+                "preference_margin": (margins_P.detach().double().sum(), chosen.sequences),
+                "explanation_nll": (sum_counted(counted_T & chosen_T, -inputs.log_probs_T), chosen.tokens),
             },
         )
 
@@ -169,36 +168,19 @@ def _explained(group: Group) -> tuple[Trained, ...]:
     return tuple(Trained(head, whole(head)) for head in group.of(EXPLANATION))
 
 
-def _of_targets(inputs: LossInputs) -> Tensor:
-    """[T] bool, the tokens of targets, counted or not."""
-    if inputs.target_S is None:
-        return torch.zeros_like(inputs.mask_T, dtype=torch.bool)
-    return inputs.target_S[inputs.sequence_T]
-
-
-def _tokens_where(kept_T: Tensor, inputs: LossInputs) -> LossInputs:
-    """`inputs` with those tokens alone; the sequences keep their numbers.
-
-    Taken out, and not masked, because other tokens' zeros would change the order in which a sum is rounded.
-    """
-    kept = kept_T.nonzero()[:, 0]
-    values = {name: getattr(inputs, name) for name in _TOKEN_FIELDS}
-    return replace(inputs, **{name: value_T[kept] for name, value_T in values.items() if value_T is not None})
-
-
 def _pairs(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """The sequences of the chosen and of the rejected answer of each pair, [P] int64 each.
 
     Raises:
         ValueError: see `ExpDpo.loss`.
     """
-    target_S, group_S = required(inputs.target_S, "target_S"), required(inputs.group_S, "group_S")
+    explains_S, group_S = inputs.of_kinds(EXPLANATIONS), required(inputs.group_S, "group_S")
     present_S = inputs.lengths_S > 0
-    chosen_S, rejected_S = target_S & present_S, ~target_S & present_S
+    chosen_S, rejected_S = explains_S & present_S, ~explains_S & present_S
     paired_SS = (group_S[:, None] == group_S[None, :]) & chosen_S[:, None] & rejected_S[None, :]
     if not (torch.equal(paired_SS.sum(1), chosen_S.long()) and torch.equal(paired_SS.any(0), rejected_S)):
         raise ValueError(
-            "every target must share its micro-batch with one answer of its group, and every answer with a target"
+            "every explanation must share its micro-batch with one answer of its group, and every answer with one"
         )
     chosen_P, rejected_P = paired_SS.nonzero(as_tuple=True)
     return chosen_P, rejected_P

@@ -12,10 +12,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from megarl.algorithms.advantages import batch_normalized, group_advantages
-from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Span, Trained
-from megarl.algorithms.objective import LossInputs, LossTerms, required
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Span, Trained
+from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, Objective, required
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
+from megarl.config.parameter_sets import REFERENCE
 from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
 from megarl.ops.importance import ImportanceWeights, importance_weights, rejected_tokens
@@ -32,11 +33,16 @@ class Grpo(Algorithm):
     def __init__(self, settings: GroupRelativeSettings, context: AlgorithmContext) -> None:
         self.settings = settings
         self.context = context
-        self.needs = Needs(
-            old_log_probs=True,
-            reference_log_probs=settings.kl_coefficient > 0,
+        answers = Objective(
+            self.loss,
+            kinds=frozenset({"answer"}),
+            advantages=True,
+            old=True,
+            rollout=settings.importance_cap is not None or settings.rejection_bounds is not None,
+            under=(REFERENCE,) if settings.kl_coefficient > 0 else (),
             entropy_gradient=settings.entropy_coefficient != 0,
         )
+        self.objectives = (answers,)
 
     def plan(self, step: int) -> Plan:
         """Answers, and under `dynamic_sampling` more of them while groups are dropped."""
@@ -91,7 +97,7 @@ class Grpo(Algorithm):
         return tuple((0, length) for length in group.lengths)
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """See `Algorithm.loss`.
+        """The objective on answers.
 
         Per counted token that is not rejected: -weight x clipped objective + kl_coefficient x KL -
         entropy_coefficient x entropy; all three are aggregated alike, and rejected tokens stay in the divisor, which
@@ -104,7 +110,7 @@ class Grpo(Algorithm):
         settings = self.settings
         counted_T = inputs.mask_T > 0
         log_probs_T = zero_masked(counted_T, inputs.log_probs_T)
-        # Detached, so that the loop may pass the current log-probs themselves while they are the old ones.
+        # Detached, as they may be the current log-probs themselves.
         old_T = zero_masked(counted_T, required(inputs.old_log_probs_T, "old_log_probs_T").detach())
         advantages_T = zero_masked(counted_T, required(inputs.advantages_T, "advantages_T"))
         entropy_T = zero_masked(counted_T, inputs.entropy_T)
@@ -127,7 +133,7 @@ class Grpo(Algorithm):
             losses_T = losses_T * weights.values_T
             logged_T |= {"importance_weight_mean": weights.values_T, "importance_bound_share": weights.bounded_T}
         if settings.kl_coefficient > 0:
-            reference_T = zero_masked(counted_T, required(inputs.reference_log_probs_T, "reference_log_probs_T"))
+            reference_T = zero_masked(counted_T, inputs.under(REFERENCE))
             kl_T = kl_estimate(log_probs_T, reference_T, settings.kl_kind, clamp, settings.kl_cap)
             losses_T = losses_T + settings.kl_coefficient * kl_T
             logged_T["reference_kl"] = kl_T
@@ -138,7 +144,7 @@ class Grpo(Algorithm):
             logged_T["rejected_share"] = rejected_T
         return LossTerms(
             loss=(self._weights(counted_T, inputs) * losses_T).sum(),
-            token_sums={name: sum_counted(counted_T, values_T) for name, values_T in logged_T.items()},
+            means={name: (sum_counted(counted_T, v_T), inputs.totals.tokens) for name, v_T in logged_T.items()},
         )
 
     def _ratio(self, log_ratio_T: Tensor, inputs: LossInputs) -> Tensor:
@@ -179,10 +185,14 @@ class Grpo(Algorithm):
             counted_T,
             inputs.sequence_T,
             inputs.lengths_S,
-            total_tokens=inputs.totals.tokens,
+            total_tokens=self._divisor(inputs.totals),
             total_sequences=inputs.totals.sequences,
             constant=float(self.context.max_tokens) if constant is None else constant,
         )
+
+    def _divisor(self, totals: BatchTotals) -> float:
+        """The tokens that a mean over tokens divides by."""
+        return totals.tokens
 
 
 def _with_advantage(one: Trained, advantage: float) -> Trained:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Trained, whole
-from megarl.algorithms.objective import LossInputs, LossTerms, required
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Trained, whole
+from megarl.algorithms.objective import LossInputs, LossTerms, Objective, required
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import NftSettings
 from megarl.ops.aggregate import token_weights
@@ -32,7 +32,7 @@ class Nft(Algorithm):
     def __init__(self, settings: NftSettings, context: AlgorithmContext) -> None:
         self.settings = settings
         self.context = context
-        self.needs = Needs(old_log_probs=True)
+        self.objectives = (Objective(self.loss, kinds=frozenset({"answer"}), old=True),)
 
     def plan(self, step: int) -> Plan:
         """Answers, and under `dynamic_sampling` more of them while groups are dropped."""
@@ -87,7 +87,7 @@ class Nft(Algorithm):
         }
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """See `Algorithm.loss`. NFT Eq. 10 with the settings' weights.
+        """The objective on answers: NFT Eq. 10 with the settings' weights.
 
         Logs per-token means of `ratio_mean` (the ratio in the loss), `kl_old_k3` (k3 estimate of KL(old || current),
         from the token ratios), `entropy`, and, where prompts without a weight count 0: `wrong_share` (1 - reward),
@@ -97,7 +97,7 @@ class Nft(Algorithm):
         """
         settings = self.settings
         counted_T = inputs.mask_T > 0
-        # Detached, so that the loop may pass the current log-probs themselves while they are the old ones.
+        # Detached, as they may be the current log-probs themselves.
         old_T = zero_masked(counted_T, required(inputs.old_log_probs_T, "old_log_probs_T").detach())
         token_log_ratio_T = zero_masked(counted_T, inputs.log_probs_T) - old_T
         log_ratio_T = self._log_ratio(token_log_ratio_T, inputs)
@@ -120,10 +120,11 @@ class Nft(Algorithm):
             "implicit_negative_mean": wrong_T * negative.ratios_T,
             "straight_through_share": negative.floored_T & (wrong_T > 0),
         }
+        sums = {name: sum_counted(counted_T, values_T) for name, values_T in logged_T.items()}
+        sums |= {name: sum_counted(weighted_T, values_T) for name, values_T in negative_T.items()}
         return LossTerms(
             loss=(self._weights(counted_T, inputs) * losses_T).sum(),
-            token_sums={name: sum_counted(counted_T, values_T) for name, values_T in logged_T.items()}
-            | {name: sum_counted(weighted_T, values_T) for name, values_T in negative_T.items()},
+            means={name: (value, inputs.totals.tokens) for name, value in sums.items()},
         )
 
     def _prompt_weight(self, rate: float) -> float:

@@ -1,94 +1,199 @@
-"""The losses of an algorithm: pure functions of the flat tokens of one micro-batch.
+"""Objectives: what an algorithm trains, as pure losses of the flat tokens of one micro-batch.
 
-A loss sees whole sequences under every layout, and the counts of the whole mini-batch are passed in: no collective.
+A loss sees whole sequences under every layout, and the counts of the whole mini-batch are passed in: no collective. The
+forward pass of a micro-batch is shared by all objectives of a pass; each sees the tokens of its own kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
+import torch
 from torch import Tensor
+
+from megarl.config.parameter_sets import POLICY
 
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Counts of the whole mini-batch, over all data-parallel replicas and micro-batches.
-
-    A sequence is a sampled answer, or a target: a text whose likelihood is to rise, with no reward of its own.
-    Supervised training, which has solutions alone, counts them as answers.
-    """
+    """Counts of the whole mini-batch, over all data-parallel replicas and micro-batches."""
 
     tokens: float
-    """Tokens of the sampled answers that count (mask 1)."""
+    """Trained tokens."""
     sequences: float
-    """Sampled answers that have such tokens."""
+    """Sequences that have such tokens."""
     response_tokens: float = 0.0
     """All response tokens of the groups' samples, trained or not."""
-    target_tokens: float = 0.0
-    target_sequences: float = 0.0
+    by_kind: Mapping[str, BatchTotals] = field(default_factory=dict)
+    """The same of the sequences of each kind."""
+
+    @classmethod
+    def of(cls, by_kind: Mapping[str, BatchTotals]) -> BatchTotals:
+        """The counts of all kinds together.
+
+        >>> BatchTotals.of({"answer": BatchTotals(7.0, 2.0), "explanation": BatchTotals(3.0, 1.0)}).tokens
+        10.0
+        """
+        parts = list(by_kind.values())
+        return cls(
+            tokens=sum((part.tokens for part in parts), 0.0),
+            sequences=sum((part.sequences for part in parts), 0.0),
+            response_tokens=sum((part.response_tokens for part in parts), 0.0),
+            by_kind=dict(by_kind),
+        )
+
+    def of_kind(self, kind: str) -> BatchTotals:
+        """The counts of one kind, zeros where there is none of it."""
+        return self.by_kind.get(kind, BatchTotals(0.0, 0.0))
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The flat tokens of one micro-batch of whole sequences; fields that the algorithm does not need may be None.
+    """The flat tokens of one micro-batch of whole sequences; values that the objective does not declare are None.
 
-    Log-probs and entropies are in nats, float32 or wider. Masked tokens may hold anything, NaN included; so may the
-    old and rollout log-probs and the advantages of targets.
+    Log-probs and entropies are in nats, float32 or wider. Masked tokens may hold anything, NaN included.
     """
 
     log_probs_T: Tensor
     """[T] of the current weights, with gradient."""
     entropy_T: Tensor
-    """[T] entropy of the policy at each token; with gradient where `Needs.entropy_gradient` asks."""
+    """[T] entropy of the policy at each token; with gradient where `Objective.entropy_gradient` asks."""
     mask_T: Tensor
-    """[T] 1 on response tokens that count, else 0."""
+    """[T] 1 on the tokens of the objective's kinds, else 0."""
     sequence_T: Tensor
     """[T] int64, index of the token's sequence in the micro-batch, in 0..S-1 at masked tokens too."""
     num_sequences: int
     lengths_S: Tensor
     """[S] float, counted tokens of each sequence."""
     totals: BatchTotals
+    """Of the objective's kinds."""
+    kind_S: tuple[str, ...] = ()
+    """S kinds, those of the sequences."""
     old_log_probs_T: Tensor | None = None
-    """[T], a constant. While the weights are still those of the rollouts this may be `log_probs_T` itself."""
+    """[T], a constant: those of the weights that generated."""
     rollout_log_probs_T: Tensor | None = None
     """[T] the engine's log-probs under its sampling distribution."""
-    reference_log_probs_T: Tensor | None = None
-    """[T]"""
+    log_probs_under_T: Mapping[str, Tensor] = field(default_factory=dict)
+    """[T] each, constants: those under other parameter sets, by the set's name."""
     advantages_T: Tensor | None = None
     """[T]"""
     signals_S: Mapping[str, Tensor] = field(default_factory=dict)
-    """[S] each: what `Algorithm.signals` said of each sampled answer; 0 for targets."""
-    target_S: Tensor | None = None
-    """[S] bool, which sequences are targets; None: none."""
+    """[S] each: what `Trained.signals` said of each sequence; 0 where it said nothing."""
     group_S: Tensor | None = None
     """[S] int64, a number that sequences of the same group share."""
+
+    def under(self, name: str) -> Tensor:
+        """[T] log-probs under the parameter set `name`, which the objective declared.
+
+        Raises:
+            ValueError: they are not there.
+        """
+        return required(self.log_probs_under_T.get(name), f"log_probs_under_T[{name!r}]")
+
+    def of_kinds(self, kinds: frozenset[str]) -> Tensor:
+        """[S] bool, which sequences are of one of `kinds`.
+
+        Raises:
+            ValueError: the kinds are not known.
+        """
+        if len(self.kind_S) != self.num_sequences:
+            raise ValueError(f"LossInputs.kind_S names {len(self.kind_S)} kinds of {self.num_sequences} sequences")
+        return torch.tensor([kind in kinds for kind in self.kind_S], device=self.sequence_T.device, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A micro-batch's share of the mini-batch's loss, and what to log.
-
-    What is logged are scalars (float64) without gradient; the loop adds them up over all micro-batches and
-    replicas, divides, and logs them under their names. Every call of one algorithm's loss gives the same names.
-    """
+    """A micro-batch's share of the mini-batch's loss, and what to log."""
 
     loss: Tensor
     """Scalar; the sum over all micro-batches and replicas is the mini-batch's loss, nothing is left to divide."""
-    token_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over the counted tokens of sampled answers; divided by `BatchTotals.tokens`."""
-    target_token_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over the counted tokens of targets; divided by `BatchTotals.target_tokens`."""
-    target_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over the targets; divided by `BatchTotals.target_sequences`."""
+    means: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    """By the name under which it is logged: a sum over this micro-batch, a scalar (float64) without gradient, and the
+    count of the mini-batch that the sum of all of them is divided by; 0 leaves the name out. Every call of one loss
+    gives the same names."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One loss, the sequences it trains, and the values per token that it needs of them."""
+
+    loss: Callable[[LossInputs], LossTerms]
+    """The micro-batch's share of the loss, from its own sequences alone."""
+    kinds: frozenset[str] | None = None
+    """Kinds of sequences that it trains; None: all."""
+    parameters: str = POLICY
+    """Parameter set that its gradient goes into."""
+    advantages: bool = False
+    old: bool = False
+    """Needs the log-probs of the weights that generated, recomputed by the policy."""
+    rollout: bool = False
+    """Needs the engine's log-probs."""
+    under: tuple[str, ...] = ()
+    """Needs the log-probs under these parameter sets."""
+    entropy_gradient: bool = False
+    """`LossInputs.entropy_T` must carry a gradient; otherwise it may be computed without."""
+    together: bool = False
+    """The sequences of a group share a micro-batch."""
+
+    def trains(self, kind: str) -> bool:
+        """Whether sequences of that kind are among its own."""
+        return self.kinds is None or kind in self.kinds
+
+    def seen(self, inputs: LossInputs) -> LossInputs:
+        """What this objective sees of a micro-batch of all kinds: its own tokens counted, the values it declares."""
+        seen = replace(
+            inputs,
+            advantages_T=inputs.advantages_T if self.advantages else None,
+            old_log_probs_T=inputs.old_log_probs_T if self.old else None,
+            rollout_log_probs_T=inputs.rollout_log_probs_T if self.rollout else None,
+            log_probs_under_T={name: inputs.under(name) for name in self.under if name in inputs.log_probs_under_T},
+        )
+        if self.kinds is None:
+            return seen
+        own_S = inputs.of_kinds(self.kinds)
+        counts = {kind: counts for kind, counts in inputs.totals.by_kind.items() if kind in self.kinds}
+        return replace(
+            seen,
+            mask_T=inputs.mask_T * own_S[inputs.sequence_T],
+            lengths_S=inputs.lengths_S * own_S,
+            totals=BatchTotals.of(counts),
+        )
+
+
+def total(objectives: Sequence[Objective], inputs: LossInputs) -> LossTerms:
+    """The objectives' losses added up, and all that they log. `inputs` are of all kinds."""
+    first, *others = [objective.loss(objective.seen(inputs)) for objective in objectives]
+    loss, means = first.loss, dict(first.means)
+    for terms in others:
+        loss = loss + terms.loss
+        means |= terms.means
+    return LossTerms(loss, means)
+
+
+def sets_read(objectives: Sequence[Objective]) -> tuple[str, ...]:
+    """Names of the parameter sets under which some objective needs log-probs."""
+    return tuple(dict.fromkeys(name for one in objectives for name in one.under))
+
+
+def counted_alone(inputs: LossInputs) -> LossInputs:
+    """`inputs` with the counted tokens alone; the sequences keep their numbers.
+
+    Taken out, and not masked, where other tokens' zeros would change the order in which a sum is rounded.
+    """
+    kept = (inputs.mask_T > 0).nonzero()[:, 0]
+    values = {one.name: getattr(inputs, one.name) for one in fields(inputs) if one.name.endswith("_T")}
+    under = {name: value_T[kept] for name, value_T in values.pop("log_probs_under_T").items()}
+    taken = {name: value_T[kept] for name, value_T in values.items() if value_T is not None}
+    return replace(inputs, **taken, log_probs_under_T=under)
 
 
 def required(values: Tensor | None, name: str) -> Tensor:
-    """`values`, which the algorithm declared in its `needs`.
+    """`values`, which the objective declared.
 
     Raises:
-        ValueError: the loop did not provide it.
+        ValueError: they are not there, or the objective did not declare them.
     """
     if values is None:
-        raise ValueError(f"LossInputs.{name} is None, but the algorithm needs it")
+        raise ValueError(f"LossInputs.{name} is None, but the objective needs it")
     return values

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Needs, Trained, whole
-from megarl.algorithms.objective import LossInputs, LossTerms
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Trained, whole
+from megarl.algorithms.objective import LossInputs, LossTerms, Objective
 from megarl.algorithms.plan import Plan
 from megarl.config.algorithms import SftSettings
 from megarl.ops.aggregate import token_weights
@@ -19,7 +19,7 @@ class Sft(Algorithm):
 
     def __init__(self, settings: SftSettings, context: AlgorithmContext) -> None:
         self.settings = settings
-        self.needs = Needs()
+        self.objectives = (Objective(self.loss),)
 
     def plan(self, step: int) -> Plan:
         """The data set's solutions."""
@@ -30,7 +30,7 @@ class Sft(Algorithm):
         return [Credit(tuple(Trained(head, whole(head)) for head in group.of("solution"))) for group in groups]
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """See `Algorithm.loss`. Logs `entropy`, mean per token in nats."""
+        """The objective on all texts. Logs `entropy`, mean per token in nats."""
         counted_T = inputs.mask_T > 0
         weights_T = token_weights(
             "token_mean",
@@ -42,4 +42,4 @@ class Sft(Algorithm):
             constant=1.0,
         )
         loss = -(weights_T * zero_masked(counted_T, inputs.log_probs_T)).sum()
-        return LossTerms(loss, {"entropy": sum_counted(counted_T, inputs.entropy_T)})
+        return LossTerms(loss, {"entropy": (sum_counted(counted_T, inputs.entropy_T), inputs.totals.tokens)})

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from megarl.algorithms.base import AlgorithmContext, Group
 from megarl.algorithms.grpo import Grpo
-from megarl.algorithms.objective import LossInputs, LossTerms
+from megarl.algorithms.objective import BatchTotals
 from megarl.algorithms.plan import Plan, Responder
 from megarl.config.algorithms import StartSettings
 from megarl.config.parameter_sets import POLICY, REFERENCE
@@ -55,9 +55,6 @@ class Start(Grpo):
             for end, length in zip(ends, group.lengths, strict=True)
         )
 
-    def loss(self, inputs: LossInputs) -> LossTerms:
-        """GRPO's, whose token mean divides by all tokens of the outputs under `normalizer` response."""
-        if self.settings.normalizer == "response":
-            totals = replace(inputs.totals, tokens=inputs.totals.response_tokens)
-            inputs = replace(inputs, totals=totals)
-        return super().loss(inputs)
+    def _divisor(self, totals: BatchTotals) -> float:
+        """All tokens of the outputs, trained or not, under `normalizer` response."""
+        return totals.response_tokens if self.settings.normalizer == "response" else totals.tokens

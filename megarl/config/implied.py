@@ -49,11 +49,6 @@ class Implied:
         return self.config.moe.routing_replay != "off"
 
     @property
-    def temperature(self) -> float:
-        """Of the log-probs that are trained. Solutions were not sampled: theirs are those of the plain distribution."""
-        return self.config.rollout.temperature if self.config.algorithm.generates else 1.0
-
-    @property
     def updates(self) -> int:
         """Optimizer updates in the whole run, which a decaying learning rate spans; `steps` must be known."""
         return self.config.steps * self.config.batch.updates

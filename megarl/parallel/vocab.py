@@ -35,19 +35,20 @@ def token_log_probs(
     targets: torch.Tensor,
     shard: VocabularyShard,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     chunk: int = 1024,
     entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of `targets` and the entropy of the distribution, both in nats, fp32.
 
-    hidden (R, H); weight (rows, H), this rank's shard; targets (R,) ids in the whole vocabulary.
+    hidden (R, H); weight (rows, H), this rank's shard; targets (R,) ids in the whole vocabulary; `temperature` of all
+    or, (R,), of each.
     Returns (log_probs (R,), entropy (R,)) of softmax(hidden @ weightᵀ / temperature). The gradient of
     `hidden` is this rank's part: the caller sums it over the tensor-parallel group. The entropy carries
     a gradient only with `entropy_gradient`.
     """
     log_probs, entropy = _TokenLogProbs.apply(
-        hidden, weight, targets, shard, 1.0 / temperature, chunk, entropy_gradient
+        hidden, weight, targets, shard, _reciprocal(temperature), chunk, entropy_gradient
     )
     return log_probs, entropy
 
@@ -60,7 +61,7 @@ class _TokenLogProbs(Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         shard: VocabularyShard,
-        scale: float,
+        scale: float | torch.Tensor,
         chunk: int,
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +72,7 @@ class _TokenLogProbs(Function):
         for part in _chunks(rows, chunk):
             if shard.valid == 0:
                 break
-            logits = _logits(hidden[part], weight, shard, scale)
+            logits = _logits(hidden[part], weight, shard, _of_rows(scale, part))
             maximum[part] = logits.amax(dim=1)
             exponentials = torch.exp(logits - maximum[part, None])
             sums[0, part] = exponentials.sum(dim=1)
@@ -103,7 +104,8 @@ class _TokenLogProbs(Function):
         for part in _chunks(hidden.shape[0], ctx.chunk):
             if shard.valid == 0:
                 break
-            log_softmax = _logits(hidden[part], weight, shard, ctx.scale).sub_(log_normaliser[part, None])
+            scale = _of_rows(ctx.scale, part)
+            log_softmax = _logits(hidden[part], weight, shard, scale).sub_(log_normaliser[part, None])
             softmax = torch.exp(log_softmax)
             index, held = _local_targets(targets[part], shard)
             # d log p_target / d logit = onehot - softmax;  d entropy / d logit = -softmax (log softmax + entropy).
@@ -112,20 +114,34 @@ class _TokenLogProbs(Function):
             if ctx.entropy_gradient:
                 weighted = softmax * (log_softmax + entropy[part, None])
                 gradient -= entropy_gradient[part, None] * weighted
-            gradient = gradient.mul_(ctx.scale).to(hidden.dtype)
+            gradient = gradient.mul_(scale).to(hidden.dtype)
             hidden_gradient[part] = gradient @ weight[valid]
             weight_gradient[valid].addmm_(gradient.T, hidden[part])
         return hidden_gradient, weight_gradient, None, None, None, None, None
+
+
+def _reciprocal(temperature: float | torch.Tensor) -> float | torch.Tensor:
+    """Rounded once, so that a row comes out the same whether or not the others have its temperature."""
+    if isinstance(temperature, torch.Tensor):
+        return temperature.reciprocal().float()
+    return 1.0 / temperature
 
 
 def _chunks(rows: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, shard: VocabularyShard, scale: float) -> torch.Tensor:
+def _of_rows(scale: float | torch.Tensor, part: slice) -> float | torch.Tensor:
+    """What the logits of a chunk are multiplied by, (r, 1) where rows differ."""
+    return scale[part, None] if isinstance(scale, torch.Tensor) else scale
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, shard: VocabularyShard, scale: float | torch.Tensor
+) -> torch.Tensor:
     """fp32 logits (r, valid) of this rank's real vocabulary rows; padding rows take no part in the softmax."""
     logits = (hidden @ weight[: shard.valid].T).float()
-    return logits if scale == 1.0 else logits.mul_(scale)
+    return logits if isinstance(scale, float) and scale == 1.0 else logits.mul_(scale)
 
 
 def _local_targets(targets: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Micro-batches: training sequences laid out as the tensors of one forward pass.
 
 Packed, sequences stand end to end in one row with their boundaries beside them; unpacked, each has a
-row padded on the right to the longest of the micro-batch. Only rows that predict a response token
+row padded on the right to the longest of the micro-batch. Only rows that predict a trained token
 reach the output layer.
 """
 
@@ -46,13 +46,13 @@ class MicroBatch:
     tokens, positions int64 (B, S), B = 1 when packed, S the row's tokens on this context-parallel rank; boundaries
     int32 (N+1,): cumulative lengths of the whole sequences in the flat order of the rows before they are cut, padding
     included, at the end as a last sequence where there is any; padding bool (B, S): which tokens are.
-    rows int64 (R,): flat indices b·S+s whose next token is a response token; targets int64 (R,): those tokens. parts:
-    for every context-parallel rank, the places of its rows' tokens among all T response tokens of the micro-batch;
-    T = R with one rank.
-    sequence int64 (T,): index of the token's sequence; lengths float32 (N,): response tokens of each sequence.
-    The per-token values are float32 (T,) or None where not known; NaN at targets, which have none but the reference's.
+    rows int64 (R,): flat indices b·S+s whose next token is a trained one; targets int64 (R,): those tokens.
+    temperature: that of the log-probs, float64 (R,) where it differs between sequences. parts: for every
+    context-parallel rank, the places of its rows' tokens among all T trained tokens of the micro-batch; T = R with one.
+    sequence int64 (T,): index of the token's sequence; lengths float32 (N,): trained tokens of each sequence.
+    The per-token values are float32 (T,), NaN at sequences without them, None where all are.
     routed int16 (B, S, sparse layers, k): the experts that the engine chose, -1 where not known; None: nowhere.
-    target bool (N,), group int64 (N,) and signals float32 (N,) each, 0 at targets: those of the sequences.
+    kinds (N), group int64 (N,) and signals float32 (N,) each, 0 at sequences without them: those of the sequences.
     """
 
     tokens: torch.Tensor
@@ -63,14 +63,15 @@ class MicroBatch:
     padding: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
+    temperature: float | torch.Tensor
     parts: tuple[torch.Tensor, ...]
     sequence: torch.Tensor
     lengths: torch.Tensor
-    advantages: torch.Tensor
+    advantages: torch.Tensor | None
     rollout_log_probs: torch.Tensor | None
     old_log_probs: torch.Tensor | None
-    reference_log_probs: torch.Tensor | None
-    target: torch.Tensor
+    log_probs_under: dict[str, torch.Tensor]
+    kinds: tuple[str, ...]
     group: torch.Tensor
     signals: dict[str, torch.Tensor]
     routed: torch.Tensor | None
@@ -97,16 +98,7 @@ def lay_out(
 
     Without sequences it is padding alone.
     """
-    multiple = cut.width_multiple
-    lengths = [s.length for s in sequences]
-    if packed:
-        places = [cut.padded(length) for length in lengths]
-        width = -(-max(sum(places), 1) // multiple) * multiple
-        if width > sum(places):
-            places.append(width - sum(places))
-    else:
-        width = -(-max(lengths, default=1) // multiple) * multiple
-        places = [width] * max(len(lengths), 1)
+    places = _places([s.length for s in sequences], packed, cut)
     ends = np.cumsum(places)
     starts = ends - places
     tokens, positions = np.zeros(ends[-1], np.int64), np.concatenate([np.arange(place) for place in places])
@@ -117,14 +109,12 @@ def lay_out(
     routed = _routed(sequences, starts, len(tokens))
     held = held_positions(places, cut.context, cut.context_rank)
     shape = (1 if packed else len(places), -1)
-    responses = [s.response_length for s in sequences]
-    predicting = _joined(
-        np.arange(start + s.prompt_length - 1, start + s.length - 1)
-        for start, s in zip(starts, sequences, strict=False)
-    )
-    targets = _joined(s.tokens[s.prompt_length :].astype(np.int64) for s in sequences)
+    trained = [s.trained for s in sequences]
+    predicting = _joined(start + s.positions.astype(np.int64) - 1 for start, s in zip(starts, sequences, strict=False))
+    targets = _joined(s.tokens[s.positions].astype(np.int64) for s in sequences)
     parts = [_local(predicting, held_positions(places, cut.context, rank), len(tokens)) for rank in range(cut.context)]
     mine, rows = parts[cut.context_rank]
+    under = dict.fromkeys(name for s in sequences for name in s.log_probs_under)
     return MicroBatch(
         tokens=_tensor(tokens[held].reshape(shape), device),
         positions=_tensor(positions[held].reshape(shape), device),
@@ -134,22 +124,38 @@ def lay_out(
         padding=_tensor(padding[held].reshape(shape), device),
         rows=_tensor(rows, device),
         targets=_tensor(targets[mine], device),
+        temperature=_temperature(sequences, mine, device),
         parts=tuple(_tensor(part, device) for part, _ in parts),
-        sequence=_tensor(np.repeat(np.arange(len(sequences)), responses), device),
-        lengths=torch.tensor(responses, dtype=torch.float32).to(device),
-        advantages=_tensor(_joined(s.advantages for s in sequences).astype(np.float32), device),
-        rollout_log_probs=_of_answers([s.rollout_log_probs for s in sequences], sequences, device),
-        old_log_probs=_of_answers([s.old_log_probs for s in sequences], sequences, device),
-        reference_log_probs=_values([s.reference_log_probs for s in sequences], device),
-        target=torch.tensor([s.target for s in sequences]).to(device),
+        sequence=_tensor(np.repeat(np.arange(len(sequences)), trained), device),
+        lengths=torch.tensor(trained, dtype=torch.float32).to(device),
+        advantages=_values([s.advantages for s in sequences], trained, device),
+        rollout_log_probs=_values([s.rollout_log_probs for s in sequences], trained, device),
+        old_log_probs=_values([s.old_log_probs for s in sequences], trained, device),
+        log_probs_under={
+            name: values
+            for name in under
+            if (values := _values([s.log_probs_under.get(name) for s in sequences], trained, device)) is not None
+        },
+        kinds=tuple(s.kind for s in sequences),
         group=torch.tensor([s.group for s in sequences]).to(device),
         signals={
             name: torch.tensor([s.signals.get(name, 0.0) for s in sequences], dtype=torch.float32).to(device)
             for name in dict.fromkeys(name for s in sequences for name in s.signals)
         },
         routed=None if routed is None else _tensor(routed[held].reshape(*shape, *routed.shape[1:]), device),
-        real_tokens=sum(lengths),
+        real_tokens=sum(s.length for s in sequences),
     )
+
+
+def _places(lengths: list[int], packed: bool, cut: Cut) -> list[int]:
+    """Tokens that each sequence takes, padding included; what pads a packed row as a last one."""
+    multiple = cut.width_multiple
+    if not packed:
+        width = -(-max(lengths, default=1) // multiple) * multiple
+        return [width] * max(len(lengths), 1)
+    places = [cut.padded(length) for length in lengths]
+    width = -(-max(sum(places), 1) // multiple) * multiple
+    return [*places, width - sum(places)] if width > sum(places) else places
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
@@ -178,23 +184,23 @@ def _routed(sequences: Sequences[Sequence], starts: np.ndarray, total: int) -> n
     return routed
 
 
+def _temperature(sequences: Sequences[Sequence], mine: np.ndarray, device: torch.device | str) -> float | torch.Tensor:
+    """The temperature of this rank's rows; one number where all sequences have the same."""
+    found = [s.temperature for s in sequences]
+    if len(set(found)) <= 1:
+        return found[0] if found else 1.0
+    return _tensor(np.repeat(np.array(found, np.float64), [s.trained for s in sequences])[mine], device)
+
+
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def _of_answers(
-    parts: list[np.ndarray | None], sequences: Sequences[Sequence], device: torch.device | str
-) -> torch.Tensor | None:
-    """Values that targets do not have: NaN there, so that a term that forgets to leave them out shows it."""
-    filled = [
-        np.full(s.response_length, np.nan, np.float32) if s.target else part
-        for part, s in zip(parts, sequences, strict=True)
-    ]
-    return _values(filled, device)
-
-
-def _values(parts: Sequences[np.ndarray | None], device: torch.device | str) -> torch.Tensor | None:
-    present = [p for p in parts if p is not None]
-    if len(present) < len(parts):
+def _values(parts: Sequences[np.ndarray | None], trained: list[int], device: torch.device | str) -> torch.Tensor | None:
+    """NaN where a sequence has none, so that a loss that forgets to leave its tokens out shows it."""
+    if all(part is None for part in parts):
         return None
-    return _tensor(_joined(present).astype(np.float32), device)
+    filled = [
+        np.full(count, np.nan, np.float32) if part is None else part for part, count in zip(parts, trained, strict=True)
+    ]
+    return _tensor(_joined(filled).astype(np.float32), device)

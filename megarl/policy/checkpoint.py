@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megarl.config.parameter_sets import POLICY
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, checksums, megatron
 from megarl.parallel.bootstrap import World
@@ -41,8 +42,8 @@ def save(
     `TrainingStopped` where updates were made and have left no trace in it.
     """
     final = root / f"step_{step:06d}"
-    digest = digests.digest(policy.optimizer)
-    policy.movement.check(digest, final.name)
+    digest = digests.digest(policy.trained[POLICY].optimizer)
+    policy.trained[POLICY].movement.check(digest, final.name)
     partial = root / f"{final.name}.partial"
     if policy.world.is_first:
         # A save that was killed has taken room.
@@ -71,7 +72,7 @@ def save(
         checkpoint_folder.write_progress(partial, policy.shape, progress | facts, measured)
         checkpoint_folder.publish(partial, final, keep=keep, keep_every=keep_every)
     dist.barrier()
-    policy.movement.begin_from(digest, final.name)
+    policy.trained[POLICY].movement.begin_from(digest, final.name)
     return final
 
 
@@ -94,11 +95,12 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     for key, model in _models(policy).items():
         _load_model(model, state[key])
     if optimizer:
-        policy.scheduler.load_state_dict(state["scheduler"])
-        adam_state.load(policy.optimizer, state["optimizer"], policy.scheduler.num_steps)
-        found = digests.digest(policy.optimizer)
+        trained = policy.trained[POLICY]
+        trained.scheduler.load_state_dict(state["scheduler"])
+        adam_state.load(trained.optimizer, state["optimizer"], trained.scheduler.num_steps)
+        found = digests.digest(trained.optimizer)
         _check_state(directory, progress, found)
-        policy.movement.begin_from(found, directory.name)
+        trained.movement.begin_from(found, directory.name)
     else:
         policy.weights_changed()
     return progress
@@ -186,9 +188,10 @@ def _state(policy: Policy, content: dict[str, Any], *, optimizer: bool, loading:
         found = model.sharded_state_dict(metadata=metadata)
         state[key] = {k: v for k, v in found.items() if not k.endswith("_extra_state")}
     if optimizer:
-        adam_state.allocate(policy.optimizer)
-        state["optimizer"] = policy.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
-        state["scheduler"] = policy.scheduler.state_dict()
+        trained = policy.trained[POLICY]
+        adam_state.allocate(trained.optimizer)
+        state["optimizer"] = trained.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+        state["scheduler"] = trained.scheduler.state_dict()
     return state
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megarl.config.parameter_sets import POLICY
 from megarl.parallel.exchange import gather_all
 from megarl.policy.digest import MOMENTS, WEIGHTS
 from megarl.policy.policy import Policy
@@ -23,11 +24,11 @@ def what_is_not(policy: Policy, probe: Sequence) -> str | None:
     largest = {name: _largest(parameter) for name, parameter in policy.named_parameters()}
     found = gather_all(next((f"the weights {name}" for name, size in largest.items() if not np.isfinite(size)), None))
     # Before the first update the optimizer has no state.
-    if policy.scheduler.num_steps:
+    if policy.trained[POLICY].scheduler.num_steps:
         found += gather_all(next(_moments(policy), None))
     if (first := next((words for words in found if words is not None), None)) is not None:
         return f"{first} are not finite"
-    log_probs = policy.log_probs([probe])
+    log_probs = policy.measure([probe])
     if all(gather_all(log_probs is None or all(np.isfinite(values).all() for values in log_probs))):
         return None
     size, name = max(gather_all(max((size, name) for name, size in largest.items())))
@@ -36,7 +37,7 @@ def what_is_not(policy: Policy, probe: Sequence) -> str | None:
 
 def _moments(policy: Policy) -> Iterator[str]:
     """Moments on this rank that are not finite, in words."""
-    optimizer: Any = policy.optimizer
+    optimizer: Any = policy.trained[POLICY].optimizer
     names = {parameter: name for name, parameter in policy.named_parameters()}
     for distributed in optimizer.chained_optimizers:
         for parameter in distributed.model_param_group_index_map:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -56,7 +55,7 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         "moe_token_dispatcher_type": "alltoall",
         # The loss divides by counts over the whole mini-batch; Megatron must not divide gradients again.
         "calculate_per_token_loss": True,
-        "finalize_model_grads_func": _sum_gradients,
+        "finalize_model_grads_func": _left_to_the_step,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
@@ -122,9 +121,9 @@ def fields_of(vendor_class: type, table: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key in names}
 
 
-def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's gradient reductions without its division by a token count: losses are divided already."""
-    finalize_model_grads(model, None, **kwargs)
+def _left_to_the_step(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron would sum gradients over ranks at the end of every pass, and again what was summed before; several
+    passes may come before a step, which sums (`megarl.policy.trained_set`)."""
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megarl import algorithms
-from megarl.algorithms.base import AlgorithmContext, Needs
+from megarl.algorithms.base import AlgorithmContext
 from megarl.config import rules
 from megarl.config.cluster import GIB, Cluster
 from megarl.config.grid import grid_of_rank
@@ -51,12 +51,11 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
 
 def _run(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> Run:
     context = AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.bounds[0])
-    needs: Needs = algorithms.build(config.algorithm, context).needs
     return Run(
         config,
         shape,
         cluster,
-        needs,
+        algorithms.build(config.algorithm, context),
         replicas=grid_of_rank(0, world, config.parallel).data,
         engine=engine.engine_memory(config, shape, cluster) if Implied(config).has_engine else None,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megarl.algorithms.base import Needs
+from megarl.algorithms.base import Algorithm
 from megarl.config.cluster import Cluster
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
@@ -32,7 +32,7 @@ class Run:
     config: RunConfig
     shape: ModelShape
     cluster: Cluster
-    needs: Needs
+    algorithm: Algorithm
     replicas: int
     engine: EngineMemory | None
 
@@ -64,7 +64,8 @@ def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
     found: list[PhaseMemory] = []
     for shard in shards:
         amounts = {"train": _train(run, shard)}
-        if _is_measured(run) or (run.needs.old_log_probs and run.config.batch.updates > 1):
+        old = any(objective.old for objective in run.algorithm.objectives)
+        if _is_measured(run) or (old and run.config.batch.updates > 1):
             amounts["log-probs"] = _log_probs(run, shard)
         if run.engine is not None:
             amounts |= {"push": _push(run, run.engine, shard), "rollout": _rollout(run, run.engine)}
@@ -88,7 +89,7 @@ def _train(run: Run, shard: Shard) -> Iterator[Amount]:
     layer += shard.largest_layer * ELEMENT_BYTES[config.precision]
     head = 0
     if shard.chunks[-1].last:
-        entropy = run.needs.entropy_gradient
+        entropy = any(objective.entropy_gradient for objective in run.algorithm.objectives)
         head = activations.head_bytes(config, shape, int(tokens), backward=True, entropy_gradient=entropy)
     yield from _trained(run, shard)
     yield Amount("activations", int(kept * tokens), False)

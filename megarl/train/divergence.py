@@ -6,7 +6,7 @@ import numpy as np
 
 from megarl.errors import Refusal, TrainingStopped
 from megarl.policy import finite
-from megarl.records import Sequence
+from megarl.records import Sequence, from_place
 from megarl.train.past import run_directory
 from megarl.train.session import Session
 
@@ -21,7 +21,7 @@ class Diverged(TrainingStopped):
 def found(session: Session) -> str | None:
     """What of the policy is not finite, in words, or None. Collective."""
     tokens = np.resize(np.array(session.data.prompts[0].token_ids, np.int32), PROBE)
-    return finite.what_is_not(session.policy, Sequence(tokens, 1, np.zeros(PROBE - 1, np.float32)))
+    return finite.what_is_not(session.policy, Sequence(tokens, from_place(1, PROBE)))
 
 
 def stop_if_found(session: Session) -> None:

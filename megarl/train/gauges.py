@@ -6,7 +6,7 @@ import numpy as np
 
 from megarl.algorithms.plan import Gauge, Plan
 from megarl.parallel.exchange import gather_all
-from megarl.records import Sequence
+from megarl.records import Sequence, from_place
 from megarl.train.rollouts import Rollouts
 from megarl.train.session import Session
 
@@ -44,12 +44,14 @@ def _sums(session: Session, gauges: list[tuple[tuple[int, ...], Gauge]]) -> _Sum
     short = [(prompt, gauge) for prompt, gauge in gauges if len(prompt) + len(gauge.token_ids) <= limit]
     sequences = [
         Sequence(
-            np.array([*prompt, *gauge.token_ids], np.int32), len(prompt), np.zeros(len(gauge.token_ids), np.float32)
+            np.array([*prompt, *gauge.token_ids], np.int32),
+            from_place(len(prompt), len(prompt) + len(gauge.token_ids)),
+            temperature=session.config.rollout.temperature,
         )
         for prompt, gauge in short
     ]
     sums: _Sums = {}
-    for (_, gauge), values in zip(short, session.policy.log_probs(sequences) or [], strict=False):
+    for (_, gauge), values in zip(short, session.policy.measure(sequences) or [], strict=False):
         for name, (start, end) in gauge.parts.items():
             total, count = sums.get(name, (0.0, 0))
             value = float(values[start:end].sum())

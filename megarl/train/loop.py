@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megarl.algorithms.objective import sets_read
 from megarl.algorithms.plan import Plan
-from megarl.config.parameter_sets import REFERENCE
+from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.records import Sequence
 from megarl.train import divergence, gauges, trust
@@ -55,12 +56,15 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     batches, totals, counters = trainable(session, probed(session, rollouts, step), step)
     record.count(counters)
     add_log_probs(session, batches)
-    look = trust.gap_guard(session, plan, step, batches)
+    trust.check_before(session, plan, step, batches)
+    current, objectives = _generated(session, plan, batches), session.algorithm.objectives
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
-            result = session.policy.update(batch, session.algorithm, total, look)
-        look = None
-        record.update(result)
+            found = session.policy.accumulate(batch, objectives, total, old_is_current=current)
+            if current:
+                trust.check_pass(session, plan, step, found)
+            record.update(found, session.policy.step()[POLICY])
+        current = False
         _stop_if_stuck(session)
     session.progress.step = step
     session.carry.step_ends()
@@ -84,23 +88,30 @@ def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
 
 
 def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:
-    """Old and reference log-probs, where the algorithm needs them.
+    """Old log-probs, and those under other parameter sets, where an objective needs them. Collective.
 
     With one update per step the old log-probs are those of the update's own forward pass, so that no pass of
     their own is spent on them.
     """
-    needs = session.algorithm.needs
+    objectives = session.algorithm.objectives
     sequences = [sequence for batch in batches for sequence in batch]
-    answers = [sequence for sequence in sequences if not sequence.target]
-    if needs.old_log_probs and len(batches) > 1:
+    old = [one for one in objectives if one.old]
+    if old and len(batches) > 1:
+        own = [s for s in sequences if any(one.trains(s.kind) for one in old)]
         with session.clock.phase("old_log_probs"):
-            for sequence, values in zip(answers, session.policy.log_probs(answers) or [], strict=False):
+            for sequence, values in zip(own, session.policy.measure(own) or [], strict=False):
                 sequence.old_log_probs = values
-    if needs.reference_log_probs and batches:
+    for name in sets_read(objectives) if batches else ():
+        own = [s for s in sequences if any(name in one.under and one.trains(s.kind) for one in objectives)]
         with session.clock.phase("reference_log_probs"):
-            found = session.policy.log_probs(sequences, weights=REFERENCE) or []
-            for sequence, values in zip(sequences, found, strict=False):
-                sequence.reference_log_probs = values
+            for sequence, values in zip(own, session.policy.measure(own, name) or [], strict=False):
+                sequence.log_probs_under[name] = values
+
+
+def _generated(session: Session, plan: Plan, batches: list[list[Sequence]]) -> bool:
+    """Whether the step's first update has the weights that generated, and their log-probs are not measured before."""
+    measured = len(batches) > 1 and any(one.old for one in session.algorithm.objectives)
+    return any(one.weights == POLICY for one in plan.generations) and not measured
 
 
 def evaluate_now(session: Session) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
-from megarl.policy.policy import UpdateResult
+from megarl.policy.losses import Pass
+from megarl.policy.trained_set import StepResult
 from megarl.train.groups import added
 from megarl.train.rollouts import Rollouts
 from megarl.train.scoring import term_means
@@ -26,7 +27,8 @@ class StepRecord:
         self._session, self._step = session, step
         self._rollouts: Rollouts | None = None
         self._counters: dict[str, int] = {}
-        self._results: list[UpdateResult] = []
+        self._passes: list[Pass] = []
+        self._steps: list[StepResult] = []
         self._measured: dict[str, float] = {}
 
     def rollouts(self, rollouts: Rollouts) -> None:
@@ -45,10 +47,11 @@ class StepRecord:
         """Take further numbers of the step."""
         self._measured |= values
 
-    def update(self, result: UpdateResult) -> None:
-        """Take one optimizer update's result."""
-        self._results.append(result)
-        if result.skipped:
+    def update(self, found: Pass, step: StepResult) -> None:
+        """Take one update's pass and optimizer step."""
+        self._passes.append(found)
+        self._steps.append(step)
+        if step.skipped:
             self._session.progress.skipped_updates += 1
 
     def write(self) -> dict[str, Any]:
@@ -56,7 +59,7 @@ class StepRecord:
         session = self._session
         values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
-        values |= _of_updates(self._results)
+        values |= _of_updates(self._passes, self._steps)
         values |= _of_rollouts(self._rollouts, self._counters)
         values |= _by_source(session, self._rollouts)
         values |= _of_turns(session, self._rollouts)
@@ -66,7 +69,7 @@ class StepRecord:
             values |= dict.fromkeys(_GAP_NAMES)
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
-        values["time_shares"] = _time_shares(values["seconds"], self._results, self._rollouts)
+        values["time_shares"] = _time_shares(values["seconds"], self._passes, self._rollouts)
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
         values["counters"] = self._counters
@@ -100,26 +103,26 @@ _UPDATE_NAMES = (
 )
 
 
-def _of_updates(results: list[UpdateResult]) -> dict[str, Any]:
+def _of_updates(passes: list[Pass], steps: list[StepResult]) -> dict[str, Any]:
     """Means over the step's updates; None where there was none."""
     values: dict[str, Any] = dict.fromkeys(_UPDATE_NAMES)
-    if not results:
+    if not passes:
         return values | {"tokens": 0, "padding_share": 0.0}
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    names = dict.fromkeys(name for r in results for name in r.means)
-    computed = sum(r.computed_tokens for r in results)
-    real = sum(r.real_tokens for r in results)
+    names = dict.fromkeys(name for p in passes for name in p.means)
+    computed = sum(p.computed_tokens for p in passes)
+    real = sum(p.real_tokens for p in passes)
     values |= {
-        "loss": mean([r.loss for r in results]),
-        "grad_norm": mean([r.grad_norm for r in results]),
-        "lr": results[-1].lr,
+        "loss": mean([p.loss for p in passes]),
+        "grad_norm": mean([s.grad_norm for s in steps]),
+        "lr": steps[-1].lr,
     }
-    values |= {name: mean([r.means[name] for r in results if name in r.means]) for name in names}
+    values |= {name: mean([p.means[name] for p in passes if name in p.means]) for name in names}
     values |= {
-        "logprob_gap_max": max(r.gap_max for r in results),
+        "logprob_gap_max": max(p.gap_max for p in passes),
         "tokens": real,
         "padding_share": 1 - real / computed,
     }
@@ -166,13 +169,13 @@ def _by_source(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
     return by_source(answers, session.config.reward)
 
 
-def _time_shares(seconds: dict[str, float], results: list[UpdateResult], rollouts: Rollouts | None) -> dict[str, float]:
+def _time_shares(seconds: dict[str, float], passes: list[Pass], rollouts: Rollouts | None) -> dict[str, float]:
     """Parts of the step's time: that of the algorithm's loss function, and that of generating explanations.
 
     Explanations are generated in one call with the answers; their part of its time is their part of its tokens.
     """
     total = sum(seconds.values())
-    shares = {"loss": sum(r.loss_seconds for r in results) / total}
+    shares = {"loss": sum(p.loss_seconds for p in passes) / total}
     made = rollouts.made.generated_tokens if rollouts is not None else {}
     if made.get("explanation"):
         shares["explanations"] = seconds.get("generate", 0.0) * made["explanation"] / sum(made.values()) / total

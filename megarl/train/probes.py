@@ -33,7 +33,7 @@ def _measured(session: Session, rollouts: Rollouts, probe: Probe) -> dict[Key, t
     shares = balance([item.length for item in items], session.grid.data)
     placed = [[items[position] for position in share] for share in shares]
     (sequences,) = deliver(rollouts.made.bodies, [placed], session.config, session.world)
-    values = session.policy.log_probs(sequences, weights=probe.parameters) or []
+    values = session.policy.measure(sequences, probe.parameters) or []
     if not session.grid.reports:
         return {}
     mine = placed[session.grid.data_rank]

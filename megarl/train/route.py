@@ -22,7 +22,7 @@ from megarl.config.schema import RunConfig
 from megarl.data.packing import balance
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import send_arrays
-from megarl.records import Body, Key, Sequence
+from megarl.records import Body, Key, Sequence, from_place
 
 
 class CreditedGroup(NamedTuple):
@@ -53,6 +53,11 @@ class Item(NamedTuple):
     def end(self) -> int:
         """Tokens of the response up to the last that is trained."""
         return self.trained.spans[-1].end
+
+    @property
+    def kind(self) -> str:
+        """Its trajectory's."""
+        return self.trained.head.key.kind
 
     @property
     def is_text(self) -> bool:
@@ -116,10 +121,11 @@ def deliver(
     ]
     by_holder: list[list[Item]] = [[] for _ in range(world.size)]
     made: dict[Key, Sequence] = {}
+    temperature = config.rollout.temperature
     for item in wanted_by_rank[world.rank]:
         holder = item.trained.head.holder
         if holder is None:
-            made[item.trained.head.key] = _sequence(item, _pack(bodies, [item], routing), routing)
+            made[item.trained.head.key] = _sequence(item, _pack(bodies, [item], routing), routing, temperature)
         else:
             by_holder[holder].append(item)
     received = send_arrays(outgoing, [sum(_sent(item, routing) for item in held) for held in by_holder])
@@ -127,24 +133,23 @@ def deliver(
         start = 0
         for item in held:
             size = _sent(item, routing)
-            made[item.trained.head.key] = _sequence(item, array[start : start + size], routing)
+            made[item.trained.head.key] = _sequence(item, array[start : start + size], routing, temperature)
             start += size
     data_rank = grid_of_rank(world.rank, world.size, config.parallel).data_rank
     return [[made[item.trained.head.key] for item in batch[data_rank]] for batch in batches]
 
 
 def _totals(groups: Sequences[CreditedGroup], items: Sequences[Item]) -> BatchTotals:
-    targets = [item for item in items if item.is_text]
-    samples = [item for item in items if not item.is_text]
-    if not samples and not any(group.answers for group, _ in groups):
-        # Supervised training, which has texts alone.
-        samples, targets = targets, []
-    return BatchTotals(
-        tokens=float(sum(item.trained.tokens for item in samples)),
-        sequences=float(len(samples)),
-        response_tokens=float(sum(sum(group.lengths) for group, _ in groups)),
-        target_tokens=float(sum(item.trained.tokens for item in targets)),
-        target_sequences=float(len(targets)),
+    heads = [head for group, _ in groups for head in group.heads]
+    return BatchTotals.of(
+        {
+            kind: BatchTotals(
+                tokens=float(sum(item.trained.tokens for item in items if item.kind == kind)),
+                sequences=float(sum(item.kind == kind for item in items)),
+                response_tokens=float(sum(head.length for head in heads if head.key.kind == kind)),
+            )
+            for kind in dict.fromkeys(head.key.kind for head in heads)
+        }
     )
 
 
@@ -193,18 +198,21 @@ def _pack(bodies: Mapping[Key, Body], items: Sequences[Item], routing: Routing) 
     return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-def _sequence(item: Item, payload: np.ndarray, routing: Routing) -> Sequence:
-    prompt, (span,) = np.array(item.group.prompt.token_ids, np.int32), item.trained.spans
-    advantages = [np.full(one.end - one.start, one.advantage, np.float32) for one in item.trained.spans]
+def _sequence(item: Item, payload: np.ndarray, routing: Routing, temperature: float) -> Sequence:
+    """`temperature` is that at which the engine sampled, and of what is learned beside its samples; worked solutions
+    were not sampled, and their likelihood is that of the plain distribution."""
+    prompt, spans = np.array(item.group.prompt.token_ids, np.int32), item.trained.spans
+    advantages = np.concatenate([np.full(one.end - one.start, one.advantage, np.float32) for one in spans])
     tokens, log_probs, pairs = np.split(payload, [item.end, item.end + (0 if item.is_text else item.trained.tokens)])
     shape = _routed_shape(item, routing)
     return Sequence(
         tokens=np.concatenate([prompt, tokens]),
-        prompt_length=len(prompt) + span.start,
-        advantages=np.concatenate(advantages),
+        positions=np.concatenate([from_place(len(prompt) + one.start, len(prompt) + one.end) for one in spans]),
+        advantages=None if np.isnan(advantages).any() else advantages,
         rollout_log_probs=None if item.is_text else log_probs.view(np.float32).copy(),
         group=item.group.number,
-        target=item.is_text and item.trained.head.key.kind != "solution",
+        kind=item.kind,
+        temperature=1.0 if item.kind == "solution" else temperature,
         signals=dict(item.trained.signals),
         routed_experts=pairs.view(np.int16)[: prod(shape)].reshape(shape).copy() if prod(shape) else None,
     )

@@ -26,9 +26,10 @@ class Trainable(NamedTuple):
 def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
     """What the step trains on, by the algorithm's credit. Collective."""
     config, algorithm = session.config, session.algorithm
+    together = any(objective.together for objective in algorithm.objectives)
     with session.clock.phase("advantages"):
         credited, counters = credited_groups(rollouts.kept.groups, algorithm.credit(step, rollouts.kept.groups))
-        batches, more = assign(credited, config.batch.updates, session.grid.data, together=algorithm.needs.pairs)
+        batches, more = assign(credited, config.batch.updates, session.grid.data, together=together)
         sequences = deliver(
             rollouts.made.bodies, [batch.items for batch in batches], config, session.world, _routing(session)
         )

@@ -33,7 +33,7 @@ def wake_engine(session: Session, weights: str = POLICY) -> None:
     if session.engine is None:
         return
     with session.clock.phase("push"):
-        session.policy.residence.offload_optimizer()
+        session.policy.offload_optimizers()
         _fill(session, weights)
 
 
@@ -43,7 +43,7 @@ def sleep_engine(session: Session) -> None:
         return
     with session.clock.phase("push"):
         _let_sleep(session)
-        session.policy.residence.onload()
+        session.policy.onload()
 
 
 def serve(session: Session, weights: str) -> None:
@@ -53,7 +53,7 @@ def serve(session: Session, weights: str) -> None:
     with session.clock.phase("push"):
         _let_sleep(session)
         if weights == POLICY:
-            session.policy.residence.onload_weights()
+            session.policy.onload_weights()
         _fill(session, weights)
 
 
@@ -71,6 +71,6 @@ def _fill(session: Session, weights: str) -> None:
     session.engine.wake_weights()
     with session.policy.using(weights):
         session.push.run(version=session.progress.step)
-    session.policy.residence.offload_weights()
+    session.policy.offload_weights()
     session.engine.wake_cache()
     session.serving = weights

@@ -158,7 +158,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         host = ReplicaHost(environment, tokenizer, engine, data.prompts[0])
     recorder.status("building the policy")
     stream, counters, texts = _stream(config, data), Counters(), ServedTexts()
-    policy = Policy(config, shape, world, grid, step_budget=implied.updates, temperature=implied.temperature)
+    policy = Policy(config, shape, world, grid, step_budget=implied.updates)
     _load_weights(policy, config, implied.parameter_sets)
     return Session(
         config=config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
-from megarl.policy.policy import UpdateResult
+from megarl.policy.losses import Pass
 from megarl.train import divergence, journal
 from megarl.train.session import Session, unfinished_directory
 from megarl.weights.push import Difference, EngineChanged, shortened
@@ -34,32 +34,34 @@ def discarding(session: Session, step: int) -> Iterator[None]:
 
 
 def _discard(session: Session, step: int) -> None:
+    session.policy.discard()
     if session.world.is_first:
         journal.discard(unfinished_directory(session.config), step)
 
 
-def gap_guard(
-    session: Session, plan: Plan, step: int, batches: Sequence[Sequence[records.Sequence]]
-) -> Callable[[UpdateResult], None] | None:
-    """Raise `TrainingStopped` on all ranks where the step's log-prob gap exceeds `health.gap_limit`, or the engine's
-    log-probs are no numbers. Collective.
-
-    Where the policy's own log-probs are not known yet, those of the step's first update will do: returned is what
-    looks at them before anything is learned.
-    """
-    config = session.config
-    sampled = any(one.weights == POLICY for one in plan.generations) and Implied(config).makes_rollouts
-    if config.health.gap_limit is None or not sampled:
-        return None
+def check_before(session: Session, plan: Plan, step: int, batches: Sequence[Sequence[records.Sequence]]) -> None:
+    """Raise `TrainingStopped` on all ranks where the engine's log-probs are no numbers, or, where the old log-probs are
+    measured, their gap exceeds `health.gap_limit`. Collective."""
+    if not _guarded(session, plan):
+        return
     if not all(gather_all(_all_finite(batches))):
         # A diverged policy's engine has no numbers either; nobody is to take these up.
         _discard(session, step)
         divergence.stop_if_found(session)
         _stop(session, step, "the engine's log-probs of the sampled tokens are not finite, though the policy's are")
-    if session.algorithm.needs.old_log_probs and len(batches) > 1:
-        _stop_above(session, step, _mean_gap(session, batches))
-        return None
-    return lambda result: _stop_above(session, step, result.means.get("logprob_gap_mean"))
+    _stop_above(session, step, _mean_gap(session, batches))
+
+
+def check_pass(session: Session, plan: Plan, step: int, found: Pass) -> None:
+    """Raise `TrainingStopped` on all ranks where the gap that a pass of this step has found exceeds
+    `health.gap_limit`, before anything is learned from it. Collective where it raises."""
+    if _guarded(session, plan):
+        _stop_above(session, step, found.means.get("logprob_gap_mean"))
+
+
+def _guarded(session: Session, plan: Plan) -> bool:
+    sampled = any(one.weights == POLICY for one in plan.generations) and Implied(session.config).makes_rollouts
+    return session.config.health.gap_limit is not None and sampled
 
 
 def _all_finite(batches: Sequence[Sequence[records.Sequence]]) -> bool:

@@ -1,0 +1,164 @@
+"""What a pass with gradients makes of log-probs: the objectives' losses, and the numbers to log, over all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, Objective, sets_read, total
+from megarl.parallel.exchange import gather_all
+from megarl.policy.batch import MicroBatch
+from megarl.policy.passes import Work
+from megarl.records import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass with gradients over a mini-batch, the same on all ranks.
+
+    `means` are the objectives' means over the mini-batch, and beside them what the pass knows of all tokens that an
+    engine made (or of all tokens, where it made none): `entropy`, `logprob_gap_mean` and `logprob_k3`, the gap between
+    the old log-probs and the engine's, where both are known; and what `Experts.report` says. `gap_max` is the largest
+    gap. `loss_seconds` is the longest time that a rank spent in the objectives' losses (the backward pass, and work
+    that a GPU has queued, left out).
+    """
+
+    loss: float
+    means: dict[str, float]
+    gap_max: float
+    loss_seconds: float
+    real_tokens: int
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What all ranks know of a mini-batch's sequences before a pass: kinds that an engine made, and whether the old
+    log-probs of these are known."""
+
+    made: frozenset[str]
+    old: bool
+
+
+def look_over(
+    sequences: Sequences[Sequence], objectives: Sequences[Objective], *, old_is_current: bool, last_stage: bool
+) -> Facts:
+    """Facts of the mini-batch of which `sequences` are this rank's. Collective.
+
+    Raises:
+        ValueError: on all ranks, where a sequence lacks a value per token that an objective needs.
+    """
+    lacking = None
+    if last_stage:
+        lacking = next((found for o in objectives for s in sequences if (found := _lacks(s, o, old_is_current))), None)
+    made = [s for s in sequences if s.rollout_log_probs is not None]
+    old = old_is_current or not last_stage or all(s.old_log_probs is not None for s in made)
+    parts = gather_all((lacking, {s.kind for s in made}, old))
+    for words, *_ in parts:
+        if words is not None:
+            raise ValueError(words)
+    return Facts(frozenset().union(*(kinds for _, kinds, _ in parts)), all(known for *_, known in parts))
+
+
+def _lacks(sequence: Sequence, objective: Objective, old_is_current: bool) -> str | None:
+    """The first value that the objective needs of the sequence and that it does not have, in words."""
+    if not objective.trains(sequence.kind):
+        return None
+    needed = {
+        "advantages": objective.advantages and sequence.advantages is None,
+        "old_log_probs": objective.old and not old_is_current and sequence.old_log_probs is None,
+        "rollout_log_probs": objective.rollout and sequence.rollout_log_probs is None,
+    }
+    needed |= {f"log_probs_under[{name!r}]": name not in sequence.log_probs_under for name in objective.under}
+    for name, missing in needed.items():
+        if missing:
+            return f"a sequence of kind {sequence.kind!r} has no {name}, which an objective needs"
+    return None
+
+
+class LossStage:
+    """The objectives' losses on each micro-batch, and this replica's shares of the loss and of the means to log."""
+
+    def __init__(
+        self, objectives: Sequences[Objective], totals: BatchTotals, facts: Facts, *, old_is_current: bool
+    ) -> None:
+        self.objectives, self.totals, self.facts, self.old_is_current = objectives, totals, facts, old_is_current
+        self.entropy_gradient = any(objective.entropy_gradient for objective in objectives)
+        self.loss = 0.0
+        self.shares: dict[str, float] = {}
+        self.gap_max = 0.0
+        self.seconds = 0.0
+
+    def __call__(
+        self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
+    ) -> torch.Tensor:
+        old = log_probs.detach() if self.old_is_current else _filled(batch.old_log_probs, log_probs)
+        rollout = _filled(batch.rollout_log_probs, log_probs)
+        start = time.perf_counter()
+        terms = total(
+            self.objectives,
+            LossInputs(
+                log_probs_T=log_probs,
+                entropy_T=entropy,
+                mask_T=torch.ones_like(log_probs),
+                sequence_T=batch.sequence,
+                num_sequences=batch.num_sequences,
+                lengths_S=batch.lengths,
+                totals=self.totals,
+                kind_S=batch.kinds,
+                old_log_probs_T=old,
+                rollout_log_probs_T=rollout,
+                log_probs_under_T={
+                    name: _filled(batch.log_probs_under.get(name), log_probs) for name in sets_read(self.objectives)
+                },
+                advantages_T=_filled(batch.advantages, log_probs),
+                signals_S=batch.signals,
+                group_S=batch.group,
+            ),
+        )
+        self.seconds += time.perf_counter() - start
+        self.loss += float(terms.loss.detach())
+        self._log(terms, batch, old - rollout, entropy.detach())
+        return terms.loss
+
+    def _log(self, terms: LossTerms, batch: MicroBatch, gap: torch.Tensor, entropy: torch.Tensor) -> None:
+        means, made = dict(terms.means), self.facts.made
+        own = [not made or kind in made for kind in batch.kinds]
+        own_T = torch.tensor(own, device=gap.device, dtype=torch.bool)[batch.sequence]
+        count = sum(counts.tokens for kind, counts in self.totals.by_kind.items() if not made or kind in made)
+        if made and self.facts.old:
+            gap = torch.where(own_T, gap, 0.0)
+            means |= {
+                "logprob_gap_mean": (gap.abs().sum(), count),
+                "logprob_k3": ((gap.exp() - 1 - gap).sum(), count),
+            }
+            # Python's max would drop a NaN.
+            self.gap_max = float(np.maximum(self.gap_max, float(gap.abs().max())))
+        means["entropy"] = torch.where(own_T, entropy, 0.0).sum(), count
+        for name, (value, of) in means.items():
+            if of:
+                self.shares[name] = self.shares.get(name, 0.0) + float(value.detach()) / of
+
+    def gather(self, work: Work, *, reports: bool) -> Pass:
+        """The pass, summed over the replicas' `reports`. Collective."""
+        mine = (self.loss, self.shares, self.gap_max, self.seconds, work) if reports else None
+        present = [part for part in gather_all(mine) if part is not None]
+        # A replica whose micro-batches are all empty has no names.
+        names = dict.fromkeys(name for part in present for name in part[1])
+        return Pass(
+            loss=sum(part[0] for part in present),
+            means={name: sum(part[1].get(name, 0.0) for part in present) for name in names},
+            gap_max=max(part[2] for part in present),
+            loss_seconds=max(part[3] for part in present),
+            real_tokens=sum(part[4].real_tokens for part in present),
+            computed_tokens=sum(part[4].computed_tokens for part in present),
+        )
+
+
+def _filled(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """NaN where no sequence of the micro-batch has the value: then none of them needs it."""
+    return torch.full_like(like, torch.nan) if values is None else values
