@@ -273,6 +273,24 @@ def test_tokens_before_the_span_are_context_and_those_after_it_are_cut(alone: Wo
         assert (s.advantages > 0).all() if number % 2 == 0 else (s.advantages < 0).all()
 
 
+@pytest.mark.parametrize("own_prompt", [(), (500, 501, 502)])
+def test_what_an_environment_said_between_is_context(alone: World, own_prompt: tuple[int, ...]) -> None:
+    """Also after a prompt of the environment's own, which travels with the answer."""
+    made = step_of([(1.0, 7, None), (0.0, 3, None)])
+    played, other = made.groups[0].heads
+    stretches = (Stretch(0, 2, "policy", 0), Stretch(2, 5, "environment"), Stretch(5, 7, "policy", 0))
+    played = replace(played, stretches=stretches, prompt_length=len(own_prompt) or None)
+    group = replace(made.groups[0], heads=(played, other))
+    bodies = dict(made.bodies) | {played.key: replace(made.bodies[played.key], prompt_ids=own_prompt or None)}
+    first, second = delivered(algorithm_of("grpo"), replace(made, groups=(group,), bodies=bodies), alone)
+    before = list(own_prompt or (1,))
+    assert list(first.tokens) == [*before, 0, 1, 2, 3, 4, 5, 6]
+    assert list(first.positions - len(before)) == [0, 1, 5, 6]
+    assert first.rollout_log_probs is not None and list(first.rollout_log_probs) == [-1.0, -2.0, -6.0, -7.0]
+    assert first.advantages is not None and len(first.advantages) == 4
+    assert list(second.tokens) == [1, 10, 11, 12] and list(second.positions) == [1, 2, 3]
+
+
 def test_targets_have_no_values_of_sampled_answers(alone: World) -> None:
     made = step_of([(1.0, 3, None), (0.0, 2, None)], explanations={0: 4})
     *answers, target = delivered(algorithm_of("exp_grpo"), made, alone)

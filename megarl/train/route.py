@@ -201,13 +201,15 @@ def _pack(bodies: Mapping[Key, Body], items: Sequences[Item], routing: Routing) 
 def _sequence(item: Item, payload: np.ndarray, routing: Routing, temperature: float) -> Sequence:
     """`temperature` is that at which the engine sampled, and of what is learned beside its samples; worked solutions
     were not sampled, and their likelihood is that of the plain distribution."""
-    prompt, spans = np.array(item.group.prompt.token_ids, np.int32), item.trained.spans
+    spans, before, own = item.trained.spans, item.prompt_length, _own_prompt(item)
+    prompt = np.array([] if own else item.group.prompt.token_ids, np.int32)
     advantages = np.concatenate([np.full(one.end - one.start, one.advantage, np.float32) for one in spans])
-    tokens, log_probs, pairs = np.split(payload, [item.end, item.end + (0 if item.is_text else item.trained.tokens)])
+    sent = own + item.end
+    tokens, log_probs, pairs = np.split(payload, [sent, sent + (0 if item.is_text else item.trained.tokens)])
     shape = _routed_shape(item, routing)
     return Sequence(
         tokens=np.concatenate([prompt, tokens]),
-        positions=np.concatenate([from_place(len(prompt) + one.start, len(prompt) + one.end) for one in spans]),
+        positions=np.concatenate([from_place(before + one.start, before + one.end) for one in spans]),
         advantages=None if np.isnan(advantages).any() else advantages,
         rollout_log_probs=None if item.is_text else log_probs.view(np.float32).copy(),
         group=item.group.number,
