@@ -39,7 +39,7 @@ def nft_gradient(algorithm: Nft, groups: Groups, inputs: LossInputs) -> torch.Te
 
 
 def grpo_gradient(algorithm: Grpo, groups: Groups, inputs: LossInputs) -> torch.Tensor:
-    advantages_S = double([x for rewards in groups for x in outcome(rewards).rewards])
+    advantages_S = double([x for rewards in groups for x in algorithm.advantages(outcome(rewards))])
     loss = algorithm.loss(replace(inputs, advantages_T=advantages_S[inputs.sequence_T])).loss
     return torch.autograd.grad(loss, inputs.log_probs_T)[0]
 
