@@ -122,8 +122,9 @@ def learn(made: Any, batches: list[Any], totals: list[Any]) -> list[Any]:
 def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
     """Scenario: the training sequences of each step, with what the step counted and measured; the policy is updated."""
     from megarl.train import gauges
-    from megarl.train.loop import add_log_probs, roll_out
+    from megarl.train.rollouts import roll_out
     from megarl.train.selection import trainable
+    from megarl.train.values import add_log_probs
 
     made = session(world, table)
     found: dict[str, Any] = {"steps": [], "asked": []}
@@ -300,7 +301,7 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
 
     from megarl.config.parameter_sets import REFERENCE
     from megarl.records import Sequence, from_place
-    from megarl.train.loop import roll_out
+    from megarl.train.rollouts import roll_out
     from megarl.train.selection import trainable
 
     made = session(world, table)
@@ -361,7 +362,7 @@ def test_first_stage_trains_no_token_of_a_response(alone: dict[str, list[Any]]) 
 def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
     """Scenario: the evaluation before and after an update."""
     from megarl.train.evaluation import evaluate
-    from megarl.train.loop import roll_out
+    from megarl.train.rollouts import roll_out
     from megarl.train.selection import trainable
     from megarl.train.serving import awake
 

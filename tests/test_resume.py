@@ -1,6 +1,6 @@
 """A run killed in the middle and resumed ends exactly as one that was never interrupted.
 
-Through the command line, over two processes, with vLLM generating, the grader grading and the policy learning.
+Through the command line, over four processes, with vLLM generating, the grader grading and the policy learning.
 """
 
 from __future__ import annotations
@@ -20,47 +20,12 @@ from parity import read_checkpoint
 #: Fields of a step's metrics that say how long it took and how much memory, which no two runs share.
 MACHINE = ("seconds", "peak_memory_bytes", "time_shares")
 
-#: GRPO with a step size that depends on all steps before: a state of its own, as an algorithm of a user's may have.
-REMEMBERING = """
-from dataclasses import replace
-
-from megarl.algorithms.base import Credit
-from megarl.algorithms.grpo import Grpo
-from megarl.config.algorithms.grpo import GroupRelativeSettings
-
-class Remembering(Grpo):
-    class Settings(GroupRelativeSettings):
-        pass
-
-    seen, total = 0, 0.0
-
-    def credit(self, step, groups):
-        found = super().credit(step, groups)
-        spans = [span for credit in found for one in credit.trained for span in one.spans]
-        self.seen, self.total = self.seen + 1, self.total + sum(abs(span.advantage) for span in spans)
-        return [Credit(tuple(self.scaled(one) for one in credit.trained)) for credit in found]
-
-    def scaled(self, one):
-        factor = 1 + self.total / 1000
-        return replace(one, spans=tuple(span._replace(advantage=span.advantage * factor) for span in one.spans))
-
-    def state(self):
-        return {"seen": self.seen, "total": self.total}
-
-    def restore(self, state):
-        self.seen, self.total = state["seen"], state["total"]
-"""
-
 RUN: dict[str, Any] = {
     "resume": "auto",
-    "parallel": {"processes": 2, "tensor": 2},
-    # The reference stays the model before training, also in a run that continues from later weights.
-    "algorithm": {
-        "name": "remembering:Remembering",
-        "kl_coefficient": 0.02,
-        "dynamic_sampling": True,
-        "max_generation_batches": 2,
-    },
+    "parallel": {"processes": 4, "tensor": 2},
+    # One that uses all that an algorithm may, a state of its own among it. Its reference stays the model before
+    # training, also in a run that continues from later weights.
+    "algorithm": {"name": "outside:Outside", "share": 0.7},
     "batch": {"prompts": 6, "tokens_per_microbatch": 192, "updates": 2},
     "optimizer": {"lr": 1e-3, "warmup_steps": 3, "decay": "linear"},
     "checkpoint": {"every": 2, "export_hf": True},
@@ -83,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (folder / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     (folder / "data" / "many.jsonl").write_text("".join(rows[:36]))
     (folder / "data" / "few.jsonl").write_text("".join(rows[36:]))
-    (folder / "remembering.py").write_text(REMEMBERING)
+    shutil.copy(Path(__file__).parent / "outside_algorithm.py", folder / "outside.py")
     arithmetic_run.write_run(folder, **RUN)
     return folder
 
@@ -125,16 +90,20 @@ def test_killed_and_resumed_is_the_same_as_never_interrupted(folder: Path):
         refused.communicate(timeout=300)[0].split()
     )
     assert refused.returncode == 2
-    # 6 prompts x 4 samples, and in a step that dropped groups as many again; those of step 4 were not all made.
+    # 6 prompts x 4 answers, in a step that dropped groups as many again, and at most one text of the algorithm's own
+    # for each prompt; those of step 4 were not all made.
     made = {int(step): int(count) for step, count in re.findall(r"step (\d): (\d+) completions were made before", said)}
-    assert made.keys() == {3, 4} and made[3] in (24, 48) and made[4] > 0
+    assert made.keys() == {3, 4} and made[3] in (*range(24, 31), *range(48, 61)) and made[4] > 0
     assert list((broken / "unfinished").iterdir()) == []
     states = [
         json.loads((run / "checkpoints/step_000006/progress.json").read_text())["states"] for run in (whole, broken)
     ]
-    assert states[0] == states[1] and states[0]["algorithm"]["seen"] == 6 and states[0]["stream"] >= 36
+    assert states[0] == states[1] and states[0]["algorithm"]["steps"] == 6 and states[0]["stream"] >= 36
 
-    assert len(lines(whole / "metrics.jsonl")) == 6
+    steps = lines(whole / "metrics.jsonl")
+    assert len(steps) == 6 and all("away_from_start" in step for step in steps)
+    assert sum(step["counters"].get("names", 0) for step in steps) > 6 and any("naming_loss" in step for step in steps)
+    assert all(step["naming_nll"] > 0 for step in steps[::2]) and all("naming_nll" not in step for step in steps[1::2])
     counts = [line["answers_by_source"] for line in lines(whole / "metrics.jsonl")]
     many, few = (sum(count[name] for count in counts) // 4 for name in ("many", "few"))
     # The step goes on behind a kill in the midst of an epoch of each.

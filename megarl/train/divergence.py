@@ -35,6 +35,22 @@ def stop_if_found(session: Session) -> None:
         )
 
 
+def stop_if_stuck(session: Session) -> None:
+    """Raise `TrainingStopped` on all ranks where `optimizer.max_skipped` updates in a row were skipped, and `Diverged`
+    where one was and the policy is not finite. Collective."""
+    if session.policy.skipped_in_a_row == 0:
+        return
+    stop_if_found(session)
+    limit = session.config.optimizer.max_skipped
+    if session.policy.skipped_in_a_row >= limit:
+        raise TrainingStopped(
+            f"{limit} updates in a row had a NaN or infinite loss or gradient, so the run stops before step "
+            f"{session.progress.step + 1} is recorded; {last_checkpoint(session)}. Fix: lower optimizer.lr, "
+            "check the data and rewards, and continue from the last checkpoint with resume=auto; optimizer.max_skipped "
+            "sets the limit."
+        )
+
+
 def refuse_weights(session: Session, setting: str) -> None:
     """Raise `Refusal` where the weights that `setting` gave are not finite. Collective."""
     if (words := found(session)) is not None:

@@ -22,12 +22,23 @@ from megarl.train.generation import Thinkings, generate, respond, think, work
 from megarl.train.outputs import Output
 from megarl.train.recorder import turns
 from megarl.train.scoring import Graded, grade, term_means
+from megarl.train.serving import awake
 from megarl.train.session import Session
 from megarl.train.sources import above_middle, by_source
 from megarl.train.turns import play
 
 #: A line of an evaluation's file after its place there.
 _Row = tuple[tuple[bool, int], dict[str, Any]]
+
+
+def evaluate_now(session: Session) -> dict[str, Any]:
+    """Evaluate the current weights and record the result."""
+    session.progress.evaluation_due = True
+    with awake(session), session.clock.phase("evaluate"):
+        result = evaluate(session, f"step_{session.progress.step:06d}")
+    session.progress.evaluation_due = False
+    session.recorder.evaluation({"step": session.progress.step, **result, "seconds": session.clock.take()})
+    return result
 
 
 def evaluate(session: Session, name: str) -> dict[str, Any]:

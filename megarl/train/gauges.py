@@ -7,7 +7,7 @@ import numpy as np
 from megarl.algorithms.plan import Gauge, Plan
 from megarl.parallel.exchange import gather_all
 from megarl.records import Sequence, from_place
-from megarl.train.rollouts import Rollouts
+from megarl.train.groups import Rollouts
 from megarl.train.session import Session
 
 #: By metric: a sum, and what it is to be divided by.

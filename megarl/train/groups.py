@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from megarl.algorithms.base import Group
 from megarl.records import Body, Head, Key, Prompt, Trajectory
@@ -78,6 +79,13 @@ class Kept:
     def measured(self, numbers: Mapping[Key, Mapping[str, tuple[float, ...]]]) -> Kept:
         """The same groups, with what the algorithm's probes found."""
         return dataclasses.replace(self, groups=tuple(_with_numbers(group, numbers) for group in self.groups))
+
+
+class Rollouts(NamedTuple):
+    """What a step has made, and what of it is kept to train on."""
+
+    made: Made
+    kept: Kept
 
 
 def added(*counters: Mapping[str, int]) -> dict[str, int]:

@@ -13,8 +13,7 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.losses import Pass
 from megarl.policy.trained_set import StepResult
-from megarl.train.groups import added
-from megarl.train.rollouts import Rollouts
+from megarl.train.groups import Rollouts, added
 from megarl.train.scoring import term_means
 from megarl.train.session import Session
 from megarl.train.sources import by_source

@@ -7,7 +7,7 @@ from megarl.algorithms.plan import Probe
 from megarl.data.packing import balance
 from megarl.parallel.exchange import gather_all
 from megarl.records import Key
-from megarl.train.rollouts import Rollouts
+from megarl.train.groups import Rollouts
 from megarl.train.route import Item, deliver
 from megarl.train.session import Session
 

@@ -99,7 +99,8 @@ def _sample(line: str, file: Path, number: int, rank: int) -> Trajectory:
         fields = json.loads(line)
         named = fields.pop("key")
         key = Key(**named)._replace(branch=tuple(named["branch"]))
-        stretches = tuple(Stretch(**one) for one in fields.pop("stretches"))
+        # By the weights of another run, as far as this one knows.
+        stretches = tuple(Stretch(**one)._replace(version=None) for one in fields.pop("stretches"))
         body = {name: fields.pop(name) for name in ("text", "seed", "counters")}
         body |= {name: tuple(fields.pop(name)) for name in ("prompt_ids", "texts") if name in fields}
         ids = tuple(fields.pop("token_ids"))

@@ -17,20 +17,30 @@ from megarl.parallel.exchange import gather_all
 from megarl.records import Body, Head, Key, Trajectory
 from megarl.rewards.scorer import Scoring
 from megarl.rollout.turns import Played
-from megarl.train import generation, replay, texts
+from megarl.train import generation, replay, texts, trust
 from megarl.train.generation import Job
-from megarl.train.groups import Kept, Made, added, draw
+from megarl.train.groups import Kept, Made, Rollouts, added, draw
 from megarl.train.journal import Journal
 from megarl.train.outputs import Output
+from megarl.train.saving import save_rollouts
 from megarl.train.scoring import grade
+from megarl.train.serving import awake
 from megarl.train.session import Session, unfinished_directory
 
 
-class Rollouts(NamedTuple):
-    """What a step has made, and what of it is kept to train on."""
+def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
+    """The step's groups, saved where that is asked for; the engine is awake while they are generated. Collective.
 
-    made: Made
-    kept: Kept
+    Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back; where
+    the run was asked to stop and the step would not end in time, `StopAsked`. Raises `EngineChanged` on all ranks where
+    an engine's weights have changed since the push.
+    """
+    if not plan.generations:
+        return make_rollouts(session, plan, step)
+    with trust.discarding(session, step), awake(session, plan.generations[0].weights):
+        rollouts = make_rollouts(session, plan, step)
+    save_rollouts(session, step, rollouts.made)
+    return rollouts
 
 
 def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:

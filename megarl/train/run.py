@@ -28,9 +28,11 @@ from megarl.policy import checkpoint
 from megarl.rollout import environment
 from megarl.train import admission, divergence, evaluation, past
 from megarl.train.divergence import Diverged
-from megarl.train.loop import evaluate_now, roll_out, run_steps
+from megarl.train.evaluation import evaluate_now
+from megarl.train.loop import run_steps
 from megarl.train.measure import peak_memory_bytes
 from megarl.train.past import run_directory
+from megarl.train.rollouts import roll_out
 from megarl.train.saving import resume, save_checkpoint
 from megarl.train.serving import awake
 from megarl.train.session import Session, build

@@ -9,8 +9,7 @@ from typing import NamedTuple
 from megarl.algorithms.base import Credit, Group
 from megarl.algorithms.objective import BatchTotals
 from megarl.records import Sequence
-from megarl.train.groups import added
-from megarl.train.rollouts import Rollouts
+from megarl.train.groups import Rollouts, added
 from megarl.train.route import CreditedGroup, assign, deliver
 from megarl.train.session import Session
 

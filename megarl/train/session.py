@@ -34,6 +34,7 @@ from megarl.rewards.scorer import Scoring, build_scoring
 from megarl.rollout.engine import Engine
 from megarl.train.carry import Carry, Counters
 from megarl.train.clock import Clock
+from megarl.train.feed import Feed
 from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
 from megarl.train.replica_host import ReplicaHost
@@ -83,6 +84,7 @@ class Session:
     progress: Progress
     counters: Counters
     texts: ServedTexts
+    feed: Feed
     carry: Carry
     stops: Stops
     serving: str = POLICY
@@ -157,7 +159,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     if engine is not None and environment is not None:
         host = ReplicaHost(environment, tokenizer, engine, data.prompts[0])
     recorder.status("building the policy")
-    stream, counters, texts = _stream(config, data), Counters(), ServedTexts()
+    stream, counters, texts, feed = _stream(config, data), Counters(), ServedTexts(), Feed()
     policy = Policy(config, shape, world, grid, step_budget=implied.updates)
     _load_weights(policy, config, implied.parameter_sets)
     return Session(
@@ -182,7 +184,8 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         progress=Progress(),
         counters=counters,
         texts=texts,
-        carry=Carry({"stream": stream, "counters": counters, "texts": texts, "algorithm": algorithm}),
+        feed=feed,
+        carry=Carry({"stream": stream, "counters": counters, "texts": texts, "feed": feed, "algorithm": algorithm}),
         stops=stops,
     )
 
