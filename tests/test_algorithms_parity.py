@@ -6,6 +6,8 @@ each data-parallel rank gets its share. Gradients, not weights, are compared: Ad
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import parity
 import pytest
 import torch
 
-from megarl.records import Body, Prompt, Sequence, from_place
+from megarl.records import Body, Head, Prompt, Sequence, Stretch
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
@@ -58,7 +60,11 @@ KEYS = [
 
 
 def made_for(rank: int) -> Any:
-    """A step's groups of unlike lengths, with mixed rewards, as rank `rank` knows them; rank 0 holds all tokens."""
+    """A step's groups of unlike lengths, with mixed rewards, as rank `rank` knows them; rank 0 holds all tokens.
+
+    The second answer of each group has several turns, the third of one a prompt of its own, and the last of one failed
+    before it had a token.
+    """
     from group_case import group_of
 
     from megarl.train.groups import Made
@@ -81,10 +87,33 @@ def made_for(rank: int) -> Any:
         ends = [None if k == 3 else length // 2 for k, length in enumerate(lengths)]
         # One prompt has no explanation.
         texts = [] if number == 2 else [len(chosen.token_ids)]
+        if number == 4:
+            answers[3], lengths[3] = Body(()), 0
         group = group_of(rewards, lengths, ends, explanations=texts, number=number, prompt=prompt)
+        heads = list(group.heads)
+        heads[1], answers[1] = in_turns(heads[1], answers[1])
+        if number == 1:
+            own = tokens(5, 9)
+            heads[2] = replace(heads[2], prompt_length=len(own))
+            answers[2] = replace(answers[2], prompt_ids=own)
+        group = replace(group, heads=tuple(heads))
         groups.append(group)
         bodies |= dict(zip((head.key for head in group.heads), [*answers, chosen], strict=False))
     return Made(tuple(groups), bodies=bodies if rank == 0 else {})
+
+
+def in_turns(head: Head, body: Body) -> tuple[Head, Body]:
+    """A sample whose second token an environment put there, and some in its second half."""
+    cuts = [0, 1, 2, head.length // 2, head.length - 1, head.length]
+    stretches = tuple(
+        Stretch(start, end, "environment" if number % 2 else "policy", 0)
+        for number, (start, end) in enumerate(itertools.pairwise(cuts))
+    )
+    log_probs = list(body.log_probs)
+    for start, end, source, _ in stretches:
+        if source == "environment":
+            log_probs[start:end] = [float("nan")] * (end - start)
+    return replace(head, stretches=stretches), replace(body, log_probs=tuple(log_probs))
 
 
 def batch_of(algorithm: Any, made: Any, data_parallel: int) -> list[Any]:
@@ -193,15 +222,16 @@ def expected(model: Path, name: str) -> tuple[float, dict[str, np.ndarray]]:
     network = parity.transformers_model(model)
     sequences, parts, entropies = [], [], []
     for group, trained in batch.items[0]:
-        prompt, (span,) = group.prompt.token_ids, trained.spans
         body, target = made.bodies[trained.head.key], trained.head.key.kind == "explanation"
+        prompt, spans = body.prompt_ids or group.prompt.token_ids, trained.spans
+        places = [place for span in spans for place in range(span.start, span.end)]
         s = Sequence(
-            np.array([*prompt, *body.token_ids[: span.end]], np.int32),
-            from_place(len(prompt) + span.start, len(prompt) + span.end),
-            None if target else np.full(trained.tokens, span.advantage, np.float32),
+            np.array([*prompt, *body.token_ids[: spans[-1].end]], np.int32),
+            np.array(places, np.int32) + len(prompt),
+            None if target else np.full(trained.tokens, spans[0].advantage, np.float32),
             group=group.number,
             kind=trained.head.key.kind,
-            rollout_log_probs=None if target else np.array(body.log_probs[span.start : span.end], np.float32),
+            rollout_log_probs=None if target else np.array([body.log_probs[place] for place in places], np.float32),
             signals=dict(trained.signals),
         )
         log_probs, entropy = parity.token_values(network, s)

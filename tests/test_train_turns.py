@@ -29,15 +29,12 @@ from megarl.train.selection import credited_groups
 
 NAN = float("nan")
 #: The policy writes 3 tokens, reads 2, writes 1, reads 1 and writes 2.
-TURNS = tuple(
-    Stretch(start, end, source, 4)
-    for start, end, source in (
-        (0, 3, "policy"),
-        (3, 5, "environment"),
-        (5, 6, "policy"),
-        (6, 7, "environment"),
-        (7, 9, "policy"),
-    )
+TURNS = (
+    Stretch(0, 3, "policy", 4),
+    Stretch(3, 5, "environment", 4),
+    Stretch(5, 6, "policy", 4),
+    Stretch(6, 7, "environment", 4),
+    Stretch(7, 9, "policy", 4),
 )
 MINE, THEIRS = [0, 1, 2, 5, 7, 8], [3, 4, 6]
 #: Rewards of a group's answers: of one turn, of several after a prompt of the environment's, of one that failed before
