@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import arithmetic_run
+import numpy as np
 import parity
 import preloaded
 import pytest
@@ -17,6 +18,11 @@ import pytest
 HINT = "{prompt} is {answer}:"
 EXPLANATION = {"template": HINT, "answer_text": "\\boxed{{answer}}", "max_prompt_tokens": 48, "measure_every": 1}
 THINKING = {"reward": {"kind": "boxed", "graded": "response"}}
+#: An environment that asks in a prompt of its own, and answers two of three turns with [50, 51, 52]; replies are waited
+#: for, so that a run repeats.
+ASKING = {"kind": "environment_cases:Tokens", "max_turn_tokens": 8, "workers": 8, "in_order": True, "time_limit": 60.0}
+#: One that tells the reward's verdict.
+RETRY = {"kind": "retry", "arguments": {"message": "No.", "cost": 0.25}, "max_turn_tokens": 16, "in_order": True}
 #: How well the warmed-up policy answers differs from machine to machine; where an update must follow, this one does.
 CHANCE = {"reward": {"kind": "arithmetic_run:even_length", "graded": "response", "time_limit": 60.0}}
 
@@ -150,6 +156,7 @@ def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
                 "totals": totals,
                 "counters": {**rollouts.made.counters, **rollouts.kept.counters, **counters},
                 "generated": dict(rollouts.made.generated_tokens),
+                "engine_tokens": rollouts.made.engine_tokens,
                 "explanations": [body for head, body in written if head.key.kind == "explanation"],
                 "means": [r.means for r in results],
                 "measured": measured,
@@ -172,8 +179,17 @@ def on_two(folder: Path) -> dict[str, list[Any]]:
     algorithm = {"name": "exp_grpo", "explanation": explanation}
     kept = run_table(folder, algorithm=algorithm, data={"max_rows": 6}, parallel={"processes": 2})
     twice = run_table(folder, algorithm=algorithm, data={"max_rows": 4}, parallel={"processes": 2})
+    asked = run_table(
+        folder,
+        algorithm={"name": "exp_grpo", "explanation": EXPLANATION},
+        parallel={"processes": 2},
+        rollout={"environment": ASKING},
+        data={"max_prompt_tokens": 40},
+        # Room for all that the environment gives.
+        reward={"high": 10.0},
+    )
     calls = {"explained": ("trained", explained, 2), "kept": ("trained", kept, 3), "twice": ("trained", twice, 2)}
-    return in_world(2, calls)
+    return in_world(2, calls | {"asked": ("trained", asked, 2)})
 
 
 @pytest.fixture(scope="module")
@@ -291,14 +307,38 @@ def test_offline_pairs_are_those_of_the_first_policy(alone: dict[str, list[Any]]
     assert found["iterative"][0] != found["iterative"][1]
 
 
+def test_an_environments_tokens_are_context_in_training(on_two: dict[str, list[Any]]) -> None:
+    own = 4
+    for step in range(2):
+        parts = [rank["steps"][step] for rank in on_two["asked"]]
+        answers = [s for part in parts for s in part["sequences"] if s.kind == "answer"]
+        assert len(answers) == 24
+        turns = []
+        for s in answers:
+            first, last = s.positions[0], s.positions[-1]
+            assert tuple(s.tokens[:first]) == (*parts[0]["prompts"][s.group], own)
+            gaps = np.split(s.positions, np.flatnonzero(np.diff(s.positions) > 1) + 1)
+            between = np.setdiff1d(np.arange(first, last + 1), s.positions)
+            assert s.tokens[between].tolist() == [50, 51, 52] * (len(gaps) - 1) and last == s.length - 1
+            assert np.isfinite(s.rollout_log_probs).all() and max(len(gap) for gap in gaps) <= 8
+            turns.append(len(gaps))
+        assert set(turns) == {3}
+        for part in parts:
+            # What the engines counted is what is trained and what was explained: no token was made twice.
+            made = sum(len(body.token_ids) for other in parts for body in other["explanations"])
+            assert part["generated"] == {"answer": sum(s.trained for s in answers), "explanation": made}
+            assert part["engine_tokens"] == sum(part["generated"].values())
+            assert part["means"][0]["logprob_gap_mean"] < 1e-4
+        rewards = {float(s.advantages[0]) for s in answers}
+        assert len(rewards) > 6
+
+
 # --- thinking --------------------------------------------------------------------------------------------------------
 
 
 def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, Any]]:
     """Scenario: samples of the second step; of each the thinking's length and its tokens' log-probs: the engine's, the
     policy's, and those of the policy that the run started with."""
-    import numpy as np
-
     from megarl.config.parameter_sets import REFERENCE
     from megarl.records import Sequence, from_place
     from megarl.train.rollouts import roll_out
@@ -332,8 +372,6 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
 
 @pytest.mark.parametrize("responses", [1, 3])
 def test_frozen_responder_answers_the_policys_thinking(alone: dict[str, list[Any]], responses: int) -> None:
-    import numpy as np
-
     (samples,) = alone[f"{responses} responses"]
     assert len(samples) >= 8
     for thinking, engine, own, initial, reward in samples:
@@ -442,12 +480,26 @@ def runs(folder: Path) -> dict[str, Any]:
         run_table(folder, name="answers", steps=1, rollout={"save": True}),
         run_table(folder, name="refused", rollout={"replay": replay.replace("saved", "answers")}, **changes),
     ]
+    # Turns go back to an engine of two ranks, whose first rank alone has environments.
+    layout: dict[str, Any] = {
+        "parallel": {"processes": 2, "tensor": 2},
+        "reward": CHANCE["reward"] | {"graded": "whole"},
+    }
+    rollout = {"tensor": 2, "environment": RETRY, "save": True}
+    replay = str(folder / "runs" / "turns_whole" / "rollouts")
+    tables += [
+        run_table(folder, name="turns_whole", rollout=rollout, evaluation={"end": True}, **layout),
+        run_table(folder, name="turns_parts", steps=1, rollout=rollout, **layout),
+        run_table(folder, name="turns_parts", resume="must", rollout=rollout, **layout),
+        run_table(folder, name="turns_again", steps=1, rollout=rollout | {"save": False, "replay": replay}, **layout),
+    ]
     for consumer in ("initial", str(folder / "runs" / "warm" / "checkpoints")):
         evaluation = {"consumer": consumer, "samples": 2, "temperature": 1.0}
         table = run_table(folder, name=f"crossed-{consumer == 'initial'}", **THINKING, evaluation=evaluation)
         tables.append(table | {"evaluate": str(folder / "runs" / "staged_whole")})
     given = folder / "given.json"
-    started = preloaded.Started(run_all, [table | {"parallel": {"processes": 2}} for table in tables], given)
+    laid_out = [{"parallel": {"processes": 2}} | table for table in tables]
+    started = preloaded.Started(run_all, laid_out, given)
     said, _ = started.communicate()
     assert started.returncode == 0, said[-6000:]
     noise = {"seconds", "peak_memory_bytes", "time_shares", "algorithm"}
@@ -468,6 +520,39 @@ def test_without_weight_on_explanations_a_run_is_grpos(runs: dict[str, Any]) -> 
 def test_continued_run_is_the_uninterrupted_one(runs: dict[str, Any], name: str) -> None:
     assert len(runs[f"{name}_whole"]) == 3 and runs[f"{name}_whole"][2]["grad_norm"] > 0
     assert runs[f"{name}_parts"] == runs[f"{name}_whole"]
+
+
+def test_a_continued_run_of_several_turns_is_the_uninterrupted_one(folder: Path, runs: dict[str, Any]) -> None:
+    *steps, evaluation = runs["turns_whole"]
+    assert len(steps) == 2 and steps == runs["turns_parts"] and min(line["grad_norm"] for line in steps) > 0
+    for line in steps:
+        assert 1 < line["turns_mean"] < 2 and 0 < line["environment_token_share"] < 1
+        assert line["engine_tokens"] == line["generated_tokens"]
+        assert line["counters"]["retry_told"] + line["counters"]["retry_right"] >= 24
+        assert line["logprob_gap_max"] < 1e-4
+    assert evaluation["evaluation_counters"]["retry_told"] > 0
+    (again,) = runs["turns_again"]
+    names = ("loss", "grad_norm", "reward_mean", "turns_mean", "environment_token_share")
+    assert [again[n] for n in names] == pytest.approx([steps[0][n] for n in names], rel=1e-5)
+
+
+def test_samples_and_evaluations_show_the_turns(folder: Path, runs: dict[str, Any]) -> None:
+    kept = folder / "runs/turns_whole"
+    for file, rewards in (("samples.jsonl", {0.75, 1.0, 0.0}), ("evaluations/step_000002.jsonl", {0.75, 1.0, 0.0})):
+        rows = [json.loads(line) for line in (kept / file).read_text().splitlines()]
+        assert {row["reward"] for row in rows} <= rewards and len({row["reward"] for row in rows}) > 1
+        for row in rows:
+            first, *others = row["turns"]
+            assert first["by"] == "policy" and "".join(turn["text"] for turn in row["turns"]) == row["response"]
+            if others:
+                told, last = others
+                assert (told["by"], last["by"]) == ("environment", "policy") and "No." in told["text"]
+                # Right at once costs nothing; later a quarter, which is not taken from the least reward.
+                assert row["reward"] == (0.75 if len(last["text"]) % 2 == 0 else 0.0)
+            else:
+                assert row["reward"] == 1.0
+    lines = (kept / "rollouts/step_000002.rank_0000.jsonl").read_text().splitlines()
+    assert {stretch["version"] for line in lines for stretch in json.loads(line)["stretches"]} == {1}
 
 
 def test_saved_explanations_are_replayed(runs: dict[str, Any]) -> None:

@@ -124,22 +124,6 @@ def delivered(made: Made, world: World, routing: tuple[int, int] | None = None) 
     return sequences
 
 
-def test_what_the_environment_said_is_context_after_its_own_prompt(alone: World) -> None:
-    sequences = delivered(made_by_turns(), alone)
-    assert len(sequences) == 4
-    for number in range(2):
-        several = next(s for s in sequences if s.group == number and s.length == 12)
-        first = 100 * number + 10
-        said = [first, first + 1, first + 2, 63, 64, first + 5, 66, first + 7, first + 8]
-        assert several.tokens.tolist() == [90, 91, 92, *said]
-        assert several.positions.tolist() == [3 + place for place in MINE]
-        assert several.rollout_log_probs is not None and several.advantages is not None
-        assert several.rollout_log_probs.tolist() == [-1.0 - place for place in MINE]
-        assert (several.advantages == several.advantages[0]).all() and several.advantages[0] > 0
-        single = next(s for s in sequences if s.group == number and s is not several)
-        assert single.tokens.tolist() == [*range(1, number + 2), *range(100 * number, 100 * number + 4)]
-
-
 def test_routing_of_a_prompt_of_its_own(alone: World) -> None:
     made = made_by_turns()
     # Of three prompt tokens and eight of the response: layer l's expert for token t is 10 t + l.
