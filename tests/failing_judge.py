@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks as much of the chat-completions protocol as a judge must, or fails to."""
+"""A real HTTP server that speaks as much of the OpenAI-compatible protocol as judge and teacher must, or fails to."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ class JudgeServer:
 
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
+        prompt = body.get("prompt")
+        text = body["messages"][-1]["content"] if prompt is None else " ".join(map(str, prompt))
         with self._lock:
             times = self._times[text]
             self._times[text] += 1
@@ -122,7 +123,7 @@ class JudgeServer:
             self._in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
         try:
-            assert request.path == "/v1/chat/completions"
+            assert request.path == ("/v1/chat/completions" if prompt is None else "/v1/completions")
             act = self.script(text, times)
             if isinstance(act, Say):
                 self._over.wait(act.seconds)

@@ -58,7 +58,7 @@ PROCESSES = frozenset(
         "test_weight_source.py",
         "test_reshard_vllm.py",
         "test_resume.py",
-        "test_rewards_judge_vllm.py",
+        "test_servers_vllm.py",
         "test_rollout_engine.py",
         "test_rollout_moe.py",
         "test_runs.py",

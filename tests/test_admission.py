@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import preloaded
 import pytest
+import tokenizer_case
 from config_case import MODEL, TOKENIZER
 from failing_judge import free_port
 
@@ -116,6 +118,37 @@ def test_checkpoints_that_are_none(run_file: Path) -> None:
     assert sentence.startswith(f"{folder} of a model with ffn_size=128: must be of the model in config.json")
     checkpoint_folder.write_progress(folder, model_shape_from_hf(MODEL), {"step": 1, "optimizer": False})
     assert said(run_file, "model.weights=other") == []
+
+
+def test_teachers_that_cannot_be(run_file: Path) -> None:
+    """A checkpoint of another model or tokenizer is refused before the run, a server's key is looked for."""
+    folder, teacher = Path("other/step_000001"), "algorithm={name: opd, teacher: {checkpoint: other}}"
+    folder.mkdir(parents=True)
+    shape, facts = model_shape_from_hf(MODEL), {"step": 1, "optimizer": False}
+    checkpoint_folder.write_progress(folder, model_shape_from_hf(MODEL | {"intermediate_size": 128}), facts)
+    (sentence,) = said(run_file, teacher)
+    assert sentence.startswith(f"{folder} of a model with ffn_size=128: must be of the model in config.json")
+    tokenizer_case.train(Path("ours"))
+    tokenizer_case.byte_level(Path("theirs"))
+    for made in ("ours", "theirs"):
+        Path(made, "config.json").write_text("{}")
+    # Where nothing is known of its tokenizer, and where it is the run's own.
+    for more in ({}, {"model_path": "ours"}):
+        checkpoint_folder.write_progress(folder, shape, facts | more)
+        assert said(run_file, teacher, "model.tokenizer=ours") == []
+    checkpoint_folder.write_progress(folder, shape, facts | {"model_path": "theirs"})
+    (sentence,) = said(run_file, teacher, "model.tokenizer=ours")
+    assert re.fullmatch(
+        r"algorithm\.teacher\.checkpoint=other: must have been trained with this run's tokenizer, but token \d+ is "
+        r"'.+' there and '.+' here\. Fix: use a checkpoint of the same vocabulary\.",
+        sentence,
+    )
+    server = "{url: http://host/v1, model: m, api_key_env: NO_SUCH_KEY}"
+    (sentence,) = said(run_file, f"algorithm={{name: opd, teacher: {{server: {server}}}}}")
+    assert sentence == (
+        "algorithm.teacher.server.api_key_env=NO_SUCH_KEY: must name an environment variable that holds the teacher's "
+        "key, and it is not set. Fix: export NO_SUCH_KEY=."
+    )
 
 
 def test_a_judge_without_its_key(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

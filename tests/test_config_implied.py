@@ -19,6 +19,10 @@ from megarl.config.schema import RunConfig
 MEASURED = ParameterSet(REFERENCE, measures=True)
 WRITES = ParameterSet(REFERENCE, generates=True)
 
+TAUGHT = ParameterSet("teacher", "there", "algorithm.teacher.checkpoint", measures=True)
+#: A teacher behind a server.
+SERVED = {"name": "opd", "teacher": {"server": {"url": "http://host:8000/v1", "model": "m", "patience": 70.0}}}
+
 
 def run_of(algorithm: str | dict[str, Any] = "grpo", **changes: Any) -> RunConfig:
     settings: dict[str, Any] = {
@@ -103,6 +107,8 @@ SETS: list[tuple[str | dict[str, Any], dict[str, Any], tuple[ParameterSet, ...]]
         {},
         (ParameterSet(REFERENCE, generates=True, measures=True),),
     ),
+    ({"name": "opd", "teacher": {"checkpoint": "there"}}, {}, (TAUGHT,)),
+    (SERVED, {}, ()),
     ("grpo", {"consumer": "initial"}, (WRITES,)),
     (
         {"name": "grpo", "kl_coefficient": 0.1},
@@ -135,6 +141,17 @@ def test_settings_declare_what_the_algorithm_needs(algorithm: str | dict[str, An
     writers = {one.weights for one in (*generations, *responders)} - {POLICY}
     assert {one.name for one in sets if one.generates} == writers
     assert Implied(config).marks_thinking == bool(responders)
+
+
+def test_served_sets_and_how_long_a_rank_may_wait() -> None:
+    (one,) = Implied(run_of(SERVED)).served_sets
+    assert (one.name, one.server.model, one.setting) == ("teacher", "m", "algorithm.teacher.server")
+    assert Implied(run_of(SERVED), evaluates_alone=True).served_sets == ()
+    assert [Implied(run_of(one)).patience for one in ("grpo", SERVED)] == [0.0, 70.0]
+    judge = {"url": "http://host/v1", "model": "m", "patience": 80.0}
+    judged = run_of(SERVED, reward={"kind": "judge", "judge": judge})
+    assert (Implied(judged).patience, Implied(judged, evaluates_alone=True).patience) == (80.0, 80.0)
+    assert Implied(run_of(evaluation={"reward": {"kind": "judge", "judge": judge}})).patience == 80.0
 
 
 def test_checkpoints_that_are_read() -> None:

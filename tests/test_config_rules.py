@@ -336,6 +336,26 @@ REFUSED: list[tuple[str, str]] = [
         "reward.kind=maths: must be math, boxed, f1, judge, sum, package.module:function or folder/file.py:function. "
         "Fix: correct reward.kind.",
     ),
+    (
+        "algorithm={name: opd}",
+        "algorithm.teacher: names nobody to learn from. Fix: set algorithm.teacher.checkpoint, or "
+        "algorithm.teacher.server.url and algorithm.teacher.server.model.",
+    ),
+    (
+        "algorithm={name: opd, teacher: {checkpoint: there, server: {url: http://host/v1, model: m}}}",
+        "algorithm.teacher.checkpoint=there: contradicts algorithm.teacher.server: there is one teacher. "
+        "Fix: remove one of the two.",
+    ),
+    (
+        "algorithm={name: opd, teacher: {server: {url: http://host/v1, model: m}}} rollout.temperature=0.7",
+        "rollout.temperature=0.7: must be 1 with algorithm.teacher.server, since a server gives the log-probs of the "
+        "plain distribution. Fix: remove it.",
+    ),
+    (
+        "algorithm={name: opd, teacher: {checkpoint: nowhere}}",
+        "algorithm.teacher.checkpoint=nowhere: is not a directory. Fix: give a megarl checkpoint, or a run's "
+        "checkpoints/ folder.",
+    ),
     ("optimizer.min_lr=1e-3", "optimizer.min_lr=0.001: must not exceed optimizer.lr=1e-06. Fix: lower min_lr."),
     (
         "resume=auto checkpoint.optimizer=false",

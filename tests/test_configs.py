@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from megarl.config import rules
 from megarl.config.data import DATA_SUFFIXES
+from megarl.config.implied import Implied
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
 
@@ -77,9 +78,8 @@ def write_files(config: RunConfig) -> None:
     """What the configuration names, in the working directory."""
     path = Path(config.model.path)
     write_model(path, PUBLISHED.get(path.name) or LAPTOP_MODELS.get(str(path), TINY))
-    for folder in (config.model.weights, config.evaluation.consumer):
-        if folder not in (None, "initial"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+    for folder in Implied(config).checkpoints.values():
+        Path(folder).mkdir(parents=True, exist_ok=True)
     for name in (config.data.path, config.evaluation.path, config.model.tokenizer):
         if name is not None and name.endswith((*DATA_SUFFIXES, ".model")):
             Path(name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megarl.config.algorithms import GrpoSettings
+from megarl.config.algorithms import GrpoSettings, OpdSettings
 from megarl.config.load import load_config
 from megarl.config.sections import RunSettings
 
@@ -37,12 +37,12 @@ def in_backticks(cell: str) -> list[tuple[str, str]]:
 
 
 def field_of(path: str) -> FieldInfo:
-    """The field that a dotted path means; those of algorithm are GRPO's. Raises KeyError."""
+    """The field that a dotted path means; those of algorithm are GRPO's, else opd's. Raises KeyError."""
     record: type[BaseModel] = RunSettings
     *sections, name = path.split(".")
-    for section in sections:
+    for section, after in pairwise([*sections, name]):
         if section == "algorithm":
-            record = GrpoSettings
+            record = GrpoSettings if after in GrpoSettings.model_fields else OpdSettings
             continue
         annotation = record.model_fields[section].annotation
         record = next(

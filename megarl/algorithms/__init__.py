@@ -10,6 +10,7 @@ from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.algorithms.expo import ExpDpo, ExpGrpo
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.nft import Nft
+from megarl.algorithms.opd import Opd
 from megarl.algorithms.sft import Sft
 from megarl.algorithms.start import Start
 from megarl.config import user_code
@@ -23,6 +24,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "exp_grpo": ExpGrpo,
     "exp_dpo": ExpDpo,
     "start": Start,
+    "opd": Opd,
 }
 
 

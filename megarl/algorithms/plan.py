@@ -58,6 +58,8 @@ class Generation:
     """A bound of its own, in place of rollout.max_tokens."""
     graded: bool = True
     """Whether the run's reward is found for it."""
+    needs_reward: bool = True
+    """Whether a group is left out of the step where one of them has no reward, though it was asked for."""
     learn: Callable[[Prompt, Trajectory], Learned] | None = None
     """Where not the sample itself is trained, but a text that is made of it: what that is. The text follows the prompt
     as the data set has it, and is trained without a reward."""

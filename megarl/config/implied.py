@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megarl.config.grid import padded_length
-from megarl.config.parameter_sets import CONSUMER, REFERENCE, ParameterSet, united
+from megarl.config.parameter_sets import CONSUMER, REFERENCE, ParameterSet, ServedSet, united
 from megarl.config.schema import RunConfig
 
 
@@ -99,6 +99,19 @@ class Implied:
             yield ParameterSet(self.consumer, generates=True)
         if not self.evaluates_alone:
             yield from self.config.algorithm.parameter_sets(self.config)
+
+    @property
+    def served_sets(self) -> tuple[ServedSet, ...]:
+        """The weights that others serve, under which log-probs are asked for."""
+        return () if self.evaluates_alone else self.config.algorithm.served_sets(self.config)
+
+    @property
+    def patience(self) -> float:
+        """How many seconds a rank may wait for a server while the others wait for the rank."""
+        rewards = [reward for reward in (self.config.reward, self.config.evaluation.reward) if reward is not None]
+        judges = [part.judge for reward in rewards for _, part in reward.named_parts() if part.judge is not None]
+        servers = [*judges, *(one.server for one in self.served_sets)]
+        return max((server.patience for server in servers), default=0.0)
 
     @property
     def keeps_start(self) -> bool:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from megarl.config.servers import LogProbServerSettings
+
 #: The weights that are trained.
 POLICY = "policy"
 #: The weights as they were when the run began.
 REFERENCE = "reference"
 #: The weights of the policy that answers the trained one's thinking in evaluations, where they are a checkpoint's.
 CONSUMER = "consumer"
+
+#: The weights that a policy is distilled from.
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,16 @@ class ParameterSet:
     """Whether the engine is filled with it at times."""
     measures: bool = False
     """Whether log-probs are computed under it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSet:
+    """Weights that somebody else serves, known by their name: this run asks for log-probs under them."""
+
+    name: str
+    server: LogProbServerSettings
+    setting: str
+    """The key of `server` in the run's file."""
 
 
 def united(sets: Iterable[ParameterSet]) -> tuple[ParameterSet, ...]:

@@ -74,7 +74,7 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
-    yield from chain(_consumer(config), _environment(config))
+    yield from chain(_consumer(config), _environment(config), _served_sets(config))
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
 
@@ -218,6 +218,16 @@ def _judge(name: str, judge: JudgeSettings) -> Iterator[Refusal]:
             "needs prices to count by",
             f"set {name}.input_price and {name}.output_price",
         )
+
+
+def _served_sets(config: RunConfig) -> Iterator[Refusal]:
+    for one in Implied(config).served_sets:
+        if config.rollout.temperature != 1:
+            yield Refusal(
+                f"rollout.temperature={config.rollout.temperature:g}",
+                f"must be 1 with {one.setting}, since a server gives the log-probs of the plain distribution",
+                "remove it",
+            )
 
 
 def _schedule(config: RunConfig) -> Iterator[Refusal]:

@@ -7,7 +7,7 @@ sentencepiece model is read without transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +93,26 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
             f"must not exceed the model's vocabulary of {model_vocab_size}",
             "use the tokenizer the model was trained with (model.tokenizer)",
         )
+
+
+def spread_tokens(tokenizer: Tokenizer, most: int) -> list[int]:
+    """At most that many token ids, evenly spread over the vocabulary, its last one among them."""
+    size = tokenizer.vocab_size
+    count = min(most, size)
+    return [size - 1 - place * size // count for place in reversed(range(count))]
+
+
+def differing_token(tokenizer: Tokenizer, texts: Mapping[int, str]) -> tuple[int, str, str] | None:
+    """The first of `texts`, by token id, that the tokenizer has otherwise: id, its text, the other; None without one.
+
+    Blanks around a text are not looked at, as decoders treat them in their ways, nor tokens that are no text alone
+    (parts of characters, control tokens).
+    """
+    for token_id, text in texts.items():
+        own, other = tokenizer.decode([token_id]).strip(), text.strip()
+        if own and other and "\ufffd" not in own + other and own != other:
+            return token_id, own, other
+    return None
 
 
 class SentencePieceTokenizer:

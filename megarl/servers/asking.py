@@ -60,16 +60,16 @@ class Asking(Generic[Item, Answer]):
         self._failures.begin(len(items))
         workers = [self._work(work, found) for _ in range(min(self._settings.concurrency, len(items)))]
         tasks = [asyncio.create_task(one) for one in workers]
-        look = asyncio.create_task(_until(stop))
+        look, together = asyncio.create_task(_until(stop)), asyncio.gather(*tasks)
         try:
-            await asyncio.wait([look, together := asyncio.gather(*tasks)], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([look, together], return_when=asyncio.FIRST_COMPLETED)
             if not together.done():
                 raise AskingGivenUp(f"the {self._client.who} was not waited for")
             await together
         finally:
             for task in (look, *tasks):
                 task.cancel()
-            await asyncio.gather(look, *tasks, return_exceptions=True)
+            await asyncio.gather(look, together, *tasks, return_exceptions=True)
         self._failures.end()
         return [found[index] for index in range(len(items))]
 

@@ -15,7 +15,7 @@ from megarl.config.rewards import ScoreSettings
 from megarl.config.schema import RunConfig
 from megarl.data.preview import SECONDS, data_refusals, first_prompt
 from megarl.data.thinking import ThinkingEnd
-from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megarl.data.tokenizer import Tokenizer, check_vocabulary, differing_token, load_tokenizer, spread_tokens
 from megarl.environments import host as environments
 from megarl.errors import MegarlError, Refusal
 from megarl.formats import checkpoint_folder
@@ -26,6 +26,8 @@ from megarl.train import past, replay
 
 #: Seconds for a file's rows where the run, which reads all of them, follows at once. Our choice.
 BRIEFLY = 1.0
+#: Tokens, spread over the vocabulary, of which the texts of two tokenizers are compared. Our choice.
+COMPARED = 4096
 
 
 def refusals(
@@ -60,6 +62,9 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
         if not evaluates:
             _look_at_replay(config)
         tokenizer = _usable_tokenizer(config)
+        _look_at_vocabularies(config, tokenizer)
+        for served in Implied(config, evaluates_alone=evaluates).served_sets:
+            key_of(served.server, served.setting, served.name)
         with _in_a_sentence(f"data.path={config.data.path}", "check the file, and the tokenizer's chat template"):
             for refusal in data_refusals(config, tokenizer, seconds, evaluates=evaluates):
                 raise refusal
@@ -79,6 +84,27 @@ def _look_at_checkpoints(config: RunConfig) -> None:
         found = checkpoint_folder.require(path, setting)
         progress = checkpoint_folder.read_progress(found)
         checkpoint_folder.check_model(found, progress, read_model_shape(config.model.path))
+
+
+def _look_at_vocabularies(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raise `Refusal` where a checkpoint's own tokenizer, as far as it is known, has other tokens than the run's."""
+    for one in Implied(config).parameter_sets:
+        if one.checkpoint is None:
+            continue
+        try:
+            other = load_tokenizer(checkpoint_folder.hf_folder(checkpoint_folder.require(one.checkpoint, one.setting)))
+        except Refusal:
+            continue
+        ids = spread_tokens(tokenizer, COMPARED)
+        differs = differing_token(tokenizer, {token_id: other.decode([token_id]) for token_id in ids})
+        if differs is not None:
+            token_id, own, text = differs
+            raise Refusal(
+                f"{one.setting}={one.checkpoint}",
+                f"must have been trained with this run's tokenizer, but token {token_id} is {text!r} there and "
+                f"{own!r} here",
+                "use a checkpoint of the same vocabulary",
+            )
 
 
 def _look_at_replay(config: RunConfig) -> None:

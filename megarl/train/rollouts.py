@@ -84,8 +84,9 @@ def keep(session: Session, plan: Plan, before: Kept, groups: Sequence[Group]) ->
 
 
 def is_unscored(plan: Plan, group: Group) -> bool:
-    """Whether an answer of the group has no reward, though one was asked for."""
-    return bool(plan.generations) and any(head.reward is None for head in group.answers)
+    """Whether an answer of the group has no reward, though it needs one."""
+    needed = any(one.kind == "answer" and one.graded and one.needs_reward for one in plan.generations)
+    return needed and any(head.reward is None for head in group.answers)
 
 
 def _journal(session: Session, plan: Plan, step: int) -> Journal | None:

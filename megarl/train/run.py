@@ -53,7 +53,8 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     """
     progress.enter("start")
     health = config.health
-    patience = _judges_patience(config)
+    implied = Implied(config, evaluate_only)
+    patience = implied.patience
     # Where somebody watches, a rank may wait as long as another works.
     minutes = WATCHED_MINUTES if health.watchdog else bootstrap.TIMEOUT_MINUTES + patience / 60
     world = bootstrap.join(timeout_minutes=minutes, join_limit=health.join_limit)
@@ -62,6 +63,7 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     # A turn's verdict may be a judge's, and on a crowded machine a call may take longer.
     between = patience + 2 * environment.time_limit if environment is not None else 0.0
     waits = {"score": patience, "generate": between, "evaluate": max(patience, between)}
+    waits |= {f"{one.name}_log_probs": patience for one in implied.served_sets}
     with watching(health, world, directory, waits) as guard, contextlib.ExitStack() as at_end:
         with guard.one_voice():
             if world.size > 1 and not started_here():
@@ -97,13 +99,6 @@ def _look_before(config: RunConfig, world: World) -> None:
         report.write(run_directory(config) / "preflight.json")
         if world.size > 1:
             terminal.say(report.status_line())
-
-
-def _judges_patience(config: RunConfig) -> float:
-    """How many seconds a rank may wait for a judge while the others wait for the rank."""
-    rewards = [reward for reward in (config.reward, config.evaluation.reward) if reward is not None]
-    judges = [part.judge for reward in rewards for _, part in reward.named_parts()]
-    return max((judge.patience for judge in judges if judge is not None), default=0.0)
 
 
 def train(config: RunConfig) -> dict[str, Any]:

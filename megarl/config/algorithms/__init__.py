@@ -7,6 +7,7 @@ from megarl.config.algorithms.base import AlgorithmSettings, ExplanationSettings
 from megarl.config.algorithms.expo import ExpDpoSettings, ExpGrpoSettings
 from megarl.config.algorithms.grpo import GroupRelativeSettings, GrpoSettings
 from megarl.config.algorithms.nft import NftSettings
+from megarl.config.algorithms.opd import OpdSettings
 from megarl.config.algorithms.sft import SftSettings
 from megarl.config.algorithms.start import StartSettings
 
@@ -18,6 +19,7 @@ ALGORITHM_SETTINGS: dict[str, type[AlgorithmSettings]] = {
     "exp_grpo": ExpGrpoSettings,
     "exp_dpo": ExpDpoSettings,
     "start": StartSettings,
+    "opd": OpdSettings,
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "GroupRelativeSettings",
     "GrpoSettings",
     "NftSettings",
+    "OpdSettings",
     "SftSettings",
     "StartSettings",
 ]

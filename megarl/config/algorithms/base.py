@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megarl.config.base import Settings, without_effect
-from megarl.config.parameter_sets import ParameterSet
+from megarl.config.parameter_sets import ParameterSet, ServedSet
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
@@ -42,6 +42,10 @@ class AlgorithmSettings(Settings):
 
     def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
         """The frozen weights that the algorithm uses beside the policy's, none by default."""
+        return ()
+
+    def served_sets(self, run: RunSettings) -> tuple[ServedSet, ...]:
+        """The weights that others serve and the algorithm has log-probs measured under, none by default."""
         return ()
 
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:

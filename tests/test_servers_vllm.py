@@ -1,4 +1,4 @@
-"""The judge against vLLM's own OpenAI-compatible server, with a tiny random model on the CPU.
+"""The judge and the teacher against vLLM's own OpenAI-compatible server, with a tiny random model on the CPU.
 
 What such a model writes is no verdict, unless the server's structured output makes it one.
 """
@@ -16,13 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tokenizer_case
 from failing_judge import free_port
 
+from megarl.config.parameter_sets import ServedSet
 from megarl.config.rewards import RewardSettings
+from megarl.config.servers import LogProbServerSettings
+from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import Refusal
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.scorer import build_scorer
+from megarl.servers.log_probs import LogProbServer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +57,7 @@ SCORED = {"structured_outputs": {"regex": "Score: (10|[1-9])"}}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
+    folder = tmp_path_factory.mktemp("served")
     (folder / "texts.txt").write_text("\n".join(TEXTS * 20))
     tokenizer, model = folder / "tokenizer", folder / "model"
     make("train_tokenizer", "--input", folder / "texts.txt", "--vocab-size", 320, "--out", tokenizer)
@@ -68,7 +74,7 @@ def make(tool: str, *arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def url(model: Path) -> Iterator[str]:
-    """Base URL of a server that is still starting: the judge waits for it."""
+    """Base URL of a server that is still starting: it is waited for."""
     folder, port = model.parent, free_port()
     (folder / "server.py").write_text(SERVER)
     options = ["--model", model, "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", port]
@@ -166,3 +172,45 @@ def test_a_response_beyond_the_judges_context_is_not_asked_about_again(url: str)
     assert graded[0] == GradedAnswer(None, "judge_error")
     assert graded[1].reward is not None
     assert scorer.take_counters()["judge_requests"] == 2
+
+
+def teacher(url: str) -> ServedSet:
+    server = {"url": url, "model": "tiny", "time_limit": 120.0, "patience": 500.0, "retries": 0, "concurrency": 4}
+    return ServedSet("teacher", LogProbServerSettings.model_validate(server), "algorithm.teacher.server")
+
+
+def test_log_probs_are_those_of_the_model(url: str, model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    random = np.random.default_rng(5)
+    sequences = [random.integers(0, 320, length).tolist() for length in (2, 3, 17, 64, 200)]
+    found = LogProbServer(teacher(url), load_tokenizer(model), 512).log_probs(sequences)
+    network = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    for tokens, values in zip(sequences, found, strict=True):
+        assert values is not None
+        with torch.no_grad():
+            own = network(torch.tensor([tokens])).logits[0, :-1].log_softmax(1)
+        wanted = own.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_sequence_beyond_the_teachers_context_stays_without_log_probs(url: str, model: Path) -> None:
+    server = LogProbServer(teacher(url), load_tokenizer(model), 512)
+    server.take_counters()
+    found = server.log_probs([[5] * 3000, [5, 6, 7]])
+    assert found[0] is None and found[1] is not None
+    assert server.take_counters() == {"teacher_requests": 2, "teacher_error": 1}
+    assert "HTTP 400" in (server.take_first_failure() or "")
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(url: str, tmp_path: Path) -> None:
+    """Of as many tokens, in another order; and of more."""
+    (tmp_path / "texts.txt").write_text("\n".join(["what the other tokenizer has seen is nothing like it"] * 20))
+    make("train_tokenizer", "--input", tmp_path / "texts.txt", "--vocab-size", 320, "--out", tmp_path / "other")
+    with pytest.raises(Refusal, match=r"model=tiny: must have this run's tokenizer, but token \d+ is '.*' there and"):
+        LogProbServer(teacher(url), load_tokenizer(tmp_path / "other"), 512)
+    larger = load_tokenizer(tokenizer_case.byte_level(tmp_path / "larger"))
+    assert larger.vocab_size > 320
+    with pytest.raises(Refusal, match=r"url=.*is of no use, .* HTTP 400: .*out of vocabulary"):
+        LogProbServer(teacher(url), larger, 512)
