@@ -101,7 +101,7 @@ def test_discounted_sums_stay_within_their_sequence() -> None:
 # --- a policy that is a table: the logits of three tokens after each beginning, the first of which ends the answer ----
 
 LONGEST, END = 3, 0
-BEGINNINGS = [part for length in range(LONGEST) for part in product((1, 2), repeat=length)]
+BEGINNINGS: list[tuple[int, ...]] = [part for length in range(LONGEST) for part in product((1, 2), repeat=length)]
 ANSWERS = [part for length in range(LONGEST + 1) for part in product(range(3), repeat=length) if len(part) > 0]
 ANSWERS = [a for a in ANSWERS if END not in a[:-1] and (a[-1] == END or len(a) == LONGEST)]
 

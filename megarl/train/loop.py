@@ -51,7 +51,7 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     record.add(gauges.measure(session, plan, rollouts))
     batches, totals, counters = trainable(session, probed(session, rollouts, step), step)
     record.count(counters)
-    add_log_probs(session, batches)
+    record.count(add_log_probs(session, batches))
     trust.check_before(session, plan, step, batches)
     current, objectives = first_pass_is_old(session, plan, batches), session.algorithm.objectives
     for batch, total in zip(batches, totals, strict=True):

@@ -44,6 +44,7 @@ def measure(session: Session, sequences: Sequences[Sequence], name: str) -> Serv
     failure, late, counters, first_failure = None, False, {}, None
     if session.grid.reports:
         server = session.served[name]
+        assert server is not None
         try:
             found = server.log_probs([one.tokens.tolist() for one in sequences], lambda: session.stops.too_late)
         except ScoringStopped as stopped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
 from megarl.policy.policy import Policy
 from megarl.rewards.scorer import Scoring, build_scoring
 from megarl.rollout.engine import Engine
+from megarl.servers.log_probs import LogProbServer
 from megarl.train.carry import Carry, Counters
 from megarl.train.clock import Clock
 from megarl.train.feed import Feed
@@ -88,6 +89,8 @@ class Session:
     carry: Carry
     stops: Stops
     serving: str = POLICY
+    served: Mapping[str, LogProbServer | None] = field(default_factory=dict)
+    """The parameter sets that others serve, by name; None on ranks that another one asks for."""
     saved_step: int | None = None
     """The step of the newest checkpoint that this session saved or continues from."""
     rows: dict[str, Any] | None = None
@@ -140,6 +143,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     for key, loaded in (("data", data), ("evaluation", held_out)):
         if loaded is not None and loaded.skipped_share > SKIPPED_SHARE:
             recorder.status(f"warning: {key}: {loaded.sentence()}")
+    served = _served_sets(implied, tokenizer, recorder, world, grid)
     engine = None
     if implied.has_engine:
         recorder.status("building the inference engine")
@@ -187,7 +191,21 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         feed=feed,
         carry=Carry({"stream": stream, "counters": counters, "texts": texts, "feed": feed, "algorithm": algorithm}),
         stops=stops,
+        served=served,
     )
+
+
+def _served_sets(
+    implied: Implied, tokenizer: Tokenizer, recorder: Recorder, world: World, grid: Grid
+) -> dict[str, LogProbServer | None]:
+    """The servers of log-probs, introduced to the rank of each replica that asks."""
+    found: dict[str, LogProbServer | None] = {}
+    # Of several that wait, one says so.
+    say = recorder.status if world.is_first else terminal.say if grid.data_rank == 0 else None
+    for one in implied.served_sets:
+        longest = implied.longest_trained_sequence
+        found[one.name] = LogProbServer(one, tokenizer, longest, say) if grid.reports else None
+    return found
 
 
 def _context(config: RunConfig, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> AlgorithmContext:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from megarl.algorithms.objective import sets_read
+from collections.abc import Sequence as Sequences
+
+from megarl.algorithms.objective import Objective, sets_read
 from megarl.algorithms.plan import Plan
 from megarl.config.parameter_sets import POLICY
 from megarl.records import Sequence
+from megarl.train import served
+from megarl.train.groups import added
 from megarl.train.session import Session
 
 
-def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:
+def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, int]:
     """Old log-probs, and those under other parameter sets, where an objective needs them. Collective.
 
     With one update per step the old log-probs are those of the update's own forward pass, so that no pass of
-    their own is spent on them.
+    their own is spent on them. Sequences of which a server gives no log-probs are taken out of `batches`; what was
+    counted of servers is returned. Raises on all ranks as `served.measure`.
     """
+    counters: dict[str, int] = {}
     objectives = session.algorithm.objectives
     sequences = [sequence for batch in batches for sequence in batch]
     old = [one for one in objectives if one.old]
@@ -26,8 +32,26 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> None:
     for name in sets_read(objectives) if batches else ():
         own = [s for s in sequences if any(name in one.under and one.trains(s.kind) for one in objectives)]
         with session.clock.phase(f"{name}_log_probs"):
-            for sequence, values in zip(own, session.policy.measure(own, name) or [], strict=False):
-                sequence.log_probs_under[name] = values
+            if name in session.served:
+                found, counted = served.measure(session, own, name)
+                counters = added(counters, counted)
+            else:
+                found = session.policy.measure(own, name) or []
+            for sequence, values in zip(own, found, strict=False):
+                if values is not None:
+                    sequence.log_probs_under[name] = values
+        if name in session.served:
+            _take_out(batches, [s for s, values in zip(own, found, strict=True) if values is None], objectives)
+    return counters
+
+
+def _take_out(batches: list[list[Sequence]], lacking: list[Sequence], objectives: Sequences[Objective]) -> None:
+    """Take sequences out of the mini-batches, with all of their group where an objective wants it together."""
+    together = any(one.together for one in objectives)
+    groups = {one.group for one in lacking} if together else set()
+    taken = {id(one) for one in lacking}
+    for batch in batches:
+        batch[:] = [one for one in batch if id(one) not in taken and one.group not in groups]
 
 
 def first_pass_is_old(session: Session, plan: Plan, batches: list[list[Sequence]]) -> bool:
