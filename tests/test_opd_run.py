@@ -16,7 +16,7 @@ from failing_judge import Act, Hang, JudgeServer, Status, serving
 from megarl.data.tokenizer import load_tokenizer, spread_tokens
 
 #: The server's context in tokens: longer sequences are turned down.
-CONTEXT = 23
+CONTEXT = 24
 #: Tokens of the longest sequence that the run may train on.
 LONGEST = 48
 PROCESSES = 4
@@ -47,6 +47,10 @@ class Teacher:
         return Status(200, body)
 
 
+#: Sessions of this process: an engine that is collected takes the world's process groups with it.
+_SESSIONS: list[Any] = []
+
+
 def session(world: Any, table: dict[str, Any]) -> Any:
     """A session of this rank."""
     from megarl.config.schema import RunConfig
@@ -56,7 +60,8 @@ def session(world: Any, table: dict[str, Any]) -> Any:
     from megarl.train.stops import Stops
 
     config = RunConfig.model_validate(table)
-    return build(config, world, form_grid(config.parallel, config.seed), Stops(Stopping(config.health)))
+    _SESSIONS.append(build(config, world, form_grid(config.parallel, config.seed), Stops(Stopping(config.health))))
+    return _SESSIONS[-1]
 
 
 def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]:
@@ -76,6 +81,7 @@ def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]
     made.policy.step()
     kept = [s for batch in batches for s in batch]
     made.progress.step = 1
+    made.recorder.open()
     line = run_step(made, 2)
     result = {"asked": asked, "kept": kept, "counters": counters, "means": found.means, "line": line, "raised": []}
     for word in ("gone", "hang"):
@@ -89,7 +95,6 @@ def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]
             add_log_probs(made, [list(kept)])
         except MegarlError as error:
             result["raised"].append((type(error).__name__, str(error)))
-    made.close()
     return result
 
 

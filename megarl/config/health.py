@@ -22,6 +22,7 @@ Phase = Literal[
     "measure",
     "old_log_probs",
     "reference_log_probs",
+    "teacher_log_probs",
     "update",
     "evaluate",
     "save",
