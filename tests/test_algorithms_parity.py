@@ -42,6 +42,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "exp_grpo-sum": {"name": "exp_grpo", "explanation_weight": 0.3, "explanation_aggregation": "sum"},
     "exp_dpo": {"name": "exp_dpo", "beta": 0.4, "rejected": "wrong"},
     "start": {"name": "start", "kl_coefficient": 0.05, "dual_clip": 3.0},
+    "opd": {"name": "opd", "teacher": {"checkpoint": "unused"}, "discount": 0.9, "clip_low": 0.15, "clip_high": 0.2},
     "start-second": {"name": "start", "thinking_steps": 0, "normalizer": "response"},
 }
 GROUPS, SIZE, VOCABULARY = 5, 4, 97
@@ -136,7 +137,7 @@ def measured(sequence: Sequence, values: np.ndarray) -> None:
     """Give the sequence what the policy would have measured where these are its log-probs now."""
     if sequence.kind == "answer":
         sequence.old_log_probs = near(values, sequence, 1)
-    sequence.log_probs_under["reference"] = near(values, sequence, 2)
+    sequence.log_probs_under |= {"reference": near(values, sequence, 2), "teacher": near(values, sequence, 3)}
 
 
 def routed(world: Any, config: Any, algorithm: Any) -> tuple[list[Sequence], Any]:

@@ -68,7 +68,8 @@ def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]
     """Scenario: a step's sequences as each rank has them, what was counted and logged; then a server that is not
     there any more, and a run that has to stop while it waits. The file `word_file` tells the server what to do."""
     from megarl.errors import MegarlError
-    from megarl.train.loop import roll_out, run_step
+    from megarl.train.loop import run_step
+    from megarl.train.rollouts import roll_out
     from megarl.train.selection import trainable
     from megarl.train.values import add_log_probs
 
