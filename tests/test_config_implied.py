@@ -137,7 +137,8 @@ def test_settings_declare_what_the_algorithm_needs(algorithm: str | dict[str, An
     built = algorithms.build(config.algorithm, AlgorithmContext(100, 4))
     generations, sets = built.plan(1).generations, Implied(config).parameter_sets
     responders = [one.responder for one in generations if one.responder is not None]
-    assert tuple(one.name for one in sets if one.measures) == sets_read(built.objectives)
+    measured = [one.name for one in sets if one.measures] + [one.name for one in Implied(config).served_sets]
+    assert tuple(measured) == sets_read(built.objectives)
     writers = {one.weights for one in (*generations, *responders)} - {POLICY}
     assert {one.name for one in sets if one.generates} == writers
     assert Implied(config).marks_thinking == bool(responders)
