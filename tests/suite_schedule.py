@@ -44,6 +44,7 @@ PROCESSES = frozenset(
         "test_doctor.py",
         "test_judge_run.py",
         "test_moe_run.py",
+        "test_opd_run.py",
         "test_plan_engine.py",
         "test_plan_measured.py",
         "test_policy_experts.py",
