@@ -16,6 +16,8 @@ FinishReason = Literal["stop", "length"]
 #: Who put tokens into a response: the policy; other weights of the same model; an environment; a hint; or the
 #: algorithm, as a text to learn.
 Source = Literal["policy", "other", "environment", "hint", "text"]
+#: The kind of a worked solution of the data set.
+SOLUTION = "solution"
 #: Sources whose tokens are never trained: nothing of the model's made them.
 NEVER_TRAINED: frozenset[Source] = frozenset({"environment", "hint"})
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from group_case import group_of
 
 from megarl.algorithms import build
-from megarl.algorithms.base import Algorithm, AlgorithmContext, Group, Trained
+from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Span, Trained
 from megarl.algorithms.nft import Nft
 from megarl.algorithms.objective import BatchTotals
 from megarl.algorithms.plan import Generation, Plan
@@ -323,3 +323,22 @@ def test_a_group_with_an_unknown_reward_is_dropped(
     kept = keep(session, Plan((Generation(2),)), Kept(), made.groups)
     assert [group.number for group in kept.groups] == ([0] if reason else [0, 1])
     assert kept.counters == ({"groups_dropped": 1, reason: 1} if reason else {})
+
+
+def test_answers_that_nobody_was_to_grade_are_kept_without_a_reward() -> None:
+    session: Any = SimpleNamespace(algorithm=algorithm_of("grpo"))
+    (group,) = step_of([(None, 4, None), (None, 4, None)]).groups
+    assert len(keep(session, Plan((Generation(2, graded=False),)), Kept(), (group,)).groups) == 1
+
+
+def test_what_cannot_be_trained_is_named() -> None:
+    (group,) = step_of([(1.0, 5, None), (0.0, 3, None)]).groups
+    head = group.answers[0]
+    for spans in ([Span(2, 4), Span(0, 1)], [Span(0, 3), Span(2, 4)], [Span(0, 6)], [Span(3, 2)]):
+        with pytest.raises(ValueError, match="must be in order, apart, and within them"):
+            Trained(head, tuple(spans))
+    with pytest.raises(ValueError, match="credited twice"):
+        Credit((Trained(head, (Span(0, 1),)), Trained(head, (Span(2, 3),))))
+    for kinds in (("answer", "answer"), ("answer", "solution")):
+        with pytest.raises(ValueError, match=r"kinds .* must differ"):
+            Plan(tuple(Generation(1, kind) for kind in kinds))

@@ -100,9 +100,12 @@ class Span(NamedTuple):
 class Trained:
     """What of a trajectory is trained.
 
-    `spans` are in order and apart, and without the tokens of environments and hints, whatever is given. Tokens before
-    and between them are context, those after the last are not even computed. `signals` are further numbers that the
-    losses find in `LossInputs.signals_S`, by name, the same names in every group.
+    `spans` are in order and apart; those kept are without the tokens of environments and hints, whatever is given.
+    Tokens before and between them are context, those after the last are not even computed. `signals` are further
+    numbers that the losses find in `LossInputs.signals_S`, by name, the same names in every group.
+
+    Raises:
+        ValueError: spans out of order, that overlap, or beyond the response.
     """
 
     head: Head
@@ -110,6 +113,11 @@ class Trained:
     signals: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        places = [place for span in self.spans for place in span[:2]]
+        if places != sorted(places) or (places and not 0 <= places[0] <= places[-1] <= self.head.length):
+            raise ValueError(
+                f"spans {self.spans} of {self.head.length} tokens must be in order, apart, and within them"
+            )
         object.__setattr__(self, "spans", _learnable(self.head, self.spans))
 
     @property
@@ -120,10 +128,19 @@ class Trained:
 
 @dataclass(frozen=True)
 class Credit:
-    """What of a group is trained; nothing where it is `left_out`, the name of a counter that says why."""
+    """What of a group is trained; nothing where it is `left_out`, the name of a counter that says why.
+
+    Raises:
+        ValueError: a trajectory is there twice: its spans belong together.
+    """
 
     trained: tuple[Trained, ...]
     left_out: str | None = None
+
+    def __post_init__(self) -> None:
+        keys = [one.head.key for one in self.trained]
+        if len(set(keys)) < len(keys):
+            raise ValueError("a trajectory is credited twice: give its spans in one Trained")
 
 
 class Algorithm(ABC):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megarl.config.parameter_sets import POLICY
-from megarl.records import Prompt, Trajectory
+from megarl.records import SOLUTION, Prompt, Trajectory
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step generates, in this order, and learns from besides."""
+    """What a step generates, in this order, and learns from besides.
+
+    Raises:
+        ValueError: two generations of one kind, or one of the kind of worked solutions.
+    """
 
     generations: tuple[Generation, ...] = ()
     batches: int = 1
@@ -78,6 +82,11 @@ class Plan:
     """The data set's worked solutions are learned, as texts of the kind "solution"."""
     gauged: int = 0
     """Of so many kept groups, the first ones, `Algorithm.gauges` is asked for."""
+
+    def __post_init__(self) -> None:
+        kinds = [one.kind for one in self.generations]
+        if len(set(kinds)) < len(kinds) or SOLUTION in kinds:
+            raise ValueError(f"kinds {kinds} of a plan's generations must differ, also from {SOLUTION!r}")
 
 
 @dataclass(frozen=True)

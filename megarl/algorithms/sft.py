@@ -10,6 +10,7 @@ from megarl.algorithms.plan import Plan
 from megarl.config.algorithms import SftSettings
 from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked
+from megarl.records import SOLUTION
 
 
 class Sft(Algorithm):
@@ -27,7 +28,7 @@ class Sft(Algorithm):
 
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
         """Every solution whole."""
-        return [Credit(tuple(Trained(head, whole(head)) for head in group.of("solution"))) for group in groups]
+        return [Credit(tuple(Trained(head, whole(head)) for head in group.of(SOLUTION))) for group in groups]
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """The objective on all texts. Logs `entropy`, mean per token in nats."""

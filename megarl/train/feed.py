@@ -38,10 +38,13 @@ class Feed:
             )
         return rollouts
 
-    def state(self) -> list[Any]:
-        """Nothing: a checkpoint is saved where no rollouts wait. Raises `MegarlError` where some do."""
+    def require_empty(self) -> None:
+        """Raise `MegarlError` where rollouts wait, which no checkpoint can hold."""
         if self._waiting:
             raise MegarlError(f"{len(self._waiting)} steps' rollouts wait in the feed, which no checkpoint can hold")
+
+    def state(self) -> list[Any]:
+        """Nothing: what waits is not saved, see `require_empty`."""
         return []
 
     def restore(self, state: list[Any]) -> None:

@@ -98,9 +98,9 @@ def _outputs(
 ) -> list[Output]:
     requests, sampling = [job.request for job in asked], sampling_of(session, step, batch, weights)
 
-    def kept(kind: str | None = None) -> Kept | None:
-        """What the journal has of the jobs, or of a part of them that it calls `kind`."""
-        keys = {job.request.index: job.key._replace(kind=kind or job.key.kind) for job in asked}
+    def kept(part: str = "") -> Kept | None:
+        """What the journal has of the jobs, or of a part of them."""
+        keys = {job.request.index: job.key._replace(kind=job.key.kind + part) for job in asked}
         return None if journal is None else Kept(journal, keys)
 
     serve(session, weights)
@@ -108,8 +108,8 @@ def _outputs(
         return [
             Output(one, stretches=_stretches((one, weights))) for one in generate(session, requests, sampling, kept())
         ]
-    thinkings = think(session, requests, sampling, kept("thinking"))
-    return respond(session, Thinkings(thinkings, requests, weights), sampling, responder, kept("response"))
+    thinkings = think(session, requests, sampling, kept(" thinking"))
+    return respond(session, Thinkings(thinkings, requests, weights), sampling, responder, kept(" response"))
 
 
 @dataclass(frozen=True, slots=True)

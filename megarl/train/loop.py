@@ -49,8 +49,8 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     rollouts = session.feed.take(step, lambda ahead: roll_out(session, session.algorithm.plan(ahead), ahead))
     record.rollouts(rollouts)
     record.add(gauges.measure(session, plan, rollouts))
-    batches, totals, counters = trainable(session, probed(session, rollouts, step), step)
-    record.count(counters)
+    batches, totals, counters, groups = trainable(session, probed(session, rollouts, step), step)
+    record.credited(groups, counters)
     record.count(add_log_probs(session, batches))
     trust.check_before(session, plan, step, batches)
     current, objectives = first_pass_is_old(session, plan, batches), session.algorithm.objectives

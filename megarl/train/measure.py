@@ -26,6 +26,7 @@ class StepRecord:
         self._session, self._step = session, step
         self._rollouts: Rollouts | None = None
         self._counters: dict[str, int] = {}
+        self._groups = 0
         self._passes: list[Pass] = []
         self._steps: list[StepResult] = []
         self._measured: dict[str, float] = {}
@@ -35,6 +36,11 @@ class StepRecord:
         self._rollouts = rollouts
         self.count(rollouts.made.counters)
         self.count(rollouts.kept.counters)
+
+    def credited(self, groups: int, counters: Mapping[str, int]) -> None:
+        """Take how many groups the algorithm has given credit, and what was counted of them."""
+        self._groups = groups
+        self.count(counters)
 
     def count(self, counters: Mapping[str, int]) -> None:
         """Take what was counted in the step."""
@@ -59,7 +65,7 @@ class StepRecord:
         values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
         values |= _of_updates(self._passes, self._steps)
-        values |= _of_rollouts(self._rollouts, self._counters)
+        values |= _of_rollouts(self._rollouts, self._groups)
         values |= _by_source(session, self._rollouts)
         values |= _of_turns(session, self._rollouts)
         values |= self._measured
@@ -128,7 +134,7 @@ def _of_updates(passes: list[Pass], steps: list[StepResult]) -> dict[str, Any]:
     return values
 
 
-def _of_rollouts(rollouts: Rollouts | None, counters: Mapping[str, int]) -> dict[str, Any]:
+def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:
     answers = [head for _, head in rollouts.made.answers] if rollouts is not None else []
     if rollouts is None or not answers:
         return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean"))
@@ -141,7 +147,7 @@ def _of_rollouts(rollouts: Rollouts | None, counters: Mapping[str, int]) -> dict
         "truncated_share": statistics.fmean(not head.finished for head in answers),
         "generated_tokens": sum(rollouts.made.generated_tokens.values()) or sum(head.length for head in answers),
         "groups": len(rollouts.made.groups),
-        "groups_trained": len(rollouts.kept.groups) - counters.get("groups_without_pair", 0),
+        "groups_trained": groups,
     }
 
 

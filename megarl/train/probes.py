@@ -9,6 +9,7 @@ from megarl.parallel.exchange import gather_all
 from megarl.records import Key
 from megarl.train.groups import Rollouts
 from megarl.train.route import Item, deliver
+from megarl.train.selection import routing_of
 from megarl.train.session import Session
 
 #: Numbers by probe, of each sample.
@@ -27,17 +28,18 @@ def probed(session: Session, rollouts: Rollouts, step: int) -> Rollouts:
 
 
 def _measured(session: Session, rollouts: Rollouts, probe: Probe) -> dict[Key, tuple[float, ...]]:
-    """What the probe finds of this rank's share of the samples; nothing on ranks that another one reports for."""
+    """What the probe finds of this rank's share of the samples; nothing on ranks that another one reports for. Of a
+    sample without a token of its own it finds no number."""
     asked = [Item(group, Trained(h, whole(h))) for group in rollouts.kept.groups for h in group.of(probe.kind)]
     items = [item for item in asked if item.trained.spans]
     shares = balance([item.length for item in items], session.grid.data)
     placed = [[items[position] for position in share] for share in shares]
-    (sequences,) = deliver(rollouts.made.bodies, [placed], session.config, session.world)
+    (sequences,) = deliver(rollouts.made.bodies, [placed], session.config, session.world, routing_of(session))
     values = session.policy.measure(sequences, probe.parameters) or []
     if not session.grid.reports:
         return {}
     mine = placed[session.grid.data_rank]
-    return {
-        item.trained.head.key: tuple(float(number) for number in probe.reduce(one))
-        for item, one in zip(mine, values, strict=True)
-    }
+    found: dict[Key, tuple[float, ...]] = {item.trained.head.key: () for item in asked if not item.trained.spans}
+    for item, one in zip(mine, values, strict=True):
+        found[item.trained.head.key] = tuple(float(number) for number in probe.reduce(one))
+    return found

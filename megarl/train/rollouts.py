@@ -165,6 +165,10 @@ def _samples(
         body = Body(completion.token_ids, completion.log_probs, text, seed, routed_experts=completion.routed_experts)
         if played is not None:
             head, body = _with_turns(session, job, played, Trajectory(head, body))
+        elif job.generation.learn is None and job.generation.prompt is not None:
+            # It is trained after what it answers.
+            head = dataclasses.replace(head, prompt_length=len(job.request.prompt_token_ids))
+            body = dataclasses.replace(body, prompt_ids=job.request.prompt_token_ids)
         if one is not None:
             marks = {} if one.thinking_length is None or played is not None else {"thinking": one.thinking_length}
             head = dataclasses.replace(head, reward=one.reward, reward_terms=one.terms, marks=marks)
@@ -260,9 +264,8 @@ def _told(
             "must be there before a step can train on them",
             "replay a step that was saved whole, by a run with the same prompts, group size and explanations",
         )
-    for one in told:
-        for key, text in one.kept:
-            session.texts.keep(step, key, text)
+    for key, text in sorted((pair for one in told for pair in one.kept), key=lambda pair: pair[0]):
+        session.texts.keep(step, key, text)
     shown = {key: sample for one in told for key, sample in one.shown.items()}
     by_key = {key: group.prompt for group in groups for key in _answer_keys(group, plan)}
     return Made(

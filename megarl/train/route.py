@@ -22,7 +22,7 @@ from megarl.config.schema import RunConfig
 from megarl.data.packing import balance
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import send_arrays
-from megarl.records import Body, Key, Sequence, from_place
+from megarl.records import SOLUTION, Body, Key, Sequence, from_place
 
 
 class CreditedGroup(NamedTuple):
@@ -214,7 +214,7 @@ def _sequence(item: Item, payload: np.ndarray, routing: Routing, temperature: fl
         rollout_log_probs=None if item.is_text else log_probs.view(np.float32).copy(),
         group=item.group.number,
         kind=item.kind,
-        temperature=1.0 if item.kind == "solution" else temperature,
+        temperature=1.0 if item.kind == SOLUTION else temperature,
         signals=dict(item.trained.signals),
         routed_experts=pairs.view(np.int16)[: prod(shape)].reshape(shape).copy() if prod(shape) else None,
     )

@@ -30,6 +30,7 @@ def save_checkpoint(session: Session) -> None:
     settings, start = session.config.checkpoint, time.monotonic()
     with session.clock.phase("save"):
         divergence.stop_if_found(session)
+        session.feed.require_empty()
         checkpoint.save(
             session.policy,
             run_directory(session.config) / "checkpoints",

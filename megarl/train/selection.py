@@ -15,11 +15,13 @@ from megarl.train.session import Session
 
 
 class Trainable(NamedTuple):
-    """This rank's sequences of each mini-batch, the whole mini-batch's counts, and what was counted on the way."""
+    """This rank's sequences of each mini-batch, the whole mini-batch's counts, what was counted on the way, and how
+    many groups were not left out."""
 
     batches: list[list[Sequence]]
     totals: list[BatchTotals]
     counters: dict[str, int]
+    groups: int
 
 
 def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
@@ -27,12 +29,14 @@ def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
     config, algorithm = session.config, session.algorithm
     together = any(objective.together for objective in algorithm.objectives)
     with session.clock.phase("advantages"):
-        credited, counters = credited_groups(rollouts.kept.groups, algorithm.credit(step, rollouts.kept.groups))
+        credits = algorithm.credit(step, rollouts.kept.groups)
+        credited, counters = credited_groups(rollouts.kept.groups, credits)
         batches, more = assign(credited, config.batch.updates, session.grid.data, together=together)
         sequences = deliver(
-            rollouts.made.bodies, [batch.items for batch in batches], config, session.world, _routing(session)
+            rollouts.made.bodies, [batch.items for batch in batches], config, session.world, routing_of(session)
         )
-    return Trainable(sequences, [batch.totals for batch in batches], added(counters, more))
+    groups = sum(credit.left_out is None for credit in credits)
+    return Trainable(sequences, [batch.totals for batch in batches], added(counters, more), groups)
 
 
 def credited_groups(groups: Sequences[Group], credits: Sequences[Credit]) -> tuple[list[CreditedGroup], dict[str, int]]:
@@ -50,7 +54,7 @@ def credited_groups(groups: Sequences[Group], credits: Sequences[Credit]) -> tup
     return found, added(counters)
 
 
-def _routing(session: Session) -> tuple[int, int] | None:
+def routing_of(session: Session) -> tuple[int, int] | None:
     """Sparse layers and experts per token of the recorded routing, None where it is not recorded."""
     if session.config.moe.routing_replay == "off":
         return None

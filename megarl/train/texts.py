@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megarl.algorithms.base import Group
 from megarl.algorithms.plan import Plan, Text
 from megarl.data.tokenizer import Tokenizer, response_ids
-from megarl.records import Body, Head, Key, Stretch, Trajectory
+from megarl.records import SOLUTION, Body, Head, Key, Stretch, Trajectory
 from megarl.train.generation import Job
 from megarl.train.groups import added
 from megarl.train.served_texts import ServedTexts
@@ -47,7 +47,7 @@ def of_solutions(groups: Sequence[Group], tokenizer: Tokenizer, limit: int) -> t
         assert group.prompt.solution is not None
         ids = response_ids(tokenizer, group.prompt.solution)
         cut += len(ids) > limit
-        key = Key(group.prompt.index, group.draw, 0, "solution")
+        key = Key(group.prompt.index, group.draw, 0, SOLUTION)
         found.append(trajectory_of(Text(tuple(ids[:limit])), key, None))
     return found, {"solutions_cut": cut}
 
