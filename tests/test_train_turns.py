@@ -153,7 +153,7 @@ def test_saved_samples_of_several_turns_come_back(tmp_path: Path) -> None:
     mine = [found[0].body.log_probs[place] for place in MINE]
     assert mine == [log_probs[place] for place in MINE]
     assert replace(found[0].body, log_probs=()) == replace(body, log_probs=())
-    assert found[1] == plain._replace(head=replace(plain.head, holder=0))
+    assert found[1] == plain._replace(head=replace(plain.head, holder=0, stretches=(Stretch(0, 1, "policy"),)))
 
 
 def test_samples_show_who_said_what(tmp_path: Path) -> None:
