@@ -75,7 +75,7 @@ def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]
 
     made = session(world, table)
     plan = made.algorithm.plan(1)
-    batches, totals, _ = trainable(made, roll_out(made, plan, 1), 1)
+    batches, totals, _, _ = trainable(made, roll_out(made, plan, 1), 1)
     asked = [s for batch in batches for s in batch]
     counters = add_log_probs(made, batches)
     found = made.policy.accumulate(batches[0], made.algorithm.objectives, totals[0], old_is_current=True)
