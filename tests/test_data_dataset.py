@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizer_case import Characters
 
 from megarl.config.data import DataSettings
 from megarl.data.dataset import LoadedPrompts, load_prompts
@@ -17,31 +18,6 @@ from megarl.errors import Refusal
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is absent")
-
-
-class Characters:
-    """A tokenizer of one id per character: code point plus ten; id 1 starts a prompt."""
-
-    vocab_size = 0x110000 + 10
-    eos_token_id = 2
-    pad_token_id = 2
-    bos: int | None = 1
-    chat_template: str | None = "in apply_chat"
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(char) + 10 for char in text]
-
-    def decode(self, ids: Any) -> str:
-        return "".join(chr(token_id - 10) for token_id in ids if token_id >= 10)
-
-    def apply_chat(self, messages: Any) -> list[int]:
-        return self.chat_ids(self.chat_text(messages))
-
-    def chat_text(self, messages: Any) -> str:
-        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
-
-    def chat_ids(self, text: str) -> list[int]:
-        return self.encode(text)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_data_dataset import Characters, load, write_jsonl
+from test_data_dataset import load, write_jsonl
+from tokenizer_case import Characters
 
 from megarl.data.messages import Unfit, messages_of
 from megarl.errors import Refusal

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from config_case import write_case
-from test_data_dataset import Characters, load, write_jsonl
+from test_data_dataset import load, write_jsonl
+from tokenizer_case import Characters
 
 from megarl.config.data import DataSettings, each_source
 from megarl.config.load import dump_config, load_config

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizer_case import KINDS, byte_ids, choose, load_all
+from tokenizer_case import KINDS, Characters, byte_ids, choose, load_all
 
 from megarl.algorithms.explanations import cut_chain, hinted_prompt_ids, training_tokens
 from megarl.config.algorithms import ExplanationSettings
@@ -23,31 +23,6 @@ HINT = "The correct final answer is"
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     return load_all(tmp_path_factory.mktemp("tokenizers"))
-
-
-class Characters:
-    """A tokenizer of one id per character: code point plus ten; id 1 starts a prompt, 2 ends a response."""
-
-    vocab_size = 0x110000 + 10
-    eos_token_id = 2
-    pad_token_id = 2
-    bos: int | None = 1
-    chat_template: str | None = "in apply_chat"
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(char) + 10 for char in text]
-
-    def decode(self, ids: Any) -> str:
-        return "".join(chr(token_id - 10) for token_id in ids if token_id >= 10)
-
-    def apply_chat(self, messages: Any) -> list[int]:
-        return self.chat_ids(self.chat_text(messages))
-
-    def chat_text(self, messages: Any) -> str:
-        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
-
-    def chat_ids(self, text: str) -> list[int]:
-        return self.encode(text)
 
 
 def ends_of(tokenizer: Tokenizer) -> set[int]:

@@ -25,6 +25,31 @@ PROSE = [
 ]
 
 
+class Characters:
+    """A tokenizer of one id per character: code point plus ten; id 1 starts a prompt, 2 ends a response."""
+
+    vocab_size = 0x110000 + 10
+    eos_token_id = 2
+    pad_token_id = 2
+    bos: int | None = 1
+    chat_template: str | None = "in apply_chat"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(char) + 10 for char in text]
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(token_id - 10) for token_id in ids if token_id >= 10)
+
+    def apply_chat(self, messages: Any) -> list[int]:
+        return self.chat_ids(self.chat_text(messages))
+
+    def chat_text(self, messages: Any) -> str:
+        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
+
+    def chat_ids(self, text: str) -> list[int]:
+        return self.encode(text)
+
+
 def train(folder: Path) -> Path:
     """A tokenizer of `tools/train_tokenizer.py`, in both forms; \\boxed{ and </think> are one token each."""
     if str(TOOLS) not in sys.path:

@@ -21,7 +21,6 @@ from megarl.algorithms.objective import LossInputs, LossTerms, Objective, counte
 from megarl.algorithms.plan import Gauge, Generation, Plan
 from megarl.config.algorithms import ExpDpoSettings, ExpGrpoSettings
 from megarl.config.parameter_sets import POLICY, REFERENCE
-from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked
 from megarl.ops.segments import sum_by_sequence
 from megarl.records import Head, Trajectory
@@ -78,14 +77,8 @@ class ExpGrpo(Grpo):
         log-likelihood in nats per token as `explanation_nll`.
         """
         counted_T = inputs.mask_T > 0
-        weights_T = token_weights(
-            "token_mean" if self._explanation_aggregation == "token_mean" else "constant",
-            counted_T,
-            inputs.sequence_T,
-            inputs.lengths_S,
-            total_tokens=inputs.totals.tokens,
-            total_sequences=inputs.totals.sequences,
-            constant=1.0,
+        weights_T = inputs.weights(
+            "token_mean" if self._explanation_aggregation == "token_mean" else "constant", counted_T
         )
         log_likelihood = (weights_T * zero_masked(counted_T, inputs.log_probs_T)).sum()
         nll = sum_counted(counted_T, -inputs.log_probs_T)

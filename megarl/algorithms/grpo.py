@@ -17,7 +17,6 @@ from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, Obje
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import GroupRelativeSettings, GrpoSettings
 from megarl.config.parameter_sets import REFERENCE
-from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
 from megarl.ops.importance import ImportanceWeights, importance_weights, rejected_tokens
 from megarl.ops.kl import kl_estimate
@@ -179,16 +178,9 @@ class Grpo(Algorithm):
         return weights, rejected_T
 
     def _weights(self, counted_T: Tensor, inputs: LossInputs) -> Tensor:
-        constant = self.settings.aggregation_constant
-        return token_weights(
-            self.settings.aggregation,
-            counted_T,
-            inputs.sequence_T,
-            inputs.lengths_S,
-            total_tokens=self._divisor(inputs.totals),
-            total_sequences=inputs.totals.sequences,
-            constant=float(self.context.max_tokens) if constant is None else constant,
-        )
+        constant, tokens = self.settings.aggregation_constant, self._divisor(inputs.totals)
+        constant = float(self.context.max_tokens) if constant is None else constant
+        return inputs.weights(self.settings.aggregation, counted_T, constant=constant, tokens=tokens)
 
     def _divisor(self, totals: BatchTotals) -> float:
         """The tokens that a mean over tokens divides by."""

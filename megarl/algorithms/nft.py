@@ -14,7 +14,6 @@ from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, T
 from megarl.algorithms.objective import LossInputs, LossTerms, Objective, required
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import NftSettings
-from megarl.ops.aggregate import token_weights
 from megarl.ops.implicit_negative import implicit_negative
 from megarl.ops.masking import sum_counted, zero_masked
 from megarl.ops.ratios import k3_from_log_ratio
@@ -123,7 +122,9 @@ class Nft(Algorithm):
         sums = {name: sum_counted(counted_T, values_T) for name, values_T in logged_T.items()}
         sums |= {name: sum_counted(weighted_T, values_T) for name, values_T in negative_T.items()}
         return LossTerms(
-            loss=(self._weights(counted_T, inputs) * losses_T).sum(),
+            loss=(
+                inputs.weights(settings.aggregation, counted_T, constant=settings.aggregation_constant) * losses_T
+            ).sum(),
             means={name: (value, inputs.totals.tokens) for name, value in sums.items()},
         )
 
@@ -141,14 +142,3 @@ class Nft(Algorithm):
             # An empty sequence must not divide by 0: its gradient would be 0 x inf.
             token_log_ratio_T = (sums_S / inputs.lengths_S.clamp(min=1.0))[inputs.sequence_T]
         return token_log_ratio_T.clamp(max=self.settings.log_ratio_clamp)
-
-    def _weights(self, counted_T: Tensor, inputs: LossInputs) -> Tensor:
-        return token_weights(
-            self.settings.aggregation,
-            counted_T,
-            inputs.sequence_T,
-            inputs.lengths_S,
-            total_tokens=inputs.totals.tokens,
-            total_sequences=inputs.totals.sequences,
-            constant=self.settings.aggregation_constant,
-        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megarl.config.parameter_sets import POLICY
+from megarl.ops.aggregate import Aggregation, token_weights
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,23 @@ class LossInputs:
     """[S] each: what `Trained.signals` said of each sequence; 0 where it said nothing."""
     group_S: Tensor | None = None
     """[S] int64, a number that sequences of the same group share."""
+
+    def weights(
+        self, kind: Aggregation, counted_T: Tensor, *, constant: float = 1.0, tokens: float | None = None
+    ) -> Tensor:
+        """[T] of each token in the loss, by the counts of the objective's kinds: `megarl.ops.aggregate.token_weights`.
+
+        `tokens`: what a mean over tokens divides by in place of these.
+        """
+        return token_weights(
+            kind,
+            counted_T,
+            self.sequence_T,
+            self.lengths_S,
+            total_tokens=self.totals.tokens if tokens is None else tokens,
+            total_sequences=self.totals.sequences,
+            constant=constant,
+        )
 
     def under(self, name: str) -> Tensor:
         """[T] log-probs under the parameter set `name`, which the objective declared.

@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Trained, whole
 from megarl.algorithms.objective import LossInputs, LossTerms, Objective, required
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import OpdSettings
 from megarl.config.parameter_sets import TEACHER
-from megarl.ops.aggregate import token_weights
 from megarl.ops.clip import clipped_objective
 from megarl.ops.masking import sum_counted, zero_masked
 from megarl.ops.ratios import k3_from_log_ratio, token_ratio
@@ -75,17 +72,6 @@ class Opd(Algorithm):
         if settings.clip_low is not None or settings.clip_high is not None:
             logged_T["clip_share"] = objective.clipped_T
         return LossTerms(
-            loss=-(self._weights(counted_T, inputs) * objective.values_T).sum(),
+            loss=-(inputs.weights(settings.aggregation, counted_T) * objective.values_T).sum(),
             means={name: (sum_counted(counted_T, v_T), inputs.totals.tokens) for name, v_T in logged_T.items()},
-        )
-
-    def _weights(self, counted_T: Tensor, inputs: LossInputs) -> Tensor:
-        return token_weights(
-            self.settings.aggregation,
-            counted_T,
-            inputs.sequence_T,
-            inputs.lengths_S,
-            total_tokens=inputs.totals.tokens,
-            total_sequences=inputs.totals.sequences,
-            constant=1.0,
         )

@@ -8,7 +8,6 @@ from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, T
 from megarl.algorithms.objective import LossInputs, LossTerms, Objective
 from megarl.algorithms.plan import Plan
 from megarl.config.algorithms import SftSettings
-from megarl.ops.aggregate import token_weights
 from megarl.ops.masking import sum_counted, zero_masked
 from megarl.records import SOLUTION
 
@@ -33,14 +32,6 @@ class Sft(Algorithm):
     def loss(self, inputs: LossInputs) -> LossTerms:
         """The objective on all texts. Logs `entropy`, mean per token in nats."""
         counted_T = inputs.mask_T > 0
-        weights_T = token_weights(
-            "token_mean",
-            counted_T,
-            inputs.sequence_T,
-            inputs.lengths_S,
-            total_tokens=inputs.totals.tokens,
-            total_sequences=inputs.totals.sequences,
-            constant=1.0,
-        )
+        weights_T = inputs.weights("token_mean", counted_T)
         loss = -(weights_T * zero_masked(counted_T, inputs.log_probs_T)).sum()
         return LossTerms(loss, {"entropy": (sum_counted(counted_T, inputs.entropy_T), inputs.totals.tokens)})

@@ -8,13 +8,14 @@ import hashlib
 SEED_BITS = 63
 
 
-def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
-    """Seed of one sample, 0 ≤ seed < 2**63; the same on every machine, process and Python version.
+def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int, kind: str = "answer") -> int:
+    """Seed of one sample of a kind, 0 ≤ seed < 2**63; the same on every machine, process and Python version.
 
     vLLM samples seeded requests one by one. On the CPU (vLLM 0.32, fp32, one thread, 64 tokens each) that cost
     4 % of processor time at 64 sequences and 13 % at 512 with 0.8 M parameters, 0 and 4 % with 3.15 M.
     """
-    return hash_seed("sample", run_seed, step, prompt_index, sample_index)
+    purpose = "sample" if kind == "answer" else kind
+    return hash_seed(purpose, run_seed, step, prompt_index, sample_index)
 
 
 def batch_seed(run_seed: int, step: int, call: int = 0) -> int:

@@ -13,7 +13,7 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.records import Key, Stretch
 from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Completion, Request, Sampling
-from megarl.rollout.seeds import batch_seed, hash_seed
+from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
 from megarl.rollout.turns import Task
 from megarl.train.groups import added
 from megarl.train.journal import Journal, Kept
@@ -252,9 +252,8 @@ def _seed(session: Session, step: int, key: Key, generation: Generation) -> int 
     """The seed of a sample, or None where samples have none of their own."""
     if not _seeded(session, generation.weights):
         return None
-    purpose = "sample" if key.kind == "answer" else key.kind
     occasion = _occasion(step, generation.weights)
-    return hash_seed(purpose, session.config.seed, occasion, key.prompt, key.nth(generation.count))
+    return sample_seed(session.config.seed, occasion, key.prompt, key.nth(generation.count), key.kind)
 
 
 def _response_seed(seed: int | None, number: int) -> int | None:

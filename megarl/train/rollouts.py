@@ -7,6 +7,7 @@ A replica's first rank keeps the tokens of the samples its engine made. All rank
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from megarl.algorithms.base import Group
 from megarl.algorithms.plan import Plan, Text
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
-from megarl.records import Body, Head, Key, Trajectory
+from megarl.records import Body, Head, Key, Prompt, Trajectory
 from megarl.rewards.scorer import Scoring
 from megarl.rollout.turns import Played
 from megarl.train import generation, replay, texts, trust
@@ -167,8 +168,7 @@ def _samples(
             head, body = _with_turns(session, job, played, Trajectory(head, body))
         elif job.generation.learn is None and job.generation.prompt is not None:
             # It is trained after what it answers.
-            head = dataclasses.replace(head, prompt_length=len(job.request.prompt_token_ids))
-            body = dataclasses.replace(body, prompt_ids=job.request.prompt_token_ids)
+            head, body = _after(job.request.prompt_token_ids, Trajectory(head, body))
         if one is not None:
             marks = {} if one.thinking_length is None or played is not None else {"thinking": one.thinking_length}
             head = dataclasses.replace(head, reward=one.reward, reward_terms=one.terms, marks=marks)
@@ -182,10 +182,14 @@ def _with_turns(session: Session, job: Job, played: Played, sample: Trajectory) 
     head, body = sample
     texts = tuple(session.tokenizer.decode(body.token_ids[one.start : one.end]) for one in head.stretches)
     body = dataclasses.replace(body, texts=texts, counters=played.counters)
-    if played.prompt_token_ids == job.group.prompt.token_ids:
-        return Trajectory(head, body)
-    head = dataclasses.replace(head, prompt_length=len(played.prompt_token_ids))
-    return Trajectory(head, dataclasses.replace(body, prompt_ids=played.prompt_token_ids))
+    made = Trajectory(head, body)
+    return made if played.prompt_token_ids == job.group.prompt.token_ids else _after(played.prompt_token_ids, made)
+
+
+def _after(prompt_ids: tuple[int, ...], sample: Trajectory) -> Trajectory:
+    """A sample that answers a prompt of its own, and not the data's."""
+    head = dataclasses.replace(sample.head, prompt_length=len(prompt_ids))
+    return Trajectory(head, dataclasses.replace(sample.body, prompt_ids=prompt_ids))
 
 
 def _replayed(session: Session, step: int, jobs: Sequence[Job]) -> dict[int, Trajectory]:
@@ -239,11 +243,12 @@ def _told(
     counters = added(counters, scorer.take_counters() if scorer is not None else {})
     answers = {job.key: samples[i] for i, job in enumerate(jobs) if i in samples and job.key.kind == "answer"}
     counters = added(counters, *(sample.body.counters for sample in answers.values()))
+    to_show = _to_show(session, groups, plan)
     serves = {one.kind for one in plan.generations if one.serves > 1}
     mine = _Told(
         heads=[one.head for one in trajectories],
         kept=[(h.key, Text(b.token_ids, h.marks)) for h, b in trajectories if h.key.kind in serves],
-        shown={key: _shown(answers[key]) for key in _to_show(session, groups, plan) if key in answers},
+        shown={key: _shown(answers[key]) for key in to_show if key in answers},
         counters=counters,
         tokens=tokens,
         engine_tokens=engine_tokens,
@@ -267,10 +272,9 @@ def _told(
     for key, text in sorted((pair for one in told for pair in one.kept), key=lambda pair: pair[0]):
         session.texts.keep(step, key, text)
     shown = {key: sample for one in told for key, sample in one.shown.items()}
-    by_key = {key: group.prompt for group in groups for key in _answer_keys(group, plan)}
     return Made(
         groups=_with_heads(groups, plan, [head for one in told for head in one.heads]),
-        shown=tuple((by_key[key], shown[key]) for key in _to_show(session, groups, plan) if key in shown),
+        shown=tuple((prompt, shown[key]) for key, prompt in to_show.items() if key in shown),
         counters=added(*(one.counters for one in told)),
         generated_tokens=added(*(one.tokens for one in told)),
         engine_tokens=sum(one.engine_tokens for one in told),
@@ -280,19 +284,12 @@ def _told(
     )
 
 
-def _to_show(session: Session, groups: Sequence[Group], plan: Plan) -> list[Key]:
-    """The step's first few answers, as far as they are among those of `groups`."""
-    first = groups[0].number * _group_size(plan) if groups else 0
-    keys = [key for group in groups for key in _answer_keys(group, plan)]
-    return keys[: max(0, session.config.logging.samples - first)]
-
-
-def _group_size(plan: Plan) -> int:
-    return sum(one.count for one in plan.generations if one.kind == "answer")
-
-
-def _answer_keys(group: Group, plan: Plan) -> list[Key]:
-    return [Key(group.prompt.index, group.draw, number) for number in range(_group_size(plan))]
+def _to_show(session: Session, groups: Sequence[Group], plan: Plan) -> dict[Key, Prompt]:
+    """The step's first few answers, as far as they are among those of `groups`, with their prompts."""
+    size = sum(one.count for one in plan.generations if one.kind == "answer")
+    first = groups[0].number * size if groups else 0
+    keys = ((Key(one.prompt.index, one.draw, number), one.prompt) for one in groups for number in range(size))
+    return dict(itertools.islice(keys, max(0, session.config.logging.samples - first)))
 
 
 def _shown(sample: Trajectory) -> Trajectory:
