@@ -6,6 +6,7 @@ the one before it is copied to its place: a rank never holds more than two round
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -211,9 +212,11 @@ class Mover:
         """Until all messages of a round have left or come. Raises `PushError` naming the rank that fails to."""
         start = time.monotonic()
         for request, message in one.requests:
-            left = max(0.001, self.time_limit - (time.monotonic() - start))
+            left = self.time_limit - (time.monotonic() - start)
             try:
-                request.wait(timedelta(seconds=left))
+                # Torch cuts off what is less than a millisecond: a wait that ends early would pass for a broken
+                # connection.
+                request.wait(timedelta(milliseconds=max(1, math.ceil(left * 1000))))
             except RuntimeError as error:
                 gone = time.monotonic() - start < self.time_limit and not self._one_wait_for_all
                 raise self._absence(message, gone=gone) from error
