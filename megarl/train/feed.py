@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from megarl.algorithms.base import Group
 from megarl.errors import MegarlError
@@ -12,14 +11,16 @@ from megarl.train.groups import Rollouts
 
 
 class Feed:
-    """Hands out the rollouts of each step.
+    """Hands out the rollouts of each step of a run of `steps` steps.
 
     `staleness` bounds how many steps may have learned since the weights that made a token: 0, as in every run today,
-    means that a step learns only from what its own start has made. With n, rollouts are made up to n steps ahead.
+    means that a step learns only from what its own start has made. With n, rollouts are made up to n steps ahead, but
+    none for a step that the run does not make. What waits is no state of the run: a checkpoint is saved where nothing
+    does, see `require_empty`.
     """
 
-    def __init__(self, staleness: int = 0) -> None:
-        self.staleness = staleness
+    def __init__(self, steps: int, staleness: int = 0) -> None:
+        self.steps, self.staleness = steps, staleness
         self._waiting: deque[Rollouts] = deque()
 
     def take(self, step: int, make: Callable[[int], Rollouts]) -> Rollouts:
@@ -27,7 +28,8 @@ class Feed:
 
         Raises `MegarlError` where tokens are older than `staleness` allows.
         """
-        for ahead in range(step + len(self._waiting), step + self.staleness + 1):
+        last = max(step, min(step + self.staleness, self.steps))
+        for ahead in range(step + len(self._waiting), last + 1):
             self._waiting.append(make(ahead))
         rollouts = self._waiting.popleft()
         oldest = min((v for v in map(_oldest_version, rollouts.kept.groups) if v is not None), default=None)
@@ -42,14 +44,6 @@ class Feed:
         """Raise `MegarlError` where rollouts wait, which no checkpoint can hold."""
         if self._waiting:
             raise MegarlError(f"{len(self._waiting)} steps' rollouts wait in the feed, which no checkpoint can hold")
-
-    def state(self) -> list[Any]:
-        """Nothing: what waits is not saved, see `require_empty`."""
-        return []
-
-    def restore(self, state: list[Any]) -> None:
-        """Begin with nothing that waits."""
-        self._waiting.clear()
 
 
 def _oldest_version(group: Group) -> int | None:

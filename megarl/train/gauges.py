@@ -19,7 +19,7 @@ def measure(session: Session, plan: Plan, rollouts: Rollouts) -> dict[str, float
     groups = rollouts.kept.groups[: plan.gauged]
     if not plan.gauged:
         return {}
-    with session.clock.phase("measure"):
+    with session.clock.phase("gauges"):
         found = [
             (place, gauge)
             for place, group in enumerate(groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,17 +64,15 @@ class StepRecord:
         session = self._session
         values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
-        values |= _of_updates(self._passes, self._steps)
+        values |= of_updates(self._passes, self._steps)
         values |= _of_rollouts(self._rollouts, self._groups)
         values |= _by_source(session, self._rollouts)
         values |= _of_turns(session, self._rollouts)
         values |= self._measured
-        if not session.config.algorithm.generates:
-            # No engine made what is trained on.
-            values |= dict.fromkeys(_GAP_NAMES)
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
-        values["time_shares"] = _time_shares(values["seconds"], self._passes, self._rollouts)
+        made = self._rollouts.made.generated_tokens if self._rollouts is not None else {}
+        values["time_shares"] = time_shares(values["seconds"], self._passes, made)
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
         values["counters"] = self._counters
@@ -95,8 +93,6 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-#: The difference between the policy's log-probs and the engine's.
-_GAP_NAMES = ("logprob_gap_mean", "logprob_gap_max", "logprob_k3")
 #: Names that every line has, None where the step has no such number.
 _UPDATE_NAMES = (
     "loss",
@@ -104,11 +100,13 @@ _UPDATE_NAMES = (
     "lr",
     "entropy",
     "clip_share",
-    *_GAP_NAMES,
+    "logprob_gap_mean",
+    "logprob_gap_max",
+    "logprob_k3",
 )
 
 
-def _of_updates(passes: list[Pass], steps: list[StepResult]) -> dict[str, Any]:
+def of_updates(passes: Sequence[Pass], steps: Sequence[StepResult]) -> dict[str, Any]:
     """Means over the step's updates; None where there was none."""
     values: dict[str, Any] = dict.fromkeys(_UPDATE_NAMES)
     if not passes:
@@ -127,7 +125,7 @@ def _of_updates(passes: list[Pass], steps: list[StepResult]) -> dict[str, Any]:
     }
     values |= {name: mean([p.means[name] for p in passes if name in p.means]) for name in names}
     values |= {
-        "logprob_gap_max": max(p.gap_max for p in passes),
+        "logprob_gap_max": max((p.gap_max for p in passes if "logprob_gap_mean" in p.means), default=None),
         "tokens": real,
         "padding_share": 1 - real / computed,
     }
@@ -174,14 +172,15 @@ def _by_source(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
     return by_source(answers, session.config.reward)
 
 
-def _time_shares(seconds: dict[str, float], passes: list[Pass], rollouts: Rollouts | None) -> dict[str, float]:
-    """Parts of the step's time: that of the algorithm's loss function, and that of generating explanations.
+def time_shares(seconds: Mapping[str, float], passes: Sequence[Pass], made: Mapping[str, int]) -> dict[str, float]:
+    """Parts of the step's time: `loss`, that of the objectives' losses, and that of generating each kind of an
+    algorithm's own texts, by the kind with an s. `made` are the generated tokens by kind.
 
-    Explanations are generated in one call with the answers; their part of its time is their part of its tokens.
+    Such texts are generated in one call with the answers; their part of its time is their part of its tokens.
     """
     total = sum(seconds.values())
     shares = {"loss": sum(p.loss_seconds for p in passes) / total}
-    made = rollouts.made.generated_tokens if rollouts is not None else {}
-    if made.get("explanation"):
-        shares["explanations"] = seconds.get("generate", 0.0) * made["explanation"] / sum(made.values()) / total
+    for kind, tokens in made.items():
+        if kind != "answer":
+            shares[f"{kind}s"] = seconds.get("generate", 0.0) * tokens / sum(made.values()) / total
     return {name: round(share, 6) for name, share in shares.items()}

@@ -20,7 +20,7 @@ def probed(session: Session, rollouts: Rollouts, step: int) -> Rollouts:
     """The same rollouts, their kept groups' heads with the numbers that the algorithm's probes find. Collective."""
     numbers: _Numbers = {}
     for probe in session.algorithm.probes(step):
-        with session.clock.phase("measure"):
+        with session.clock.phase("probes"):
             for mine in gather_all(_measured(session, rollouts, probe)):
                 for key, found in mine.items():
                     numbers.setdefault(key, {})[probe.name] = found

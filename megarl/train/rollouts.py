@@ -267,7 +267,7 @@ def _told(
         raise Refusal(
             f"{missing} of {len(jobs)} samples of this step",
             "must be there before a step can train on them",
-            "replay a step that was saved whole, by a run with the same prompts, group size and explanations",
+            "replay a step that was saved whole, by a run with the same prompts, group size and own texts",
         )
     for key, text in sorted((pair for one in told for pair in one.kept), key=lambda pair: pair[0]):
         session.texts.keep(step, key, text)

@@ -163,7 +163,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     if engine is not None and environment is not None:
         host = ReplicaHost(environment, tokenizer, engine, data.prompts[0])
     recorder.status("building the policy")
-    stream, counters, texts, feed = _stream(config, data), Counters(), ServedTexts(), Feed()
+    stream, counters, texts, feed = _stream(config, data), Counters(), ServedTexts(), Feed(config.steps)
     policy = Policy(config, shape, world, grid, step_budget=implied.updates)
     _load_weights(policy, config, implied.parameter_sets)
     return Session(
@@ -189,7 +189,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         counters=counters,
         texts=texts,
         feed=feed,
-        carry=Carry({"stream": stream, "counters": counters, "texts": texts, "feed": feed, "algorithm": algorithm}),
+        carry=Carry({"stream": stream, "counters": counters, "texts": texts, "algorithm": algorithm}),
         stops=stops,
         served=served,
     )

@@ -1,0 +1,33 @@
+"""What a line of metrics.jsonl makes of a step's passes and seconds."""
+
+from __future__ import annotations
+
+import pytest
+
+from megarl.policy.losses import Pass
+from megarl.policy.trained_set import StepResult
+from megarl.train.measure import of_updates, time_shares
+
+STEP = StepResult(grad_norm=2.0, lr=1e-3, skipped=False)
+
+
+def a_pass(gap_max: float, **means: float) -> Pass:
+    return Pass(1.5, means, gap_max, loss_seconds=0.5, real_tokens=6, computed_tokens=8)
+
+
+def test_a_gap_is_only_said_of_what_was_compared() -> None:
+    names = ("logprob_gap_mean", "logprob_gap_max", "logprob_k3")
+    nothing = of_updates([a_pass(0.0, entropy=1.0)], [STEP])
+    assert {name: nothing[name] for name in names} == dict.fromkeys(names)
+    compared = a_pass(0.25, logprob_gap_mean=0.125, logprob_k3=0.5)
+    found = of_updates([a_pass(0.0), compared, a_pass(0.125, logprob_gap_mean=0.375, logprob_k3=0.25)], [STEP] * 3)
+    assert [found[name] for name in names] == [0.25, 0.25, 0.375]
+    assert of_updates([], [])["logprob_gap_max"] is None
+
+
+def test_every_kind_of_an_algorithms_own_texts_has_its_share_of_the_time() -> None:
+    seconds = {"generate": 6.0, "update": 2.0, "push": 2.0}
+    shares = time_shares(seconds, [a_pass(0.0), a_pass(0.0)], {"answer": 6, "explanation": 3, "critique": 1})
+    assert shares == pytest.approx({"loss": 0.1, "explanations": 0.18, "critiques": 0.06})
+    assert time_shares(seconds, [], {"answer": 6}) == {"loss": 0.0}
+    assert time_shares(seconds, [], {}) == {"loss": 0.0}
