@@ -47,6 +47,15 @@ class Tokens:
         return Reply(list(self._again) if self._left else None, sum(said) / 1000)
 
 
+class Draws:
+    """Answers with a token that it draws."""
+
+    def start(self, prompt: Prompt) -> Any: ...
+
+    def turn(self, said: str) -> Reply:
+        return Reply([random.randrange(2, 129)], 0.0)
+
+
 class Misbehaves:
     """Does to a sample what its answer says."""
 

@@ -418,7 +418,7 @@ def turns(engine: Any, folder: Path) -> dict[str, Any]:
 
     tokenizer = word_tokenizer(folder / f"tokenizer-{dist.get_rank()}")
     asked = requests(24)
-    tasks = [Task(one.index, Prompt(one.index, one.prompt_token_ids, "", "nothing"), one.seed) for one in asked]
+    tasks = [Task(one.index, Prompt(0, one.prompt_token_ids, "", "nothing"), one.index, one.seed) for one in asked]
     sampling, made = Sampling(max_tokens=40), []
     complete = engine._completion
 
@@ -451,7 +451,11 @@ def turns(engine: Any, folder: Path) -> dict[str, Any]:
     results["few turns"] = played(tokens, dataclasses.replace(bounds, turns=2))
     results["little room"] = played(tokens, dataclasses.replace(bounds, tokens=15))
     results["short prompts"] = played(tokens, dataclasses.replace(bounds, prompt_tokens=8))
-    deeds = [Task(one.index, dataclasses.replace(one.prompt, answer=DEEDS[one.index % 10]), one.seed) for one in tasks]
+    unseeded = [dataclasses.replace(one, seed=None) for one in tasks]
+    results["unseeded"] = played({"kind": "environment_cases:Draws"}, bounds, unseeded)
+    deeds = [
+        dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, answer=DEEDS[one.index % 10])) for one in tasks
+    ]
     results["deeds"] = played({"kind": "environment_cases:Misbehaves", "time_limit": 1.0}, bounds, deeds)
 
     def grade(said: Any) -> list[float]:

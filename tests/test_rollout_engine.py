@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,11 @@ def check_turns(folder: Path, replicas: list[dict[str, Any]]) -> None:
             assert one["failure"] == "environment_prompt_too_long" and one["token_ids"] == () and one["reward"] is None
         else:
             assert one["failure"] is None
+    for one in of("unseeded"):
+        # Each environment draws by its own seed, though all samples are of one prompt and the engine's have none.
+        draws = random.Random(one["index"])
+        expected = [(draws.randrange(2, 129),) for _ in range(3)]
+        assert stretches(one, "environment") == expected[: one["turns"] - 1]
     check_deeds(of("deeds"))
     for one in of("retry"):
         said = stretches(one, "policy")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,14 @@ from group_case import group_of
 
 from megarl.algorithms import build
 from megarl.algorithms.base import Algorithm, AlgorithmContext, Group
+from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
 from megarl.records import Body, Head, Key, Prompt, Sequence, Stretch, Trajectory
-from megarl.train.groups import Made
+from megarl.rollout.turns import Task
+from megarl.train.generation import jobs, tasks_of
+from megarl.train.groups import Made, draw
 from megarl.train.recorder import Recorder
 from megarl.train.replay import read_samples, save_samples
 from megarl.train.route import assign, deliver
@@ -40,6 +44,7 @@ MINE, THEIRS = [0, 1, 2, 5, 7, 8], [3, 4, 6]
 #: Rewards of a group's answers: of one turn, of several after a prompt of the environment's, of one that failed before
 #: its first turn.
 REWARDS = (0.0, 1.0, 0.0)
+SMALL = {"name": "case", "steps": 1, "model": {"path": "m"}, "algorithm": {"name": "grpo"}, "data": {"path": "d"}}
 NAMES = ["grpo", "nft", "exp_grpo", "exp_dpo"]
 
 
@@ -104,6 +109,23 @@ def test_groups_of_failures_alone_have_nothing_to_train(name: str) -> None:
     assert credited[0].trained == () and counters == {"samples_not_trained": 3}
 
 
+@pytest.mark.parametrize("seeded", [False, True])
+def test_environments_draw_apart_and_again_alike_whether_or_not_the_engine_does(seeded: bool) -> None:
+    config = RunConfig.model_validate(SMALL | {"rollout": {"seeded": seeded}})
+    session: Any = SimpleNamespace(config=config)
+    plan = Plan((Generation(4),))
+    prompts = [Prompt(number, (1, 2), "", "") for number in (5, 6, 5)]  # the first comes twice
+
+    def tasks(step: int) -> list[Task]:
+        asked, _ = jobs(session, plan, step, draw(prompts), lambda generation, group: False)
+        return tasks_of(session, step, asked)
+
+    first, again, later = tasks(3), tasks(3), tasks(4)
+    assert first == again
+    assert [one.seed is not None for one in first] == [seeded] * 12
+    assert len({one.environment_seed for one in first + later}) == 24
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[World]:
     """A world of this process."""
@@ -113,9 +135,7 @@ def alone(tmp_path: Path) -> Iterator[World]:
 
 
 def delivered(made: Made, world: World, routing: tuple[int, int] | None = None) -> list[Sequence]:
-    config = RunConfig.model_validate(
-        {"name": "case", "steps": 1, "model": {"path": "m"}, "algorithm": {"name": "grpo"}, "data": {"path": "d"}}
-    )
+    config = RunConfig.model_validate(SMALL)
     credited, _ = credited_groups(made.groups, algorithm_of("grpo").credit(1, made.groups))
     batches, _ = assign(credited, 1, 1, together=False)
     lengths = [item.length for item in batches[0].items[0]]
@@ -157,16 +177,7 @@ def test_saved_samples_of_several_turns_come_back(tmp_path: Path) -> None:
 
 
 def test_samples_show_who_said_what(tmp_path: Path) -> None:
-    config = RunConfig.model_validate(
-        {
-            "name": "case",
-            "runs_dir": str(tmp_path),
-            "steps": 1,
-            "model": {"path": "m"},
-            "algorithm": {"name": "grpo"},
-            "data": {"path": "d"},
-        }
-    )
+    config = RunConfig.model_validate(SMALL | {"runs_dir": str(tmp_path)})
     recorder = Recorder(config, True, show=False)
     recorder.directory.mkdir()
     prompt = Prompt(5, (1,), "2+2=", "4")

@@ -63,7 +63,7 @@ def measure(config: RunConfig, options: dict[str, Any]) -> list[list[dict[str, f
     engine = Engine(config, shape, eos_token_ids=[], rank=world.rank, world_size=world.size, load_weights=True)
     turns, tokens = options["turns"], options["tokens"]
     prompt = tuple(tokenizer.encode("1 + 2 + 3 = "))
-    tasks = [Task(index, Prompt(index, prompt, "", ""), index) for index in range(options["samples"])]
+    tasks = [Task(index, Prompt(index, prompt, "", ""), index, index) for index in range(options["samples"])]
     bounds = Bounds(turns, turns * (tokens + 4) + 1, 10_000, tokens, options["workers"])
     sampling = Sampling(max_tokens=bounds.tokens)
     found: list[dict[str, float]] = []

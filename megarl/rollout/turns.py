@@ -59,10 +59,12 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A sample to generate; `index` comes back with it."""
+    """A sample to generate; `index` comes back with it. Its environment draws by `environment_seed`; `seed` is that of
+    its requests to the engine, None where they have none of their own."""
 
     index: int
     prompt: Prompt
+    environment_seed: int
     seed: int | None = None
 
 
@@ -177,8 +179,7 @@ class _Play:
         self._under_way[task.index] = _Sample(task)
         self._waiting.add(task.index)
         if self._host is not None:
-            seed = task.prompt.index if task.seed is None else task.seed
-            self._host.start(task.index, task.prompt, hash_seed("environment", seed))
+            self._host.start(task.index, task.prompt, task.environment_seed)
 
     def _written(self, completion: Completion) -> None:
         """The policy has written a turn."""

@@ -15,6 +15,7 @@ from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
+from megarl.records import Prompt
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
 from megarl.rollout.turns import Task
@@ -56,11 +57,7 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.engine is not None and session.evaluation_data is not None
     prompts, k = session.evaluation_data.prompts, settings.samples
-    requests = [
-        Request(p.token_ids, i * k + j, hash_seed("evaluation", session.config.seed, p.index, j))
-        for i, p in enumerate(prompts)
-        for j in range(k)
-    ]
+    requests = [Request(p.token_ids, i * k + j, _seed(session, p, j)) for i, p in enumerate(prompts) for j in range(k)]
     sampling = Sampling(
         max_tokens=settings.max_tokens or rollout.max_tokens,
         temperature=settings.temperature,
@@ -98,9 +95,18 @@ def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) 
         return [Output(completion) for completion in generate(session, requests, sampling)]
     assert session.evaluation_data is not None
     prompts, k = session.evaluation_data.prompts, session.config.evaluation.samples
-    tasks = [Task(request.index, prompts[request.index // k], request.seed) for request in requests]
+    tasks = []
+    for request in requests:
+        number, sample = divmod(request.index, k)
+        seed = _seed(session, prompts[number], sample)
+        tasks.append(Task(request.index, prompts[number], hash_seed("environment", seed), seed))
     scoring = session.evaluation_scorer or session.scorer
     return play(session, tasks, sampling, scoring, work(session, len(tasks)))
+
+
+def _seed(session: Session, prompt: Prompt, sample: int) -> int:
+    """The seed of a prompt's answer number `sample`, the same in every evaluation."""
+    return hash_seed("evaluation", session.config.seed, prompt.index, sample)
 
 
 def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, rows: list[_Row]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def jobs(
                 continue
             for number in range(generation.count):
                 key = Key(group.prompt.index, group.draw, number, generation.kind)
-                seed = _seed(session, step, key, generation)
+                seed = _seed(session, step, key, generation) if _seeded(session, generation.weights) else None
                 request = Request(tuple(ids), len(made), seed, generation.max_tokens)
                 made.append(Job(key, group, generation, request))
     return made, counters
@@ -79,12 +79,23 @@ def _played(session: Session, step: int, batch: int, asked: Sequence[Job]) -> li
     generation = asked[0].generation
     sampling = sampling_of(session, step, batch, generation.weights)
     sampling = replace(sampling, max_tokens=generation.max_tokens or sampling.max_tokens)
-    tasks = [
-        Task(job.request.index, replace(job.group.prompt, token_ids=job.request.prompt_token_ids), job.request.seed)
-        for job in asked
-    ]
+    tasks = tasks_of(session, step, asked)
     serve(session, generation.weights)
     return play(session, tasks, sampling, session.scorer, work(session, len(tasks)), generation.weights)
+
+
+def tasks_of(session: Session, step: int, asked: Sequence[Job]) -> list[Task]:
+    """The samples of several turns that are asked for. Their environments have seeds also where the engine's requests
+    have none."""
+    return [
+        Task(
+            index=job.request.index,
+            prompt=replace(job.group.prompt, token_ids=job.request.prompt_token_ids),
+            environment_seed=hash_seed("environment", _seed(session, step, job.key, job.generation)),
+            seed=job.request.seed,
+        )
+        for job in asked
+    ]
 
 
 def _outputs(
@@ -248,10 +259,8 @@ def _together(made: list[Completion], known: Sequence[Request], kept: Kept | Non
     return sorted(made, key=lambda completion: completion.index)
 
 
-def _seed(session: Session, step: int, key: Key, generation: Generation) -> int | None:
-    """The seed of a sample, or None where samples have none of their own."""
-    if not _seeded(session, generation.weights):
-        return None
+def _seed(session: Session, step: int, key: Key, generation: Generation) -> int:
+    """The seed of a sample."""
     occasion = _occasion(step, generation.weights)
     return sample_seed(session.config.seed, occasion, key.prompt, key.nth(generation.count), key.kind)
 
@@ -261,6 +270,7 @@ def _response_seed(seed: int | None, number: int) -> int | None:
 
 
 def _seeded(session: Session, weights: str) -> bool:
+    """Whether the engine's requests have seeds of their own."""
     seeded = session.config.rollout.seeded
     if weights != POLICY:
         return True
