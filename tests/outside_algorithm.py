@@ -66,7 +66,8 @@ class Outside(Algorithm):
         return "groups_without_variance" if min(group.rewards) == max(group.rewards) else None
 
     def probes(self, step: int) -> tuple[Probe, ...]:
-        return (Probe("surprise", lambda log_probs_T: (-log_probs_T).tolist(), REFERENCE),)
+        per_token = self.context.max_tokens
+        return (Probe("surprise", lambda log_probs_T: (-log_probs_T).tolist(), REFERENCE, most=per_token),)
 
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
         found = [self._of_group(group) for group in groups]

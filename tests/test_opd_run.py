@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import arithmetic_run
 import numpy as np
@@ -13,6 +15,7 @@ import parity
 import pytest
 from failing_judge import Act, Hang, JudgeServer, Status, serving
 
+from megarl.algorithms.plan import Probe
 from megarl.data.tokenizer import load_tokenizer, spread_tokens
 
 #: The server's context in tokens: longer sequences are turned down.
@@ -65,26 +68,40 @@ def session(world: Any, table: dict[str, Any]) -> Any:
 
 
 def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]:
-    """Scenario: a step's sequences as each rank has them, what was counted and logged; then a server that is not
-    there any more, and a run that has to stop while it waits. The file `word_file` tells the server what to do."""
+    """Scenario: a step's sequences as each rank has them, what was counted and logged, and what probes find; then a
+    server that is not there any more, and a run that has to stop while it waits. The file `word_file` tells the server
+    what to do."""
     from megarl.errors import MegarlError
     from megarl.train.loop import run_step
+    from megarl.train.probes import probed
     from megarl.train.rollouts import roll_out
     from megarl.train.selection import trainable
     from megarl.train.values import add_log_probs
 
     made = session(world, table)
     plan = made.algorithm.plan(1)
-    batches, totals, _, _ = trainable(made, roll_out(made, plan, 1), 1)
+    rollouts = roll_out(made, plan, 1)
+    batches, totals, _, _ = trainable(made, rollouts, 1)
     asked = [s for batch in batches for s in batch]
     counters = add_log_probs(made, batches)
     found = made.policy.accumulate(batches[0], made.algorithm.objectives, totals[0], old_is_current=True)
     made.policy.step()
     kept = [s for batch in batches for s in batch]
+    opinion = Probe("opinion", lambda log_probs_T: [log_probs_T.sum(), len(log_probs_T)], "teacher", most=2)
+    with mock.patch.object(made.algorithm, "probes", lambda step: (opinion, replace(opinion, name="again"))):
+        measured = probed(made, rollouts, 1).kept
+    with mock.patch.object(made.algorithm, "probes", lambda step: (replace(opinion, most=1),)):
+        refused = ""
+        try:
+            probed(made, rollouts, 1)
+        except MegarlError as error:
+            refused = f"{type(error).__name__}: {error}"
     made.progress.step = 1
     made.recorder.open()
     line = run_step(made, 2)
     result = {"asked": asked, "kept": kept, "counters": counters, "means": found.means, "line": line, "raised": []}
+    result["probed"] = {group.number: dict(group.answers[0].measured) for group in measured.groups}
+    result |= {"seen": dict(measured.counters), "refused": refused}
     for word in ("gone", "hang"):
         if world.is_first:
             Path(word_file).write_text(word)
@@ -176,6 +193,24 @@ def test_sequences_without_log_probs_are_left_out_on_every_rank_and_counted(rank
     # The greetings of the two that ask, and a request for each sequence.
     wanted = {"teacher_requests": 26, "teacher_error": lost}
     assert [rank["counters"] for rank in ranks] == [wanted] * PROCESSES
+
+
+def test_a_probe_under_a_served_set_asks_the_server(ranks: list[dict[str, Any]]) -> None:
+    """A group is dropped where it is not answered; what a probe may not find ends the step on all ranks."""
+    wanted = {}
+    for one in ranks[0]["asked"] + ranks[1]["asked"]:
+        if len(one.tokens) <= CONTEXT:
+            values = np.array(log_probs(one.tokens.tolist())[1:], np.float32)[one.positions - 1]
+            wanted[one.group] = (float(values.sum()), float(len(values)))
+    lost = 24 - len(wanted)
+    for rank in ranks:
+        assert rank["probed"] == {number: {"opinion": found, "again": found} for number, found in wanted.items()}
+        counted = {"groups_dropped": lost, "groups_unmeasured": lost, "teacher_error": lost}
+        assert rank["seen"] == counted | {"teacher_requests": 24 + len(wanted)}
+        assert rank["refused"] == (
+            "Refusal: probe 'opinion' with 2 numbers of one sample: must find 1 at most, since every rank gets them. "
+            "Fix: reduce the log-probs further, or set Probe.most to what credit needs."
+        )
 
 
 def test_a_step_logs_what_was_counted(ranks: list[dict[str, Any]]) -> None:

@@ -93,14 +93,23 @@ class Plan:
 class Probe:
     """A measurement of the kept groups' samples of one kind, made before credit.
 
-    The log-probs (T,) in nats of a sample's own tokens under the parameter set `parameters` are reduced to a few
-    numbers on the rank that finds them; every rank then has these as `Head.measured[name]`.
+    The log-probs (T,) in nats of a sample's own tokens under the parameter set `parameters`, which may be one that
+    somebody serves, are reduced to a few numbers on the rank that finds them; every rank then has these as
+    `Head.measured[name]`, since credit is given to all groups at once. A number costs some 40 bytes on every rank: one
+    per token of 10,000 answers of 1,000 tokens would be 400 MB. So there may be `most` of a sample, such as one per
+    step of its reasoning; more is refused. What a loss alone needs per token is better read there, by
+    `Objective.under`, as it then stays on the ranks that train on the sample.
+
+    A sample without a token of its own has no number. A group is dropped, and counted as `groups_unmeasured`, where a
+    server gives no log-probs of one of its samples.
     """
 
     name: str
     reduce: Callable[[np.ndarray], Sequence[float]]
     parameters: str = POLICY
     kind: str = "answer"
+    most: int = 64
+    """The most numbers of a sample. Our choice."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megarl.algorithms.base import Group
+from megarl.algorithms.plan import Probe
 from megarl.records import Body, Head, Key, Prompt, Trajectory
 
 
@@ -76,9 +77,17 @@ class Kept:
     groups: tuple[Group, ...] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
 
-    def measured(self, numbers: Mapping[Key, Mapping[str, tuple[float, ...]]]) -> Kept:
-        """The same groups, with what the algorithm's probes found."""
-        return dataclasses.replace(self, groups=tuple(_with_numbers(group, numbers) for group in self.groups))
+    def measured(self, probe: Probe, numbers: Mapping[Key, tuple[float, ...]], counters: Mapping[str, int]) -> Kept:
+        """The groups with the numbers that a probe has found of their samples, and what it has counted; without those
+        of which it lacks a sample."""
+        groups = [
+            dataclasses.replace(group, heads=tuple(_with_numbers(head, probe.name, numbers) for head in group.heads))
+            for group in self.groups
+            if all(head.key in numbers for head in group.of(probe.kind))
+        ]
+        dropped = len(self.groups) - len(groups)
+        lost = {"groups_dropped": dropped, "groups_unmeasured": dropped}
+        return Kept(tuple(groups), added(self.counters, counters, lost))
 
 
 class Rollouts(NamedTuple):
@@ -98,6 +107,6 @@ def added(*counters: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _with_numbers(group: Group, numbers: Mapping[Key, Mapping[str, tuple[float, ...]]]) -> Group:
-    heads = (dataclasses.replace(head, measured=numbers.get(head.key, {})) for head in group.heads)
-    return dataclasses.replace(group, heads=tuple(heads))
+def _with_numbers(head: Head, name: str, numbers: Mapping[Key, tuple[float, ...]]) -> Head:
+    found = numbers.get(head.key)
+    return head if found is None else dataclasses.replace(head, measured={**head.measured, name: found})

@@ -1,4 +1,4 @@
-"""Log-probs that the step's sequences lack and an objective needs: of the weights that generated, and of other sets."""
+"""Log-probs that the step's sequences lack: of the policy before its update, and under other parameter sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from megarl.config.parameter_sets import POLICY
 from megarl.records import Sequence
 from megarl.train import served
 from megarl.train.groups import added
+from megarl.train.served import Served
 from megarl.train.session import Session
+
+
+def log_probs_under(session: Session, sequences: Sequences[Sequence], name: str) -> Served:
+    """Log-probs of the sequences' trained tokens under the parameter set `name`: asked for where somebody serves it,
+    else measured, and then on the last pipeline stage alone. `sequences` are those of this data-parallel replica.
+    Collective. Raises on all ranks as `served.measure`."""
+    with session.clock.phase("old_log_probs" if name == POLICY else f"{name}_log_probs"):
+        if name in session.served:
+            return served.measure(session, sequences, name)
+        return Served([*(session.policy.measure(sequences, name) or [])], {})
 
 
 def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, int]:
@@ -26,22 +37,19 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, 
     old = [one for one in objectives if one.old]
     if old and len(batches) > 1:
         own = [s for s in sequences if any(one.trains(s.kind) for one in old)]
-        with session.clock.phase("old_log_probs"):
-            for sequence, values in zip(own, session.policy.measure(own) or [], strict=False):
-                sequence.old_log_probs = values
+        for sequence, values in zip(own, log_probs_under(session, own, POLICY).values, strict=False):
+            sequence.old_log_probs = values
     for name in sets_read(objectives) if batches else ():
         own = [s for s in sequences if any(name in one.under and one.trains(s.kind) for one in objectives)]
-        with session.clock.phase(f"{name}_log_probs"):
-            if name in session.served:
-                found, counted = served.measure(session, own, name)
-                counters = added(counters, counted)
+        found = log_probs_under(session, own, name)
+        counters = added(counters, found.counters)
+        lacking = []
+        for sequence, values in zip(own, found.values, strict=False):
+            if values is None:
+                lacking.append(sequence)
             else:
-                found = session.policy.measure(own, name) or []
-            for sequence, values in zip(own, found, strict=False):
-                if values is not None:
-                    sequence.log_probs_under[name] = values
-        if name in session.served:
-            _take_out(batches, [s for s, values in zip(own, found, strict=True) if values is None], objectives)
+                sequence.log_probs_under[name] = values
+        _take_out(batches, lacking, objectives)
     return counters
 
 
