@@ -120,6 +120,24 @@ def test_other_rows_in_the_same_file_are_refused(run_file: Path) -> None:
         assert list(differences.changed_rows(allowed, differences.rows_of(rows), known, CHECKPOINT)) == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "other_rows", "anew"),
+    [
+        (["seed=7", "batch.prompts=16", "algorithm.clip_high=0.3"], False, {}),
+        (["data.system=Be brief."], False, {"texts": "the data changed"}),
+        ([], True, {"texts": "the data changed"}),
+        (["model.path=models/other"], False, {"texts": "the model changed"}),
+        (["algorithm=nft"], False, {"algorithm": "the algorithm changed", "texts": "the algorithm changed"}),
+    ],
+)
+def test_carried_states_that_say_nothing_to_the_run_begin_anew(
+    run_file: Path, overrides: list[str], other_rows: bool, anew: dict[str, str]
+) -> None:
+    before = load_config(run_file).model_dump(mode="json")
+    found = differences.begun_anew(load_config(run_file, overrides), before, other_rows=other_rows)
+    assert found == anew
+
+
 def test_a_checkpoint_that_cannot_be_continued_is_refused_before_the_start(run_file: Path) -> None:
     config = load_config(run_file, ["resume=auto"])
     leave_checkpoint(config)

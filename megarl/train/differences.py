@@ -68,6 +68,24 @@ def changes(config: RunConfig, before: Mapping[str, Any], checkpoint: Path) -> s
     return f"continues {checkpoint.name} with other settings: {words}" if words else None
 
 
+def begun_anew(config: RunConfig, before: Mapping[str, Any], *, other_rows: bool) -> dict[str, str]:
+    """The carried states that say nothing to a run of this configuration, each with what changed in words.
+
+    `other_rows`: the data has other rows than the run that saved them had.
+    """
+    anew: dict[str, str] = {}
+    changed = {key.partition(".")[0] for key, _, _ in _differences(config, before)} | (
+        {"data"} if other_rows else set()
+    )
+    # They are known by their prompts' places in the data, and made of the model's tokens.
+    for part in ("data", "model"):
+        if part in changed:
+            anew["texts"] = f"the {part} changed"
+    if before["algorithm"]["name"] != config.algorithm.name:
+        anew |= dict.fromkeys(("algorithm", "texts"), "the algorithm changed")
+    return anew
+
+
 def _differences(config: RunConfig, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Keys that both configurations have, with the old and the new value."""
     # As it will be read from JSON again.

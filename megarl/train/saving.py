@@ -63,11 +63,18 @@ def resume(session: Session) -> bool:
     _compare(session, saved)
     names = {f.name for f in dataclasses.fields(Progress)}
     session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
-    # A state is only understood by the algorithm whose it was.
-    same = saved["config"]["algorithm"]["name"] == config.algorithm.name
-    session.carry.restore(saved["states"], anew=() if same else ("algorithm",))
+    anew = differences.begun_anew(config, saved["config"], other_rows=_rows(session) != saved["data"])
+    session.carry.restore(saved["states"], anew=anew)
+    if (sentence := forgotten(saved["states"], anew)) is not None:
+        session.recorder.status(sentence)
     session.saved_step = session.progress.step
     return True
+
+
+def forgotten(states: Mapping[str, Any], anew: Mapping[str, str]) -> str | None:
+    """A sentence about the saved states that hold something and are not taken up, `anew` as `begun_anew` says."""
+    lost = [f"{name} ({why})" for name, why in anew.items() if states[name]]
+    return f"begins anew what the checkpoint carries of {', '.join(lost)}" if lost else None
 
 
 def _of_the_run(session: Session) -> dict[str, Any]:
