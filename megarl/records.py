@@ -141,8 +141,9 @@ class Sequence:
     nothing predicts the first. All others are context, also those between trained ones, which an environment or a hint
     has put there.
     The values are float32 (T,), None where not known: `advantages`; `rollout_log_probs`, the engine's;
-    `old_log_probs`, of the weights that generated, and `log_probs_under`, by the name of a parameter set, which the
-    policy measures where an objective needs them (on the last pipeline stage only). `kind` says what the sequence is:
+    `old_log_probs`, of the policy before the step's first update, and `log_probs_under`, by the name of a parameter
+    set, which the policy measures where an objective needs them (on the last pipeline stage only). `current`: these
+    weights of the policy have written all that is trained of it. `kind` says what the sequence is:
     an "answer", an "explanation", a "solution", or whatever an algorithm calls its own. `temperature` is that of the
     distribution that its log-probs are of. `group` is shared by the sequences of a prompt; `signals` are further
     numbers of a sampled answer, by name. `routed_experts` int16 (N, sparse layers, k), N <= L: the experts that the
@@ -158,6 +159,7 @@ class Sequence:
     rollout_log_probs: np.ndarray | None = None
     old_log_probs: np.ndarray | None = None
     log_probs_under: dict[str, np.ndarray] = field(default_factory=dict)
+    current: bool = False
     kind: str = "answer"
     temperature: float = 1.0
     group: int = 0

@@ -23,6 +23,8 @@ THINKING = {"reward": {"kind": "boxed", "graded": "response"}}
 ASKING = {"kind": "environment_cases:Tokens", "max_turn_tokens": 8, "workers": 8, "in_order": True, "time_limit": 60.0}
 #: One that tells the reward's verdict.
 RETRY = {"kind": "retry", "arguments": {"message": "No.", "cost": 0.25}, "max_turn_tokens": 16, "in_order": True}
+#: Policy and engine differ by rounding alone in what the policy's current weights wrote.
+EXACT = {"gap_limit": 1e-4}
 #: How well the warmed-up policy answers differs from machine to machine; where an update must follow, this one does.
 CHANCE = {"reward": {"kind": "arithmetic_run:even_length", "graded": "response", "time_limit": 60.0}}
 
@@ -114,11 +116,17 @@ def in_world(processes: int, calls: dict[str, tuple[Any, ...]]) -> dict[str, lis
 
 def learn(made: Any, batches: list[Any], totals: list[Any]) -> list[Any]:
     """The updates of a step, as the loop makes them; what each pass has found."""
+    from megarl.train import trust
+    from megarl.train.values import first_pass_is_old
+
     found, objectives = [], made.algorithm.objectives
-    measured = len(batches) > 1 and any(objective.old for objective in objectives)
+    current = first_pass_is_old(objectives, batches)
     for batch, total in zip(batches, totals, strict=True):
-        found.append(made.policy.accumulate(batch, objectives, total, old_is_current=not (measured or found)))
+        found.append(made.policy.accumulate(batch, objectives, total, old_is_current=current))
+        if current:
+            trust.check_pass(made, made.progress.step + 1, found[-1])
         made.policy.step()
+        current = False
     return found
 
 
@@ -127,7 +135,7 @@ def learn(made: Any, batches: list[Any], totals: list[Any]) -> list[Any]:
 
 def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
     """Scenario: the training sequences of each step, with what the step counted and measured; the policy is updated."""
-    from megarl.train import gauges
+    from megarl.train import gauges, trust
     from megarl.train.rollouts import roll_out
     from megarl.train.selection import trainable
     from megarl.train.values import add_log_probs
@@ -147,6 +155,7 @@ def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
         measured = gauges.measure(made, plan, rollouts)
         batches, totals, counters, _ = trainable(made, rollouts, step)
         add_log_probs(made, batches)
+        trust.check_before(made, step, batches)
         results = learn(made, batches, totals)
         written = rollouts.made.written
         found["steps"].append(
@@ -201,6 +210,10 @@ def alone(folder: Path) -> dict[str, list[Any]]:
         algorithm = {"name": "exp_dpo", "mode": mode, "explanation": EXPLANATION | {"measure_every": 0}}
         table = run_table(folder, algorithm=algorithm, data={"max_rows": 6}, rollout={"group_size": 1}, **fast)
         calls[mode] = ("trained", table, 2)
+    for updates in (1, 2):
+        batch = {"updates": updates}
+        mixed = run_table(folder, algorithm={"name": "two_writers:TwoWriters"}, batch=batch, health=EXACT, **fast)
+        calls[f"{updates} updates"] = ("trained", mixed, 2)
     for responses in (1, 3):
         algorithm = {"name": "start", "responder": "initial", "responses": responses}
         calls[f"{responses} responses"] = ("responded", run_table(folder, algorithm=algorithm, **CHANCE, **fast))
@@ -305,6 +318,30 @@ def test_offline_pairs_are_those_of_the_first_policy(alone: dict[str, list[Any]]
             assert sorted(groups) == sorted(s.group for s in seen["sequences"] if s.kind == "answer") and groups
     assert found["offline"][0] == found["offline"][1]
     assert found["iterative"][0] != found["iterative"][1]
+
+
+def test_old_log_probs_and_the_gap_are_a_matter_of_who_wrote_a_sequence(alone: dict[str, list[Any]]) -> None:
+    """The policy's answers are from the weights before the update, the others' are off-policy; nothing is stopped."""
+    for updates in (1, 2):
+        first, second = alone[f"{updates} updates"][0]["steps"]
+        for seen in (first, second):
+            assert {(s.kind, s.current) for s in seen["sequences"]} == {("answer", True), ("other", False)}
+            # Of both kinds old is the policy before its update, so that the first ratios are 1.
+            assert seen["means"][0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+            assert 0 < seen["means"][0]["logprob_gap_mean"] < 1e-5
+        # By then the policy is not what the run started with.
+        weights = second["means"][0]["importance_weight_mean"]
+        assert abs(weights - 1) > 1e-3 > abs(first["means"][0]["importance_weight_mean"] - 1)
+    gaps = {}
+    for s in second["sequences"]:
+        gaps.setdefault(s.kind, []).append(np.abs(s.old_log_probs - s.rollout_log_probs).mean())
+    assert max(gaps["answer"]) < 1e-4 < 1e-2 < np.mean(gaps["other"])
+
+
+def test_what_the_policy_did_not_write_is_not_compared(alone: dict[str, list[Any]]) -> None:
+    for mode, compared in (("offline", False), ("iterative", True)):
+        for seen in alone[mode][0]["steps"]:
+            assert ("logprob_gap_mean" in seen["means"][0]) == compared
 
 
 def test_an_environments_tokens_are_context_in_training(on_two: dict[str, list[Any]]) -> None:

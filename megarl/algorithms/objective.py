@@ -72,7 +72,7 @@ class LossInputs:
     kind_S: tuple[str, ...] = ()
     """S kinds, those of the sequences."""
     old_log_probs_T: Tensor | None = None
-    """[T], a constant: those of the weights that generated."""
+    """[T], constants: those of the policy before the step's first update, see `Objective.old`."""
     rollout_log_probs_T: Tensor | None = None
     """[T] the engine's log-probs under its sampling distribution."""
     log_probs_under_T: Mapping[str, Tensor] = field(default_factory=dict)
@@ -144,9 +144,13 @@ class Objective:
     """Parameter set that its gradient goes into."""
     advantages: bool = False
     old: bool = False
-    """Needs the log-probs of the weights that generated, recomputed by the policy."""
+    """Needs the log-probs of the policy before the step's first update: PPO's old policy (arXiv 1707.06347, Eq. 6),
+    which the ratio and its clip are taken to. Of what the policy itself wrote for the step these are the weights that
+    generated. Of what others wrote (other weights, an earlier version, a replayed run) they are not: the samples are
+    off-policy, old is the proximal policy of arXiv 2110.00641, and what corrects for who wrote them is the ratio of
+    `old` to `rollout`, as with GRPO's `importance_cap`."""
     rollout: bool = False
-    """Needs the engine's log-probs."""
+    """Needs the engine's log-probs: those of the weights that wrote the sample."""
     under: tuple[str, ...] = ()
     """Needs the log-probs under these parameter sets."""
     entropy_gradient: bool = False

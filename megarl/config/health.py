@@ -69,9 +69,8 @@ class HealthSettings(Settings):
         default=0.2,
         description="The run stops before it learns from a step whose sampled tokens have log-probs that differ "
         "between engine and policy by more than that in the mean, in nats per token, or are not finite in the engine "
-        "alone; null: no limit. Kernels differ by "
-        "1e-6 in fp32 and 0.01 in bf16, other weights or positions by 0.4 and more. Rollouts that are replayed, or "
-        "made by the initial weights, are not looked at.",
+        "alone; null: no limit. Kernels differ by 1e-6 in fp32 and 0.01 in bf16, other weights or positions by 0.4 and "
+        "more. What is replayed, or was written by other weights than the policy's current ones, is not looked at.",
     )
     join_limit: PositiveFloat = Field(
         default=600.0, description="How long ranks wait for each other when the run starts; then the missing are named."

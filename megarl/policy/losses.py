@@ -21,10 +21,10 @@ class Pass:
     """One pass with gradients over a mini-batch, the same on all ranks.
 
     `means` are the objectives' means over the mini-batch, and beside them what the pass knows of all tokens that an
-    engine made (or of all tokens, where it made none): `entropy`, `logprob_gap_mean` and `logprob_k3`, the gap between
-    the old log-probs and the engine's, where both are known; and what `Experts.report` says. `gap_max` is the largest
-    gap. `loss_seconds` is the longest time that a rank spent in the objectives' losses (the backward pass, and work
-    that a GPU has queued, left out).
+    engine made (or of all tokens, where it made none): `entropy`; of the kinds that the current weights wrote,
+    `logprob_gap_mean` and `logprob_k3`, the gap between the old log-probs and the engine's; and what `Experts.report`
+    says. `gap_max` is the largest gap. `loss_seconds` is the longest time that a rank spent in the objectives' losses
+    (the backward pass, and work that a GPU has queued, left out).
     """
 
     loss: float
@@ -37,11 +37,11 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What all ranks know of a mini-batch's sequences before a pass: kinds that an engine made, and whether the old
-    log-probs of these are known."""
+    """What all ranks know of a mini-batch's sequences before a pass: kinds that an engine made, and which of them the
+    policy's current weights wrote throughout and have old log-probs of: there engine and policy must agree."""
 
     made: frozenset[str]
-    old: bool
+    compared: frozenset[str]
 
 
 def look_over(
@@ -56,12 +56,14 @@ def look_over(
     if last_stage:
         lacking = next((found for o in objectives for s in sequences if (found := _lacks(s, o, old_is_current))), None)
     made = [s for s in sequences if s.rollout_log_probs is not None]
-    old = old_is_current or not last_stage or all(s.old_log_probs is not None for s in made)
-    parts = gather_all((lacking, {s.kind for s in made}, old))
+    unknown = last_stage and not old_is_current
+    others = {s.kind for s in made if not s.current or (unknown and s.old_log_probs is None)}
+    parts = gather_all((lacking, {s.kind for s in made}, others))
     for words, *_ in parts:
         if words is not None:
             raise ValueError(words)
-    return Facts(frozenset().union(*(kinds for _, kinds, _ in parts)), all(known for *_, known in parts))
+    kinds = frozenset().union(*(kinds for _, kinds, _ in parts))
+    return Facts(kinds, kinds.difference(*(kinds for *_, kinds in parts)))
 
 
 def _lacks(sequence: Sequence, objective: Objective, old_is_current: bool) -> str | None:
@@ -127,10 +129,8 @@ class LossStage:
 
     def _log(self, terms: LossTerms, batch: MicroBatch, gap: torch.Tensor, entropy: torch.Tensor) -> None:
         means, made = dict(terms.means), self.facts.made
-        own = [not made or kind in made for kind in batch.kinds]
-        own_T = torch.tensor(own, device=gap.device, dtype=torch.bool)[batch.sequence]
-        count = sum(counts.tokens for kind, counts in self.totals.by_kind.items() if not made or kind in made)
-        if made and self.facts.old:
+        if self.facts.compared:
+            own_T, count = self._tokens_of(batch, self.facts.compared)
             gap = torch.where(own_T, gap, 0.0)
             means |= {
                 "logprob_gap_mean": (gap.abs().sum(), count),
@@ -138,10 +138,16 @@ class LossStage:
             }
             # Python's max would drop a NaN.
             self.gap_max = float(np.maximum(self.gap_max, float(gap.abs().max())))
+        own_T, count = self._tokens_of(batch, made or frozenset(batch.kinds).union(self.totals.by_kind))
         means["entropy"] = torch.where(own_T, entropy, 0.0).sum(), count
         for name, (value, of) in means.items():
             if of:
                 self.shares[name] = self.shares.get(name, 0.0) + float(value.detach()) / of
+
+    def _tokens_of(self, batch: MicroBatch, kinds: frozenset[str]) -> tuple[torch.Tensor, float]:
+        """[T] bool, which tokens are of these kinds, and how many the mini-batch has of them."""
+        own = torch.tensor([kind in kinds for kind in batch.kinds], device=batch.sequence.device, dtype=torch.bool)
+        return own[batch.sequence], sum(c.tokens for kind, c in self.totals.by_kind.items() if kind in kinds)
 
     def gather(self, work: Work, *, reports: bool) -> Pass:
         """The pass, summed over the replicas' `reports`. Collective."""

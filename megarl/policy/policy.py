@@ -103,7 +103,7 @@ class Policy:
         """Add the gradient of the objectives' sum on a mini-batch to what their parameter set has since its last step.
 
         `sequences` are this data-parallel rank's share of the mini-batch, `totals` the counts of the whole, by kind.
-        `old_is_current` says that the weights are those that generated: the pass's own log-probs are the old ones.
+        `old_is_current` says that nothing was learned in this step yet: the pass's own log-probs are the old ones.
 
         Raises:
             ValueError: a sequence lacks a value per token that an objective needs; or the objectives are not of one

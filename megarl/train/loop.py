@@ -53,13 +53,14 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     batches, totals, counters, groups = trainable(session, rollouts, step)
     record.credited(groups, counters)
     record.count(add_log_probs(session, batches))
-    trust.check_before(session, plan, step, batches)
-    current, objectives = first_pass_is_old(session, plan, batches), session.algorithm.objectives
+    trust.check_before(session, step, batches)
+    objectives = session.algorithm.objectives
+    current = first_pass_is_old(objectives, batches)
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
             found = session.policy.accumulate(batch, objectives, total, old_is_current=current)
             if current:
-                trust.check_pass(session, plan, step, found)
+                trust.check_pass(session, step, found)
             record.update(found, session.policy.step()[POLICY])
         current = False
         divergence.stop_if_stuck(session)

@@ -109,10 +109,12 @@ def deliver(
     config: RunConfig,
     world: World,
     routing: Routing = None,
+    version: int | None = None,
 ) -> list[list[Sequence]]:
     """Send tokens to where they train; returns this rank's sequences, one list per mini-batch. Collective.
 
-    `bodies` are those that this rank holds. With `routing` the engine's experts travel too.
+    `bodies` are those that this rank holds. With `routing` the engine's experts travel too. `version` is that of the
+    policy's weights as they are.
     """
     wanted_by_rank = [_items_of(rank, batches, config, world) for rank in range(world.size)]
     outgoing = [
@@ -135,8 +137,19 @@ def deliver(
             size = _sent(item, routing)
             made[item.trained.head.key] = _sequence(item, array[start : start + size], routing, temperature)
             start += size
+    for item in wanted_by_rank[world.rank]:
+        made[item.trained.head.key].current = version is not None and written_by(item.trained, version)
     data_rank = grid_of_rank(world.rank, world.size, config.parallel).data_rank
     return [[made[item.trained.head.key] for item in batch[data_rank]] for batch in batches]
+
+
+def written_by(trained: Trained, version: int) -> bool:
+    """Whether the policy's weights `version` wrote all that is trained of a trajectory."""
+    return all(
+        stretch.source == "policy" and stretch.version == version
+        for stretch in trained.head.stretches
+        if any(span.start < stretch.end and stretch.start < span.end for span in trained.spans)
+    )
 
 
 def _totals(groups: Sequences[CreditedGroup], items: Sequences[Item]) -> BatchTotals:

@@ -32,9 +32,8 @@ def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
         credits = algorithm.credit(step, rollouts.kept.groups)
         credited, counters = credited_groups(rollouts.kept.groups, credits)
         batches, more = assign(credited, config.batch.updates, session.grid.data, together=together)
-        sequences = deliver(
-            rollouts.made.bodies, [batch.items for batch in batches], config, session.world, routing_of(session)
-        )
+        items, version = [batch.items for batch in batches], session.progress.step
+        sequences = deliver(rollouts.made.bodies, items, config, session.world, routing_of(session), version)
     groups = sum(credit.left_out is None for credit in credits)
     return Trainable(sequences, [batch.totals for batch in batches], added(counters, more), groups)
 

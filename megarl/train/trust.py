@@ -11,9 +11,7 @@ from typing import NoReturn
 import numpy as np
 
 from megarl import records
-from megarl.algorithms.plan import Plan
 from megarl.config.implied import Implied
-from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
@@ -39,43 +37,38 @@ def _discard(session: Session, step: int) -> None:
         journal.discard(unfinished_directory(session.config), step)
 
 
-def check_before(session: Session, plan: Plan, step: int, batches: Sequence[Sequence[records.Sequence]]) -> None:
+def check_before(session: Session, step: int, batches: Sequence[Sequence[records.Sequence]]) -> None:
     """Raise `TrainingStopped` on all ranks where the engine's log-probs are no numbers, or, where the old log-probs are
-    measured, their gap exceeds `health.gap_limit`. Collective."""
-    if not _guarded(session, plan):
+    measured, their gap exceeds `health.gap_limit`. Sequences are looked at that the policy's current weights wrote; of
+    others the policy may think what it likes. Collective."""
+    if session.config.health.gap_limit is None or not Implied(session.config).makes_rollouts:
         return
-    if not all(gather_all(_all_finite(batches))):
+    own = [sequence for batch in batches for sequence in batch if sequence.current]
+    if not all(gather_all(_all_finite(own))):
         # A diverged policy's engine has no numbers either; nobody is to take these up.
         _discard(session, step)
         divergence.stop_if_found(session)
         _stop(session, step, "the engine's log-probs of the sampled tokens are not finite, though the policy's are")
-    _stop_above(session, step, _mean_gap(session, batches))
+    _stop_above(session, step, _mean_gap(session, own))
 
 
-def check_pass(session: Session, plan: Plan, step: int, found: Pass) -> None:
+def check_pass(session: Session, step: int, found: Pass) -> None:
     """Raise `TrainingStopped` on all ranks where the gap that a pass of this step has found exceeds
     `health.gap_limit`, before anything is learned from it. Collective where it raises."""
-    if _guarded(session, plan):
-        _stop_above(session, step, found.means.get("logprob_gap_mean"))
+    _stop_above(session, step, found.means.get("logprob_gap_mean"))
 
 
-def _guarded(session: Session, plan: Plan) -> bool:
-    sampled = any(one.weights == POLICY for one in plan.generations) and Implied(session.config).makes_rollouts
-    return session.config.health.gap_limit is not None and sampled
-
-
-def _all_finite(batches: Sequence[Sequence[records.Sequence]]) -> bool:
+def _all_finite(sequences: Sequence[records.Sequence]) -> bool:
     """Whether the engine's log-probs are, on this rank. A gap that is NaN exceeds nothing."""
-    found = (sequence.rollout_log_probs for batch in batches for sequence in batch)
+    found = (sequence.rollout_log_probs for sequence in sequences)
     return all(np.isfinite(log_probs).all() for log_probs in found if log_probs is not None)
 
 
-def _mean_gap(session: Session, batches: Sequence[Sequence[records.Sequence]]) -> float | None:
-    """Mean absolute difference, in nats per token, over all answers of the step; None without any."""
+def _mean_gap(session: Session, sequences: Sequence[records.Sequence]) -> float | None:
+    """Mean absolute difference, in nats per token, over these; None without any."""
     gaps = [
         np.abs(sequence.old_log_probs - sequence.rollout_log_probs)
-        for batch in batches
-        for sequence in batch
+        for sequence in sequences
         if sequence.old_log_probs is not None and sequence.rollout_log_probs is not None
     ]
     mine = (float(sum(gap.sum() for gap in gaps)), sum(len(gap) for gap in gaps)) if session.grid.reports else (0.0, 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Sequences
 
 from megarl.algorithms.objective import Objective, sets_read
-from megarl.algorithms.plan import Plan
 from megarl.config.parameter_sets import POLICY
 from megarl.records import Sequence
 from megarl.train import served
@@ -34,9 +33,8 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, 
     counters: dict[str, int] = {}
     objectives = session.algorithm.objectives
     sequences = [sequence for batch in batches for sequence in batch]
-    old = [one for one in objectives if one.old]
-    if old and len(batches) > 1:
-        own = [s for s in sequences if any(one.trains(s.kind) for one in old)]
+    if not first_pass_is_old(objectives, batches):
+        own = [s for s in sequences if any(one.old and one.trains(s.kind) for one in objectives)]
         for sequence, values in zip(own, log_probs_under(session, own, POLICY).values, strict=False):
             sequence.old_log_probs = values
     for name in sets_read(objectives) if batches else ():
@@ -62,7 +60,7 @@ def _take_out(batches: list[list[Sequence]], lacking: list[Sequence], objectives
         batch[:] = [one for one in batch if id(one) not in taken and one.group not in groups]
 
 
-def first_pass_is_old(session: Session, plan: Plan, batches: list[list[Sequence]]) -> bool:
-    """Whether the step's first update has the weights that generated, and their log-probs are not measured before."""
-    measured = len(batches) > 1 and any(one.old for one in session.algorithm.objectives)
-    return any(one.weights == POLICY for one in plan.generations) and not measured
+def first_pass_is_old(objectives: Sequences[Objective], batches: list[list[Sequence]]) -> bool:
+    """Whether the log-probs of the step's first pass are the old ones, those of the policy before its first update, and
+    need not be measured before it. Of whoever wrote the sequences: see `Objective.old`."""
+    return len(batches) <= 1 or not any(one.old for one in objectives)
