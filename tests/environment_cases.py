@@ -56,6 +56,24 @@ class Draws:
         return Reply([random.randrange(2, 129)], 0.0)
 
 
+class Told:
+    """Is told verdicts, and leaves the reward of its last turn to the run; may raise in that turn."""
+
+    VERDICT = True
+
+    def __init__(self, turns: int = 2) -> None:
+        self._left = turns
+
+    def start(self, prompt: Prompt) -> Any:
+        self._deed = prompt.answer
+
+    def turn(self, said: str, verdict: float | None) -> Reply:
+        self._left -= 1
+        if not self._left and self._deed == "raises":
+            raise RuntimeError("no more")
+        return Reply(f"{verdict}", reward=0.25, counters=("told",)) if self._left else Reply(counters=("told",))
+
+
 class Misbehaves:
     """Does to a sample what its answer says."""
 

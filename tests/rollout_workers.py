@@ -412,6 +412,7 @@ def turns(engine: Any, folder: Path) -> dict[str, Any]:
 
     from megarl.config.environments import EnvironmentSettings
     from megarl.environments import host as hosts
+    from megarl.environments.base import Verdict
     from megarl.records import Prompt
     from megarl.rollout.engine import Request, Sampling
     from megarl.rollout.turns import Bounds, Task, play
@@ -430,15 +431,14 @@ def turns(engine: Any, folder: Path) -> dict[str, Any]:
         host = hosts.build(EnvironmentSettings(**settings), tokenizer, None, grade) if engine.speaks else None
         made.clear()
         engine._completion = completed
-        finished: list[Any] = []
-        found = play(engine, tasks, sampling, bounds, host, engine.fixed_assignment(len(tasks)), finished.append)
+        found = play(engine, tasks, sampling, bounds, host, engine.fixed_assignment(len(tasks)))
         engine._completion = complete
-        assert sorted(one.index for one in finished) == [one.index for one in found]
         if host is not None:
             host.close()
         as_numbers = [dataclasses.asdict(one) for one in found]
-        for one in as_numbers:
-            one["log_probs"] = [None if math.isnan(value) else value for value in one["log_probs"]]
+        for one, numbers in zip(found, as_numbers, strict=True):
+            numbers["turns"] = len(one.turns)
+            numbers["log_probs"] = [None if math.isnan(value) else value for value in one.log_probs]
         return as_numbers
 
     tokens = {"kind": "environment_cases:Tokens", "arguments": {"turns": 3, "sleep": 0.05}}
@@ -458,14 +458,17 @@ def turns(engine: Any, folder: Path) -> dict[str, Any]:
     ]
     results["deeds"] = played({"kind": "environment_cases:Misbehaves", "time_limit": 1.0}, bounds, deeds)
 
-    def grade(said: Any) -> list[float]:
-        return [float(len(one.token_ids) % 2) for one in said]
+    def grade(said: Any) -> list[Verdict]:
+        """Whether the last turn is of an odd length; of none that is a second one of two tokens or more."""
+        odd = [float(len(one.turns[-1]) % 2) for one in said]
+        known = [len(one.turns) == 1 or len(one.turns[-1]) < 2 for one in said]
+        return [Verdict(one if there else None, {"graded": 1}) for one, there in zip(odd, known, strict=True)]
 
     retry = {"kind": "retry", "arguments": {"message": "w50 w51"}}
     results["retry"] = played(retry, dataclasses.replace(bounds, in_order=True), grade=grade)
     if engine.speaks:
 
-        def grade_no_more(said: Any) -> list[float]:
+        def grade_no_more(said: Any) -> list[Verdict]:
             from megarl.errors import ScoringStopped
 
             raise ScoringStopped("the judge is away")

@@ -15,7 +15,7 @@ from megarl.data.chat_template import TemplateRefusal
 from megarl.data.continuation import continuation_ids
 from megarl.data.tokenizer import Tokenizer, load_tokenizer
 from megarl.environments import host as hosts
-from megarl.environments.base import Heard
+from megarl.environments.base import Heard, Verdict
 from megarl.errors import ScoringStopped
 from megarl.records import Prompt
 
@@ -23,6 +23,7 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+VERDICTS = {"4": Verdict(1.0), "5": Verdict(0.0), "": Verdict(None, {"judge_unreadable": 1})}
 TALK = [{"role": "user", "content": "try again"}]
 
 
@@ -93,10 +94,10 @@ def test_calls_of_the_calculator_are_answered_in_tokens(tmp_path: Path):
         host.start(3, Prompt(0, (5,), "", ""), seed=1)
         assert heard(host) == Heard(3)
         host.turn(3, tuple(chat.encode("so <tool>12*34</tool>")), "stop")
-        assert heard(host) == Heard(3, tuple(chat.encode("<result>408</result>")), None, ("calculator_calls",))
+        assert heard(host) == Heard(3, tuple(chat.encode("<result>408</result>")), None, {"calculator_calls": 1})
         host.turn(3, tuple(chat.encode("so <tool>12*34")), "length")
         error = "<result>error: the call is not closed with </tool></result>"
-        assert heard(host) == Heard(3, tuple(chat.encode(error)), None, ("calculator_errors",))
+        assert heard(host) == Heard(3, tuple(chat.encode(error)), None, {"calculator_errors": 1})
         host.turn(3, tuple(chat.encode("408")), "stop")
         assert heard(host) == Heard(3)
     finally:
@@ -134,10 +135,10 @@ def test_what_no_tokenizer_knows_is_a_bad_reply(tmp_path: Path):
 def test_verdicts_are_found_while_others_go_on(tmp_path: Path):
     graded: list[int] = []
 
-    def grade(said: Any) -> list[float | None]:
+    def grade(said: Any) -> list[Verdict]:
         time.sleep(0.3)
         graded.append(len(said))
-        return [None if one.prompt.answer == "" else float(one.prompt.answer == "4") for one in said]
+        return [VERDICTS[one.prompt.answer] for one in said]
 
     host = hosts.build(EnvironmentSettings(kind="retry"), tokenizer(tmp_path), None, grade)
     try:
@@ -149,16 +150,69 @@ def test_verdicts_are_found_while_others_go_on(tmp_path: Path):
             host.turn(index, (5, 6), "stop")
         assert host.poll() == [] and time.monotonic() - began < 0.25
         found = {one.index: one for one in all_heard(host, 3)}
-        assert found[0] == Heard(0, None, 1.0, ("retry_right",))
+        assert found[0] == Heard(0, None, 1.0, {"retry_right": 1}, verdict=VERDICTS["4"])
         assert found[1].reward == 0.0 and found[1].token_ids
-        assert found[2] == Heard(2, None, None, ("retry_without_verdict",))
+        counters = {"retry_without_verdict": 1, "judge_unreadable": 1}
+        assert found[2] == Heard(2, None, None, counters, verdict=VERDICTS[""])
         assert sum(graded) == 3 and len(graded) <= 2  # those that had come by then together
     finally:
         host.close()
 
 
+def test_waiting_for_verdicts_takes_no_processor_time(tmp_path: Path):
+    def grade(said: Any) -> list[Verdict]:
+        time.sleep(0.7)
+        return [Verdict(1.0)] * len(said)
+
+    host = hosts.build(EnvironmentSettings(kind="retry"), tokenizer(tmp_path), None, grade)
+    try:
+        for index in range(2):
+            host.start(index, Prompt(index, (5,), "", "4"), seed=1)
+        all_heard(host, 2)
+        host.turn(0, (5, 6), "stop")
+        began, used, found, polls = time.monotonic(), time.thread_time(), [], 0
+        while not found and time.monotonic() < began + 30:
+            found = host.poll(0.05)
+            polls += 1
+        assert found == [Heard(0, None, 1.0, {"retry_right": 1}, verdict=Verdict(1.0))]
+        assert time.monotonic() - began > 0.6  # in which a loop that spins takes all the time there is
+        assert time.thread_time() - used < 0.2 and polls <= 2 + (time.monotonic() - began) / 0.05
+    finally:
+        host.close()
+
+
+def test_a_turn_is_graded_after_those_before_it_and_counts_though_its_sample_fails(tmp_path: Path):
+    graded: list[Any] = []
+
+    def grade(said: Any) -> list[Verdict]:
+        graded.extend(said)
+        return [Verdict(0.5, {"grader_timeout": 1}, {"a": 0.5})] * len(said)
+
+    host = hosts.build(EnvironmentSettings(kind="environment_cases:Told"), tokenizer(tmp_path), None, grade)
+    told = Verdict(0.5, {"grader_timeout": 1}, {"a": 0.5})
+    try:
+        for index, deed in enumerate(("nothing", "raises")):
+            prompt = Prompt(index, (5,), "", deed)
+            host.start(index, prompt, seed=1)
+            heard(host)
+            host.turn(index, (5, 6), "stop")
+            first = heard(host)
+            assert (first.reward, first.counters, first.verdict) == (0.25, {"told": 1, "grader_timeout": 1}, told)
+            host.turn(index, (7,), "length")
+            assert graded[-1] == (prompt, ((5, 6),), "stop")
+            last = heard(host)
+            assert graded[-1] == (prompt, ((5, 6), (7,)), "length")
+            if deed == "raises":
+                assert last == Heard(index, counters={"grader_timeout": 1}, failure="environment_raised")
+            else:
+                assert last == Heard(index, None, None, {"told": 1, "grader_timeout": 1}, verdict=told)
+            host.end(index)
+    finally:
+        host.close()
+
+
 def test_verdicts_that_cannot_be_found_stop_the_run(tmp_path: Path):
-    def grade(said: Any) -> list[float | None]:
+    def grade(said: Any) -> list[Verdict]:
         raise ScoringStopped("the judge is away")
 
     host = hosts.build(EnvironmentSettings(kind="retry"), tokenizer(tmp_path), None, grade)

@@ -223,8 +223,13 @@ def check_turns(folder: Path, replicas: list[dict[str, Any]]) -> None:
     for one in of("retry"):
         said = stretches(one, "policy")
         assert [len(part) % 2 for part in said] in ([1], [0, 1], [0, 0])
-        assert one["reward"] == len(said[-1]) % 2
+        # The reward of the turn before does not stand in for a verdict that is missing.
+        missing = len(said) == 2 and len(said[-1]) >= 2
+        assert one["reward"] == (None if missing else len(said[-1]) % 2)
+        assert (one["verdict"]["reward"] is None) == missing == ("retry_without_verdict" in one["counters"])
+        assert one["counters"]["graded"] == len(said)
         assert stretches(one, "environment") == [(50, 51)] * (len(said) - 1)
+    assert any(one["reward"] is None for one in of("retry"))
     assert all(replica["stopped"] == "ScoringStopped: the judge is away" for replica in replicas)
     assert all(replica["running"] == 0 for replica in replicas)
 

@@ -12,6 +12,7 @@ from tokenizer_case import load_all
 from megarl.config.rewards import RewardSettings
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
+from megarl.environments.base import Verdict
 from megarl.errors import ScoringStopped
 from megarl.records import FinishReason, Prompt, Stretch
 from megarl.rewards.answers import GradedAnswer, GradingItem
@@ -405,10 +406,10 @@ def played(tokenizer: Tokenizer, *turns: str, reason: FinishReason = "stop", **c
         start = len(tokens)
         tokens += ids
         stretches.append(Stretch(start, len(tokens), "environment" if number % 2 else "policy", 0))
-    values: dict[str, Any] = {"reward": None, "failure": None, "counters": {"calls": 1}} | changes
-    own = sum(stretch.source == "policy" for stretch in stretches)
-    one = Played(0, (1,), tuple(tokens), (-0.5,) * len(tokens), tuple(stretches), reason, turns=own, **values)
-    return Output(Completion(0, one.token_ids, one.log_probs, reason), stretches=one.stretches, played=one)
+    values: dict[str, Any] = {"reward": None, "verdict": None, "failure": None, "counters": {"calls": 1}} | changes
+    one = Played(0, (1,), tuple(tokens), (-0.5,) * len(tokens), tuple(stretches), reason, **values)
+    whole = Completion(0, one.token_ids, one.log_probs, reason)
+    return Output(whole, stretches=one.stretches, turns=one.turns, played=one)
 
 
 RESULT = "<result>\\boxed{4}</result>"
@@ -456,6 +457,50 @@ def test_an_environments_reward_is_not_graded_again_and_keeps_the_bounds(tokeniz
     ):
         graded = graded_by(scorer, tokenizer, played(tokenizer, "a \\boxed{4}", reward=given), "4", settings, False)
         assert (graded.reward, graded.counters) == (reward, counters)
+
+
+def test_a_verdict_that_was_told_is_not_found_again(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, prompt = tokenizers[KINDS[0]], Prompt(0, (1,), "question", "4")
+    scoring = Scoring([Part(settings_of(), Away(), "a"), Part(settings_of(), Away(), "b", 2.0)], (3 * LOW, 3 * HIGH))
+    found = Verdict(0.5, {"grader_timeout": 1}, {"a": 0.1, "b": 0.2})
+    for verdict in (found, Verdict(None, {}, {"a": 0.1, "b": None})):
+        output = played(tokenizer, "a", "no", "b \\boxed{4}", verdict=verdict)
+        (graded,) = grade(session_of(tokenizer, False), scoring, [prompt], [output])
+        assert (graded.reward, graded.terms, graded.counters) == (verdict.reward, verdict.terms, {"calls": 1})
+
+
+#: By the settings `truncated` of two terms: an environment's reward of a sample that was cut.
+CUT = [
+    (("zero", "zero"), 3 * LOW),
+    (("score", "zero"), HIGH),
+    (("score", "score"), HIGH),
+]
+
+
+@pytest.mark.parametrize(("truncated", "reward"), CUT)
+def test_truncated_zero_holds_whoever_gave_the_reward(
+    tokenizers: dict[str, Tokenizer], truncated: tuple[str, str], reward: float
+) -> None:
+    tokenizer, prompt = tokenizers[KINDS[0]], Prompt(0, (1,), "question", "4")
+    parts = [
+        Part(settings_of(truncated=one), Away(), name, weight)
+        for one, name, weight in zip(truncated, "ab", (1.0, 2.0), strict=True)
+    ]
+    scoring = Scoring(parts, (3 * LOW, 3 * HIGH))
+    ends: tuple[tuple[FinishReason, float], ...] = (("length", reward), ("stop", HIGH))
+    for reason, expected in ends:
+        output = played(tokenizer, "a \\boxed{4}", reason=reason, reward=HIGH)
+        (graded,) = grade(session_of(tokenizer, False), scoring, [prompt], [output])
+        assert (graded.reward, graded.counters) == (pytest.approx(expected), {"calls": 1})
+
+
+def test_a_verdict_of_a_turn_that_a_bound_cut_the_sample_behind(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers[KINDS[0]]
+    output = played(tokenizer, "a \\boxed{4}", reason="length", verdict=Verdict(HIGH))
+    for truncated, reward in (("score", HIGH), ("zero", LOW)):
+        scorer = Opinions()
+        graded = graded_by(scorer, tokenizer, output, "4", settings_of(truncated=truncated), False)
+        assert graded.reward == reward and not scorer.seen
 
 
 def test_a_sample_whose_environment_failed_gets_the_floor_though_it_has_no_token(

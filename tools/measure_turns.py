@@ -79,7 +79,7 @@ def measure(config: RunConfig, options: dict[str, Any]) -> list[list[dict[str, f
             if host is not None:
                 host.close()
             if number:  # the first round warms caches
-                made = sum(len(one.token_ids) - 4 * (one.turns - 1) for one in played)
+                made = sum(len(one.token_ids) - 4 * (len(one.turns) - 1) for one in played)
                 found.append({"delay": delay, "seconds": seconds, "tokens": made if engine.speaks else 0})
     everywhere = gather_all(found)
     engine.close()

@@ -81,7 +81,8 @@ class ScoreSettings(Settings):
         description="Greatest reward allowed: a right answer, the reference's words, a judge's score of 10.",
     )
     truncated: Literal["score", "zero"] = Field(
-        default="score", description="zero: a response cut at rollout.max_tokens scores reward.low."
+        default="score",
+        description="zero: a response cut at rollout.max_tokens, or a bound of rollout.environment, scores reward.low.",
     )
 
 

@@ -32,8 +32,9 @@ class Reply:
 
     `observation`: what the policy reads next, as text or token ids that are put after what it wrote as they are, or as
     messages, which the tokenizer's chat template renders; None: the environment has come to its end. `reward`: that of
-    the sample so far, None where the run's reward is to grade what the policy wrote in its last turn. `counters`: names
-    that are counted in the step's metrics.
+    the sample, should it end with this turn; each reply says it anew, and a sample's last one counts. None: the run's
+    reward for that turn, which is the verdict where the class wants verdicts; so a sample whose last turn has no
+    verdict has no reward. `counters`: names that are counted in the step's metrics.
     """
 
     observation: str | Sequence[int] | Sequence[Message] | None = None
@@ -51,8 +52,9 @@ class Environment(Protocol):
     def turn(self, said: Any) -> Reply:
         """Answer what the policy wrote in a turn: its text, or its token ids where the class says `TOKENS = True`.
 
-        A class that says `VERDICT = True` is called `turn(said, verdict)`, with the run's reward for that turn as an
-        answer (None where none could be found). A method `close()` is called when the sample has come to its end.
+        A class that says `VERDICT = True` is called `turn(said, verdict)`, with the run's reward of a sample that ends
+        with that turn (None where none could be found). A method `close()` is called when the sample has come to its
+        end.
         """
         ...
 
@@ -68,15 +70,27 @@ class Traits:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """The run's reward of a sample that ends with a turn; None where none could be found. `counters`: what was counted
+    while it was found; `terms`: of a reward that is a sum, what each term gave."""
+
+    reward: float | None
+    counters: Mapping[str, int] = field(default_factory=dict)
+    terms: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """What came of asking sample `index`'s environment, in tokens: those of the prompt (after its start; None: as it
-    was), or of the observation (None: the end). `failure` is the counter of what went wrong, in place of all else."""
+    was), or of the observation (None: the end). `counters`: what it and the `verdict` that it was told counted.
+    `failure` is the counter of what went wrong, in place of all else."""
 
     index: int
     token_ids: tuple[int, ...] | None = None
     reward: float | None = None
-    counters: tuple[str, ...] = field(default=())
+    counters: Mapping[str, int] = field(default_factory=dict)
     failure: str | None = None
+    verdict: Verdict | None = None
 
 
 def environment_class(kind: str) -> type:

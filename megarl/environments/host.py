@@ -6,33 +6,18 @@ once.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import time
+from collections import Counter
+from typing import Any
 
 from megarl.config.environments import EnvironmentSettings
 from megarl.data.continuation import continuation_ids
 from megarl.data.tokenizer import Tokenizer
-from megarl.environments.base import BAD_REPLY, Heard
+from megarl.environments.base import BAD_REPLY, Heard, Verdict
+from megarl.environments.verdicts import Grade, Said, Verdicts
 from megarl.environments.workers import Answered, Environments
 from megarl.errors import Refusal
 from megarl.records import FinishReason, Prompt
-
-#: Seconds between two looks for verdicts, where nothing else is waited for.
-_GLANCE = 0.02
-
-
-class Said(NamedTuple):
-    """A turn of the policy's, to be graded as an answer to `prompt`."""
-
-    prompt: Prompt
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-
-
-#: Rewards of turns as answers, None where none can be found. Raises `ScoringStopped`.
-Grade = Callable[[Sequence[Said]], Sequence[float | None]]
 
 
 class Host:
@@ -44,11 +29,13 @@ class Host:
     def __init__(self, environments: Environments, tokenizer: Tokenizer, grade: Grade | None = None) -> None:
         self._environments, self._tokenizer = environments, tokenizer
         self._prompts: dict[int, Prompt] = {}
-        self._last: dict[int, int] = {}
-        """The last token of each sample's turn, by samples that have begun."""
+        self._turns: dict[int, tuple[tuple[int, ...], ...]] = {}
+        """The policy's turns, by samples that have one."""
+        self._told: dict[int, Verdict] = {}
+        """The verdicts that environments were last told, by sample."""
         texts = {text: tokenizer.encode(text) for text in environments.traits.stops}
         self._stops = {ids[0]: text for text, ids in texts.items() if len(ids) == 1}
-        self._verdicts = _Verdicts(grade) if grade is not None and environments.traits.verdict else None
+        self._verdicts = Verdicts(grade) if grade is not None and environments.traits.verdict else None
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -62,30 +49,34 @@ class Host:
 
     def turn(self, index: int, token_ids: tuple[int, ...], reason: FinishReason) -> None:
         """Tell the environment what the policy wrote in a turn, with its verdict where it wants one."""
-        self._last[index] = token_ids[-1]
+        self._turns[index] = (*self._turns.get(index, ()), token_ids)
         if self._verdicts is not None:
-            self._verdicts.ask(index, Said(self._prompts[index], token_ids, reason))
+            self._verdicts.ask(index, Said(self._prompts[index], self._turns[index], reason))
         else:
             self._environments.turn(index, self._read(token_ids))
 
     def end(self, index: int) -> None:
         """Sample `index` has come to its end."""
         self._environments.end(index)
-        self._prompts.pop(index, None)
-        self._last.pop(index, None)
+        for of_samples in (self._prompts, self._turns, self._told):
+            of_samples.pop(index, None)
 
     def poll(self, timeout: float = 0.0) -> list[Heard]:
-        """What has been heard; where nothing was, what is within `timeout` seconds or a little less.
+        """What has been heard; where nothing was, what is within `timeout` seconds.
 
         Raises `ScoringStopped` where verdicts cannot be found any more, or environments not be started.
         """
-        if self._verdicts is not None:
-            found = self._verdicts.poll()
-            for index, said, verdict in found:
+        until = time.monotonic() + timeout
+        while True:
+            for index, said, verdict in self._verdicts.poll() if self._verdicts is not None else ():
                 if index in self._prompts:
-                    self._environments.turn(index, self._read(said.token_ids), verdict)
-            timeout = min(timeout, _GLANCE) if self._verdicts.pending or found else timeout
-        return [self._in_tokens(answered) for answered in self._environments.poll(timeout)]
+                    self._told[index] = verdict
+                    self._environments.turn(index, self._read(said.turns[-1]), verdict.reward)
+            bell = None if self._verdicts is None else self._verdicts.bell
+            left = max(0.0, until - time.monotonic())
+            heard = [self._in_tokens(answered) for answered in self._environments.poll(left, bell)]
+            if heard or bell is None or left == 0:
+                return heard
 
     def take_first_failure(self) -> str | None:
         """A sentence about the first failure since it was last asked for, if there was one."""
@@ -93,6 +84,8 @@ class Host:
 
     def close(self) -> None:
         """End all processes. May be called more than once."""
+        if self._verdicts is not None:
+            self._verdicts.close()
         self._environments.close()
 
     def _read(self, token_ids: tuple[int, ...]) -> str | tuple[int, ...]:
@@ -104,16 +97,18 @@ class Host:
 
     def _in_tokens(self, answered: Answered) -> Heard:
         index = answered.sample
+        begins, verdict = index not in self._turns, self._told.pop(index, None)
+        counters = {} if verdict is None else verdict.counters
         if answered.failure is not None:
-            return Heard(index, failure=answered.failure)
-        begins = index not in self._last
+            return Heard(index, counters=counters, failure=answered.failure)
         given: Any = {"observation": answered.given, "reward": None, "counters": ()} if begins else answered.given
         try:
             ids = None if given["observation"] is None else self._ids(index, given["observation"], begins)
         except (Refusal, _NoTokens) as error:
             self._environments.note_failure(f"gave what cannot be put into tokens: {error}")
-            return Heard(index, failure=BAD_REPLY)
-        return Heard(index, ids, given["reward"], tuple(given["counters"]))
+            return Heard(index, counters=counters, failure=BAD_REPLY)
+        counters = dict(Counter(given["counters"]) + Counter(counters))
+        return Heard(index, ids, given["reward"], counters, verdict=verdict)
 
     def _ids(self, index: int, said: str | list[Any], begins: bool) -> tuple[int, ...]:
         if isinstance(said, list) and isinstance(said[0], int):
@@ -125,7 +120,7 @@ class Host:
             return tuple(self._tokenizer.apply_chat(_messages(said)))
         if isinstance(said, str):
             return tuple(self._tokenizer.encode(said))
-        return tuple(continuation_ids(self._tokenizer, said, self._last[index]))
+        return tuple(continuation_ids(self._tokenizer, said, self._turns[index][-1][-1]))
 
 
 def build(
@@ -141,43 +136,3 @@ class _NoTokens(Exception):
 
 def _messages(said: str | list[Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": said}] if isinstance(said, str) else said
-
-
-class _Verdicts:
-    """Grades turns in a thread, as many at a time as have come by then: the engine goes on meanwhile."""
-
-    def __init__(self, grade: Grade) -> None:
-        self._grade = grade
-        self._asked: queue.SimpleQueue[tuple[int, Said]] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[tuple[int, Said, float | None] | Exception] = queue.SimpleQueue()
-        self.pending = 0
-        threading.Thread(target=self._work, name="verdicts", daemon=True).start()
-
-    def ask(self, index: int, said: Said) -> None:
-        """Find the verdict of a turn of sample `index`."""
-        self.pending += 1
-        self._asked.put((index, said))
-
-    def poll(self) -> list[tuple[int, Said, float | None]]:
-        """Verdicts that were found. Raises what finding them raised."""
-        found = []
-        while not self._found.empty():
-            one = self._found.get()
-            self.pending -= 1
-            if isinstance(one, Exception):
-                self.pending = 0
-                raise one
-            found.append(one)
-        return found
-
-    def _work(self) -> None:
-        while True:
-            asked = [self._asked.get()]
-            while not self._asked.empty():
-                asked.append(self._asked.get())
-            try:
-                verdicts = self._grade([said for _, said in asked])
-                for (index, said), verdict in zip(asked, verdicts, strict=True):
-                    self._found.put((index, said, verdict))
-            except Exception as error:
-                self._found.put(error)

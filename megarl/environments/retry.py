@@ -13,7 +13,8 @@ class Retry:
     """Tells the policy that its answer is not right, up to `tries` - 1 times.
 
     An answer is right from a reward of `right` on. `message` is said as the user's turn. The sample's reward is that of
-    its last answer, less `cost` for each one before.
+    its last answer, less `cost` for each one before. An answer whose verdict cannot be found is the last one, and its
+    sample has no reward.
     """
 
     VERDICT = True
@@ -28,7 +29,7 @@ class Retry:
         """The prompt stays as it is."""
 
     def turn(self, said: str, verdict: float | None) -> Reply:
-        """The end where the answer is right or was the last one, else the message."""
+        """The end where the answer is right, has no verdict or was the last one, else the message."""
         self._left -= 1
         if verdict is None:
             return Reply(counters=("retry_without_verdict",))

@@ -69,16 +69,22 @@ class Environments:
             kind = self._settings.kind
             self._first_failure = f"rollout.environment.kind={kind} failed on a sample for the first time: it {seen}"
 
-    def poll(self, timeout: float = 0.0) -> list[Answered]:
-        """Replies that have arrived; where there are none, those that arrive within `timeout` seconds.
+    def poll(self, timeout: float = 0.0, bell: int | None = None) -> list[Answered]:
+        """Replies that have arrived; where there are none, those that arrive within `timeout` seconds, and before the
+        file descriptor `bell`, if any, can be read from.
 
         Raises `ScoringStopped` where the keeper has ended and cannot be started any more.
         """
         found, self._lost = self._lost, []
-        ready = select.poll()
-        ready.register(self._keeper.stdout, select.POLLIN)
-        until = time.monotonic() + timeout
-        while self._asked and ready.poll(0 if found else max(0.0, until - time.monotonic()) * 1000):
+        ready, until = select.poll(), time.monotonic() + timeout
+        if self._asked:
+            ready.register(self._keeper.stdout, select.POLLIN)
+        if bell is not None:
+            ready.register(bell, select.POLLIN)
+        while self._asked or bell is not None:
+            events = ready.poll(0 if found else max(0.0, until - time.monotonic()) * 1000)
+            if all(descriptor == bell for descriptor, _ in events):
+                break
             try:
                 messages = self._keeper.receive()
             except (EOFError, json.JSONDecodeError):

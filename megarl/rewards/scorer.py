@@ -71,6 +71,13 @@ class Scoring:
         low, high = self.bounds
         return min(max(sum(part.weight * one for part, one in zip(self.parts, known, strict=True)), low), high)
 
+    @property
+    def of_truncated(self) -> float | None:
+        """The reward of an answer that was cut, whatever it says; None where a part looks at it."""
+        if any(part.settings.truncated != "zero" for part in self.parts):
+            return None
+        return self.total([part.settings.low for part in self.parts])
+
     def begin_step(self) -> None:
         """A new step begins; bounds per step start anew."""
         for part in self.parts:

@@ -11,17 +11,17 @@ so that all submit the same.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from megarl.environments.base import PROMPT_TOO_LONG, Heard
+from megarl.environments.base import PROMPT_TOO_LONG, Heard, Verdict
 from megarl.errors import ScoringStopped
 from megarl.parallel import progress
 from megarl.records import FinishReason, Prompt, Stretch
-from megarl.rollout.draw import FixedAssignment, WorkSource
+from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Completion, Engine, Request, Sampling
 from megarl.rollout.seeds import hash_seed
 
@@ -73,9 +73,10 @@ class Played:
     """A sample of several turns. `token_ids` (T,) are what followed the prompt, `log_probs` (T,) the engine's in nats,
     NaN at the environment's tokens; `stretches` say whose they are.
 
-    `finish_reason` is length where a bound ended it. `reward`: the environment's, None where it gave none. `failure`:
-    the counter of what went wrong with its environment, else None; such a sample may have no token at all.
-    `routed_experts`: those of the last turn's prompt and response, as in `Completion`.
+    `finish_reason` is length where a bound ended it. `reward`: what the environment gave with its last reply;
+    `verdict`: what it was told for that, counted in `counters`; None where there was none. `failure`: the counter of
+    what went wrong with its environment, else None; such a sample may have no token at all. `routed_experts`: those of
+    the last turn's prompt and response, as in `Completion`.
     """
 
     index: int
@@ -85,16 +86,15 @@ class Played:
     stretches: tuple[Stretch, ...]
     finish_reason: FinishReason
     reward: float | None
+    verdict: Verdict | None
     failure: str | None
     counters: dict[str, int]
-    turns: int
     routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
-    def last_turn(self) -> tuple[int, ...]:
-        """The tokens of the policy's last turn."""
-        mine = [stretch for stretch in self.stretches if stretch.source == "policy"]
-        return self.token_ids[mine[-1].start : mine[-1].end] if mine else ()
+    def turns(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens of the policy's turns."""
+        return tuple(self.token_ids[one.start : one.end] for one in self.stretches if one.source == "policy")
 
 
 def play(
@@ -103,16 +103,15 @@ def play(
     sampling: Sampling,
     bounds: Bounds,
     host: Hosting | None,
-    work: WorkSource | None = None,
-    on_finished: Callable[[Played], None] | None = None,
+    work: WorkSource,
 ) -> list[Played]:
     """Generate this replica's part of `tasks`, in index order; the same on all its ranks.
 
     `host` is there on the replica's first rank. As with `Engine.generate`, `work` says which positions of `tasks` are
-    this replica's, and each sample is handed to `on_finished` as soon as it is whole. Raises `ScoringStopped` on all
-    ranks of the replica where its host does, and `PhaseError` as the engine does.
+    this replica's. Raises `ScoringStopped` on all ranks of the replica where its host does, and `PhaseError` as the
+    engine does.
     """
-    return _Play(engine, tasks, sampling, bounds, host, on_finished).run(work or FixedAssignment(len(tasks), 0, 1))
+    return _Play(engine, tasks, sampling, bounds, host).run(work)
 
 
 @dataclass(slots=True)
@@ -125,6 +124,7 @@ class _Sample:
     log_probs: list[float] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)
     reward: float | None = None
+    verdict: Verdict | None = None
     counters: Counter[str] = field(default_factory=Counter)
     turns: int = 0
     reason: FinishReason = "stop"
@@ -138,16 +138,9 @@ class _Sample:
 
 class _Play:
     def __init__(
-        self,
-        engine: Engine,
-        tasks: Sequence[Task],
-        sampling: Sampling,
-        bounds: Bounds,
-        host: Hosting | None,
-        on_finished: Callable[[Played], None] | None,
+        self, engine: Engine, tasks: Sequence[Task], sampling: Sampling, bounds: Bounds, host: Hosting | None
     ) -> None:
         self._engine, self._tasks, self._sampling, self._bounds, self._host = engine, tasks, sampling, bounds, host
-        self._on_finished = on_finished
         self._under_way: dict[int, _Sample] = {}
         self._waiting: set[int] = set()
         """Samples whose environments are to reply; the same on all ranks."""
@@ -227,7 +220,7 @@ class _Play:
             else:
                 self._submit(sample)
         else:
-            sample.reward = sample.reward if heard.reward is None else heard.reward
+            sample.reward, sample.verdict = heard.reward, heard.verdict
             if heard.token_ids is None:
                 self._finish(sample)
             elif sample.turns == bounds.turns:
@@ -258,19 +251,18 @@ class _Play:
         if self._host is not None:
             self._host.end(index)
         sample.counters.update(filter(None, (failure, bound)))
-        played = Played(
-            index,
-            sample.prompt or sample.task.prompt.token_ids,
-            tuple(sample.tokens),
-            tuple(sample.log_probs),
-            tuple(sample.stretches),
-            "length" if bound is not None else sample.reason,
-            sample.reward if failure is None else None,
-            failure,
-            dict(sample.counters),
-            sample.turns,
-            sample.routed_experts,
+        self._finished.append(
+            Played(
+                index,
+                sample.prompt or sample.task.prompt.token_ids,
+                tuple(sample.tokens),
+                tuple(sample.log_probs),
+                tuple(sample.stretches),
+                "length" if bound is not None else sample.reason,
+                sample.reward if failure is None else None,
+                sample.verdict if failure is None else None,
+                failure,
+                dict(sample.counters),
+                sample.routed_experts,
+            )
         )
-        self._finished.append(played)
-        if self._on_finished is not None:
-            self._on_finished(played)

@@ -13,11 +13,13 @@ from megarl.rollout.turns import Played
 class Output:
     """What was generated for a request. Of responses to one thinking, `completion` holds the thinking with the first
     response; `responses` has the completions of them all, without the thinking. Of a sample of several turns it holds
-    all of them, observations included, and `played` what else is known. `stretches` say who wrote what."""
+    all of them, observations included; `turns` has the policy's, and `played` what else is known. `stretches` say who
+    wrote what."""
 
     completion: Completion
     responses: tuple[Completion, ...] = ()
     stretches: tuple[Stretch, ...] = ()
+    turns: tuple[tuple[int, ...], ...] = ()
     played: Played | None = None
 
     @property

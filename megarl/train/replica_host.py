@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from megarl.config.environments import EnvironmentSettings
 from megarl.data.tokenizer import Tokenizer
-from megarl.environments.host import Grade, Host, Said, build
+from megarl.environments.base import Verdict
+from megarl.environments.host import Host, build
+from megarl.environments.verdicts import Grade, Said
 from megarl.records import Prompt
 from megarl.rollout.engine import Engine
 
@@ -42,5 +44,5 @@ class ReplicaHost:
         if self.host is not None:
             self.host.close()
 
-    def _verdicts(self, said: Sequence[Said]) -> Sequence[float | None]:
-        return [None] * len(said) if self._grade is None else self._grade(said)
+    def _verdicts(self, said: Sequence[Said]) -> Sequence[Verdict]:
+        return [Verdict(None)] * len(said) if self._grade is None else self._grade(said)

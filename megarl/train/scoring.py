@@ -13,7 +13,6 @@ from megarl.config.rewards import ScoreSettings
 from megarl.records import FinishReason, Prompt
 from megarl.rewards.grader import GradingItem
 from megarl.rewards.scorer import Part, Scoring
-from megarl.rollout.turns import Played
 from megarl.train.outputs import Output
 from megarl.train.session import Session
 
@@ -58,33 +57,47 @@ class _Gradable(NamedTuple):
 def grade(session: Session, scoring: Scoring, prompts: Sequence[Prompt], outputs: Sequence[Output]) -> list[Graded]:
     """Rewards of outputs, one prompt each.
 
-    Of a sum each term is found for itself, by settings of its own. What an environment has given a reward, or failed
-    on, is not graded. Raises as `_grade_part`.
+    Of a sum each term is found for itself, by settings of its own. A sample that an environment has given a reward, or
+    failed on, is not graded, nor one that was graded when its environment was told. Raises as `_grade_part`.
     """
-    asked = [place for place, output in enumerate(outputs) if not _settled(output)]
+    asked = [place for place, output in enumerate(outputs) if not _settled(scoring, output)]
     some, answers = [prompts[place] for place in asked], [outputs[place] for place in asked]
     found = [_grade_part(session, part, some, answers) for part in scoring.parts if asked]
     graded = (_added_up(scoring, ones) for ones in zip(*found, strict=True)) if scoring.terms else chain(*found)
     by_place = dict(zip(asked, graded, strict=True))
     return [
-        _with_counters(by_place.get(place) or _given(session, scoring, output), output)
+        _with_counters(by_place.get(place) or _known(session, scoring, output), output)
         for place, output in enumerate(outputs)
     ]
 
 
-def _settled(output: Output) -> bool:
-    """Whether there is nothing to grade in an output, since its environment has said its reward or failed."""
-    return output.played is not None and (output.played.failure is not None or output.played.reward is not None)
+def _settled(scoring: Scoring, output: Output) -> bool:
+    """Whether there is nothing to grade in an output: its environment has failed, has said its reward, or was told a
+    verdict, which is the reward unless the sample was cut behind it and that matters."""
+    played = output.played
+    if played is None:
+        return False
+    cut = played.finish_reason == "length" and any(part.settings.truncated == "zero" for part in scoring.parts)
+    return played.failure is not None or played.reward is not None or (played.verdict is not None and not cut)
 
 
-def _given(session: Session, scoring: Scoring, output: Output) -> Graded:
-    """An output with the reward that its environment gave, within the run's bounds; the least where it failed."""
+def _known(session: Session, scoring: Scoring, output: Output) -> Graded:
+    """An output with the reward that its environment gave, within the run's bounds, or was told; the least where it
+    failed."""
     played, (low, high) = output.played, scoring.bounds
     assert played is not None
-    reward = low if played.reward is None else played.reward
-    graded = Graded(session.tokenizer.decode(output.completion.token_ids), min(max(reward, low), high))
-    if graded.reward != reward:
-        graded.count("environment_reward_bounded")
+    graded = Graded(session.tokenizer.decode(output.completion.token_ids), low)
+    if played.failure is not None:
+        return graded
+    if played.reward is None:
+        assert played.verdict is not None
+        graded.reward, graded.terms = played.verdict.reward, dict(played.verdict.terms)
+    elif played.finish_reason == "length" and scoring.of_truncated is not None:
+        graded.reward = scoring.of_truncated
+    else:
+        graded.reward = min(max(played.reward, low), high)
+        if graded.reward != played.reward:
+            graded.count("environment_reward_bounded")
     return graded
 
 
@@ -151,26 +164,27 @@ def _grade_part(session: Session, part: Part, prompts: Sequence[Prompt], outputs
 def _gradable(session: Session, settings: ScoreSettings, output: Output) -> list[_Gradable]:
     """The parts of an output that a reward is found for."""
     whole = output.completion
-    if output.played is not None:
-        return [_last_turn(session, settings, output.played)]
+    if output.turns:
+        return [_last_turn(session, settings, output.turns, whole.finish_reason)]
     if not output.responses:
         return [_Gradable(whole.token_ids, (), whole.finish_reason)]
     thinking = whole.token_ids[: len(whole.token_ids) - len(output.responses[0].token_ids)]
     return [_Gradable(response.token_ids, thinking, response.finish_reason) for response in output.responses]
 
 
-def _last_turn(session: Session, settings: ScoreSettings, played: Played) -> _Gradable:
+def _last_turn(
+    session: Session, settings: ScoreSettings, turns: Sequence[tuple[int, ...]], reason: FinishReason
+) -> _Gradable:
     """The policy's last turn: what an environment put there is not its own. Its thinking may have begun in turns
     before, behind the last that ended one."""
     if settings.graded == "whole":
-        return _Gradable(played.last_turn, (), played.finish_reason)
+        return _Gradable(turns[-1], (), reason)
     thinking: tuple[int, ...] = ()
-    for stretch in [one for one in played.stretches if one.source == "policy"][-2::-1]:
-        turn = played.token_ids[stretch.start : stretch.end]
+    for turn in turns[-2::-1]:
         if session.thinking_end.split(turn) != "thinking_missing":
-            return _Gradable(played.last_turn, thinking, played.finish_reason, thought=True)
+            return _Gradable(turns[-1], thinking, reason, thought=True)
         thinking = (*turn, *thinking)
-    return _Gradable(played.last_turn, thinking, played.finish_reason)
+    return _Gradable(turns[-1], thinking, reason)
 
 
 def _seen(session: Session, settings: ScoreSettings, graded: Graded, part: _Gradable) -> tuple[int, ...] | None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from megarl.algorithms.plan import Generation
 from megarl.config.parameter_sets import POLICY
-from megarl.environments.host import Said
+from megarl.environments.base import Verdict
+from megarl.environments.verdicts import Said
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Stretch
@@ -64,19 +65,23 @@ def play(
     return [_output(one, weights) for one in played]
 
 
-def _verdicts(session: Session, scoring: Scoring | None, said: Sequence[Said]) -> list[float | None]:
-    """Rewards of turns, each as an answer."""
+def _verdicts(session: Session, scoring: Scoring | None, said: Sequence[Said]) -> list[Verdict]:
+    """The run's reward of samples that end with what was said."""
     if scoring is None:
-        return [None] * len(said)
-    outputs = [Output(Completion(i, one.token_ids, (), one.finish_reason)) for i, one in enumerate(said)]
-    return [one.reward for one in grade(session, scoring, [one.prompt for one in said], outputs)]
+        return [Verdict(None)] * len(said)
+    outputs = [
+        Output(Completion(i, one.turns[-1], (), one.finish_reason), turns=one.turns) for i, one in enumerate(said)
+    ]
+    graded = grade(session, scoring, [one.prompt for one in said], outputs)
+    return [Verdict(one.reward, one.counters, one.terms) for one in graded]
 
 
 def _output(played: Played, weights: str) -> Output:
     completion = Completion(
         played.index, played.token_ids, played.log_probs, played.finish_reason, played.routed_experts
     )
-    return Output(completion, stretches=tuple(_by(one, weights) for one in played.stretches), played=played)
+    stretches = tuple(_by(one, weights) for one in played.stretches)
+    return Output(completion, stretches=stretches, turns=played.turns, played=played)
 
 
 def _by(stretch: Stretch, weights: str) -> Stretch:
