@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from group_case import group_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizer_case import KINDS, Characters, byte_ids, choose, load_all
 
-from megarl.algorithms.explanations import cut_chain, hinted_prompt_ids, training_tokens
+from megarl.algorithms.base import AlgorithmContext
+from megarl.algorithms.explanations import Explanations, cut_chain, hinted_prompt_ids, training_tokens
 from megarl.config.algorithms import ExplanationSettings
 from megarl.config.data import DataSettings
 from megarl.data.dataset import question_ids
 from megarl.data.tokenizer import Tokenizer, response_ids
-from megarl.records import Prompt
+from megarl.records import Body, Prompt, Trajectory
 
 BOXED = "\\boxed{"
 HINT = "The correct final answer is"
@@ -76,6 +79,22 @@ def test_braces_in_questions_and_answers_stay_as_they_are() -> None:
     own = ExplanationSettings(template="{answer}, {answer}: {prompt}")
     ids = hinted_prompt_ids(data, own, tokenizer, prompt)
     assert tokenizer.decode(ids) == "{prompt}, {prompt}: Is {answer} or \\frac{1}{2} in {prompt}?!"
+
+
+# What is measured
+
+
+def test_a_chain_is_measured_after_the_question_it_answers() -> None:
+    """A sample that followed a prompt of its environment's says nothing of the data's question."""
+    data, tokenizer = DataSettings(path="rows.jsonl"), Characters()
+    context = AlgorithmContext(64, 2, tokenizer=tokenizer, data=data)  # type: ignore[arg-type]
+    explanations = Explanations(ExplanationSettings(), context)
+    body = Body((*tokenizer.encode("so 1+1=2, \\boxed{2}"), tokenizer.eos_token_id))
+    group = group_of((1.0, 0.0), (len(body.token_ids),) * 2, prompt=prompt_of(data, tokenizer, "1+1?", "2"))
+    head = group.answers[0]
+    for own, parts in ((head, {"own_chain_nll", "own_answer_log_prob"}), (replace(head, prompt_length=3), set())):
+        found = explanations.gauges(group, [Trajectory(own, body)])
+        assert {name for gauge in found for name in gauge.parts} == parts
 
 
 # The chain

@@ -15,17 +15,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from group_case import group_of
+from test_train_scoring import Opinions
+from tokenizer_case import Characters
 
 from megarl.algorithms import build
 from megarl.algorithms.base import Algorithm, AlgorithmContext, Group
 from megarl.algorithms.plan import Generation, Plan
 from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.schema import RunConfig
+from megarl.environments.verdicts import Said
 from megarl.parallel.bootstrap import World
 from megarl.records import Body, Head, Key, Prompt, Sequence, Stretch, Trajectory
+from megarl.rewards.scorer import Part, Scoring
+from megarl.rollout.engine import Completion
 from megarl.rollout.turns import Task
+from megarl.train import evaluation, turns
 from megarl.train.generation import jobs, tasks_of
 from megarl.train.groups import Made, draw
+from megarl.train.outputs import Output
 from megarl.train.recorder import Recorder
 from megarl.train.replay import read_samples, save_samples
 from megarl.train.route import assign, deliver
@@ -132,6 +139,52 @@ def alone(tmp_path: Path) -> Iterator[World]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield World(0, 1, 0, 1, (0,), torch.device("cpu"))
     dist.destroy_process_group()
+
+
+class Notes(Opinions):
+    """A scorer that notes what is asked of it."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__()
+        self._notes = notes
+
+    def begin_step(self) -> None:
+        self._notes.append("begin")
+
+    def grade(self, items: Any) -> Any:
+        self._notes.append("grade")
+        return super().grade(items)
+
+
+def test_an_evaluations_turns_are_graded_within_its_bounds(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What grading may cost in an evaluation begins anew before its first turn is graded, and not again after."""
+    tokenizer, notes = Characters(), []
+    config = RunConfig.model_validate(SMALL | {"evaluation": {"save": False}})
+    scoring = Scoring([Part(config.reward, Notes(notes))], config.reward.bounds)
+
+    def play(session: Any, tasks: list[Task], sampling: Any, own: Scoring, *rest: Any) -> list[Output]:
+        verdicts = turns._verdicts(session, own, [Said(one.prompt, ((15, 62),), "stop") for one in tasks])
+        assert [one.reward for one in verdicts] == [0.4] * 2
+        return [Output(Completion(one.index, (15, 63), (), "stop")) for one in tasks]
+
+    monkeypatch.setattr(evaluation, "play", play)
+    nothing = SimpleNamespace(name="", split=lambda *_: None)
+    session: Any = SimpleNamespace(
+        config=config,
+        tokenizer=tokenizer,
+        engine=SimpleNamespace(interrupted=False, fixed_assignment=lambda total: None),
+        host=nothing,
+        thinking_end=nothing,
+        algorithm=SimpleNamespace(splits_thinking=False),
+        evaluation_data=SimpleNamespace(prompts=[Prompt(n, (1,), "", "") for n in range(2)], source_names=()),
+        problems_in_training_data=0,
+        scorer=scoring,
+        evaluation_scorer=None,
+        stops=SimpleNamespace(give_up_if=lambda asked: None),
+        tell_failure=lambda failure: None,
+    )
+    assert evaluation.evaluate(session, "case")["evaluation_reward_mean"] == pytest.approx(0.5)
+    assert notes == ["begin", "grade", "grade"]
 
 
 def delivered(made: Made, world: World, routing: tuple[int, int] | None = None) -> list[Sequence]:

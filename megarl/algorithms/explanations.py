@@ -85,7 +85,9 @@ class Explanations:
         found: list[Gauge] = []
         first = next(iter(group.of(EXPLANATION)), None)
         for head, body in held:
-            own = head.finished and not any(one.source in NEVER_TRAINED for one in head.stretches)
+            # Measured after the data's prompt, which another prompt's answer does not follow.
+            own = head.finished and head.prompt_length is None
+            own = own and not any(one.source in NEVER_TRAINED for one in head.stretches)
             if own and head.key.kind == "answer" and head.key.number == 0:
                 found += self._gauge("own", self._training_tokens(body.token_ids, prompt))
             elif first is not None and head.key == first.key:

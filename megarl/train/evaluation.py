@@ -16,6 +16,7 @@ from megarl.config.parameter_sets import POLICY
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
 from megarl.records import Prompt
+from megarl.rewards.scorer import Scoring
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.seeds import hash_seed
 from megarl.rollout.turns import Task
@@ -73,6 +74,8 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     rows: list[_Row] = []
     consumer = Implied(session.config).consumer
     if consumer is None:
+        # Before turns are graded, which happens while they are made.
+        _begin_grading(session)
         outputs = _outputs(session, requests, sampling)
         session.stops.give_up_if(session.engine.interrupted)
         numbers = _numbers(session, outputs, "", "evaluation_", rows)
@@ -83,7 +86,9 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     outputs = [respond(session, thinkings, sampling, Responder(weights)) for weights in (POLICY, consumer)]
     session.stops.give_up_if(session.engine.interrupted)
     own, cross = outputs
+    _begin_grading(session)
     numbers = _numbers(session, own, "", "evaluation_", rows)
+    _begin_grading(session)
     numbers |= _numbers(session, cross, "cross_", "cross_", rows)
     _keep(session, name, rows)
     return numbers | constants
@@ -100,8 +105,19 @@ def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) 
         number, sample = divmod(request.index, k)
         seed = _seed(session, prompts[number], sample)
         tasks.append(Task(request.index, prompts[number], hash_seed("environment", seed), seed))
-    scoring = session.evaluation_scorer or session.scorer
-    return play(session, tasks, sampling, scoring, work(session, len(tasks)))
+    return play(session, tasks, sampling, _scoring(session), work(session, len(tasks)))
+
+
+def _scoring(session: Session) -> Scoring | None:
+    """What finds the rewards of evaluations."""
+    return session.evaluation_scorer or session.scorer
+
+
+def _begin_grading(session: Session) -> None:
+    """Have the reward's bounds per step start anew."""
+    scoring = _scoring(session)
+    if scoring is not None:
+        scoring.begin_step()
 
 
 def _seed(session: Session, prompt: Prompt, sample: int) -> int:
@@ -116,12 +132,11 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
     """
     config, data = session.config, session.evaluation_data
     assert data is not None
-    scorer = session.evaluation_scorer or session.scorer
+    scorer = _scoring(session)
     mine: list[tuple[int, float | None, dict[str, float | None], int, bool]] = []
     failed = failure = None
     counters: Counter[str] = Counter()
     if scorer is not None:
-        scorer.begin_step()
         prompts = [data.prompts[o.completion.index // config.evaluation.samples] for o in outputs]
         try:
             graded = grade(session, scorer, prompts, outputs)
