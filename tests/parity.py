@@ -243,8 +243,8 @@ _layout: Any = None
 
 
 @contextmanager
-def policy_of(config: RunConfig, world: Any, *, weights: bool = True) -> Iterator[Any]:
-    """This rank's policy under `config.parallel`, with the weights of model.path.
+def policy_of(config: RunConfig, world: Any, *, weights: bool = True, trains: Sequences[str] = ()) -> Iterator[Any]:
+    """This rank's policy under `config.parallel`, with the weights of model.path, and the sets that train beside it.
 
     The grid stays for the next policy under the same layout: groups of a layout are formed once, as each costs sockets.
     """
@@ -258,7 +258,7 @@ def policy_of(config: RunConfig, world: Any, *, weights: bool = True) -> Iterato
         dissolve_grid()
         _layout = config.parallel
     grid = form_grid(config.parallel, config.seed)
-    policy = Policy(config, read_model_shape(config.model.path), world, grid, step_budget=config.steps)
+    policy = Policy(config, read_model_shape(config.model.path), world, grid, step_budget=config.steps, trains=trains)
     if weights:
         load_hf_weights(policy, config.model.path)
     yield policy
@@ -290,7 +290,7 @@ def update(policy: Any, algorithm: Any, batch: Sequences[Sequence]) -> Any:
     """One optimizer update on the whole mini-batch, each data-parallel rank with its share; all that is said of it."""
     mine = [batch[i] for i in share(batch, policy.grid)]
     current = all(s.old_log_probs is None for s in batch)
-    found = policy.accumulate(mine, algorithm.objectives, totals(batch), old_is_current=current)
+    found = policy.accumulate(mine, algorithm.objectives, totals(batch), old_is_current=current)["policy"]
     return SimpleNamespace(**asdict(found), **asdict(policy.step()["policy"]))
 
 

@@ -122,9 +122,10 @@ def learn(made: Any, batches: list[Any], totals: list[Any]) -> list[Any]:
     found, objectives = [], made.algorithm.objectives
     current = first_pass_is_old(objectives, batches)
     for batch, total in zip(batches, totals, strict=True):
-        found.append(made.policy.accumulate(batch, objectives, total, old_is_current=current))
+        passes = made.policy.accumulate(batch, objectives, total, old_is_current=current)
+        found.append(passes["policy"])
         if current:
-            trust.check_pass(made, made.progress.step + 1, found[-1])
+            trust.check_pass(made, made.progress.step + 1, passes)
         made.policy.step()
         current = False
     return found

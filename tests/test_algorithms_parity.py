@@ -169,7 +169,8 @@ def gradients(world: Any, config: Any, folder: str) -> tuple[float, float, dict[
         for optimizer in policy.trained["policy"].optimizer.chained_optimizers:
             if not optimizer.is_stub_optimizer:
                 optimizer.optimizer.step = lambda inner=optimizer.optimizer: put_gradients_in_place(inner)
-        found, step = policy.accumulate(sequences, algorithm.objectives, totals), policy.step()["policy"]
+        found = policy.accumulate(sequences, algorithm.objectives, totals)["policy"]
+        step = policy.step()["policy"]
         assert not step.skipped
         return found.loss, step.grad_norm, parity.exported(policy, Path(folder))
 

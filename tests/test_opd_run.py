@@ -84,7 +84,7 @@ def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]
     batches, totals, _, _ = trainable(made, rollouts, 1)
     asked = [s for batch in batches for s in batch]
     counters = add_log_probs(made, batches)
-    found = made.policy.accumulate(batches[0], made.algorithm.objectives, totals[0], old_is_current=True)
+    found = made.policy.accumulate(batches[0], made.algorithm.objectives, totals[0], old_is_current=True)["policy"]
     made.policy.step()
     kept = [s for batch in batches for s in batch]
     opinion = Probe("opinion", lambda log_probs_T: [log_probs_T.sum(), len(log_probs_T)], "teacher", most=2)

@@ -17,6 +17,7 @@ import preloaded
 import pytest
 
 from megarl.cli.main import main
+from megarl.errors import PhaseError
 from megarl.policy import finite
 
 LAYOUTS: tuple[dict[str, Any], ...] = ({"tensor": 2}, {"tensor": 2, "pipeline": 2})
@@ -83,7 +84,7 @@ def guard_layout(world: Any, config: Any) -> Guarded:
         algorithm = parity.grpo(config)
         mine = [first[i] for i in parity.share(first, policy.grid)]
         start = policy.measure(mine)
-        policy.weight_sets.keep("reference")
+        policy.keep("reference")
         parity.update(policy, algorithm, first)
         parity.update(policy, algorithm, second)
         trained, weights = policy.measure(mine), weights_of(policy)
@@ -154,12 +155,16 @@ def in_two_passes(world: Any, config: Any, batch: list) -> tuple[tuple[float, fl
             except ValueError as error:
                 lacking[other.parameters + " rollout" * other.rollout] = str(error)
         policy.accumulate(mine, [objective], counts)
+        try:
+            policy.offload_optimizers()
+        except PhaseError as error:
+            lacking["memory"] = str(error)
         policy.discard()
         try:
             policy.step()
         except ValueError as error:
             lacking["gradient"] = str(error)
-        losses = [policy.accumulate(mine[start::2], [objective], counts).loss for start in (0, 1)]
+        losses = [policy.accumulate(mine[start::2], [objective], counts)["policy"].loss for start in (0, 1)]
         step = policy.step()["policy"]
         return (sum(losses), step.grad_norm), weights_of(policy), lacking
 
@@ -222,8 +227,9 @@ def test_what_a_sequence_lacks_is_named_on_all_ranks(guarded: list[Guarded]):
         assert "has no rollout_log_probs" in rank.lacking["policy rollout"]
         assert (
             rank.lacking["adapter"]
-            == "objectives of ['adapter']: must train one parameter set, of those that do: policy"
+            == "an objective trains 'adapter', which must be a parameter set that trains: policy"
         )
+        assert rank.lacking["memory"].endswith("the policy's memory to the engine before its gradients are applied")
         assert rank.lacking["gradient"] == "a step needs a gradient: call accumulate first"
 
 

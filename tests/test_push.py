@@ -124,7 +124,7 @@ def least(policy: Any) -> int:
 
     needed = engine_tensors(policy.config, policy.shape, policy.world.rank)
     held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
-    return missing_elements(needed.values(), held.values()) * policy.megatron_config.params_dtype.itemsize
+    return missing_elements(needed.values(), held.values()) * policy.params_dtype.itemsize
 
 
 def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:

@@ -17,12 +17,22 @@ def a_pass(gap_max: float, **means: float) -> Pass:
 
 def test_a_gap_is_only_said_of_what_was_compared() -> None:
     names = ("logprob_gap_mean", "logprob_gap_max", "logprob_k3")
-    nothing = of_updates([a_pass(0.0, entropy=1.0)], [STEP])
+    nothing = of_updates({"policy": [(a_pass(0.0, entropy=1.0), STEP)]})
     assert {name: nothing[name] for name in names} == dict.fromkeys(names)
     compared = a_pass(0.25, logprob_gap_mean=0.125, logprob_k3=0.5)
-    found = of_updates([a_pass(0.0), compared, a_pass(0.125, logprob_gap_mean=0.375, logprob_k3=0.25)], [STEP] * 3)
+    last = a_pass(0.125, logprob_gap_mean=0.375, logprob_k3=0.25)
+    found = of_updates({"policy": [(one, STEP) for one in (a_pass(0.0), compared, last)]})
     assert [found[name] for name in names] == [0.25, 0.25, 0.375]
-    assert of_updates([], [])["logprob_gap_max"] is None
+    assert of_updates({"policy": []})["logprob_gap_max"] is None
+
+
+def test_a_set_that_trains_beside_the_policy_has_numbers_of_its_own():
+    found = of_updates({"policy": [(a_pass(0.0, entropy=1.0), STEP)], "shadow": [(a_pass(0.0, entropy=3.0), STEP)]})
+    assert (found["entropy"], found["shadow/entropy"]) == (1.0, 3.0)
+    assert found["shadow/grad_norm"] == found["grad_norm"] == STEP.grad_norm
+    # All that was computed counts.
+    alone = of_updates({"policy": [(a_pass(0.0, entropy=1.0), STEP)]})
+    assert found["tokens"] == 2 * alone["tokens"] and not any("/" in name for name in alone)
 
 
 def test_every_kind_of_an_algorithms_own_texts_has_its_share_of_the_time() -> None:

@@ -108,7 +108,7 @@ def _of_checkpoints(first: Path, second: Path, last: float) -> Iterator[Differen
         if step > last or not all(file.is_file() for file in files):
             continue
         notes = [_read_json(file, file.read_text(encoding="utf-8")) for file in files]
-        digests = [{key: note[key] for key in ("weights", "moments") if key in note} for note in notes]
+        digests = [{key: note[key] for key in ("weights", "moments", "sets") if key in note} for note in notes]
         for key, mine, others in differences(digests[0], digests[1]):
             yield Difference(f"step {step} (checkpoint)", f"the digest of {key}", _shown(mine), _shown(others))
 

@@ -1,4 +1,4 @@
-"""Sets of weights by name: the one that a run trains, and those that it keeps beside. Torch-free."""
+"""Sets of weights by name: the policy's own, and those that a run keeps or trains beside them. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megarl.config.servers import LogProbServerSettings
 
-#: The weights that are trained.
+#: The weights that the run is about.
 POLICY = "policy"
 #: The weights as they were when the run began.
 REFERENCE = "reference"
@@ -20,7 +20,8 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True, slots=True)
 class ParameterSet:
-    """A frozen copy of weights, known by its name; what has none of a checkpoint is the run's start."""
+    """Weights of the policy's model beside the policy's own, known by their name; what has none of a checkpoint is the
+    run's start. They stay as they are, unless the set `trains`."""
 
     name: str
     checkpoint: str | None = None
@@ -31,6 +32,8 @@ class ParameterSet:
     """Whether the engine is filled with it at times."""
     measures: bool = False
     """Whether log-probs are computed under it."""
+    trains: bool = False
+    """Whether objectives train it: it has gradients, an optimizer and a schedule of its own, as the policy's have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,9 @@ def united(sets: Iterable[ParameterSet]) -> tuple[ParameterSet, ...]:
     for one in sets:
         other = found.get(one.name, one)
         found[one.name] = replace(
-            one, generates=one.generates or other.generates, measures=one.measures or other.measures
+            one,
+            generates=one.generates or other.generates,
+            measures=one.measures or other.measures,
+            trains=one.trains or other.trains,
         )
     return tuple(found.values())

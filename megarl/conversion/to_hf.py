@@ -25,7 +25,14 @@ from megarl.reshard.weight_map import StoredParameter, hf_tensors, stored_parame
 PIECE_BYTES = 256 << 20
 
 #: Keys of a training checkpoint that are no weights.
-_OTHER_KEYS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
+_OTHER_KEYS = (
+    "optimizer.",
+    "chained_",
+    "rng_state",
+    "rerun_state_machine_state",
+    "opt_param_scheduler",
+    checkpoint_folder.SETS,
+)
 
 
 def convert(

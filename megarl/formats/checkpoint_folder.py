@@ -24,6 +24,8 @@ from megarl.formats.checksums import StoredFile
 FORMAT = 2
 #: The last version of megarl that continues from a checkpoint of an earlier format.
 LAST_VERSIONS = {1: "0.1.0"}
+#: What the names of tensors begin with that are not the policy's own but those of a set that trains beside it.
+SETS = "sets."
 
 
 class Damaged(Refusal):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -31,6 +33,7 @@ from megarl.policy import adam_state
 from megarl.policy import digest as digests
 from megarl.policy.model import is_expert
 from megarl.policy.policy import Policy
+from megarl.policy.trained_set import TrainedSet
 
 
 def save(
@@ -42,8 +45,9 @@ def save(
     `TrainingStopped` where updates were made and have left no trace in it.
     """
     final = root / f"step_{step:06d}"
-    digest = digests.digest(policy.trained[POLICY].optimizer)
-    policy.trained[POLICY].movement.check(digest, final.name)
+    found = {name: digests.digest(trained.optimizer) for name, trained in policy.trained.items()}
+    for name, trained in policy.trained.items():
+        trained.movement.check(found[name], final.name)
     partial = root / f"{final.name}.partial"
     if policy.world.is_first:
         # A save that was killed has taken room.
@@ -59,51 +63,80 @@ def save(
     writers._results_queue = writers._results_queue or queue.Queue()
     with _causes_named():
         dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
-    facts: dict[str, Any] = {"step": step, "optimizer": optimizer, "weights": digest.weights}
-    if optimizer:
-        facts["moments"] = digest.moments
+    facts = {"step": step, "optimizer": optimizer} | _facts(found, optimizer=optimizer)
     dist.barrier()
     names = from_first(checkpoint_folder.file_names(partial) if policy.world.is_first else [])
     mine = checksums.share(names, policy.world.rank, policy.world.size)
-    found = gather_all({name: checksums.measure(partial / name) for name in mine})
+    parts = gather_all({name: checksums.measure(partial / name) for name in mine})
     if policy.world.is_first:
         facts["model_path"] = str(Path(policy.config.model.path).resolve())
-        measured = {name: stored for part in found for name, stored in part.items()}
+        measured = {name: stored for part in parts for name, stored in part.items()}
         checkpoint_folder.write_progress(partial, policy.shape, progress | facts, measured)
         checkpoint_folder.publish(partial, final, keep=keep, keep_every=keep_every)
     dist.barrier()
-    policy.trained[POLICY].movement.begin_from(digest, final.name)
+    for name, trained in policy.trained.items():
+        trained.movement.begin_from(found[name], final.name)
     return final
 
 
 def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
-    """Load weights, and with `optimizer` its state and schedule too; returns the saved progress. Collective.
+    """Load the policy's weights; with `optimizer` all sets that train, each with its optimizer's state and schedule.
 
-    Raises `Damaged` where the checkpoint is not whole; `Refusal` where it is of another model, lacks the optimizer's
-    state, or where the optimizer's weights or moments are not those that were saved.
+    Returns the saved progress. Collective. Raises `Damaged` where the checkpoint is not whole; `Refusal` where it is of
+    another model, lacks a set or an optimizer's state, or where the optimizers' weights or moments are not those that
+    were saved.
     """
     progress = first_decides(lambda: _read_whole(directory))
     checkpoint_folder.check_model(directory, progress, policy.shape)
     if optimizer:
         checkpoint_folder.check_resumable(directory, progress)
+        _check_sets(policy, directory, progress)
     _check_bytes(directory, progress, policy.world)
     # How the checkpoint names its tensors, which need not be how this version does.
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
     template: Any = _state(policy, content, optimizer=optimizer, loading=True)
     with _causes_named():
         state: Any = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
-    for key, model in _models(policy).items():
-        _load_model(model, state[key])
-    if optimizer:
-        trained = policy.trained[POLICY]
-        trained.scheduler.load_state_dict(state["scheduler"])
-        adam_state.load(trained.optimizer, state["optimizer"], trained.scheduler.num_steps)
-        found = digests.digest(trained.optimizer)
-        _check_state(directory, progress, found)
-        trained.movement.begin_from(found, directory.name)
-    else:
+    if not optimizer:
+        _load_models(policy.trained[POLICY], state)
         policy.weights_changed()
+        return progress
+    found = {name: _load_trained(trained, _of_set(state, name)) for name, trained in policy.trained.items()}
+    _check_state(directory, progress, _facts(found, optimizer=True))
+    for name, trained in policy.trained.items():
+        trained.movement.begin_from(found[name], directory.name)
     return progress
+
+
+def _load_trained(trained: TrainedSet, state: dict[str, Any]) -> digests.Digest:
+    """Load a set's weights, schedule and optimizer; gives the digest of what the optimizer then has."""
+    _load_models(trained, state)
+    trained.scheduler.load_state_dict(state["scheduler"])
+    adam_state.load(trained.optimizer, state["optimizer"], trained.scheduler.num_steps)
+    return digests.digest(trained.optimizer)
+
+
+def _facts(found: Mapping[str, digests.Digest], *, optimizer: bool) -> dict[str, Any]:
+    """The digests as progress.json has them: the policy's own, and under "sets" those of the sets beside it."""
+    by_set = {
+        name: {"weights": digest.weights} | ({"moments": digest.moments} if optimizer else {})
+        for name, digest in found.items()
+    }
+    return by_set.pop(POLICY) | ({"sets": by_set} if by_set else {})
+
+
+def _check_sets(policy: Policy, directory: Path, progress: Mapping[str, Any]) -> None:
+    saved, wanted = set(progress.get("sets", {})), policy.trained.keys() - {POLICY}
+    if saved != wanted:
+        raise Refusal(
+            f"{directory} with the trained parameter sets {_listed(saved)}",
+            f"must have those that the run trains beside the policy: {_listed(wanted)}",
+            "continue with the algorithm that saved it, or start a new run with model.weights set to it",
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _read_whole(directory: Path) -> dict[str, Any]:
@@ -123,8 +156,8 @@ def _check_bytes(directory: Path, progress: dict[str, Any], world: World) -> Non
             raise checkpoint_folder.Damaged(directory, damage)
 
 
-def _check_state(directory: Path, progress: dict[str, Any], found: digests.Digest) -> None:
-    for name, got in found._asdict().items():
+def _check_state(directory: Path, progress: dict[str, Any], found: Mapping[str, Any]) -> None:
+    for name, got in found.items():
         if progress[name] != got:
             raise Refusal(
                 f"{directory} with {name} {progress[name]}",
@@ -151,7 +184,8 @@ def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
     grid = policy.grid
     ranks = grid.tensor * grid.context * grid.data
     needed = 0.0
-    for _, parameter in policy.named_parameters():
+    sets = policy.trained.values() if optimizer else [policy.trained[POLICY]]
+    for _, parameter in chain.from_iterable(trained.named_parameters() for trained in sets):
         # The optimizer has fp32 weights and two moments, wherever the ranks keep them.
         size = parameter.numel() * (parameter.element_size() + (12 if optimizer else 0))
         holders = grid.expert * grid.expert_tensor if is_expert(parameter) else grid.tensor
@@ -165,6 +199,11 @@ def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
             f"must have room for a checkpoint, {needed / 1e9:.2f} GB; nothing was written or removed",
             "free some space and go on with resume=auto; checkpoint.keep says how many are kept",
         )
+
+
+def _load_models(trained: TrainedSet, state: dict[str, Any]) -> None:
+    for key, model in _models(trained).items():
+        _load_model(model, state[key])
 
 
 def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
@@ -181,21 +220,39 @@ def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def _state(policy: Policy, content: dict[str, Any], *, optimizer: bool, loading: bool) -> dict[str, Any]:
-    # Megatron adds this layout's process groups to the record that it is given.
-    metadata = dict(content)
+    """What is saved: of every set that trains, or without `optimizer` the policy's weights alone."""
     state: dict[str, Any] = {}
-    for key, model in _models(policy).items():
-        found = model.sharded_state_dict(metadata=metadata)
-        state[key] = {k: v for k, v in found.items() if not k.endswith("_extra_state")}
-    if optimizer:
-        trained = policy.trained[POLICY]
-        adam_state.allocate(trained.optimizer)
-        state["optimizer"] = trained.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
-        state["scheduler"] = trained.scheduler.state_dict()
+    for name in policy.trained if optimizer else (POLICY,):
+        trained, found = policy.trained[name], dict[str, Any]()
+        # Megatron adds this layout's process groups to the record that it is given.
+        metadata = dict(content)
+        for key, model in _models(trained).items():
+            tensors = model.sharded_state_dict(metadata=metadata)
+            found[key] = {k: v for k, v in tensors.items() if not k.endswith("_extra_state")}
+        if name != POLICY:
+            add_prefix_for_sharding(found, f"{checkpoint_folder.SETS}{name}.")
+        if optimizer:
+            adam_state.allocate(trained.optimizer)
+            found["optimizer"] = trained.optimizer.sharded_state_dict(
+                dict(found), is_loading=loading, metadata=metadata
+            )
+            found["scheduler"] = trained.scheduler.state_dict()
+        state |= {_key(key, name): value for key, value in found.items()}
     return state
 
 
-def _models(policy: Policy) -> dict[str, Any]:
-    """This rank's model chunks by Megatron's keys: model, or model0, model1, ..."""
-    chunks: list[Any] = policy.chunks
+def _of_set(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a loaded state has of one set, under the keys of the policy's own."""
+    keys = ("optimizer", "scheduler", *(key for key in state if key.startswith("model")))
+    return {key: state[_key(key, name)] for key in keys}
+
+
+def _key(key: str, name: str) -> str:
+    """Where a set's part of the state stands."""
+    return key if name == POLICY else f"{checkpoint_folder.SETS}{name}.{key}"
+
+
+def _models(trained: TrainedSet) -> dict[str, Any]:
+    """A set's model chunks on this rank by Megatron's keys: model, or model0, model1, ..."""
+    chunks: list[Any] = trained.chunks
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}

@@ -1,9 +1,8 @@
-"""Whether a policy still is one: its weights, the optimizer's moments and the log-probs that it gives are numbers."""
+"""Whether a policy still is one: the weights that train, the optimizers' moments and the log-probs are numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,34 +11,44 @@ from megarl.config.parameter_sets import POLICY
 from megarl.parallel.exchange import gather_all
 from megarl.policy.digest import MOMENTS, WEIGHTS
 from megarl.policy.policy import Policy
+from megarl.policy.trained_set import TrainedSet
 from megarl.records import Sequence
 
 
 def what_is_not(policy: Policy, probe: Sequence) -> str | None:
     """The first of weights, moments and log-probs that holds NaN or infinity, in words; None where all are finite.
 
+    All sets that train are looked at, the policy's own first.
+
     `probe` is a sequence with two tokens or more, the same on all ranks, that the log-probs are of: weights may be
     finite and too large to compute with. Collective, with the same answer on all ranks.
     """
-    largest = {name: _largest(parameter) for name, parameter in policy.named_parameters()}
+    for name, trained in policy.trained.items():
+        words = _not_finite(trained, policy, name, probe)
+        if words is not None:
+            return words if name == POLICY else f"of the parameter set {name} {words}"
+    return None
+
+
+def _not_finite(trained: TrainedSet, policy: Policy, set_name: str, probe: Sequence) -> str | None:
+    largest = {name: _largest(parameter) for name, parameter in trained.named_parameters()}
     found = gather_all(next((f"the weights {name}" for name, size in largest.items() if not np.isfinite(size)), None))
     # Before the first update the optimizer has no state.
-    if policy.trained[POLICY].scheduler.num_steps:
-        found += gather_all(next(_moments(policy), None))
+    if trained.scheduler.num_steps:
+        found += gather_all(next(_moments(trained), None))
     if (first := next((words for words in found if words is not None), None)) is not None:
         return f"{first} are not finite"
-    log_probs = policy.measure([probe])
+    log_probs = policy.measure([probe], set_name)
     if all(gather_all(log_probs is None or all(np.isfinite(values).all() for values in log_probs))):
         return None
     size, name = max(gather_all(max((size, name) for name, size in largest.items())))
     return f"the log-probs are not finite, though the weights are; the largest is {size:.2g}, in {name}"
 
 
-def _moments(policy: Policy) -> Iterator[str]:
+def _moments(trained: TrainedSet) -> Iterator[str]:
     """Moments on this rank that are not finite, in words."""
-    optimizer: Any = policy.trained[POLICY].optimizer
-    names = {parameter: name for name, parameter in policy.named_parameters()}
-    for distributed in optimizer.chained_optimizers:
+    names = {parameter: name for name, parameter in trained.named_parameters()}
+    for distributed in trained.optimizer.chained_optimizers:
         for parameter in distributed.model_param_group_index_map:
             state = distributed._get_main_param_and_optimizer_states(parameter)
             for kind in (WEIGHTS, *MOMENTS):

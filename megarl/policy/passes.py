@@ -50,7 +50,10 @@ class Consumer(Protocol):
 
 
 class Passes:
-    """Runs a model's chunks, this rank's, over sequences under one parallel layout."""
+    """Runs a model's chunks, this rank's, over sequences under one parallel layout.
+
+    `wrapped` are the chunks with their gradient buffers.
+    """
 
     def __init__(
         self,
@@ -60,8 +63,10 @@ class Passes:
         world: World,
         grid: Grid,
         chunks: list[GPTModel],
+        wrapped: Sequences[Any],
     ) -> None:
-        self.config, self.shape, self.world, self.grid, self.chunks = config, shape, world, grid, chunks
+        self.config, self.shape, self.world, self.grid = config, shape, world, grid
+        self.chunks, self._wrapped = chunks, wrapped
         sequence_parallel = grid.tensor if megatron_config.sequence_parallel else 1
         self.cut = Cut(grid.context, grid.context_rank, sequence_parallel)
         self.forward_arguments = ForwardArguments(megatron_config, shape, chunks)
@@ -74,14 +79,13 @@ class Passes:
 
     def run(
         self,
-        wrapped: Any,
         sequences: Sequences[Sequence],
         consume: Consumer,
         *,
         forward_only: bool,
         by_group: bool = False,
     ) -> Work:
-        """One pass of `wrapped`, the chunks with their gradient buffers. Collective.
+        """One pass. Collective.
 
         With `by_group` the sequences of a group share a micro-batch.
         """
@@ -111,7 +115,7 @@ class Passes:
             forward_step_func=forward_step,
             # Under the interleaved schedule every chunk goes through the micro-batches at its own time.
             data_iterator=[iter(zip(batches, plan, strict=True)) for _ in self.chunks],
-            model=wrapped,
+            model=self._wrapped,
             num_microbatches=len(batches),
             seq_length=max(b.tokens.shape[1] for b in batches) * self.grid.context,
             micro_batch_size=1,

@@ -1,24 +1,33 @@
-"""A parameter set that trains: its gradient buffers, optimizer, schedule, and where its memory is."""
+"""A parameter set that trains: its model, gradient buffers, optimizer, schedule, and where its memory is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megarl import records
+from megarl.config.grid import Grid, chunks_of_stage
+from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
+from megarl.errors import PhaseError
+from megarl.parallel.bootstrap import World
+from megarl.policy.batch import MicroBatch
 from megarl.policy.digest import Movement
-from megarl.policy.megatron_config import optimizer_config
-from megarl.policy.model import wrap_data_parallel
+from megarl.policy.losses import LossStage, Pass
+from megarl.policy.megatron_config import optimizer_config, transformer_config
+from megarl.policy.model import build_model, wrap_data_parallel
+from megarl.policy.passes import Passes
 from megarl.policy.residence import Residence
+from megarl.reshard.weight_map import chunk_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +40,47 @@ class StepResult:
 
 
 class TrainedSet:
-    """The trained parameters of `chunks`, this rank's shard of them.
+    """This rank's shard of a model, its chunks, and what trains them.
 
-    Gradients of any number of passes add up in its buffers until the step that applies them. `wrapped` is what a pass
-    runs. `step_budget` is the number of steps in the whole run; learning-rate decay spans it.
+    Gradients of any number of passes add up in its buffers until the step that applies them. `step_budget` is the
+    number of steps in the whole run; learning-rate decay spans it.
     """
 
-    def __init__(
-        self, config: RunConfig, megatron_config: TransformerConfig, chunks: Sequence[GPTModel], step_budget: int
-    ) -> None:
-        self.wrapped: Any = wrap_data_parallel(config, megatron_config, chunks)
+    def __init__(self, config: RunConfig, shape: ModelShape, world: World, grid: Grid, step_budget: int) -> None:
+        # Each has a record of its own: Megatron keeps in it how this optimizer scales losses.
+        self.megatron_config: Any = transformer_config(config, shape)
+        stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
+        self.chunks = build_model(self.megatron_config, shape, stages)
+        self.wrapped: Any = wrap_data_parallel(config, self.megatron_config, self.chunks)
+        self.passes = Passes(config, self.megatron_config, shape, world, grid, self.chunks, self.wrapped)
         self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
+        self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(config, self.optimizer, step_budget)
-        self.residence = Residence(self.wrapped, self.optimizer)
         self.movement = Movement(self.optimizer, config.optimizer.lr)
         self.skipped_in_a_row = 0
+        self._residence = Residence(self.wrapped, self.optimizer)
         self._clip = config.optimizer.clip_grad
         self._losses: list[float] = []
 
-    def begin_pass(self) -> None:
-        """Before a pass with gradients: what was accumulated since the last step stays."""
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's shard, in the names of `megatron_tensors`: Megatron's, with a prefix where chunks are several."""
+        for number, chunk in enumerate(self.chunks):
+            prefix = chunk_prefix(number, len(self.chunks))
+            yield from ((prefix + name, parameter) for name, parameter in chunk.named_parameters())
+
+    def measure(self, sequences: Sequence[records.Sequence]) -> list[np.ndarray]:
+        """Log-probs of each sequence's trained tokens, float32 (T,) each; of nothing but on the last pipeline stage."""
+        self._residence.require_ready("compute log-probs")
+        collect = _Collect(sequences)
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            self.passes.run(sequences, collect, forward_only=True)
+        return collect.found
+
+    def accumulate(self, sequences: Sequence[records.Sequence], stage: LossStage, *, by_group: bool) -> Pass:
+        """Add a pass's gradient to what was accumulated since the last step."""
+        self._residence.require_ready("update the policy")
         for wrapped in self.wrapped:
             # The first pass after a step zeroes, and not the step: buffers that were away hold anything.
             if not self._losses:
@@ -58,10 +88,12 @@ class TrainedSet:
             wrapped.train()
         if not self._losses:
             self.optimizer.zero_grad()
-
-    def end_pass(self, loss: float) -> None:
-        """After a pass, whose loss over all ranks was that."""
-        self._losses.append(loss)
+        work = self.passes.run(sequences, stage, forward_only=False, by_group=by_group)
+        found = stage.gather(work, reports=self.passes.grid.reports)
+        if self.passes.experts is not None:
+            found = replace(found, means=found.means | self.passes.experts.report(work.micro_batches))
+        self._losses.append(found.loss)
+        return found
 
     def discard(self) -> None:
         """Forget what was accumulated since the last step."""
@@ -77,6 +109,7 @@ class TrainedSet:
         """
         if not self._losses:
             raise ValueError("a step needs a gradient: call accumulate first")
+        self._residence.require_ready("update the policy")
         finite = all(math.isfinite(loss) for loss in self._losses)
         self._losses.clear()
         # Losses are divided already: no token count.
@@ -100,6 +133,55 @@ class TrainedSet:
         """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
         self.optimizer.reload_model_params()
         self.movement.forget()
+
+    def copy(self, weights: Sequence[torch.Tensor]) -> None:
+        """Take other weights, those of all parameters in their order."""
+        with torch.no_grad():
+            for (_, parameter), values in zip(self.named_parameters(), weights, strict=True):
+                parameter.copy_(values)
+        self.weights_changed()
+
+    # --- whose the memory is ----------------------------------------------------------------------------------------
+
+    def offload_optimizer(self) -> None:
+        """Optimizer state goes to host memory and gradient buffers are freed; weights stay, as a push reads them.
+
+        Raises:
+            PhaseError: gradients were accumulated, and would be lost.
+        """
+        if self._losses:
+            raise PhaseError("cannot give the policy's memory to the engine before its gradients are applied")
+        self._residence.offload_optimizer()
+
+    def offload_weights(self) -> None:
+        """The weights go too."""
+        self._residence.offload_weights()
+
+    def onload_weights(self) -> None:
+        """The weights come back, for a push."""
+        self._residence.onload_weights()
+
+    def onload(self) -> None:
+        """Everything comes back."""
+        self._residence.onload()
+
+
+class _Collect:
+    """Keeps each sequence's log-probs."""
+
+    entropy_gradient = False
+
+    def __init__(self, sequences: Sequence[records.Sequence]) -> None:
+        self.found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+        self._trained = [sequence.trained for sequence in sequences]
+
+    def __call__(
+        self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
+    ) -> torch.Tensor:
+        parts = log_probs.float().cpu().split([self._trained[i] for i in members])
+        for index, part in zip(members, parts, strict=True):
+            self.found[index] = part.numpy()
+        return log_probs.new_zeros(())
 
 
 def _scheduler(config: RunConfig, optimizer: Any, step_budget: int) -> OptimizerParamScheduler:

@@ -116,19 +116,27 @@ def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
 
 def _is_measured(run: Run) -> bool:
     """Whether log-probs are computed under other weights than those that train."""
-    return any(one.measures for one in run.implied.parameter_sets)
+    return any(one.measures and not one.trains for one in run.implied.parameter_sets)
 
 
 def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
     yield Amount("policy weights", weights(shard), True)
-    yield Amount("gradients", sum(one.numel * one.gradient_bytes for one in shard.buffers), True)
+    yield Amount("gradients", gradients(shard), True)
     yield Amount("optimizer", optimizer(shard), True)
+    for one in run.implied.parameter_sets:
+        if one.trains:
+            yield Amount(f"set {one.name}", weights(shard) + gradients(shard) + optimizer(shard), True)
     yield Amount("reserved", run.cluster.reserved, False)
 
 
 def weights(shard: Shard) -> int:
     """Bytes of the policy's weights on a rank, padding of Megatron's buffers included."""
     return sum(one.numel * one.parameter_bytes for one in shard.buffers)
+
+
+def gradients(shard: Shard) -> int:
+    """Bytes of the gradients' buffers on a rank."""
+    return sum(one.numel * one.gradient_bytes for one in shard.buffers)
 
 
 def optimizer(shard: Shard) -> int:
@@ -140,7 +148,7 @@ def optimizer(shard: Shard) -> int:
 
 
 def weight_set(run: Run, shard: Shard) -> int:
-    """Bytes of a named copy of the weights (`megarl.policy.weight_sets`)."""
+    """Bytes of a named copy of the weights (`Policy.keep`)."""
     return shard.parameters * ELEMENT_BYTES[run.config.precision]
 
 
@@ -160,7 +168,7 @@ def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> i
 def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
     yield Amount("policy weights", weights(shard), True)
-    if any(one.generates for one in run.implied.parameter_sets):
+    if any(one.generates and not one.trains for one in run.implied.parameter_sets):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("engine weights", engine.weights, True)
     yield Amount("push buckets", 2 * int(run.config.weights.bucket_mib * 2**20), True)
@@ -177,12 +185,15 @@ def _rollout(run: Run, engine: EngineMemory) -> Iterator[Amount]:
 def host_of(run: Run, shards: list[Shard], processes: int) -> HostMemory:
     """What a node's host keeps: the busiest rank's share, for all of the node's GPUs."""
     gpus = min(run.cluster.gpus_per_node, processes)
-    sets = len(run.implied.parameter_sets)
+    sets = sum(not one.trains for one in run.implied.parameter_sets)
+    trained = [one.name for one in run.implied.parameter_sets if one.trains]
     found: list[HostMemory] = []
     for shard in shards:
         amounts = [Amount("weight sets", gpus * sets * weight_set(run, shard), True)]
         if run.engine is not None:
             amounts.append(Amount("policy weights", gpus * weights(shard), True))
             amounts.append(Amount("optimizer", gpus * optimizer(shard), True))
+            both = weights(shard) + optimizer(shard)
+            amounts += [Amount(f"set {name}", gpus * both, True) for name in trained]
         found.append(HostMemory(tuple(amount for amount in amounts if amount.bytes), run.cluster.host_memory))
     return max(found, key=lambda host: host.used)

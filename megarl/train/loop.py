@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.config.parameter_sets import POLICY
 from megarl.train import divergence, gauges, trust
 from megarl.train.evaluation import evaluate_now
 from megarl.train.measure import StepRecord
@@ -58,10 +57,10 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     current = first_pass_is_old(objectives, batches)
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
-            found = session.policy.accumulate(batch, objectives, total, old_is_current=current)
+            passes = session.policy.accumulate(batch, objectives, total, old_is_current=current)
             if current:
-                trust.check_pass(session, step, found)
-            record.update(found, session.policy.step()[POLICY])
+                trust.check_pass(session, step, passes)
+            record.update(passes, session.policy.step(passes))
         current = False
         divergence.stop_if_stuck(session)
     session.progress.step = step

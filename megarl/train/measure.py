@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megarl.config.parameter_sets import POLICY
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.losses import Pass
@@ -27,8 +28,7 @@ class StepRecord:
         self._rollouts: Rollouts | None = None
         self._counters: dict[str, int] = {}
         self._groups = 0
-        self._passes: list[Pass] = []
-        self._steps: list[StepResult] = []
+        self._updates: dict[str, list[tuple[Pass, StepResult]]] = {POLICY: []}
         self._measured: dict[str, float] = {}
 
     def rollouts(self, rollouts: Rollouts) -> None:
@@ -52,19 +52,18 @@ class StepRecord:
         """Take further numbers of the step."""
         self._measured |= values
 
-    def update(self, found: Pass, step: StepResult) -> None:
-        """Take one update's pass and optimizer step."""
-        self._passes.append(found)
-        self._steps.append(step)
-        if step.skipped:
-            self._session.progress.skipped_updates += 1
+    def update(self, passes: Mapping[str, Pass], steps: Mapping[str, StepResult]) -> None:
+        """Take one update's pass and optimizer step of each parameter set."""
+        for name, found in passes.items():
+            self._updates.setdefault(name, []).append((found, steps[name]))
+        self._session.progress.skipped_updates += any(step.skipped for step in steps.values())
 
     def write(self) -> dict[str, Any]:
         """Complete the numbers, record them, and return them."""
         session = self._session
         values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
-        values |= of_updates(self._passes, self._steps)
+        values |= of_updates(self._updates)
         values |= _of_rollouts(self._rollouts, self._groups)
         values |= _by_source(session, self._rollouts)
         values |= _of_turns(session, self._rollouts)
@@ -72,7 +71,8 @@ class StepRecord:
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
         made = self._rollouts.made.generated_tokens if self._rollouts is not None else {}
-        values["time_shares"] = time_shares(values["seconds"], self._passes, made)
+        passes = [found for updates in self._updates.values() for found, _ in updates]
+        values["time_shares"] = time_shares(values["seconds"], passes, made)
         values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
         values["skipped_updates"] = session.progress.skipped_updates
         values["counters"] = self._counters
@@ -106,30 +106,35 @@ _UPDATE_NAMES = (
 )
 
 
-def of_updates(passes: Sequence[Pass], steps: Sequence[StepResult]) -> dict[str, Any]:
-    """Means over the step's updates; None where there was none."""
+def of_updates(updates: Mapping[str, Sequence[tuple[Pass, StepResult]]]) -> dict[str, Any]:
+    """Means over the step's updates, None where there was none: the policy's own by their names, those of another
+    parameter set that trains with its name and a slash before them."""
     values: dict[str, Any] = dict.fromkeys(_UPDATE_NAMES)
-    if not passes:
-        return values | {"tokens": 0, "padding_share": 0.0}
+    for name, made in updates.items():
+        found = _of_set(made)
+        values |= found if name == POLICY else {f"{name}/{key}": value for key, value in found.items()}
+    passes = [found for made in updates.values() for found, _ in made]
+    real, computed = sum(one.real_tokens for one in passes), sum(one.computed_tokens for one in passes)
+    return values | {"tokens": real, "padding_share": 1 - real / computed if passes else 0.0}
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
 
-    names = dict.fromkeys(name for p in passes for name in p.means)
-    computed = sum(p.computed_tokens for p in passes)
-    real = sum(p.real_tokens for p in passes)
-    values |= {
-        "loss": mean([p.loss for p in passes]),
-        "grad_norm": mean([s.grad_norm for s in steps]),
+def _of_set(made: Sequence[tuple[Pass, StepResult]]) -> dict[str, float | None]:
+    if not made:
+        return {}
+    passes, steps = [found for found, _ in made], [step for _, step in made]
+    names = dict.fromkeys(name for one in passes for name in one.means)
+    return {
+        "loss": _mean([one.loss for one in passes]),
+        "grad_norm": _mean([one.grad_norm for one in steps]),
         "lr": steps[-1].lr,
+        **{name: _mean([one.means[name] for one in passes if name in one.means]) for name in names},
+        "logprob_gap_max": max((one.gap_max for one in passes if "logprob_gap_mean" in one.means), default=None),
     }
-    values |= {name: mean([p.means[name] for p in passes if name in p.means]) for name in names}
-    values |= {
-        "logprob_gap_max": max((p.gap_max for p in passes if "logprob_gap_mean" in p.means), default=None),
-        "tokens": real,
-        "padding_share": 1 - real / computed,
-    }
-    return values
+
+
+def _mean(values: Sequence[float]) -> float:
+    # As written, so that a run's numbers stay what they were: fmean rounds otherwise.
+    return sum(values) / len(values)
 
 
 def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         host = ReplicaHost(environment, tokenizer, engine, data.prompts[0])
     recorder.status("building the policy")
     stream, counters, texts, feed = _stream(config, data), Counters(), ServedTexts(), Feed(config.steps)
-    policy = Policy(config, shape, world, grid, step_budget=implied.updates)
+    trains = [one.name for one in implied.parameter_sets if one.trains]
+    policy = Policy(config, shape, world, grid, step_budget=implied.updates, trains=trains)
     _load_weights(policy, config, implied.parameter_sets)
     return Session(
         config=config,
@@ -261,15 +262,15 @@ def unfinished_directory(config: RunConfig) -> Path:
 
 
 def _load_weights(policy: Policy, config: RunConfig, sets: Sequence[ParameterSet]) -> None:
-    """Keep the frozen `sets` of parameters, and leave the policy with the weights that the run begins with."""
+    """Give the `sets` of parameters their weights, and leave the policy with the weights that the run begins with."""
     for one in sets:
         if one.checkpoint is not None:
             checkpoint.load(policy, checkpoint_folder.require(one.checkpoint, one.setting), optimizer=False)
-            policy.weight_sets.keep(one.name)
+            policy.keep(one.name)
     _load_start(policy, config)
     for one in sets:
         if one.checkpoint is None:
-            policy.weight_sets.keep(one.name)
+            policy.keep(one.name)
 
 
 def _load_start(policy: Policy, config: RunConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from megarl import records
 from megarl.config.implied import Implied
+from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
@@ -52,10 +53,11 @@ def check_before(session: Session, step: int, batches: Sequence[Sequence[records
     _stop_above(session, step, _mean_gap(session, own))
 
 
-def check_pass(session: Session, step: int, found: Pass) -> None:
-    """Raise `TrainingStopped` on all ranks where the gap that a pass of this step has found exceeds
+def check_pass(session: Session, step: int, passes: Mapping[str, Pass]) -> None:
+    """Raise `TrainingStopped` on all ranks where the gap that the policy's pass of this step has found exceeds
     `health.gap_limit`, before anything is learned from it. Collective where it raises."""
-    _stop_above(session, step, found.means.get("logprob_gap_mean"))
+    if POLICY in passes:
+        _stop_above(session, step, passes[POLICY].means.get("logprob_gap_mean"))
 
 
 def _all_finite(sequences: Sequence[records.Sequence]) -> bool:

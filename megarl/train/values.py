@@ -62,5 +62,6 @@ def _take_out(batches: list[list[Sequence]], lacking: list[Sequence], objectives
 
 def first_pass_is_old(objectives: Sequences[Objective], batches: list[list[Sequence]]) -> bool:
     """Whether the log-probs of the step's first pass are the old ones, those of the policy before its first update, and
-    need not be measured before it. Of whoever wrote the sequences: see `Objective.old`."""
-    return len(batches) <= 1 or not any(one.old for one in objectives)
+    need not be measured before it. Of whoever wrote the sequences: see `Objective.old`. A pass of another parameter set
+    never finds them."""
+    return not any(one.old and (len(batches) > 1 or one.parameters != POLICY) for one in objectives)

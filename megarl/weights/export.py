@@ -42,7 +42,7 @@ def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSou
     The directory appears under its name only when it is complete.
     """
     world = policy.world
-    dtype = policy.megatron_config.params_dtype
+    dtype = policy.params_dtype
     targets = checkpoint_layout(policy.shape, range(world.size))
     plan = make_plan(
         world.rank,

@@ -43,7 +43,7 @@ class GatherPush:
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the checkpoint, whole, on all ranks together."""
         rank, device = self.policy.world.rank, self.policy.world.device
-        dtype = self.policy.megatron_config.params_dtype
+        dtype = self.policy.params_dtype
         for name, (parameter, places) in self._parts.items():
             tensor = torch.empty(self._shapes[name], dtype=dtype, device=device)
             for place in places:
