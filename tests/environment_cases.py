@@ -142,6 +142,20 @@ class Closes:
         self._file.write_text(self._file.read_text() + "closed\n" if self._file.exists() else "closed\n")
 
 
+class Counted:
+    """Says how many processes of its keeper there were when it started, and takes its time to close."""
+
+    def start(self, prompt: Prompt) -> Any:
+        keeper = os.getppid()
+        self._seen = len(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
+
+    def turn(self, said: str) -> Reply:
+        return Reply(str(self._seen))
+
+    def close(self) -> None:
+        time.sleep(0.5)
+
+
 class NoTurn:
     def start(self, prompt: Prompt) -> None: ...
 

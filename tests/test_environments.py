@@ -194,6 +194,23 @@ def test_no_process_is_left(tmp_path: Path):
         assert not Path(f"/proc/{process}").exists()
 
 
+def test_there_are_never_more_processes_than_workers():
+    """Those that still end a sample are among them."""
+    with environments(f"{CASES}:Counted", trial=prompt(), workers=2) as counted:
+        for first in (0, 2, 4):
+            for sample in (first, first + 1, first + 100):
+                counted.start(sample, prompt())
+            # The third waits for a process, and its sample ends before there is one.
+            counted.end(first + 100)
+            heard(counted, 2)
+            for sample in (first, first + 1):
+                counted.turn(sample, "how many?")
+            said = [one.given["observation"] for one in heard(counted, 2).values()]
+            assert set(said) <= {"1", "2"} and "2" in said
+            for sample in (first, first + 1):
+                counted.end(sample)
+
+
 def children(process: int) -> list[int]:
     return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 

@@ -36,8 +36,8 @@ class EnvironmentSettings(Settings):
     )
     workers: PositiveInt = Field(
         default=256,
-        description="Most processes per engine replica, each with the environment of one sample at a time: so many "
-        "samples are under way at once.",
+        description="Most processes with environments per engine replica, each with that of one sample at a time: so "
+        "many samples are under way at once. They are forked from one more, which has imported the class.",
     )
     in_order: bool = Field(
         default=False,

@@ -1,7 +1,8 @@
 """The process that keeps a replica's environments: it imports the class, and forks a process for every sample.
 
 So a call that hangs, dies or holds Python's lock costs its own sample alone, and calls that wait overlap. A process
-whose sample has come to its end serves the next. `main` is what `megarl.environments.workers` starts; it never runs the
+whose sample has come to its end serves the next; no more are there at a time than the run allows, those included that
+still end a sample. `main` is what `megarl.environments.workers` starts; it never runs the
 user's code itself, beyond importing it.
 
 Lines are JSON. First line out: `{"ready": traits}` or `{"refused": why}`. Requests: `["start", sample, seed, prompt]`,
@@ -42,7 +43,7 @@ from megarl.parallel.helping import ENDING, backstop, send, take_pipes
 from megarl.records import Prompt
 
 
-def main(kind: str, arguments: str, time_limit: str) -> int:
+def main(kind: str, arguments: str, time_limit: str, workers: str) -> int:
     """Serve until standard input closes. The exit status is 1 where `kind` leads to no class that can be used."""
     requests, replies = take_pipes()
     try:
@@ -56,7 +57,7 @@ def main(kind: str, arguments: str, time_limit: str) -> int:
     # What was imported is shared with the forked processes as long as nothing writes to it.
     gc.collect()
     gc.freeze()
-    _Keeper(found, json.loads(arguments), float(time_limit), requests.buffer, replies.buffer).serve()
+    _Keeper(found, json.loads(arguments), float(time_limit), int(workers), requests.buffer, replies.buffer).serve()
     return 0
 
 
@@ -73,15 +74,17 @@ class _Seat:
 
 class _Keeper:
     def __init__(
-        self, found: type, arguments: dict[str, Any], limit: float, requests: BinaryIO, replies: BinaryIO
+        self, found: type, arguments: dict[str, Any], limit: float, most: int, requests: BinaryIO, replies: BinaryIO
     ) -> None:
-        self._class, self._arguments, self._limit = found, arguments, limit
+        self._class, self._arguments, self._limit, self._most = found, arguments, limit, most
         self._requests, self._replies = requests.fileno(), replies.fileno()
         # Whoever asks may write before reading: neither must wait for the other.
         os.set_blocking(self._replies, False)
         self._seats: dict[int, _Seat] = {}
         self._by_sample: dict[int, _Seat] = {}
         self._idle: list[_Seat] = []
+        self._starts: dict[int, list[Any]] = {}
+        """Requests to start with a sample that wait for a process, in their order."""
         self._outgoing = b""
 
     def serve(self) -> None:
@@ -104,6 +107,9 @@ class _Keeper:
                 # On a crowded machine it may have replied since.
                 replied, _, _ = select.select([seat.pipe], [], [], 0)
                 self._hear(seat) if replied else self._fail(seat, TIMED_OUT)
+            while self._starts and (self._idle or len(self._seats) < self._most):
+                sample = next(iter(self._starts))
+                self._ask(self._seat(sample), self._starts.pop(sample))
             self._flush()
 
     def _wait(self) -> list[int]:
@@ -121,14 +127,22 @@ class _Keeper:
     def _take(self, request: list[Any]) -> None:
         kind, sample = request[:2]
         if kind == "start":
-            seat = self._idle.pop() if self._idle else self._fork()
-            seat.sample = sample
-            self._by_sample[sample] = seat
-        elif sample not in self._by_sample:  # its process has died since, or its sample has failed
-            if kind == "turn":
-                self._reply({"sample": sample, "failed": DIED, "seen": "ended its process between two calls"})
-            return
-        seat = self._by_sample[sample]
+            self._starts[sample] = request
+        elif sample in self._starts:  # its end
+            del self._starts[sample]
+        elif sample in self._by_sample:
+            self._ask(self._by_sample[sample], request)
+        elif kind == "turn":  # its process has died since, or its sample has failed
+            self._reply({"sample": sample, "failed": DIED, "seen": "ended its process between two calls"})
+
+    def _seat(self, sample: int) -> _Seat:
+        """A process for a sample's environment."""
+        seat = self._by_sample[sample] = self._idle.pop() if self._idle else self._fork()
+        seat.sample = sample
+        return seat
+
+    def _ask(self, seat: _Seat, request: list[Any]) -> None:
+        kind, sample = request[:2]
         if kind == "end" and seat.deadline is not None:  # nobody waits for its call any more
             self._remove(seat)
             return

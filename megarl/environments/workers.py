@@ -143,7 +143,7 @@ class Environments:
 
     def _begin(self) -> tuple[Helper, Traits]:
         settings = self._settings
-        arguments = (settings.kind, json.dumps(settings.arguments), str(settings.time_limit))
+        arguments = (settings.kind, json.dumps(settings.arguments), str(settings.time_limit), str(settings.workers))
         keeper = Helper("megarl.environments.keeper", *arguments)
         ready = select.poll()
         ready.register(keeper.stdout, select.POLLIN)
