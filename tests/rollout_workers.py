@@ -370,7 +370,7 @@ def continued(engine: Any, sampling: Any) -> dict[str, Any]:
                 engine.submit(second(next(one for one in finished if one.index == index), further))
         for request in first[6:]:
             engine.submit(request)
-        collected = engine.collect()
+        collected = sorted(engine.collect(), key=lambda one: one.index)
         engine.submit(first[0])
     left = engine.running
     return {
@@ -415,7 +415,7 @@ def turns(engine: Any, folder: Path) -> dict[str, Any]:
     from megarl.environments.base import Verdict
     from megarl.records import Prompt
     from megarl.rollout.engine import Request, Sampling
-    from megarl.rollout.turns import Bounds, Task, play
+    from megarl.rollout.play import Bounds, Task, play
 
     tokenizer = word_tokenizer(folder / f"tokenizer-{dist.get_rank()}")
     asked = requests(24)

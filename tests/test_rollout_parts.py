@@ -14,7 +14,7 @@ from megarl.config.model_shape import FAMILIES, ModelShape, model_shape_from_hf
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, PhaseError, Refusal
 from megarl.parallel.launch import deliver
-from megarl.rollout import environment
+from megarl.rollout import vllm_setup
 from megarl.rollout.arguments import engine_arguments, register_model_class
 from megarl.rollout.draw import FixedAssignment, SharedCounter
 from megarl.rollout.phases import NoSleeper, Part, Phase, Phases
@@ -232,14 +232,14 @@ def test_every_family_has_a_class_of_vllm():
 
 
 def _end_while_quiet() -> None:
-    with environment.quiet():
+    with vllm_setup.quiet():
         print("noise of a library", flush=True)
         deliver(Interrupted("rank 1 is gone"))
         os._exit(75)
 
 
 def _fail_while_quiet() -> None:
-    with environment.quiet():
+    with vllm_setup.quiet():
         print("what a library said", flush=True)
         raise Interrupted("failed")
 

@@ -18,7 +18,7 @@ from megarl.records import FinishReason, Prompt, Stretch
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.scorer import Part, Scorer, Scoring, build_scorer, build_scoring
 from megarl.rollout.engine import Completion
-from megarl.rollout.turns import Played
+from megarl.rollout.play import Played
 from megarl.train.outputs import Output
 from megarl.train.scoring import Graded, grade, term_means
 

@@ -28,8 +28,8 @@ from megarl.parallel.bootstrap import World
 from megarl.records import Body, Head, Key, Prompt, Sequence, Stretch, Trajectory
 from megarl.rewards.scorer import Part, Scoring
 from megarl.rollout.engine import Completion
-from megarl.rollout.turns import Task
-from megarl.train import evaluation, turns
+from megarl.rollout.play import Task
+from megarl.train import evaluation, played
 from megarl.train.generation import jobs, tasks_of
 from megarl.train.groups import Made, draw
 from megarl.train.outputs import Output
@@ -163,11 +163,11 @@ def test_an_evaluations_turns_are_graded_within_its_bounds(alone: World, monkeyp
     scoring = Scoring([Part(config.reward, Notes(notes))], config.reward.bounds)
 
     def play(session: Any, tasks: list[Task], sampling: Any, own: Scoring, *rest: Any) -> list[Output]:
-        verdicts = turns._verdicts(session, own, [Said(one.prompt, ((15, 62),), "stop") for one in tasks])
+        verdicts = played._verdicts(session, own, [Said(one.prompt, ((15, 62),), "stop") for one in tasks])
         assert [one.reward for one in verdicts] == [0.4] * 2
         return [Output(Completion(one.index, (15, 63), (), "stop")) for one in tasks]
 
-    monkeypatch.setattr(evaluation, "play", play)
+    monkeypatch.setattr(evaluation, "play_outputs", play)
     nothing = SimpleNamespace(name="", split=lambda *_: None)
     session: Any = SimpleNamespace(
         config=config,

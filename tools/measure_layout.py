@@ -150,8 +150,8 @@ class Ledger:
     def __init__(self, left_out: set[int]) -> None:
         self.left_out, self.uses, self.bytes, self.most = left_out, Counter[int](), 0, 0
 
-    def keep(self, tensor: Any) -> Kept:
-        return Kept(self, tensor)
+    def keep(self, tensor: Any) -> KeptTensor:
+        return KeptTensor(self, tensor)
 
     def add(self, storage: Any) -> None:
         self.uses[storage.data_ptr()] += 1
@@ -165,7 +165,7 @@ class Ledger:
             self.bytes -= storage.nbytes()
 
 
-class Kept:
+class KeptTensor:
     """A tensor that autograd keeps as long as it keeps this."""
 
     def __init__(self, ledger: Ledger, tensor: Any) -> None:

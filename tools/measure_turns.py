@@ -54,7 +54,7 @@ def measure(config: RunConfig, options: dict[str, Any]) -> list[list[dict[str, f
     from megarl.parallel import bootstrap
     from megarl.parallel.exchange import gather_all
     from megarl.rollout.engine import Engine, Sampling
-    from megarl.rollout.turns import Bounds, Task, play
+    from megarl.rollout.play import Bounds, Task, play
 
     world = bootstrap.join()
     shape = read_model_shape(config.model.path)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from megarl.config.environment import whole_number
+from megarl.config.environment_variables import whole_number
 from megarl.errors import Refusal
 
 T = TypeVar("T")

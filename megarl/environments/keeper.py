@@ -211,7 +211,7 @@ class _Keeper:
                     seat.pipe.close()
                 os.close(self._requests)
                 os.close(self._replies)
-                _play(its, self._class, self._arguments, self._limit * BACKSTOP_FACTOR)
+                _serve(its, self._class, self._arguments, self._limit * BACKSTOP_FACTOR)
             finally:
                 os._exit(0)
         its.close()
@@ -232,7 +232,7 @@ def _ending(status: int) -> str:
     return f"exit status {os.WEXITSTATUS(status)}" if os.WIFEXITED(status) else signal.Signals(os.WTERMSIG(status)).name
 
 
-def _play(pipe: socket.socket, found: type, arguments: dict[str, Any], limit: float) -> None:
+def _serve(pipe: socket.socket, found: type, arguments: dict[str, Any], limit: float) -> None:
     """In a forked process: one environment after the other."""
     environment: Any = None
     verdict = traits_of(found).verdict

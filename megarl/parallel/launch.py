@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megarl.config.environment import whole_number
+from megarl.config.environment_variables import whole_number
 from megarl.errors import Interrupted, MegarlError
 from megarl.parallel import terminal
 from megarl.parallel.place import LOOPBACK

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megarl.config.environment import whole_number
+from megarl.config.environment_variables import whole_number
 from megarl.errors import Refusal
 
 #: Where processes of one host meet: no name that a resolver would have to know.

@@ -21,7 +21,7 @@ TEMPLATE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class JudgeReply:
     """The judge's words. `whole` is False where the server cut them at the token limit."""
 
     text: str
@@ -46,7 +46,7 @@ class ChatClient(ServerClient):
         """Ask a small question of the form that answers are asked about in."""
         await self.ask(check_message(self._judge), time_limit)
 
-    async def ask(self, text: str, time_limit: float | None = None) -> Reply:
+    async def ask(self, text: str, time_limit: float | None = None) -> JudgeReply:
         """The judge's reply to the message `text`, within `time_limit` seconds (default: the setting).
 
         Raises `AskFailed`.
@@ -74,7 +74,7 @@ class ChatClient(ServerClient):
         )
         return response.text
 
-    def _read(self, text: str, body: str) -> Reply:
+    def _read(self, text: str, body: str) -> JudgeReply:
         """The reply in the body of an answer with status 200; its cost is noted. Raises `AskFailed` for garbage."""
         try:
             reply = json.loads(body)
@@ -88,7 +88,7 @@ class ChatClient(ServerClient):
         # A refusal, a call of a tool, or reasoning up to the limit leaves the content empty.
         words = content if isinstance(content, str) else ""
         self._note_tokens(text, words, reply.get("usage"))
-        return Reply(words, choice.get("finish_reason") != "length")
+        return JudgeReply(words, choice.get("finish_reason") != "length")
 
     def _note_tokens(self, text: str, words: str, usage: Any) -> None:
         """Count and charge the tokens of a reply: by its `usage`, else estimated from the lengths of the texts."""

@@ -3,6 +3,6 @@
 vLLM reads its environment while it is imported, so this package sets it before any of its modules can.
 """
 
-from megarl.rollout.environment import prepare
+from megarl.rollout.vllm_setup import prepare
 
 prepare()

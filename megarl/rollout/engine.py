@@ -25,7 +25,7 @@ from megarl.config.schema import RunConfig
 from megarl.errors import MegarlError
 from megarl.parallel import progress
 from megarl.records import FinishReason
-from megarl.rollout import environment
+from megarl.rollout import vllm_setup
 from megarl.rollout.arguments import engine_arguments, register_model_class
 from megarl.rollout.draw import FixedAssignment, SharedCounter, WorkSource
 from megarl.rollout.phases import NoSleeper, Phases
@@ -121,7 +121,7 @@ class Engine:
         self._running: dict[str, str] = {}
         self._parameters: Callable[[Request], SamplingParams] | None = None
         self._pumps = itertools.count()
-        with environment.quiet(), environment.own_randomness(None), self._eager():
+        with vllm_setup.quiet(), vllm_setup.own_randomness(None), self._eager():
             register_model_class(shape.family)
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.phases = Phases(GpuSleeper(self._engine) if self._on_gpu else NoSleeper())
@@ -162,20 +162,24 @@ class Engine:
         together share the work evenly and none waits for another's prompts.
         Raises `PhaseError` where the engine sleeps or was never filled.
         """
-        work = work or FixedAssignment(len(requests), 0, 1)
         completions: list[Completion] = []
-        chunk: Sequence[int] | None = ()
         with self.generating(sampling):
-            while not self.interrupted and (self._running or chunk is not None):
-                if chunk is not None and self.has_room:
-                    chunk = work.draw()
-                    for position in chunk or ():
-                        self.submit(requests[position])
-                for completion in self.pump():
-                    completions.append(completion)
-                    if on_finished is not None:
-                        on_finished(completion)
+            for completion in self._made_of(requests, work or FixedAssignment(len(requests), 0, 1)):
+                completions.append(completion)
+                if on_finished is not None:
+                    on_finished(completion)
         return sorted(completions, key=lambda completion: completion.index)
+
+    def _made_of(self, requests: Sequence[Request], work: WorkSource) -> Iterator[Completion]:
+        """The completions of what is drawn of `requests`, as they come."""
+        chunk: Sequence[int] | None = ()
+        while chunk is not None and not self.interrupted:
+            if self.has_room:
+                chunk = work.draw()
+                for position in chunk or ():
+                    self.submit(requests[position])
+            yield from self.pump()
+        yield from self.collect()
 
     @contextmanager
     def generating(self, sampling: Sampling) -> Iterator[None]:
@@ -190,7 +194,7 @@ class Engine:
         # Prefixes cached by earlier calls would change batch shapes, and with them last bits, from run to resumed run.
         self._engine.reset_prefix_cache()
         try:
-            with environment.own_randomness(shared_seed), self._eager(), torch.inference_mode():
+            with vllm_setup.own_randomness(shared_seed), self._eager(), torch.inference_mode():
                 yield
         finally:
             self._give_up()
@@ -230,12 +234,10 @@ class Engine:
         progress.tick()
         return [self._completion(one, self._running.pop(one.request_id)) for one in outputs if one.finished]
 
-    def collect(self) -> list[Completion]:
-        """Pump until nothing runs any more; the completions in index order."""
-        completions = []
+    def collect(self) -> Iterator[Completion]:
+        """The completions as they come, until nothing runs any more, nor what was submitted on taking one."""
         while self._running:
-            completions += self.pump()
-        return sorted(completions, key=lambda completion: completion.index)
+            yield from self.pump()
 
     def told(self, value: T) -> T:
         """What `value` is on the replica's first rank, on all its ranks. Collective over them."""
@@ -319,7 +321,7 @@ class Engine:
 
     def close(self) -> None:
         """Shut vLLM's core down. It takes torch's default process group with it, so this comes last."""
-        with environment.quiet():
+        with vllm_setup.quiet():
             self._engine.engine_core.shutdown()
 
     @contextmanager

@@ -10,7 +10,7 @@ from vllm import LLM, SamplingParams
 
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.rollout import environment
+from megarl.rollout import vllm_setup
 from megarl.rollout.arguments import engine_arguments
 from megarl.rollout.engine import Sampling
 from megarl.rollout.phases import NoSleeper, Phases
@@ -24,7 +24,7 @@ class PlainEngine:
     def __init__(self, config: RunConfig, shape: ModelShape) -> None:
         arguments: dict[str, Any] = engine_arguments(config, shape, load_weights=False)
         arguments["enable_sleep_mode"] = False
-        with environment.quiet(), environment.own_randomness(None):
+        with vllm_setup.quiet(), vllm_setup.own_randomness(None):
             self._llm = LLM(**arguments)
         self.phases = Phases(NoSleeper())
         self.phases.sleep()
@@ -51,6 +51,6 @@ class PlainEngine:
             detokenize=False,
         )
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        with environment.own_randomness(sampling.seed), torch.inference_mode():
+        with vllm_setup.own_randomness(sampling.seed), torch.inference_mode():
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)  # type: ignore[arg-type]
         return sum(len(output.outputs[0].token_ids) for output in outputs)

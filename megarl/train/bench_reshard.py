@@ -25,13 +25,13 @@ from megarl.policy.hf_weights import draw_random_weights
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import missing_elements
 from megarl.reshard.weight_map import megatron_tensors
-from megarl.rollout import environment
+from megarl.rollout import vllm_setup
 from megarl.rollout.engine import Engine
 from megarl.weights.gather import GatherPush
 from megarl.weights.push import Push
 from megarl.weights.push_plan import engine_tensors
 
-environment.preload()
+vllm_setup.preload()
 
 #: glibc's names for the size from which it maps blocks by themselves, and for the free memory at the heap's end from
 #: which it gives that back (malloc.h).

@@ -18,16 +18,16 @@ from megarl.parallel.exchange import gather_all, gather_to_first
 from megarl.records import Prompt
 from megarl.rewards.scorer import Scoring
 from megarl.rollout.engine import Request, Sampling
+from megarl.rollout.play import Task
 from megarl.rollout.seeds import hash_seed
-from megarl.rollout.turns import Task
 from megarl.train.generation import Thinkings, generate, respond, think, work
 from megarl.train.outputs import Output
-from megarl.train.recorder import turns
+from megarl.train.played import play_outputs
+from megarl.train.recorder import turn_rows
 from megarl.train.scoring import Graded, grade, term_means
 from megarl.train.serving import awake
 from megarl.train.session import Session
 from megarl.train.sources import above_middle, by_source
-from megarl.train.turns import play
 
 #: A line of an evaluation's file after its place there.
 _Row = tuple[tuple[bool, int], dict[str, Any]]
@@ -105,7 +105,7 @@ def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) 
         number, sample = divmod(request.index, k)
         seed = _seed(session, prompts[number], sample)
         tasks.append(Task(request.index, prompts[number], hash_seed("environment", seed), seed))
-    return play(session, tasks, sampling, _scoring(session), work(session, len(tasks)))
+    return play_outputs(session, tasks, sampling, _scoring(session), work(session, len(tasks)))
 
 
 def _scoring(session: Session) -> Scoring | None:
@@ -211,7 +211,7 @@ def _rows(session: Session, outputs: Sequence[Output], graded: Sequence[Graded],
             row["reward_terms"] = one.terms
         if output.played is not None:
             ids, parts = output.completion.token_ids, output.stretches
-            row["turns"] = turns(parts, [session.tokenizer.decode(ids[part.start : part.end]) for part in parts])
+            row["turns"] = turn_rows(parts, [session.tokenizer.decode(ids[part.start : part.end]) for part in parts])
         found.append(((consumer, output.completion.index), row))
     return found
 

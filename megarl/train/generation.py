@@ -13,14 +13,14 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.records import Key, Stretch
 from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Completion, Request, Sampling
+from megarl.rollout.play import Task
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
-from megarl.rollout.turns import Task
 from megarl.train.groups import added
-from megarl.train.journal import Journal, Kept
+from megarl.train.journal import Entries, Journal
 from megarl.train.outputs import Output
+from megarl.train.played import is_played, play_outputs
 from megarl.train.serving import serve
 from megarl.train.session import Session
-from megarl.train.turns import play, plays
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ def jobs(
 
 def outputs(session: Session, step: int, batch: int, asked: Sequence[Job], journal: Journal | None) -> list[Output]:
     """What this rank's replica makes of the jobs. Those for the same writers go to the engine in one call; those
-    that an environment answers are played. Collective: the engine may change its weights. Raises as `play`."""
+    that an environment answers are played. Collective: the engine may change its weights. Raises as `play_outputs`."""
     found: list[Output] = []
-    for played, some in groupby(asked, key=lambda job: plays(session, job.generation)):
+    for played, some in groupby(asked, key=lambda job: is_played(session, job.generation)):
         if played:
             found += _played(session, step, batch, list(some))
             continue
@@ -81,7 +81,7 @@ def _played(session: Session, step: int, batch: int, asked: Sequence[Job]) -> li
     sampling = replace(sampling, max_tokens=generation.max_tokens or sampling.max_tokens)
     tasks = tasks_of(session, step, asked)
     serve(session, generation.weights)
-    return play(session, tasks, sampling, session.scorer, work(session, len(tasks)), generation.weights)
+    return play_outputs(session, tasks, sampling, session.scorer, work(session, len(tasks)), generation.weights)
 
 
 def tasks_of(session: Session, step: int, asked: Sequence[Job]) -> list[Task]:
@@ -109,18 +109,17 @@ def _outputs(
 ) -> list[Output]:
     requests, sampling = [job.request for job in asked], sampling_of(session, step, batch, weights)
 
-    def kept(part: str = "") -> Kept | None:
-        """What the journal has of the jobs, or of a part of them."""
+    def entries(part: str = "") -> Entries | None:
+        """The jobs, or a part of them, in the journal."""
         keys = {job.request.index: job.key._replace(kind=job.key.kind + part) for job in asked}
-        return None if journal is None else Kept(journal, keys)
+        return None if journal is None else Entries(journal, keys)
 
     serve(session, weights)
     if responder is None:
-        return [
-            Output(one, stretches=_stretches((one, weights))) for one in generate(session, requests, sampling, kept())
-        ]
-    thinkings = think(session, requests, sampling, kept(" thinking"))
-    return respond(session, Thinkings(thinkings, requests, weights), sampling, responder, kept(" response"))
+        made = generate(session, requests, sampling, entries())
+        return [Output(one, stretches=_stretches((one, weights))) for one in made]
+    thinkings = think(session, requests, sampling, entries(" thinking"))
+    return respond(session, Thinkings(thinkings, requests, weights), sampling, responder, entries(" response"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +156,17 @@ def sampling_of(session: Session, step: int, batch: int, weights: str = POLICY) 
 
 
 def generate(
-    session: Session, requests: Sequence[Request], sampling: Sampling, kept: Kept | None = None
+    session: Session, requests: Sequence[Request], sampling: Sampling, entries: Entries | None = None
 ) -> list[Completion]:
     """This replica's completions. The same on all its ranks.
 
-    With `kept`, those that were made before are not made again: the replicas take them in turns.
+    With `entries`, those that were made before are not made again: the replicas take them in turns.
     """
     assert session.engine is not None
     engine = session.engine
-    left, known = _split(requests, kept)
-    made = engine.generate(left, sampling, work(session, len(left)), _keeping(kept))
-    return _together(made, known[engine.replica :: engine.num_replicas], kept)
+    left, known = _split(requests, entries)
+    made = engine.generate(left, sampling, work(session, len(left)), _added_to(entries))
+    return _together(made, known[engine.replica :: engine.num_replicas], entries)
 
 
 def work(session: Session, total: int) -> WorkSource:
@@ -179,20 +178,20 @@ def work(session: Session, total: int) -> WorkSource:
 
 
 def think(
-    session: Session, requests: Sequence[Request], sampling: Sampling, kept: Kept | None = None
+    session: Session, requests: Sequence[Request], sampling: Sampling, entries: Entries | None = None
 ) -> list[Completion]:
     """This replica's thinkings, up to and including the end marker where they reach it."""
     assert session.thinking_end.token_id is not None
     stops = (*sampling.stop_token_ids, session.thinking_end.token_id)
-    return generate(session, requests, replace(sampling, stop_token_ids=stops), kept)
+    return generate(session, requests, replace(sampling, stop_token_ids=stops), entries)
 
 
 def respond(
-    session: Session, thinkings: Thinkings, sampling: Sampling, responder: Responder, kept: Kept | None = None
+    session: Session, thinkings: Thinkings, sampling: Sampling, responder: Responder, entries: Entries | None = None
 ) -> list[Output]:
     """Let the responder answer each of this replica's thinkings.
 
-    `kept` has the keys of the thinkings' requests; that of the j-th response to one is its branch (j,). The budget
+    `entries` has the keys of the thinkings' requests; that of the j-th response to one is its branch (j,). The budget
     `sampling.max_tokens` is for both parts together. A thinking without its end marker, or with no token left for an
     answer, gets none. Collective: the engine may change its weights.
     """
@@ -211,14 +210,14 @@ def respond(
         )
         for index, (z, number) in enumerate(parts)
     ]
-    if kept is not None:
-        keys = {i: kept.keys[z.index]._replace(branch=(number,)) for i, (z, number) in enumerate(parts)}
-        kept = Kept(kept.journal, keys)
-    left, known = _split(continued, kept)
+    if entries is not None:
+        keys = {i: entries.keys[z.index]._replace(branch=(number,)) for i, (z, number) in enumerate(parts)}
+        entries = Entries(entries.journal, keys)
+    left, known = _split(continued, entries)
     # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
     # With a seed of their own, for engines that draw unseeded requests from one generator.
     own = replace(sampling, seed=hash_seed("response", sampling.seed))
-    written = _together(session.engine.generate(left, own, None, _keeping(kept)), known, kept)
+    written = _together(session.engine.generate(left, own, None, _added_to(entries)), known, entries)
     answers: dict[int, list[Completion]] = {}
     for one in written:
         answers.setdefault(parts[one.index][0].index, []).append(one)
@@ -238,24 +237,24 @@ def _joined(thinking: Completion, responses: tuple[Completion, ...], writers: tu
     return Output(Completion(thinking.index, tokens, log_probs, first.finish_reason, routed), responses, stretches)
 
 
-def _split(requests: Sequence[Request], kept: Kept | None) -> tuple[list[Request], list[Request]]:
+def _split(requests: Sequence[Request], entries: Entries | None) -> tuple[list[Request], list[Request]]:
     """The requests that are left to make, and those whose completions are known."""
-    if kept is None:
+    if entries is None:
         return list(requests), []
-    known = [request for request in requests if kept.journal.knows(kept.keys[request.index])]
+    known = [request for request in requests if entries.journal.knows(entries.keys[request.index])]
     indices = {request.index for request in known}
     return [request for request in requests if request.index not in indices], known
 
 
-def _keeping(kept: Kept | None) -> Callable[[Completion], None] | None:
+def _added_to(entries: Entries | None) -> Callable[[Completion], None] | None:
     """What is done with each completion as soon as it is made."""
-    return None if kept is None else lambda one: kept.journal.add(kept.keys[one.index], one)
+    return None if entries is None else lambda one: entries.journal.add(entries.keys[one.index], one)
 
 
-def _together(made: list[Completion], known: Sequence[Request], kept: Kept | None) -> list[Completion]:
+def _together(made: list[Completion], known: Sequence[Request], entries: Entries | None) -> list[Completion]:
     """What was made and what was made before, in the order of the requests."""
-    if kept is not None:
-        made = made + [kept.journal.take(kept.keys[request.index], request.index) for request in known]
+    if entries is not None:
+        made = made + [entries.journal.take(entries.keys[request.index], request.index) for request in known]
     return sorted(made, key=lambda completion: completion.index)
 
 

@@ -83,7 +83,7 @@ class Journal:
             self._handle = None
 
 
-class Kept(NamedTuple):
+class Entries(NamedTuple):
     """The journal of a call to the engine, and the keys of its requests by their index."""
 
     journal: Journal

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megarl.records import Stretch
 from megarl.rollout.engine import Completion
-from megarl.rollout.turns import Played
+from megarl.rollout.play import Played
 
 
 @dataclass(frozen=True, slots=True)

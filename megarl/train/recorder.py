@@ -91,7 +91,7 @@ class Recorder:
             }
             | ({"draw": head.key.draw} if head.key.draw else {})
             | ({"reward_terms": head.reward_terms} if head.reward_terms else {})
-            | ({"turns": turns(head.stretches, body.texts)} if body.texts else {})
+            | ({"turns": turn_rows(head.stretches, body.texts)} if body.texts else {})
             for prompt, (head, body) in samples
         ]
         with open(self.directory / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -152,7 +152,7 @@ class Recorder:
             tracker.close()
 
 
-def turns(stretches: Sequence[Stretch], texts: Sequence[str]) -> list[dict[str, str]]:
+def turn_rows(stretches: Sequence[Stretch], texts: Sequence[str]) -> list[dict[str, str]]:
     """Who said what in a response, for a line of a file."""
     return [{"by": stretch.source, "text": text} for stretch, text in zip(stretches, texts, strict=True)]
 

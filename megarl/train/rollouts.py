@@ -17,7 +17,7 @@ from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Body, Head, Key, Prompt, Trajectory
 from megarl.rewards.scorer import Scoring
-from megarl.rollout.turns import Played
+from megarl.rollout.play import Played
 from megarl.train import generation, replay, texts, trust
 from megarl.train.generation import Job
 from megarl.train.groups import Kept, Made, Rollouts, added, draw

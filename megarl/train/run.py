@@ -25,7 +25,7 @@ from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
 from megarl.parallel.launch import started_here
 from megarl.policy import checkpoint
-from megarl.rollout import environment
+from megarl.rollout import vllm_setup
 from megarl.train import admission, divergence, evaluation, past
 from megarl.train.divergence import Diverged
 from megarl.train.evaluation import evaluate_now
@@ -39,7 +39,7 @@ from megarl.train.session import Session, build
 from megarl.train.stops import StopAsked, Stops
 from megarl.weights.export import export_hf
 
-environment.preload()
+vllm_setup.preload()
 
 #: Bound on a collective, in minutes, where a watchdog sees sooner that a rank hangs.
 WATCHED_MINUTES = 24 * 60.0

@@ -1,4 +1,4 @@
-"""Samples of several turns in a run: which are played, within which bounds, and how good a turn was."""
+"""Outputs of several turns: which are played, within which bounds, and how good a turn was."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Stretch
 from megarl.rewards.scorer import Scoring
-from megarl.rollout import turns
 from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Completion, Sampling
-from megarl.rollout.turns import Bounds, Played, Task
+from megarl.rollout.play import Bounds, Played, Task, play
 from megarl.train.outputs import Output
 from megarl.train.scoring import grade
 from megarl.train.session import Session
 
 
-def plays(session: Session, generation: Generation) -> bool:
+def is_played(session: Session, generation: Generation) -> bool:
     """Whether the environment answers what is generated: answers that are written in one part."""
     return session.host is not None and generation.kind == "answer" and generation.responder is None
 
 
-def play(
+def play_outputs(
     session: Session,
     tasks: Sequence[Task],
     sampling: Sampling,
@@ -55,7 +54,7 @@ def play(
     stopped = None
     with host.grading(lambda said: _verdicts(session, scoring, said)):
         try:
-            played = turns.play(engine, tasks, sampling, bounds, host.host, work)
+            played = play(engine, tasks, sampling, bounds, host.host, work)
         except ScoringStopped as error:
             stopped = str(error)
     told = gather_all((stopped, host.take_first_failure()))
