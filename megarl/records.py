@@ -28,7 +28,7 @@ class Prompt:
 
     `index` is the row's position in the data file after nothing but reading (before filters), so it
     names the row for ever; `answer` is the reference, `alternatives` further references that count as
-    right; `solution` a worked solution where the data set has one (supervised training needs it);
+    right; `solution` a worked solution where the data set has one (what learns it needs it);
     `extra` the cells of `data.extra_columns` by their names there, None where a row has none.
     """
 

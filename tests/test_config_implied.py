@@ -7,14 +7,19 @@ import sys
 from typing import Any
 
 import pytest
+from config_case import MODEL
 
 from megarl import algorithms
 from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.objective import sets_read
-from megarl.config.algorithms import ALGORITHM_SETTINGS
+from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings
 from megarl.config.implied import Implied
-from megarl.config.parameter_sets import CONSUMER, POLICY, REFERENCE, ParameterSet, united
+from megarl.config.model_shape import model_shape_from_hf
+from megarl.config.parameter_sets import CONSUMER, POLICY, REFERENCE, ParameterSet, ServedSet, united
+from megarl.config.rules import broken_setting_rules
 from megarl.config.schema import RunConfig
+from megarl.config.sections import RunSettings
+from megarl.errors import Refusal
 
 MEASURED = ParameterSet(REFERENCE, measures=True)
 WRITES = ParameterSet(REFERENCE, generates=True)
@@ -24,7 +29,7 @@ TAUGHT = ParameterSet("teacher", "there", "algorithm.teacher.checkpoint", measur
 SERVED = {"name": "opd", "teacher": {"server": {"url": "http://host:8000/v1", "model": "m", "patience": 70.0}}}
 
 
-def run_of(algorithm: str | dict[str, Any] = "grpo", **changes: Any) -> RunConfig:
+def run_of(algorithm: str | dict[str, Any] | AlgorithmSettings = "grpo", **changes: Any) -> RunConfig:
     settings: dict[str, Any] = {
         "name": "case",
         "steps": 6,
@@ -167,6 +172,39 @@ def test_sets_of_one_name_are_one() -> None:
         ParameterSet(REFERENCE, generates=True, measures=True),
         ParameterSet("teacher", "here"),
     )
+
+
+def test_sets_of_one_name_have_one_checkpoint() -> None:
+    with pytest.raises(Refusal) as raised:
+        united((TAUGHT, MEASURED, ParameterSet("teacher", "here")))
+    assert str(raised.value) == (
+        "the parameter set 'teacher': must be one set of weights, and is algorithm.teacher.checkpoint=there as well as "
+        "here. Fix: give them names of their own."
+    )
+    with pytest.raises(Refusal, match="is the run's start as well as here"):
+        united((MEASURED, ParameterSet(REFERENCE, "here")))
+
+
+class Several(AlgorithmSettings):
+    """Declares sets whose names are not theirs alone."""
+
+    name: str = "mine:Several"
+
+    def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
+        return (ParameterSet(POLICY, "here"), ParameterSet("teacher", "here"))
+
+    def served_sets(self, run: RunSettings) -> tuple[ServedSet, ...]:
+        return run_of(SERVED).algorithm.served_sets(run)
+
+
+def test_a_name_stands_for_one_set_of_weights() -> None:
+    broken = [str(one) for one in broken_setting_rules(run_of(Several()), model_shape_from_hf(MODEL))]
+    assert [one for one in broken if one.startswith("the parameter set")] == [
+        "the parameter set 'policy': names the weights that train, and a name stands for one. "
+        "Fix: give it another name.",
+        "the parameter set 'teacher': is kept by this run and served by another, and a name stands for one. "
+        "Fix: give it another name.",
+    ]
 
 
 def test_every_algorithm_is_looked_at() -> None:

@@ -126,7 +126,7 @@ REFUSED: list[tuple[str, str]] = [
     ),
     (
         "algorithm=sft",
-        "data.solution_column=null: must name the column of the worked solutions that supervised training learns. "
+        "data.solution_column=null: must name the column of the worked solutions that algorithm.name=sft learns. "
         "Fix: set data.solution_column.",
     ),
     (

@@ -51,6 +51,25 @@ def test_an_objective_counts_the_tokens_of_its_own_kinds_alone() -> None:
     assert nothing.mask_T.sum() == 0 and nothing.totals == BatchTotals.of({})
 
 
+def test_two_objectives_that_log_one_name_are_named() -> None:
+    def critic(inputs: LossInputs) -> LossTerms:
+        return LossTerms(inputs.log_probs_T.sum(), {"critic_loss": (inputs.log_probs_T.sum(), 1.0)})
+
+    def actor(inputs: LossInputs) -> LossTerms:
+        return LossTerms(inputs.log_probs_T.sum(), {"ratio": (inputs.log_probs_T.sum(), 1.0)})
+
+    one, other = Objective(actor, kinds=frozenset({"answer"})), Objective(critic)
+    whole = make_batch(LAYOUT)
+    assert total((one, other), whole).means.keys() == {"ratio", "critic_loss"}
+    with pytest.raises(ValueError) as raised:
+        total((one, other, Objective(actor, kinds=frozenset({"text", "hint"}))), whole)
+    here = test_two_objectives_that_log_one_name_are_named.__name__ + ".<locals>"
+    assert str(raised.value) == (
+        f"the objectives {here}.actor of answer and {here}.actor of hint, text both log 'ratio': "
+        "give one of the two another name"
+    )
+
+
 def test_an_objective_sees_the_values_that_it_declares() -> None:
     whole = make_batch(LAYOUT)
     bare = seen_by(Objective(unused), whole)

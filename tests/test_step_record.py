@@ -6,7 +6,7 @@ import pytest
 
 from megarl.policy.losses import Pass
 from megarl.policy.trained_set import StepResult
-from megarl.train.measure import of_updates, time_shares
+from megarl.train.measure import of_updates, put, time_shares
 
 STEP = StepResult(grad_norm=2.0, lr=1e-3, skipped=False)
 
@@ -33,6 +33,17 @@ def test_a_set_that_trains_beside_the_policy_has_numbers_of_its_own():
     # All that was computed counts.
     alone = of_updates({"policy": [(a_pass(0.0, entropy=1.0), STEP)]})
     assert found["tokens"] == 2 * alone["tokens"] and not any("/" in name for name in alone)
+
+
+def test_no_number_of_a_step_takes_the_place_of_another() -> None:
+    """Where an objective or a gauge has the name of one."""
+    with pytest.raises(ValueError, match="a step has two numbers called 'grad_norm': an algorithm must log its own by"):
+        of_updates({"policy": [(a_pass(0.0, grad_norm=1.0), STEP)]})
+    values = {"reward_mean": 0.5, "entropy": None}
+    put(values, {"entropy": 1.0})
+    assert values == {"reward_mean": 0.5, "entropy": 1.0}
+    with pytest.raises(ValueError, match="'reward_mean'"):
+        put(values, {"reward_mean": 2.0})
 
 
 def test_every_kind_of_an_algorithms_own_texts_has_its_share_of_the_time() -> None:

@@ -21,6 +21,8 @@ from megarl.algorithms.objective import Objective
 from megarl.algorithms.plan import Gauge, Plan, Probe
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.data import DataSettings
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal
 from megarl.records import NEVER_TRAINED, Head, Prompt, Trajectory
@@ -45,6 +47,21 @@ class AlgorithmContext:
     """How questions are put to the model; with the tokenizer, for texts of the algorithm's own."""
     stop_ids: frozenset[int] = frozenset()
     """Token ids that end a response."""
+
+    @classmethod
+    def of(cls, config: RunConfig, shape: ModelShape, tokenizer: Tokenizer) -> AlgorithmContext:
+        """The facts of a run."""
+        low, high = config.reward.bounds
+        return cls(
+            max_tokens=config.rollout.max_tokens,
+            group_size=config.rollout.group_size,
+            reward_low=low,
+            reward_high=high,
+            reward_judges=config.reward.kind in ("math", "boxed"),
+            tokenizer=tokenizer,
+            data=config.data,
+            stop_ids=frozenset((tokenizer.eos_token_id, *shape.eos_token_ids, *config.rollout.stop_token_ids)),
+        )
 
 
 @dataclass(frozen=True)

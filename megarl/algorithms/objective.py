@@ -127,9 +127,9 @@ class LossTerms:
     loss: Tensor
     """Scalar; the sum over all micro-batches and replicas is the mini-batch's loss, nothing is left to divide."""
     means: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
-    """By the name under which it is logged: a sum over this micro-batch, a scalar (float64) without gradient, and the
-    count of the mini-batch that the sum of all of them is divided by; 0 leaves the name out. Every call of one loss
-    gives the same names."""
+    """By the name under which it is logged, which no other objective uses: a sum over this micro-batch, a scalar
+    (float64) without gradient, and the count of the mini-batch that the sum of all of them is divided by; 0 leaves the
+    name out. Every call of one loss gives the same names."""
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,27 @@ class Objective:
 
 
 def total(objectives: Sequence[Objective], inputs: LossInputs) -> LossTerms:
-    """The objectives' losses added up, and all that they log. `inputs` are of all kinds."""
+    """The objectives' losses added up, and all that they log. `inputs` are of all kinds.
+
+    Raises:
+        ValueError: two of them log a mean of the same name.
+    """
     first, *others = [objective.loss(objective.seen(inputs)) for objective in objectives]
     loss, means = first.loss, dict(first.means)
-    for terms in others:
+    for number, terms in enumerate(others, start=1):
         loss = loss + terms.loss
+        for name in means.keys() & terms.means.keys():
+            one = next(one for one, before in zip(objectives, (first, *others), strict=True) if name in before.means)
+            both = f"{named(one)} and {named(objectives[number])}"
+            raise ValueError(f"the objectives {both} both log {name!r}: give one of the two another name")
         means |= terms.means
     return LossTerms(loss, means)
+
+
+def named(objective: Objective) -> str:
+    """An objective in a message: its loss, and the kinds it trains."""
+    loss = getattr(objective.loss, "__qualname__", None) or type(objective.loss).__qualname__
+    return f"{loss} of {'all kinds' if objective.kinds is None else ', '.join(sorted(objective.kinds))}"
 
 
 def sets_read(objectives: Sequence[Objective]) -> tuple[str, ...]:

@@ -72,7 +72,9 @@ class DataSettings(Sourced):
     answer_column: str = Field(
         default="reward_model.ground_truth", description="Column of the reference answer; dots go into records."
     )
-    solution_column: str | None = Field(default=None, description="Column of a worked solution (supervised training).")
+    solution_column: str | None = Field(
+        default=None, description="Column of a worked solution, for algorithms that learn it."
+    )
     source_column: str | None = Field(
         default="data_source",
         description="Column that names the row's source; the default need not be there, any other must.",

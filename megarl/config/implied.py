@@ -36,7 +36,7 @@ class Implied:
     @property
     def needs_solutions(self) -> bool:
         """Whether rows of the training data must have worked solutions."""
-        return not self.config.algorithm.generates and not self.evaluates_alone
+        return self.config.algorithm.learns_solutions and not self.evaluates_alone
 
     @property
     def marks_thinking(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megarl.config.servers import LogProbServerSettings
+from megarl.errors import Refusal
 
 #: The weights that the run is about.
 POLICY = "policy"
@@ -35,6 +36,13 @@ class ParameterSet:
     trains: bool = False
     """Whether objectives train it: it has gradients, an optimizer and a schedule of its own, as the policy's have."""
 
+    @property
+    def weights(self) -> str:
+        """Whose weights they are, in words."""
+        if self.checkpoint is None:
+            return "the run's start"
+        return f"{self.setting}={self.checkpoint}" if self.setting else self.checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class ServedSet:
@@ -47,10 +55,20 @@ class ServedSet:
 
 
 def united(sets: Iterable[ParameterSet]) -> tuple[ParameterSet, ...]:
-    """`sets` with one of each name, which serves for all that those of its name serve for."""
+    """`sets` with one of each name, which serves for all that those of its name serve for.
+
+    Raises:
+        Refusal: two of one name have other weights.
+    """
     found: dict[str, ParameterSet] = {}
     for one in sets:
         other = found.get(one.name, one)
+        if other.checkpoint != one.checkpoint:
+            raise Refusal(
+                f"the parameter set {one.name!r}",
+                f"must be one set of weights, and is {other.weights} as well as {one.weights}",
+                "give them names of their own",
+            )
         found[one.name] = replace(
             one,
             generates=one.generates or other.generates,

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from megarl.config import environments, files, layout_rules, user_code, vendor_fields
 from megarl.config.base import without_effect
-from megarl.config.data import source_refusals
+from megarl.config.data import each_source, source_refusals
 from megarl.config.grid import sequence_multiple
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.parameter_sets import POLICY
 from megarl.config.rewards import JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
 from megarl.config.schema import RunConfig
 from megarl.config.wording import divisors, listed
@@ -74,7 +75,7 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
-    yield from chain(_consumer(config), _environment(config), _served_sets(config))
+    yield from chain(_consumer(config), _environment(config), _parameter_sets(config))
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
 
@@ -97,6 +98,12 @@ def _data(config: RunConfig) -> Iterator[Refusal]:
             f"data.system={data.system!r}",
             "is never said, since data.template takes the place of the chat",
             "write it into data.template, or remove one of the two",
+        )
+    if config.algorithm.learns_solutions and any(one.settings.solution_column is None for one in each_source(data)):
+        yield Refusal(
+            "data.solution_column=null",
+            f"must name the column of the worked solutions that algorithm.name={config.algorithm.name} learns",
+            "set data.solution_column",
         )
     if config.epochs is not None and config.steps:
         yield Refusal(f"epochs={config.epochs:g}", f"contradicts steps={config.steps}", "give one: steps=null")
@@ -220,8 +227,13 @@ def _judge(name: str, judge: JudgeSettings) -> Iterator[Refusal]:
         )
 
 
-def _served_sets(config: RunConfig) -> Iterator[Refusal]:
-    for one in Implied(config).served_sets:
+def _parameter_sets(config: RunConfig) -> Iterator[Refusal]:
+    implied = Implied(config)
+    kept, served = ({one.name for one in sets} for sets in (implied.parameter_sets, implied.served_sets))
+    for name in sorted((kept | served) & {POLICY} | kept & served):
+        rule = "names the weights that train" if name == POLICY else "is kept by this run and served by another"
+        yield Refusal(f"the parameter set {name!r}", f"{rule}, and a name stands for one", "give it another name")
+    for one in implied.served_sets:
         if config.rollout.temperature != 1:
             yield Refusal(
                 f"rollout.temperature={config.rollout.temperature:g}",

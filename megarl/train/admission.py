@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from megarl.config import rules
+from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.implied import Implied
 from megarl.config.model_shape import read_model_shape
 from megarl.config.rewards import ScoreSettings
@@ -71,6 +72,8 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
         for section, reward in (("reward", config.reward), ("evaluation.reward", config.evaluation.reward)):
             for name, one in () if reward is None else reward.named_parts(section):
                 _look_at_reward(name, one, config, tokenizer)
+        if not evaluates:
+            _look_at_algorithm(config, tokenizer)
         if config.rollout.environment is not None and Implied(config, evaluates_alone=evaluates).has_engine:
             first = first_prompt(config, tokenizer, held_out=False)
             environments.build(config.rollout.environment, tokenizer, first).close()
@@ -127,6 +130,23 @@ def _usable_tokenizer(config: RunConfig) -> Tokenizer:
         if Implied(config).marks_thinking:
             ThinkingEnd(tokenizer, config.rollout.thinking_end).require_token()
         return tokenizer
+
+
+def _look_at_algorithm(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Build an algorithm that is kept elsewhere, and raise `Refusal` where it asks for more than its settings declare:
+    those of megarl need no look, and importing them takes seconds."""
+    if config.algorithm.name in ALGORITHM_SETTINGS:
+        return
+    # They import torch, and so has the algorithm when its settings were read.
+    from megarl import algorithms
+    from megarl.algorithms import declared
+    from megarl.algorithms.base import AlgorithmContext
+
+    with _in_a_sentence(f"algorithm.name={config.algorithm.name}", "correct its code"):
+        context = AlgorithmContext.of(config, read_model_shape(config.model.path), tokenizer)
+        algorithm = algorithms.build(config.algorithm, context)
+        for refusal in declared.refusals(algorithm, config, first_prompt(config, tokenizer, held_out=False)):
+            raise refusal
 
 
 def _look_at_reward(section: str, settings: ScoreSettings, config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from megarl.algorithms import declared
 from megarl.algorithms.base import Group
 from megarl.algorithms.plan import Generation, Plan, Responder
 from megarl.config.parameter_sets import POLICY
@@ -41,7 +42,8 @@ def jobs(
 ) -> tuple[list[Job], dict[str, int]]:
     """What is to be generated for `groups`, kind by kind, and what is counted of what is not.
 
-    Nothing for a prompt whose texts of an earlier step serve again.
+    Nothing for a prompt whose texts of an earlier step serve again. Raises `Refusal` for a prompt of the algorithm's
+    own that there is no room for.
     """
     made: list[Job] = []
     counters: dict[str, int] = {}
@@ -53,6 +55,8 @@ def jobs(
             if isinstance(ids, str):
                 counters = added(counters, {ids: 1})
                 continue
+            for refusal in declared.of_prompt(generation, ids, session.config) if generation.prompt is not None else ():
+                raise refusal
             for number in range(generation.count):
                 key = Key(group.prompt.index, group.draw, number, generation.kind)
                 seed = _seed(session, step, key, generation) if _seeded(session, generation.weights) else None

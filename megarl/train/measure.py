@@ -14,7 +14,7 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.losses import Pass
 from megarl.policy.trained_set import StepResult
-from megarl.train.groups import Rollouts, added
+from megarl.train.groups import Made, Rollouts, added
 from megarl.train.scoring import term_means
 from megarl.train.session import Session
 from megarl.train.sources import by_source
@@ -63,21 +63,20 @@ class StepRecord:
         session = self._session
         values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
-        values |= of_updates(self._updates)
-        values |= _of_rollouts(self._rollouts, self._groups)
-        values |= _by_source(session, self._rollouts)
-        values |= _of_turns(session, self._rollouts)
-        values |= self._measured
+        put(values, of_updates(self._updates))
+        put(values, _of_rollouts(self._rollouts, self._groups))
+        put(values, _by_source(session, self._rollouts))
+        put(values, _of_turns(session, self._rollouts))
+        put(values, self._measured)
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
-        values["seconds"] = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
-        made = self._rollouts.made.generated_tokens if self._rollouts is not None else {}
+        seconds = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
+        made = self._rollouts.made if self._rollouts is not None else Made()
         passes = [found for updates in self._updates.values() for found, _ in updates]
-        values["time_shares"] = time_shares(values["seconds"], passes, made)
-        values["peak_memory_bytes"] = max(gather_all(peak_memory_bytes()))
-        values["skipped_updates"] = session.progress.skipped_updates
-        values["counters"] = self._counters
-        if self._rollouts is not None and self._rollouts.made.reward_failure is not None:
-            values["reward_failure"] = self._rollouts.made.reward_failure
+        put(values, {"seconds": seconds, "time_shares": time_shares(seconds, passes, made.generated_tokens)})
+        put(values, {"peak_memory_bytes": max(gather_all(peak_memory_bytes()))})
+        put(values, {"skipped_updates": session.progress.skipped_updates, "counters": self._counters})
+        if made.reward_failure is not None:
+            put(values, {"reward_failure": made.reward_failure})
         session.recorder.step(values)
         if self._rollouts is not None:
             session.recorder.samples(self._step, self._rollouts.made.shown)
@@ -112,10 +111,11 @@ def of_updates(updates: Mapping[str, Sequence[tuple[Pass, StepResult]]]) -> dict
     values: dict[str, Any] = dict.fromkeys(_UPDATE_NAMES)
     for name, made in updates.items():
         found = _of_set(made)
-        values |= found if name == POLICY else {f"{name}/{key}": value for key, value in found.items()}
+        put(values, found if name == POLICY else {f"{name}/{key}": value for key, value in found.items()})
     passes = [found for made in updates.values() for found, _ in made]
     real, computed = sum(one.real_tokens for one in passes), sum(one.computed_tokens for one in passes)
-    return values | {"tokens": real, "padding_share": 1 - real / computed if passes else 0.0}
+    put(values, {"tokens": real, "padding_share": 1 - real / computed if passes else 0.0})
+    return values
 
 
 def _of_set(made: Sequence[tuple[Pass, StepResult]]) -> dict[str, float | None]:
@@ -123,18 +123,32 @@ def _of_set(made: Sequence[tuple[Pass, StepResult]]) -> dict[str, float | None]:
         return {}
     passes, steps = [found for found, _ in made], [step for _, step in made]
     names = dict.fromkeys(name for one in passes for name in one.means)
-    return {
+    values: dict[str, float | None] = {
         "loss": _mean([one.loss for one in passes]),
         "grad_norm": _mean([one.grad_norm for one in steps]),
         "lr": steps[-1].lr,
-        **{name: _mean([one.means[name] for one in passes if name in one.means]) for name in names},
-        "logprob_gap_max": max((one.gap_max for one in passes if "logprob_gap_mean" in one.means), default=None),
     }
+    put(values, {name: _mean([one.means[name] for one in passes if name in one.means]) for name in names})
+    gaps = [one.gap_max for one in passes if "logprob_gap_mean" in one.means]
+    put(values, {"logprob_gap_max": max(gaps, default=None)})
+    return values
 
 
 def _mean(values: Sequence[float]) -> float:
     # As written, so that a run's numbers stay what they were: fmean rounds otherwise.
     return sum(values) / len(values)
+
+
+def put(values: dict[str, Any], further: Mapping[str, Any]) -> None:
+    """Add further numbers of a step to its `values`.
+
+    Raises:
+        ValueError: one of them has the name of another number, which would be lost.
+    """
+    for name, value in further.items():
+        if values.get(name) is not None:
+            raise ValueError(f"a step has two numbers called {name!r}: an algorithm must log its own by another name")
+        values[name] = value
 
 
 def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megarl.algorithms import declared
 from megarl.algorithms.base import Trained, whole
 from megarl.algorithms.plan import Probe
 from megarl.data.packing import balance
@@ -29,9 +30,12 @@ def probed(session: Session, rollouts: Rollouts, step: int) -> Rollouts:
     """The same rollouts, their kept groups' heads with the numbers that the algorithm's probes find. Collective.
 
     A group is dropped where a server gives no log-probs of one of its samples. Raises on all ranks `Refusal` where a
-    probe finds more numbers than it may, and as `served.measure`.
+    probe wants what the settings do not declare or finds more numbers than it may, and as `served.measure`.
     """
-    for probe in session.algorithm.probes(step):
+    probes = session.algorithm.probes(step)
+    for refusal in declared.of_probes(probes, session.config):
+        raise refusal
+    for probe in probes:
         with session.clock.phase("probes"):
             found, counters = _measured(session, rollouts, probe)
             told = gather_all(found)

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from megarl.algorithms import declared
 from megarl.algorithms.base import Group
 from megarl.algorithms.plan import Plan, Text
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
@@ -34,8 +35,11 @@ def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
 
     Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back; where
     the run was asked to stop and the step would not end in time, `StopAsked`. Raises `EngineChanged` on all ranks where
-    an engine's weights have changed since the push.
+    an engine's weights have changed since the push, and `Refusal` where the plan or a text goes beyond what the
+    settings declare.
     """
+    for refusal in declared.of_plan(plan, session.config):
+        raise refusal
     if not plan.generations:
         return make_rollouts(session, plan, step)
     with trust.discarding(session, step), awake(session, plan.generations[0].weights):
@@ -269,6 +273,10 @@ def _told(
             "must be there before a step can train on them",
             "replay a step that was saved whole, by a run with the same prompts, group size and own texts",
         )
+    made_texts = {one.kind for one in plan.generations if one.learn is not None}
+    for head in (head for one in told for head in one.heads if head.key.kind in made_texts):
+        for refusal in declared.of_text(head.key.kind, head.length, session.config):
+            raise refusal
     for key, text in sorted((pair for one in told for pair in one.kept), key=lambda pair: pair[0]):
         session.texts.keep(step, key, text)
     shown = {key: sample for one in told for key, sample in one.shown.items()}

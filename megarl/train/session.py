@@ -129,8 +129,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
-    stop_ids = frozenset((*eos, *config.rollout.stop_token_ids))
-    algorithm = algorithms.build(config.algorithm, _context(config, tokenizer, stop_ids))
+    algorithm = algorithms.build(config.algorithm, AlgorithmContext.of(config, shape, tokenizer))
     needs_solutions = Implied(config, evaluate_only).needs_solutions
     data = training_data(config, tokenizer, need_solution=needs_solutions)
     config = _with_steps(config, data)
@@ -207,20 +206,6 @@ def _served_sets(
         longest = implied.longest_trained_sequence
         found[one.name] = LogProbServer(one, tokenizer, longest, say) if grid.reports else None
     return found
-
-
-def _context(config: RunConfig, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> AlgorithmContext:
-    low, high = config.reward.bounds
-    return AlgorithmContext(
-        max_tokens=config.rollout.max_tokens,
-        group_size=config.rollout.group_size,
-        reward_low=low,
-        reward_high=high,
-        reward_judges=config.reward.kind in ("math", "boxed"),
-        tokenizer=tokenizer,
-        data=config.data,
-        stop_ids=stop_ids,
-    )
 
 
 def _scorers(

@@ -16,7 +16,7 @@ from megarl.errors import Refusal
 class AlgorithmSettings(Settings):
     """What every algorithm's settings have: its name in the table of `megarl.algorithms`."""
 
-    #: Whether the algorithm trains on sampled answers; else on the data set's worked solutions.
+    #: Whether the engine writes what the algorithm trains on, all of it or a part.
     generates: ClassVar[bool] = True
     #: Sequences that the loss must see together, in one micro-batch.
     sequences_together: ClassVar[int] = 1
@@ -32,13 +32,19 @@ class AlgorithmSettings(Settings):
         """Whether generation stops at the end of the thinking, for responses to be written to it apart."""
         return False
 
+    @property
+    def learns_solutions(self) -> bool:
+        """Whether it learns the data set's worked solutions, without which a row is left out; by default where nothing
+        is generated."""
+        return not self.generates
+
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
         return run.data.max_prompt_tokens
 
     def sequences_per_prompt(self, run: RunSettings) -> int:
         """The most sequences of a prompt that are trained."""
-        return run.rollout.group_size if self.generates else 1
+        return run.rollout.group_size * self.generates + self.learns_solutions
 
     def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
         """The frozen weights that the algorithm uses beside the policy's, none by default."""
