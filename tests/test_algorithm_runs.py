@@ -222,7 +222,7 @@ def alone(folder: Path) -> dict[str, list[Any]]:
     consumer = str(folder / "runs" / "warm" / "checkpoints")
     evaluation = {"end": True, "consumer": consumer, "samples": 4, "temperature": 1.0}
     calls["crossed"] = ("crossed", run_table(folder, **CHANCE, evaluation=evaluation, **fast))
-    return in_world(1, calls)
+    return in_world(1, calls | {"too long": ("too_long",)})
 
 
 def test_hint_is_in_no_training_sequence(on_two: dict[str, list[Any]]) -> None:
@@ -450,6 +450,27 @@ def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
     with awake(made):
         after = evaluate(made, "after")
     return [before, after]
+
+
+def too_long(world: Any) -> str:
+    """Scenario: what ends a step whose text to learn is longer than any response; in the last scenario's session."""
+    from megarl.algorithms.plan import Generation, Learned, Plan, Text
+    from megarl.errors import Refusal
+    from megarl.train.rollouts import roll_out
+
+    made = _SESSIONS[-1]
+    text = Learned(Text((5,) * (made.config.rollout.max_tokens + 1)))
+    long = Generation(1, "hint", graded=False, learn=lambda prompt, sample: text)
+    with pytest.raises(Refusal) as raised:
+        roll_out(made, Plan((long,)), 2)
+    return str(raised.value)
+
+
+def test_a_text_that_is_longer_than_any_response_is_refused(alone: dict[str, list[Any]]) -> None:
+    said = (
+        "a text of 49 tokens of the kind 'hint' of algorithm.name=grpo: must not be longer than rollout.max_tokens=48"
+    )
+    assert alone["too long"][0].startswith(said)
 
 
 def test_cross_generation_with_the_policy_itself_is_self_generation(folder: Path, alone: dict[str, list[Any]]) -> None:
