@@ -136,6 +136,11 @@ UNDECLARED = "which its settings do not declare. Fix: return ParameterSet("
             "their parameter_sets.",
         ),
         (
+            {"together": True},
+            "has an objective that sees groups together, for which its settings make no room in a micro-batch. "
+            "Fix: set sequences_together in its settings to how many it sees.",
+        ),
+        (
             {"probes": (probe("elder"),)},
             "wants log-probs under the parameter set 'elder' (Probe 'doubt'), "
             f"{UNDECLARED}'elder', measures=True) from their parameter_sets, or a ServedSet from served_sets.",

@@ -30,6 +30,9 @@ def refusals(algorithm: Algorithm, config: RunConfig, first: Prompt | None = Non
             )
         for name in objective.under:
             yield from _unmeasured(config, name, "Objective.under")
+        if objective.together and config.algorithm.sequences_together == 1:
+            rule = "has an objective that sees groups together, for which its settings make no room in a micro-batch"
+            yield _refused(config, rule, "set sequences_together in its settings to how many it sees")
     plan = algorithm.plan(1)
     yield from of_plan(plan, config)
     yield from of_probes(algorithm.probes(1), config)
