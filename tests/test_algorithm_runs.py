@@ -143,13 +143,13 @@ def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
 
     made = session(world, table)
     found: dict[str, Any] = {"steps": [], "asked": []}
-    generate = made.engine.generate
+    generate = made.inference.engine.generate
 
     def watched(requests: Any, *arguments: Any) -> Any:
         found["asked"].append([request.prompt_token_ids for request in requests])
         return generate(requests, *arguments)
 
-    made.engine.generate = watched
+    made.inference.engine.generate = watched
     for step in range(1, steps + 1):
         plan = made.algorithm.plan(step)
         rollouts = roll_out(made, plan, step)
@@ -174,7 +174,7 @@ def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
         )
     found["thinking_end"] = made.thinking_end.token_id
     found["hint_ids"] = made.tokenizer.encode(" is ")
-    found["answers"] = {p.text: p.answer for p in made.data.prompts}
+    found["answers"] = {p.text: p.answer for p in made.data.training.prompts}
     everything = (s for seen in found["steps"] for s in seen["sequences"])
     found["decode"] = {s.tokens.tobytes(): made.tokenizer.decode(s.tokens.tolist()) for s in everything}
     return found
@@ -440,14 +440,13 @@ def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
     from megarl.train.evaluation import evaluate
     from megarl.train.rollouts import roll_out
     from megarl.train.selection import trainable
-    from megarl.train.serving import awake
 
     made = session(world, table)
-    with awake(made):
+    with made.inference.awake():
         before = evaluate(made, "before")
     batches, totals, _, _ = trainable(made, roll_out(made, made.algorithm.plan(1), 1), 1)
     learn(made, batches, totals)
-    with awake(made):
+    with made.inference.awake():
         after = evaluate(made, "after")
     return [before, after]
 

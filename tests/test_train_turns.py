@@ -169,19 +169,19 @@ def test_an_evaluations_turns_are_graded_within_its_bounds(alone: World, monkeyp
 
     monkeypatch.setattr(evaluation, "play_outputs", play)
     nothing = SimpleNamespace(name="", split=lambda *_: None)
+    held_out = SimpleNamespace(prompts=[Prompt(n, (1,), "", "") for n in range(2)], source_names=())
     session: Any = SimpleNamespace(
         config=config,
         tokenizer=tokenizer,
-        engine=SimpleNamespace(interrupted=False, fixed_assignment=lambda total: None),
+        inference=SimpleNamespace(engine=SimpleNamespace(interrupted=False, fixed_assignment=lambda total: None)),
         host=nothing,
         thinking_end=nothing,
         algorithm=SimpleNamespace(splits_thinking=False),
-        evaluation_data=SimpleNamespace(prompts=[Prompt(n, (1,), "", "") for n in range(2)], source_names=()),
-        problems_in_training_data=0,
+        data=SimpleNamespace(held_out=held_out, held_out_in_training=0),
         scorer=scoring,
         evaluation_scorer=None,
         stops=SimpleNamespace(give_up_if=lambda asked: None),
-        tell_failure=lambda failure: None,
+        recorder=SimpleNamespace(failure=lambda failure: None),
     )
     assert evaluation.evaluate(session, "case")["evaluation_reward_mean"] == pytest.approx(0.5)
     assert notes == ["begin", "grade", "grade"]

@@ -81,10 +81,10 @@ def attempt_all(config: Any) -> Any:
         def attempt(name: str, before: Deed | None = None, after: Deed | None = None) -> None:
             def generate(*arguments: Any, **named: Any) -> Any:
                 if before is not None and session.world.rank == BAD:
-                    before(session.engine)
+                    before(session.inference.engine)
                 found = made(*arguments, **named)
                 if after is not None and session.world.rank == BAD:
-                    after(session.engine)
+                    after(session.inference.engine)
                 return found
 
             made, step = generation.generate, session.progress.step
@@ -102,9 +102,9 @@ def attempt_all(config: Any) -> Any:
             if session.world.is_first:
                 # What a changed engine made is not taken up again.
                 assert any(unfinished_directory(config).glob(f"step_{step + 1:06d}*")) == learned
-            assert session.engine is not None
-            if session.engine.phases.phase is Phase.GENERATE:
-                session.engine.sleep()
+            assert session.inference.engine is not None
+            if session.inference.engine.phases.phase is Phase.GENERATE:
+                session.inference.engine.sleep()
                 session.policy.onload()
 
         def change(**sections: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from megarl.rollout.plain import PlainEngine
 from megarl.train.loop import run_step
 from megarl.train.rollouts import make_rollouts
 from megarl.train.run import session_of
-from megarl.train.serving import sleep_engine, wake_engine
 from megarl.weights.push import Push
 
 T = TypeVar("T")
@@ -87,7 +86,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
         session_of(_recorded_in(scratch, config)) as session,
     ):
         session.recorder.open()
-        engine = session.engine
+        engine = session.inference.engine
         assert engine is not None
         plain = PlainEngine(config, session.shape)
         Push(session.policy, plain).run()
@@ -99,7 +98,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
             stop_token_ids=(*engine.eos_token_ids, *config.rollout.stop_token_ids),
         )
         # The push above needs the policy's weights, which leave the device when the loop's engine wakes.
-        wake_engine(session)
+        session.inference.wake()
         turns: list[dict[str, float]] = []
         for step in range(1, WARM_UP_STEPS + config.steps + 1):
             session.recorder.status(f"turn {step} of {WARM_UP_STEPS + config.steps}")
@@ -112,7 +111,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
             turns.append(
                 {"loop": tokens / loop_seconds, "plain": sum(gather_all(made if engine.speaks else 0)) / plain_seconds}
             )
-        sleep_engine(session)
+        session.inference.sleep()
         measured = turns[WARM_UP_STEPS:]
         ratios = [turn["loop"] / turn["plain"] for turn in measured]
         return {

@@ -1,8 +1,10 @@
-"""What a run carries from step to step beside its weights: named states, in every checkpoint."""
+"""What a run carries from step to step beside its weights: where it is, and named states, in every checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 Value = TypeVar("Value")
@@ -19,6 +21,23 @@ class Stateful(Protocol):
     def restore(self, state: Any) -> None:
         """Be as when `state` was returned."""
         ...
+
+
+@dataclass
+class Progress:
+    """Saved with every checkpoint, beside the states of `Carry`. `step` counts finished steps."""
+
+    step: int = 0
+    accuracy_before: float | None = None
+    skipped_updates: int = 0
+    evaluation_due: bool = False
+    """An evaluation was begun and not finished."""
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Be where a checkpoint was that has `saved`, among other things."""
+        for field in dataclasses.fields(self):
+            if field.name in saved:
+                setattr(self, field.name, saved[field.name])
 
 
 class Carry:

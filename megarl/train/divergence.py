@@ -20,7 +20,7 @@ class Diverged(TrainingStopped):
 
 def found(session: Session) -> str | None:
     """What of the policy is not finite, in words, or None. Collective."""
-    tokens = np.resize(np.array(session.data.prompts[0].token_ids, np.int32), PROBE)
+    tokens = np.resize(np.array(session.data.training.prompts[0].token_ids, np.int32), PROBE)
     return finite.what_is_not(session.policy, Sequence(tokens, from_place(1, PROBE)))
 
 

@@ -25,7 +25,6 @@ from megarl.train.outputs import Output
 from megarl.train.played import play_outputs
 from megarl.train.recorder import turn_rows
 from megarl.train.scoring import Graded, grade, term_means
-from megarl.train.serving import awake
 from megarl.train.session import Session
 from megarl.train.sources import above_middle, by_source
 
@@ -36,7 +35,7 @@ _Row = tuple[tuple[bool, int], dict[str, Any]]
 def evaluate_now(session: Session) -> dict[str, Any]:
     """Evaluate the current weights and record the result."""
     session.progress.evaluation_due = True
-    with awake(session), session.clock.phase("evaluate"):
+    with session.inference.awake(), session.clock.phase("evaluate"):
         result = evaluate(session, f"step_{session.progress.step:06d}")
     session.progress.evaluation_due = False
     session.recorder.evaluation({"step": session.progress.step, **result, "seconds": session.clock.take()})
@@ -56,8 +55,8 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     `StopAsked` where the run was asked to stop and the evaluation would not end in time.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
-    assert session.engine is not None and session.evaluation_data is not None
-    prompts, k = session.evaluation_data.prompts, settings.samples
+    assert session.inference.engine is not None and session.data.held_out is not None
+    prompts, k = session.data.held_out.prompts, settings.samples
     requests = [Request(p.token_ids, i * k + j, _seed(session, p, j)) for i, p in enumerate(prompts) for j in range(k)]
     sampling = Sampling(
         max_tokens=settings.max_tokens or rollout.max_tokens,
@@ -68,7 +67,7 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     )
     constants = {
         "evaluation_problems": len(prompts),
-        "evaluation_problems_in_training_data": session.problems_in_training_data,
+        "evaluation_problems_in_training_data": session.data.held_out_in_training,
         "evaluation_samples": k,
     }
     rows: list[_Row] = []
@@ -77,14 +76,14 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
         # Before turns are graded, which happens while they are made.
         _begin_grading(session)
         outputs = _outputs(session, requests, sampling)
-        session.stops.give_up_if(session.engine.interrupted)
+        session.stops.give_up_if(session.inference.engine.interrupted)
         numbers = _numbers(session, outputs, "", "evaluation_", rows)
         _keep(session, name, rows)
         return numbers | constants
     # In two parts also for the policy itself, so that both answer under the same conditions.
     thinkings = Thinkings(think(session, requests, sampling), requests)
     outputs = [respond(session, thinkings, sampling, Responder(weights)) for weights in (POLICY, consumer)]
-    session.stops.give_up_if(session.engine.interrupted)
+    session.stops.give_up_if(session.inference.engine.interrupted)
     own, cross = outputs
     _begin_grading(session)
     numbers = _numbers(session, own, "", "evaluation_", rows)
@@ -98,8 +97,8 @@ def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) 
     """This replica's answers, in one turn each or with the run's environment."""
     if session.host is None:
         return [Output(completion) for completion in generate(session, requests, sampling)]
-    assert session.evaluation_data is not None
-    prompts, k = session.evaluation_data.prompts, session.config.evaluation.samples
+    assert session.data.held_out is not None
+    prompts, k = session.data.held_out.prompts, session.config.evaluation.samples
     tasks = []
     for request in requests:
         number, sample = divmod(request.index, k)
@@ -130,7 +129,7 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
 
     This rank's answers are added to `rows`.
     """
-    config, data = session.config, session.evaluation_data
+    config, data = session.config, session.data.held_out
     assert data is not None
     scorer = _scoring(session)
     mine: list[tuple[int, float | None, dict[str, float | None], int, bool]] = []
@@ -162,7 +161,7 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
     failures = [failed for *_, failed in parts if failed]
     if failures:
         raise TrainingStopped(failures[0])
-    session.tell_failure(first_failed)
+    session.recorder.failure(first_failed)
     answers = sorted((answer for part, *_ in parts for answer in part), key=lambda answer: answer[0])
     settings = config.evaluation.reward or config.reward
     rewards = [reward for _, reward, *_ in answers if reward is not None]
@@ -187,7 +186,7 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
 
 def _rows(session: Session, outputs: Sequence[Output], graded: Sequence[Graded], *, consumer: bool) -> list[_Row]:
     """The lines of graded answers by the policy, or the consumer, in the file of an evaluation."""
-    config, data = session.config, session.evaluation_data
+    config, data = session.config, session.data.held_out
     assert data is not None
     settings = config.evaluation.reward or config.reward
     found = []

@@ -20,7 +20,6 @@ from megarl.train.groups import added
 from megarl.train.journal import Entries, Journal
 from megarl.train.outputs import Output
 from megarl.train.played import is_played, play_outputs
-from megarl.train.serving import serve
 from megarl.train.session import Session
 
 
@@ -84,7 +83,7 @@ def _played(session: Session, step: int, batch: int, asked: Sequence[Job]) -> li
     sampling = sampling_of(session, step, batch, generation.weights)
     sampling = replace(sampling, max_tokens=generation.max_tokens or sampling.max_tokens)
     tasks = tasks_of(session, step, asked)
-    serve(session, generation.weights)
+    session.inference.use(generation.weights)
     return play_outputs(session, tasks, sampling, session.scorer, work(session, len(tasks)), generation.weights)
 
 
@@ -118,7 +117,7 @@ def _outputs(
         keys = {job.request.index: job.key._replace(kind=job.key.kind + part) for job in asked}
         return None if journal is None else Entries(journal, keys)
 
-    serve(session, weights)
+    session.inference.use(weights)
     if responder is None:
         made = generate(session, requests, sampling, entries())
         return [Output(one, stretches=_stretches((one, weights))) for one in made]
@@ -166,8 +165,8 @@ def generate(
 
     With `entries`, those that were made before are not made again: the replicas take them in turns.
     """
-    assert session.engine is not None
-    engine = session.engine
+    assert session.inference.engine is not None
+    engine = session.inference.engine
     left, known = _split(requests, entries)
     made = engine.generate(left, sampling, work(session, len(left)), _added_to(entries))
     return _together(made, known[engine.replica :: engine.num_replicas], entries)
@@ -175,8 +174,8 @@ def generate(
 
 def work(session: Session, total: int) -> WorkSource:
     """Which of `total` requests are this replica's: fixed or drawn by `rollout.deterministic`."""
-    assert session.engine is not None
-    engine, deterministic = session.engine, session.config.rollout.deterministic
+    assert session.inference.engine is not None
+    engine, deterministic = session.inference.engine, session.config.rollout.deterministic
     fixed = not has_cuda() if deterministic is None else deterministic
     return engine.fixed_assignment(total) if fixed else engine.shared_counter(total)
 
@@ -199,8 +198,8 @@ def respond(
     `sampling.max_tokens` is for both parts together. A thinking without its end marker, or with no token left for an
     answer, gets none. Collective: the engine may change its weights.
     """
-    serve(session, responder.weights)
-    assert session.engine is not None
+    session.inference.use(responder.weights)
+    assert session.inference.engine is not None
     marker, tokens = session.thinking_end.token_id, sampling.max_tokens
     by_index = {request.index: request for request in thinkings.requests}
     ended = [z for z in thinkings.completions if z.token_ids[-1:] == (marker,) and len(z.token_ids) < tokens]
@@ -221,7 +220,7 @@ def respond(
     # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
     # With a seed of their own, for engines that draw unseeded requests from one generator.
     own = replace(sampling, seed=hash_seed("response", sampling.seed))
-    written = _together(session.engine.generate(left, own, None, _added_to(entries)), known, entries)
+    written = _together(session.inference.engine.generate(left, own, None, _added_to(entries)), known, entries)
     answers: dict[int, list[Completion]] = {}
     for one in written:
         answers.setdefault(parts[one.index][0].index, []).append(one)

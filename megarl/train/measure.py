@@ -61,7 +61,7 @@ class StepRecord:
     def write(self) -> dict[str, Any]:
         """Complete the numbers, record them, and return them."""
         session = self._session
-        values: dict[str, Any] = {"step": self._step, "epoch": round(session.stream.epoch, 6)}
+        values: dict[str, Any] = {"step": self._step, "epoch": round(session.data.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
         put(values, of_updates(self._updates))
         put(values, _of_rollouts(self._rollouts, self._groups))
@@ -185,7 +185,7 @@ def _of_turns(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
 
 def _by_source(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
     """The answers' numbers apart by source, where the data has several."""
-    if rollouts is None or not rollouts.made.answers or not session.data.source_names:
+    if rollouts is None or not rollouts.made.answers or not session.data.training.source_names:
         return {}
     answers = [(prompt.source, head.reward) for prompt, head in rollouts.made.answers]
     return by_source(answers, session.config.reward)

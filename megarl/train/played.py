@@ -39,7 +39,7 @@ def play_outputs(
     `scoring` finds verdicts of turns for environments that want them. Collective. Raises `TrainingStopped` on all ranks
     where verdicts cannot be found any more, or environments not be started.
     """
-    host, engine, settings = session.host, session.engine, session.config.rollout.environment
+    host, engine, settings = session.host, session.inference.engine, session.config.rollout.environment
     assert host is not None and engine is not None and settings is not None
     bounds = Bounds(
         turns=settings.max_turns,
@@ -60,7 +60,7 @@ def play_outputs(
     told = gather_all((stopped, host.take_first_failure()))
     if stops := [stopped for stopped, _ in told if stopped]:
         raise TrainingStopped(stops[0])
-    session.tell_failure(next((failure for _, failure in told if failure), None), "environment")
+    session.recorder.failure(next((failure for _, failure in told if failure), None), "environment")
     return [_output(one, weights) for one in played]
 
 

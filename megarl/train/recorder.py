@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.schema import RunConfig
+from megarl.parallel import terminal
 from megarl.records import Prompt, Stretch, Trajectory
 from megarl.train.curves import draw_curves
 from megarl.train.display import Display
@@ -30,6 +31,7 @@ class Recorder:
         self.display = Display(config.name, config.steps, enabled=show)
         self._trackers: list[Tracker] = []
         self._untold: list[dict[str, Any]] = []
+        self._failures_told: set[str] = set()
 
     def open(self, finished: int | None = None) -> None:
         """Start recording, after step `finished` where the run continues: what came after that is removed.
@@ -51,6 +53,14 @@ class Recorder:
     def status(self, text: str) -> None:
         """Say on the terminal what is being done."""
         self.display.status(text)
+
+    def failure(self, failure: str | None, of: str = "reward") -> None:
+        """Say once how the reward, or something else, failed on an answer, where it did."""
+        if failure is None or of in self._failures_told:
+            return
+        self._failures_told.add(of)
+        if self._writes:
+            terminal.say(f"{failure}; such answers are counted in metrics.jsonl, and this is said once")
 
     def phase(self, name: str) -> None:
         """Say on the terminal which phase the step is in."""

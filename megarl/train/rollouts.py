@@ -26,7 +26,6 @@ from megarl.train.journal import Journal
 from megarl.train.outputs import Output
 from megarl.train.saving import save_rollouts
 from megarl.train.scoring import grade
-from megarl.train.serving import awake
 from megarl.train.session import Session, unfinished_directory
 
 
@@ -42,7 +41,7 @@ def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
         raise refusal
     if not plan.generations:
         return make_rollouts(session, plan, step)
-    with trust.discarding(session, step), awake(session, plan.generations[0].weights):
+    with trust.discarding(session, step), session.inference.awake(plan.generations[0].weights):
         rollouts = make_rollouts(session, plan, step)
     save_rollouts(session, step, rollouts.made)
     return rollouts
@@ -63,7 +62,7 @@ def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:
     journal = _journal(session, plan, step)
     made, kept = Made(), Kept()
     for batch in range(plan.batches):
-        groups = draw((session.data.prompts[i] for i in session.stream.take(size)), made.groups)
+        groups = draw(session.data.draw(size), made.groups)
         new = _make_batch(session, plan, step, batch, groups, journal)
         made += new
         kept = keep(session, plan, kept, new.groups)
@@ -96,7 +95,7 @@ def is_unscored(plan: Plan, group: Group) -> bool:
 
 def _journal(session: Session, plan: Plan, step: int) -> Journal | None:
     """The journal of the step's completions; None where none are made, or they come with what it does not keep."""
-    config, engine = session.config, session.engine
+    config, engine = session.config, session.inference.engine
     if engine is None or not plan.generations:
         return None
     if config.rollout.replay is not None or config.moe.routing_replay != "off" or not config.rollout.keep_unfinished:
@@ -129,7 +128,7 @@ def _generate_batch(
     )
     samples: dict[int, Trajectory] = {}
     tokens: dict[str, int] = {}
-    engine, failure = session.engine, None
+    engine, failure = session.inference.engine, None
     before = engine.tokens_generated if engine is not None else 0
     if session.config.rollout.replay is not None:
         samples = _replayed(session, step, jobs)
@@ -265,7 +264,7 @@ def _told(
     if failures:
         raise TrainingStopped(failures[0])
     reward_failure = next((one.reward_failure for one in told if one.reward_failure), None)
-    session.tell_failure(reward_failure)
+    session.recorder.failure(reward_failure)
     missing = len(jobs) - sum(one.samples for one in told)
     if missing > 0:
         raise Refusal(

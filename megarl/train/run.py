@@ -34,7 +34,6 @@ from megarl.train.measure import peak_memory_bytes
 from megarl.train.past import run_directory
 from megarl.train.rollouts import roll_out
 from megarl.train.saving import resume, save_checkpoint
-from megarl.train.serving import awake
 from megarl.train.session import Session, build
 from megarl.train.stops import StopAsked, Stops
 from megarl.weights.export import export_hf
@@ -170,12 +169,12 @@ def _finish(session: Session, accuracy: float | None, started: float) -> dict[st
         "processes": session.world.size,
         "accuracy_before": session.progress.accuracy_before,
         "accuracy_after": accuracy,
-        "evaluation_problems": len(session.evaluation_data.prompts) if session.evaluation_data else 0,
-        "evaluation_problems_in_training_data": session.problems_in_training_data,
+        "evaluation_problems": len(session.data.held_out.prompts) if session.data.held_out else 0,
+        "evaluation_problems_in_training_data": session.data.held_out_in_training,
         "seconds": round(time.time() - started, 2),
         "peak_memory_bytes_per_process": gather_all(peak_memory_bytes()),
         "skipped_updates": session.progress.skipped_updates,
-        "data": session.data.counters,
+        "data": session.data.training.counters,
         "counters": dict(session.counters),
     }
     return session.recorder.finish(summary)
@@ -195,7 +194,7 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
         weights = checkpoint_path or config.model.weights
         folder = Path("model") if weights is None else checkpoint_folder.require(weights, "checkpoint")
         name = f"evaluate_{folder.name}"
-        with awake(session):
+        with session.inference.awake():
             result = evaluation.evaluate(session, name)
         kept = session.recorder.answers_file(name) if config.evaluation.save else None
         answers = None if kept is None else str(kept)
@@ -225,9 +224,9 @@ def _start_line(session: Session, resumed: bool) -> str:
     layout = f"TP {grid.tensor} x PP {grid.pipeline} x DP {grid.data}"
     engines = (
         f", {session.world.size // config.rollout.tensor} engine(s) of TP {config.rollout.tensor}"
-        if session.engine
+        if session.inference.engine
         else ""
     )
     begin = f"continuing after step {session.progress.step}" if resumed else "starting"
     run = f"{config.name}: {config.algorithm.name}, {session.world.size} process(es), {layout}{engines}"
-    return f"{run}; data: {session.data.sentence()}; {begin}"
+    return f"{run}; data: {session.data.training.sentence()}; {begin}"

@@ -19,7 +19,7 @@ from megarl.policy import checkpoint
 from megarl.train import differences, divergence, journal, replay
 from megarl.train.groups import Made
 from megarl.train.past import run_directory
-from megarl.train.session import Progress, Session, unfinished_directory
+from megarl.train.session import Session, unfinished_directory
 
 
 def save_checkpoint(session: Session) -> None:
@@ -61,9 +61,8 @@ def resume(session: Session) -> bool:
             )
         return False
     _compare(session, saved)
-    names = {f.name for f in dataclasses.fields(Progress)}
-    session.progress = Progress(**{name: value for name, value in saved.items() if name in names})
-    anew = differences.begun_anew(config, saved["config"], other_rows=_rows(session) != saved["data"])
+    session.progress.restore(saved)
+    anew = differences.begun_anew(config, saved["config"], other_rows=session.data.rows != saved["data"])
     session.carry.restore(saved["states"], anew=anew)
     if (sentence := forgotten(saved["states"], anew)) is not None:
         session.recorder.status(sentence)
@@ -79,13 +78,7 @@ def forgotten(states: Mapping[str, Any], anew: Mapping[str, str]) -> str | None:
 
 def _of_the_run(session: Session) -> dict[str, Any]:
     """What a checkpoint keeps of the run, to be known by what continues from it."""
-    return {"config": session.config.model_dump(mode="json"), "data": _rows(session)}
-
-
-def _rows(session: Session) -> dict[str, Any]:
-    if session.rows is None:
-        session.rows = differences.rows_of(session.data.prompts)
-    return session.rows
+    return {"config": session.config.model_dump(mode="json"), "data": session.data.rows}
 
 
 def _compare(session: Session, saved: dict[str, Any]) -> None:
@@ -94,7 +87,7 @@ def _compare(session: Session, saved: dict[str, Any]) -> None:
     checkpoint_directory = run_directory(config) / "checkpoints" / f"step_{saved['step']:06d}"
     for refusal in differences.changed_parts(config, before, checkpoint_directory):
         raise refusal
-    for refusal in differences.changed_rows(config, _rows(session), saved["data"], checkpoint_directory):
+    for refusal in differences.changed_rows(config, session.data.rows, saved["data"], checkpoint_directory):
         raise refusal
     if (sentence := differences.changes(config, before, checkpoint_directory)) is not None:
         session.recorder.status(sentence)

@@ -103,9 +103,7 @@ def _cause(session: Session) -> str:
         known = session.config.weights.checksum == "every"
         said = "still were those pushed when it had generated" if known else "are not known (weights.checksum=every)"
         return f"the engine's weights {said}. Fix: {elsewhere}"
-    assert session.push is not None
-    with session.policy.using(session.serving):
-        found = session.push.differences()
+    found = session.inference.differences()
     if not found:
         return f"the weights of both are the same. Fix: {elsewhere}"
     return (

@@ -1,0 +1,96 @@
+"""Whose memory and whose weights: the engine wakes filled, changes its weights, and sleeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megarl.config.parameter_sets import POLICY
+from megarl.errors import TrainingStopped
+from megarl.parallel.cpu_platform import has_cuda
+from megarl.policy.policy import Policy
+from megarl.rollout.engine import Engine
+from megarl.train.carry import Progress
+from megarl.train.clock import Clock
+from megarl.train.stops import StopAsked
+from megarl.weights.push import Difference, Push
+
+
+class Inference:
+    """The engine of this rank, awake or asleep, and the weights in it; without an engine nothing is done.
+
+    Weights that are pushed have the version of `progress`: how many steps they have learned from. Seconds are counted
+    as those of the phase "push".
+    """
+
+    def __init__(self, policy: Policy, engine: Engine | None, clock: Clock, progress: Progress) -> None:
+        self.engine = engine
+        self._policy, self._clock, self._progress = policy, clock, progress
+        self._push = Push(policy, engine) if engine is not None else None
+        #: The parameter set that the engine was last filled with.
+        self._weights = POLICY
+
+    @contextmanager
+    def awake(self, weights: str = POLICY) -> Iterator[None]:
+        """The engine is awake inside, filled with the parameter set `weights`.
+
+        It also sleeps again where all ranks leave together, by `TrainingStopped` or `StopAsked`; any other error ends
+        the run as it is.
+        """
+        self.wake(weights)
+        try:
+            yield
+        except (TrainingStopped, StopAsked):
+            self.sleep()
+            raise
+        self.sleep()
+
+    def wake(self, weights: str = POLICY) -> None:
+        """Memory goes to the engine, and with it the parameter set `weights`."""
+        if self.engine is None:
+            return
+        with self._clock.phase("push"):
+            self._policy.offload_optimizers()
+            self._fill(self.engine, weights)
+
+    def sleep(self) -> None:
+        """Memory goes back to the policy."""
+        if self.engine is None:
+            return
+        with self._clock.phase("push"):
+            self._let_sleep(self.engine)
+            self._policy.onload()
+
+    def use(self, weights: str) -> None:
+        """Let the engine, which is awake, generate with the parameter set `weights`."""
+        if self.engine is None or self._weights == weights:
+            return
+        with self._clock.phase("push"):
+            self._let_sleep(self.engine)
+            if weights == POLICY:
+                self._policy.onload_weights()
+            self._fill(self.engine, weights)
+
+    def differences(self) -> list[Difference]:
+        """Where the weights in the engine are not those that it was filled with. Collective."""
+        assert self._push is not None
+        with self._policy.using(self._weights):
+            return self._push.differences()
+
+    def _let_sleep(self, engine: Engine) -> None:
+        """Put the engine to sleep, which must still hold what it was filled with: raises `EngineChanged` on all
+        ranks."""
+        assert self._push is not None
+        with self._policy.using(POLICY if has_cuda() else self._weights):
+            self._push.check()
+        engine.sleep()
+
+    def _fill(self, engine: Engine, weights: str) -> None:
+        """Wake the engine, which sleeps, with these weights in it."""
+        assert self._push is not None
+        engine.wake_weights()
+        with self._policy.using(weights):
+            self._push.run(version=self._progress.step)
+        self._policy.offload_weights()
+        engine.wake_cache()
+        self._weights = weights
