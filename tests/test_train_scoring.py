@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from megarl.rewards.scorer import Part, Scorer, Scoring, build_scorer, build_sco
 from megarl.rollout.engine import Completion
 from megarl.rollout.play import Played
 from megarl.train.outputs import Output
-from megarl.train.scoring import Graded, grade, term_means
+from megarl.train.scoring import Graded, Grading, term_means
 
 LOW, HIGH = -1.0, 2.0
 #: One in which the marker is a token, one that spells it with several.
@@ -68,9 +67,8 @@ class Away(Opinions):
         raise ScoringStopped("The judge is away.")
 
 
-def session_of(tokenizer: Tokenizer, splits: bool) -> Any:
-    algorithm = SimpleNamespace(splits_thinking=splits)
-    return SimpleNamespace(tokenizer=tokenizer, thinking_end=ThinkingEnd(tokenizer), algorithm=algorithm)
+def grading_of(scoring: Scoring, tokenizer: Tokenizer, splits: bool) -> Grading:
+    return Grading(scoring, tokenizer, ThinkingEnd(tokenizer), splits_thinking=splits)
 
 
 def settings_of(**changes: Any) -> RewardSettings:
@@ -100,7 +98,7 @@ def graded_by(
     scorer: Scorer, tokenizer: Tokenizer, output: Output, answer: str, settings: RewardSettings, splits: bool
 ) -> Graded:
     prompt = Prompt(0, (1,), "question", answer)
-    return grade(session_of(tokenizer, splits), alone(scorer, settings), [prompt], [output])[0]
+    return grading_of(alone(scorer, settings), tokenizer, splits).grade([prompt], [output])[0]
 
 
 def graded_as_boxed(
@@ -331,7 +329,7 @@ def test_every_output_gets_its_own_reward_and_prompt(tokenizers: dict[str, Token
     texts = [("so</think>1",), ("2",), ("so</think>3?",), ("so</think>4</think>4",), ("so</think>5",)]
     outputs = [Output(completion(tokenizer, *one, index=10 - number)) for number, one in enumerate(texts)]
     prompts = [Prompt(number, (1,), f"question {number}", str(number)) for number in range(5)]
-    found = grade(session_of(tokenizer, False), alone(scorer, settings_of(graded="response")), prompts, outputs)
+    found = grading_of(alone(scorer, settings_of(graded="response")), tokenizer, False).grade(prompts, outputs)
     assert [one.reward for one in found] == [0.1, LOW, None, LOW, 0.5]
     assert [one.counters for one in found] == [
         {},
@@ -370,7 +368,7 @@ def test_a_sum_finds_each_term_by_its_own_settings(tokenizers: dict[str, Tokeniz
     texts = [("so \\boxed{4}", "</think>", "4"), ("so", "</think>", "\\boxed{4}"), ("\\boxed{4}",)]
     outputs = [Output(completion(tokenizer, *one, index=number)) for number, one in enumerate(texts)]
     prompts = [Prompt(number, (1,), "question", "4") for number in range(3)]
-    found = grade(session_of(tokenizer, False), scoring, prompts, outputs)
+    found = grading_of(scoring, tokenizer, False).grade(prompts, outputs)
     assert [one.terms for one in found] == [
         {"right": 0.0, "words": 1.0, "leak": 0.0},
         {"right": 1.0, "words": -1.0, "leak": 2.0},
@@ -388,7 +386,7 @@ def test_a_sum_is_not_known_where_a_term_is_not(tokenizers: dict[str, Tokenizer]
     scoring = Scoring([Part(settings, Opinions(), "a", 2.0), Part(settings, Opinions(), "b")], (-10.0, 10.0))
     outputs = [Output(completion(tokenizer, text, index=number)) for number, text in enumerate(("4", "4?"))]
     prompts = [Prompt(number, (1,), "question", "4") for number in range(2)]
-    found = grade(session_of(tokenizer, False), scoring, prompts, outputs)
+    found = grading_of(scoring, tokenizer, False).grade(prompts, outputs)
     assert [one.reward for one in found] == [pytest.approx(1.2), None]
     assert found[1].counters == {"judge_unreadable": 1}
     assert term_means(one.terms for one in found) == {"a": 0.4, "b": 0.4}
@@ -465,7 +463,7 @@ def test_a_verdict_that_was_told_is_not_found_again(tokenizers: dict[str, Tokeni
     found = Verdict(0.5, {"grader_timeout": 1}, {"a": 0.1, "b": 0.2})
     for verdict in (found, Verdict(None, {}, {"a": 0.1, "b": None})):
         output = played(tokenizer, "a", "no", "b \\boxed{4}", verdict=verdict)
-        (graded,) = grade(session_of(tokenizer, False), scoring, [prompt], [output])
+        (graded,) = grading_of(scoring, tokenizer, False).grade([prompt], [output])
         assert (graded.reward, graded.terms, graded.counters) == (verdict.reward, verdict.terms, {"calls": 1})
 
 
@@ -490,7 +488,7 @@ def test_truncated_zero_holds_whoever_gave_the_reward(
     ends: tuple[tuple[FinishReason, float], ...] = (("length", reward), ("stop", HIGH))
     for reason, expected in ends:
         output = played(tokenizer, "a \\boxed{4}", reason=reason, reward=HIGH)
-        (graded,) = grade(session_of(tokenizer, False), scoring, [prompt], [output])
+        (graded,) = grading_of(scoring, tokenizer, False).grade([prompt], [output])
         assert (graded.reward, graded.counters) == (pytest.approx(expected), {"calls": 1})
 
 

@@ -36,6 +36,7 @@ from megarl.train.outputs import Output
 from megarl.train.recorder import Recorder
 from megarl.train.replay import read_samples, save_samples
 from megarl.train.route import assign, deliver
+from megarl.train.scoring import Grading
 from megarl.train.selection import credited_groups
 
 NAN = float("nan")
@@ -119,13 +120,12 @@ def test_groups_of_failures_alone_have_nothing_to_train(name: str) -> None:
 @pytest.mark.parametrize("seeded", [False, True])
 def test_environments_draw_apart_and_again_alike_whether_or_not_the_engine_does(seeded: bool) -> None:
     config = RunConfig.model_validate(SMALL | {"rollout": {"seeded": seeded}})
-    session: Any = SimpleNamespace(config=config)
     plan = Plan((Generation(4),))
     prompts = [Prompt(number, (1, 2), "", "") for number in (5, 6, 5)]  # the first comes twice
 
     def tasks(step: int) -> list[Task]:
-        asked, _ = jobs(session, plan, step, draw(prompts), lambda generation, group: False)
-        return tasks_of(session, step, asked)
+        asked, _ = jobs(config, plan, step, draw(prompts), lambda generation, group: False)
+        return tasks_of(config, step, asked)
 
     first, again, later = tasks(3), tasks(3), tasks(4)
     assert first == again
@@ -162,24 +162,21 @@ def test_an_evaluations_turns_are_graded_within_its_bounds(alone: World, monkeyp
     config = RunConfig.model_validate(SMALL | {"evaluation": {"save": False}})
     scoring = Scoring([Part(config.reward, Notes(notes))], config.reward.bounds)
 
-    def play(session: Any, tasks: list[Task], sampling: Any, own: Scoring, *rest: Any) -> list[Output]:
-        verdicts = played._verdicts(session, own, [Said(one.prompt, ((15, 62),), "stop") for one in tasks])
+    def play(session: Any, tasks: list[Task], sampling: Any, own: Grading, *rest: Any) -> list[Output]:
+        verdicts = played._verdicts(own, [Said(one.prompt, ((15, 62),), "stop") for one in tasks])
         assert [one.reward for one in verdicts] == [0.4] * 2
         return [Output(Completion(one.index, (15, 63), (), "stop")) for one in tasks]
 
     monkeypatch.setattr(evaluation, "play_outputs", play)
-    nothing = SimpleNamespace(name="", split=lambda *_: None)
+    nothing: Any = SimpleNamespace(name="", split=lambda *_: None)
     held_out = SimpleNamespace(prompts=[Prompt(n, (1,), "", "") for n in range(2)], source_names=())
     session: Any = SimpleNamespace(
         config=config,
         tokenizer=tokenizer,
-        inference=SimpleNamespace(engine=SimpleNamespace(interrupted=False, fixed_assignment=lambda total: None)),
+        inference=SimpleNamespace(engine=SimpleNamespace(interrupted=False), work=lambda total: None),
         host=nothing,
-        thinking_end=nothing,
-        algorithm=SimpleNamespace(splits_thinking=False),
         data=SimpleNamespace(held_out=held_out, held_out_in_training=0),
-        scorer=scoring,
-        evaluation_scorer=None,
+        evaluation_grading=Grading(scoring, tokenizer, nothing, splits_thinking=False),
         stops=SimpleNamespace(give_up_if=lambda asked: None),
         recorder=SimpleNamespace(failure=lambda failure: None),
     )

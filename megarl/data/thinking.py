@@ -21,8 +21,9 @@ class ThinkingEnd:
         self.token_id = _own_token(tokenizer, marker)
         self._tokenizer = tokenizer
 
-    def require_token(self) -> None:
-        """Raise `Refusal` where the tokenizer spells the marker with several tokens, for generation must stop there."""
+    def require_token(self) -> int:
+        """The marker's token id, where generation stops. Raises `Refusal` where the tokenizer spells the marker with
+        several tokens."""
         if self.token_id is None:
             raise Refusal(
                 f"rollout.thinking_end={self.marker!r}",
@@ -30,6 +31,7 @@ class ThinkingEnd:
                 "name the token that ends the thinking, or answer in one part: no algorithm.responder, "
                 "algorithm.responses or evaluation.consumer",
             )
+        return self.token_id
 
     def split(self, token_ids: Sequence[int]) -> int | str:
         """How many tokens of a response are its thinking, the marker included; or the name of a counter where the

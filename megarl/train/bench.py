@@ -88,7 +88,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
         session.recorder.open()
         engine = session.inference.engine
         assert engine is not None
-        plain = PlainEngine(config, session.shape)
+        plain = PlainEngine(config, session.policy.shape)
         Push(session.policy, plain).run()
         sampling = Sampling(
             max_tokens=config.rollout.max_tokens,

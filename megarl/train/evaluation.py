@@ -13,18 +13,18 @@ from typing import Any
 from megarl.algorithms.plan import Responder
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
+from megarl.config.schema import RunConfig
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
 from megarl.records import Prompt
-from megarl.rewards.scorer import Scoring
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.play import Task
 from megarl.rollout.seeds import hash_seed
-from megarl.train.generation import Thinkings, generate, respond, think, work
+from megarl.train.generation import Thinkings, generate, respond, think
 from megarl.train.outputs import Output
 from megarl.train.played import play_outputs
 from megarl.train.recorder import turn_rows
-from megarl.train.scoring import Graded, grade, term_means
+from megarl.train.scoring import Graded, term_means
 from megarl.train.session import Session
 from megarl.train.sources import above_middle, by_source
 
@@ -57,7 +57,9 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     settings, rollout = session.config.evaluation, session.config.rollout
     assert session.inference.engine is not None and session.data.held_out is not None
     prompts, k = session.data.held_out.prompts, settings.samples
-    requests = [Request(p.token_ids, i * k + j, _seed(session, p, j)) for i, p in enumerate(prompts) for j in range(k)]
+    requests = [
+        Request(p.token_ids, i * k + j, _seed(session.config, p, j)) for i, p in enumerate(prompts) for j in range(k)
+    ]
     sampling = Sampling(
         max_tokens=settings.max_tokens or rollout.max_tokens,
         temperature=settings.temperature,
@@ -81,8 +83,9 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
         _keep(session, name, rows)
         return numbers | constants
     # In two parts also for the policy itself, so that both answer under the same conditions.
-    thinkings = Thinkings(think(session, requests, sampling), requests)
-    outputs = [respond(session, thinkings, sampling, Responder(weights)) for weights in (POLICY, consumer)]
+    inference, end = session.inference, session.thinking_end.require_token()
+    thinkings = Thinkings(think(inference, end, requests, sampling), requests)
+    outputs = [respond(inference, end, thinkings, sampling, Responder(weights)) for weights in (POLICY, consumer)]
     session.stops.give_up_if(session.inference.engine.interrupted)
     own, cross = outputs
     _begin_grading(session)
@@ -96,32 +99,26 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
 def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) -> list[Output]:
     """This replica's answers, in one turn each or with the run's environment."""
     if session.host is None:
-        return [Output(completion) for completion in generate(session, requests, sampling)]
+        return [Output(completion) for completion in generate(session.inference, requests, sampling)]
     assert session.data.held_out is not None
     prompts, k = session.data.held_out.prompts, session.config.evaluation.samples
     tasks = []
     for request in requests:
         number, sample = divmod(request.index, k)
-        seed = _seed(session, prompts[number], sample)
+        seed = _seed(session.config, prompts[number], sample)
         tasks.append(Task(request.index, prompts[number], hash_seed("environment", seed), seed))
-    return play_outputs(session, tasks, sampling, _scoring(session), work(session, len(tasks)))
-
-
-def _scoring(session: Session) -> Scoring | None:
-    """What finds the rewards of evaluations."""
-    return session.evaluation_scorer or session.scorer
+    return play_outputs(session, tasks, sampling, session.evaluation_grading, session.inference.work(len(tasks)))
 
 
 def _begin_grading(session: Session) -> None:
     """Have the reward's bounds per step start anew."""
-    scoring = _scoring(session)
-    if scoring is not None:
-        scoring.begin_step()
+    if session.evaluation_grading is not None:
+        session.evaluation_grading.scoring.begin_step()
 
 
-def _seed(session: Session, prompt: Prompt, sample: int) -> int:
+def _seed(config: RunConfig, prompt: Prompt, sample: int) -> int:
     """The seed of a prompt's answer number `sample`, the same in every evaluation."""
-    return hash_seed("evaluation", session.config.seed, prompt.index, sample)
+    return hash_seed("evaluation", config.seed, prompt.index, sample)
 
 
 def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, rows: list[_Row]) -> dict[str, Any]:
@@ -131,14 +128,14 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
     """
     config, data = session.config, session.data.held_out
     assert data is not None
-    scorer = _scoring(session)
+    grading = session.evaluation_grading
     mine: list[tuple[int, float | None, dict[str, float | None], int, bool]] = []
     failed = failure = None
     counters: Counter[str] = Counter()
-    if scorer is not None:
+    if grading is not None:
         prompts = [data.prompts[o.completion.index // config.evaluation.samples] for o in outputs]
         try:
-            graded = grade(session, scorer, prompts, outputs)
+            graded = grading.grade(prompts, outputs)
             mine = [
                 (
                     o.completion.index,
@@ -154,8 +151,8 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
             rows += _rows(session, outputs, graded, consumer=bool(prefix))
         except ScoringStopped as error:
             failure = str(error)
-        counters.update(scorer.take_counters())
-        failed = scorer.take_first_failure()
+        counters.update(grading.scoring.take_counters())
+        failed = grading.scoring.take_first_failure()
     parts = gather_all((mine, counters, failed, failure))
     first_failed = next((failed for *_, failed, _ in parts if failed), None)
     failures = [failed for *_, failed in parts if failed]

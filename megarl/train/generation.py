@@ -10,13 +10,14 @@ from megarl.algorithms import declared
 from megarl.algorithms.base import Group
 from megarl.algorithms.plan import Generation, Plan, Responder
 from megarl.config.parameter_sets import POLICY
+from megarl.config.schema import RunConfig
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.records import Key, Stretch
-from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.play import Task
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
 from megarl.train.groups import added
+from megarl.train.inference import Inference
 from megarl.train.journal import Entries, Journal
 from megarl.train.outputs import Output
 from megarl.train.played import is_played, play_outputs
@@ -37,7 +38,7 @@ class Job:
 
 
 def jobs(
-    session: Session, plan: Plan, step: int, groups: Iterable[Group], is_served: Callable[[Generation, Group], bool]
+    config: RunConfig, plan: Plan, step: int, groups: Iterable[Group], is_served: Callable[[Generation, Group], bool]
 ) -> tuple[list[Job], dict[str, int]]:
     """What is to be generated for `groups`, kind by kind, and what is counted of what is not.
 
@@ -54,11 +55,11 @@ def jobs(
             if isinstance(ids, str):
                 counters = added(counters, {ids: 1})
                 continue
-            for refusal in declared.of_prompt(generation, ids, session.config) if generation.prompt is not None else ():
+            for refusal in declared.of_prompt(generation, ids, config) if generation.prompt is not None else ():
                 raise refusal
             for number in range(generation.count):
                 key = Key(group.prompt.index, group.draw, number, generation.kind)
-                seed = _seed(session, step, key, generation) if _seeded(session, generation.weights) else None
+                seed = _seed(config, step, key, generation) if _seeded(config, generation.weights) else None
                 request = Request(tuple(ids), len(made), seed, generation.max_tokens)
                 made.append(Job(key, group, generation, request))
     return made, counters
@@ -80,21 +81,23 @@ def outputs(session: Session, step: int, batch: int, asked: Sequence[Job], journ
 def _played(session: Session, step: int, batch: int, asked: Sequence[Job]) -> list[Output]:
     """Samples of several turns. They are not kept in the journal."""
     generation = asked[0].generation
-    sampling = sampling_of(session, step, batch, generation.weights)
+    sampling = sampling_of(session.config, step, batch, generation.weights)
     sampling = replace(sampling, max_tokens=generation.max_tokens or sampling.max_tokens)
-    tasks = tasks_of(session, step, asked)
+    tasks = tasks_of(session.config, step, asked)
     session.inference.use(generation.weights)
-    return play_outputs(session, tasks, sampling, session.scorer, work(session, len(tasks)), generation.weights)
+    return play_outputs(
+        session, tasks, sampling, session.grading, session.inference.work(len(tasks)), generation.weights
+    )
 
 
-def tasks_of(session: Session, step: int, asked: Sequence[Job]) -> list[Task]:
+def tasks_of(config: RunConfig, step: int, asked: Sequence[Job]) -> list[Task]:
     """The samples of several turns that are asked for. Their environments have seeds also where the engine's requests
     have none."""
     return [
         Task(
             index=job.request.index,
             prompt=replace(job.group.prompt, token_ids=job.request.prompt_token_ids),
-            environment_seed=hash_seed("environment", _seed(session, step, job.key, job.generation)),
+            environment_seed=hash_seed("environment", _seed(config, step, job.key, job.generation)),
             seed=job.request.seed,
         )
         for job in asked
@@ -110,7 +113,7 @@ def _outputs(
     responder: Responder | None,
     journal: Journal | None,
 ) -> list[Output]:
-    requests, sampling = [job.request for job in asked], sampling_of(session, step, batch, weights)
+    requests, sampling = [job.request for job in asked], sampling_of(session.config, step, batch, weights)
 
     def entries(part: str = "") -> Entries | None:
         """The jobs, or a part of them, in the journal."""
@@ -119,10 +122,11 @@ def _outputs(
 
     session.inference.use(weights)
     if responder is None:
-        made = generate(session, requests, sampling, entries())
+        made = generate(session.inference, requests, sampling, entries())
         return [Output(one, stretches=_stretches((one, weights))) for one in made]
-    thinkings = think(session, requests, sampling, entries(" thinking"))
-    return respond(session, Thinkings(thinkings, requests, weights), sampling, responder, entries(" response"))
+    inference, end = session.inference, session.thinking_end.require_token()
+    thinkings = think(inference, end, requests, sampling, entries(" thinking"))
+    return respond(inference, end, Thinkings(thinkings, requests, weights), sampling, responder, entries(" response"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,64 +149,62 @@ def _stretches(*parts: tuple[Completion, str]) -> tuple[Stretch, ...]:
     return tuple(found)
 
 
-def sampling_of(session: Session, step: int, batch: int, weights: str = POLICY) -> Sampling:
+def sampling_of(config: RunConfig, step: int, batch: int, weights: str = POLICY) -> Sampling:
     """How generation batch `batch` of a step samples from a parameter set."""
-    settings = session.config.rollout
+    settings = config.rollout
     return Sampling(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
         stop_token_ids=settings.stop_token_ids,
-        seed=batch_seed(session.config.seed, _occasion(step, weights), batch),
+        seed=batch_seed(config.seed, _occasion(step, weights), batch),
     )
 
 
 def generate(
-    session: Session, requests: Sequence[Request], sampling: Sampling, entries: Entries | None = None
+    inference: Inference, requests: Sequence[Request], sampling: Sampling, entries: Entries | None = None
 ) -> list[Completion]:
     """This replica's completions. The same on all its ranks.
 
     With `entries`, those that were made before are not made again: the replicas take them in turns.
     """
-    assert session.inference.engine is not None
-    engine = session.inference.engine
+    engine = inference.running_engine
     left, known = _split(requests, entries)
-    made = engine.generate(left, sampling, work(session, len(left)), _added_to(entries))
+    made = engine.generate(left, sampling, inference.work(len(left)), _added_to(entries))
     return _together(made, known[engine.replica :: engine.num_replicas], entries)
 
 
-def work(session: Session, total: int) -> WorkSource:
-    """Which of `total` requests are this replica's: fixed or drawn by `rollout.deterministic`."""
-    assert session.inference.engine is not None
-    engine, deterministic = session.inference.engine, session.config.rollout.deterministic
-    fixed = not has_cuda() if deterministic is None else deterministic
-    return engine.fixed_assignment(total) if fixed else engine.shared_counter(total)
-
-
 def think(
-    session: Session, requests: Sequence[Request], sampling: Sampling, entries: Entries | None = None
+    inference: Inference,
+    end: int,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    entries: Entries | None = None,
 ) -> list[Completion]:
-    """This replica's thinkings, up to and including the end marker where they reach it."""
-    assert session.thinking_end.token_id is not None
-    stops = (*sampling.stop_token_ids, session.thinking_end.token_id)
-    return generate(session, requests, replace(sampling, stop_token_ids=stops), entries)
+    """This replica's thinkings, up to and including the token `end` that ends one, where they reach it."""
+    stops = (*sampling.stop_token_ids, end)
+    return generate(inference, requests, replace(sampling, stop_token_ids=stops), entries)
 
 
 def respond(
-    session: Session, thinkings: Thinkings, sampling: Sampling, responder: Responder, entries: Entries | None = None
+    inference: Inference,
+    end: int,
+    thinkings: Thinkings,
+    sampling: Sampling,
+    responder: Responder,
+    entries: Entries | None = None,
 ) -> list[Output]:
     """Let the responder answer each of this replica's thinkings.
 
     `entries` has the keys of the thinkings' requests; that of the j-th response to one is its branch (j,). The budget
-    `sampling.max_tokens` is for both parts together. A thinking without its end marker, or with no token left for an
+    `sampling.max_tokens` is for both parts together. A thinking without its `end`, or with no token left for an
     answer, gets none. Collective: the engine may change its weights.
     """
-    session.inference.use(responder.weights)
-    assert session.inference.engine is not None
-    marker, tokens = session.thinking_end.token_id, sampling.max_tokens
+    inference.use(responder.weights)
+    tokens = sampling.max_tokens
     by_index = {request.index: request for request in thinkings.requests}
-    ended = [z for z in thinkings.completions if z.token_ids[-1:] == (marker,) and len(z.token_ids) < tokens]
+    ended = [z for z in thinkings.completions if z.token_ids[-1:] == (end,) and len(z.token_ids) < tokens]
     parts = [(z, number) for z in ended for number in range(responder.responses)]
     continued = [
         Request(
@@ -220,7 +222,7 @@ def respond(
     # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
     # With a seed of their own, for engines that draw unseeded requests from one generator.
     own = replace(sampling, seed=hash_seed("response", sampling.seed))
-    written = _together(session.inference.engine.generate(left, own, None, _added_to(entries)), known, entries)
+    written = _together(inference.running_engine.generate(left, own, None, _added_to(entries)), known, entries)
     answers: dict[int, list[Completion]] = {}
     for one in written:
         answers.setdefault(parts[one.index][0].index, []).append(one)
@@ -261,19 +263,19 @@ def _together(made: list[Completion], known: Sequence[Request], entries: Entries
     return sorted(made, key=lambda completion: completion.index)
 
 
-def _seed(session: Session, step: int, key: Key, generation: Generation) -> int:
+def _seed(config: RunConfig, step: int, key: Key, generation: Generation) -> int:
     """The seed of a sample."""
     occasion = _occasion(step, generation.weights)
-    return sample_seed(session.config.seed, occasion, key.prompt, key.nth(generation.count), key.kind)
+    return sample_seed(config.seed, occasion, key.prompt, key.nth(generation.count), key.kind)
 
 
 def _response_seed(seed: int | None, number: int) -> int | None:
     return None if seed is None else hash_seed("response", seed, number)
 
 
-def _seeded(session: Session, weights: str) -> bool:
+def _seeded(config: RunConfig, weights: str) -> bool:
     """Whether the engine's requests have seeds of their own."""
-    seeded = session.config.rollout.seeded
+    seeded = config.rollout.seeded
     if weights != POLICY:
         return True
     return not has_cuda() if seeded is None else seeded

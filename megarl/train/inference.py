@@ -9,6 +9,7 @@ from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.policy import Policy
+from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Engine
 from megarl.train.carry import Progress
 from megarl.train.clock import Clock
@@ -23,8 +24,11 @@ class Inference:
     as those of the phase "push".
     """
 
-    def __init__(self, policy: Policy, engine: Engine | None, clock: Clock, progress: Progress) -> None:
+    def __init__(
+        self, policy: Policy, engine: Engine | None, clock: Clock, progress: Progress, *, deterministic: bool | None
+    ) -> None:
         self.engine = engine
+        self._deterministic = not has_cuda() if deterministic is None else deterministic
         self._policy, self._clock, self._progress = policy, clock, progress
         self._push = Push(policy, engine) if engine is not None else None
         #: The parameter set that the engine was last filled with.
@@ -70,6 +74,17 @@ class Inference:
             if weights == POLICY:
                 self._policy.onload_weights()
             self._fill(self.engine, weights)
+
+    @property
+    def running_engine(self) -> Engine:
+        """The engine of a run that generates."""
+        assert self.engine is not None
+        return self.engine
+
+    def work(self, total: int) -> WorkSource:
+        """Which of `total` requests are this replica's: fixed or drawn, by `rollout.deterministic`."""
+        engine = self.running_engine
+        return engine.fixed_assignment(total) if self._deterministic else engine.shared_counter(total)
 
     def differences(self) -> list[Difference]:
         """Where the weights in the engine are not those that it was filled with. Collective."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from megarl.config.parameter_sets import POLICY
+from megarl.config.schema import RunConfig
+from megarl.data.dataset import LoadedPrompts
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.policy.losses import Pass
@@ -65,8 +67,8 @@ class StepRecord:
         values["algorithm"] = session.config.algorithm.name
         put(values, of_updates(self._updates))
         put(values, _of_rollouts(self._rollouts, self._groups))
-        put(values, _by_source(session, self._rollouts))
-        put(values, _of_turns(session, self._rollouts))
+        put(values, _by_source(session.config, session.data.training, self._rollouts))
+        put(values, _of_turns(session.config, self._rollouts))
         put(values, self._measured)
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         seconds = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
@@ -168,10 +170,10 @@ def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:
     }
 
 
-def _of_turns(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
+def _of_turns(config: RunConfig, rollouts: Rollouts | None) -> dict[str, Any]:
     """Where an environment answers: the policy's turns per answer, the environment's share of their tokens, and all
     tokens that the engines have counted, of which `generated_tokens` are those that are in a text."""
-    if rollouts is None or session.config.rollout.environment is None or not rollouts.made.answers:
+    if rollouts is None or config.rollout.environment is None or not rollouts.made.answers:
         return {}
     heads = [head for _, head in rollouts.made.answers]
     put = sum(one.end - one.start for head in heads for one in head.stretches if one.source == "environment")
@@ -183,12 +185,12 @@ def _of_turns(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
     }
 
 
-def _by_source(session: Session, rollouts: Rollouts | None) -> dict[str, Any]:
+def _by_source(config: RunConfig, data: LoadedPrompts, rollouts: Rollouts | None) -> dict[str, Any]:
     """The answers' numbers apart by source, where the data has several."""
-    if rollouts is None or not rollouts.made.answers or not session.data.training.source_names:
+    if rollouts is None or not rollouts.made.answers or not data.source_names:
         return {}
     answers = [(prompt.source, head.reward) for prompt, head in rollouts.made.answers]
-    return by_source(answers, session.config.reward)
+    return by_source(answers, config.reward)
 
 
 def time_shares(seconds: Mapping[str, float], passes: Sequence[Pass], made: Mapping[str, int]) -> dict[str, float]:

@@ -12,12 +12,11 @@ from megarl.environments.verdicts import Said
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Stretch
-from megarl.rewards.scorer import Scoring
 from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Completion, Sampling
 from megarl.rollout.play import Bounds, Played, Task, play
 from megarl.train.outputs import Output
-from megarl.train.scoring import grade
+from megarl.train.scoring import Grading
 from megarl.train.session import Session
 
 
@@ -30,13 +29,13 @@ def play_outputs(
     session: Session,
     tasks: Sequence[Task],
     sampling: Sampling,
-    scoring: Scoring | None,
+    grading: Grading | None,
     work: WorkSource,
     weights: str = POLICY,
 ) -> list[Output]:
     """This replica's samples, each with its environment; all of a sample is bounded by `sampling.max_tokens`.
 
-    `scoring` finds verdicts of turns for environments that want them. Collective. Raises `TrainingStopped` on all ranks
+    `grading` finds verdicts of turns for environments that want them. Collective. Raises `TrainingStopped` on all ranks
     where verdicts cannot be found any more, or environments not be started.
     """
     host, engine, settings = session.host, session.inference.engine, session.config.rollout.environment
@@ -52,7 +51,7 @@ def play_outputs(
     sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *host.stop_token_ids))
     played: list[Played] = []
     stopped = None
-    with host.grading(lambda said: _verdicts(session, scoring, said)):
+    with host.grading(lambda said: _verdicts(grading, said)):
         try:
             played = play(engine, tasks, sampling, bounds, host.host, work)
         except ScoringStopped as error:
@@ -64,14 +63,14 @@ def play_outputs(
     return [_output(one, weights) for one in played]
 
 
-def _verdicts(session: Session, scoring: Scoring | None, said: Sequence[Said]) -> list[Verdict]:
+def _verdicts(grading: Grading | None, said: Sequence[Said]) -> list[Verdict]:
     """The run's reward of samples that end with what was said."""
-    if scoring is None:
+    if grading is None:
         return [Verdict(None)] * len(said)
     outputs = [
         Output(Completion(i, one.turns[-1], (), one.finish_reason), turns=one.turns) for i, one in enumerate(said)
     ]
-    graded = grade(session, scoring, [one.prompt for one in said], outputs)
+    graded = grading.grade([one.prompt for one in said], outputs)
     return [Verdict(one.reward, one.counters, one.terms) for one in graded]
 
 

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megarl.algorithms import declared
-from megarl.algorithms.base import Group
+from megarl.algorithms.base import Algorithm, Group
 from megarl.algorithms.plan import Plan, Text
+from megarl.data.thinking import ThinkingEnd
+from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import Body, Head, Key, Prompt, Trajectory
-from megarl.rewards.scorer import Scoring
 from megarl.rollout.play import Played
 from megarl.train import generation, replay, texts, trust
 from megarl.train.generation import Job
@@ -25,7 +26,7 @@ from megarl.train.groups import Kept, Made, Rollouts, added, draw
 from megarl.train.journal import Journal
 from megarl.train.outputs import Output
 from megarl.train.saving import save_rollouts
-from megarl.train.scoring import grade
+from megarl.train.scoring import Grading
 from megarl.train.session import Session, unfinished_directory
 
 
@@ -43,7 +44,7 @@ def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
         return make_rollouts(session, plan, step)
     with trust.discarding(session, step), session.inference.awake(plan.generations[0].weights):
         rollouts = make_rollouts(session, plan, step)
-    save_rollouts(session, step, rollouts.made)
+    save_rollouts(session.config, session.world, step, rollouts.made)
     return rollouts
 
 
@@ -57,15 +58,15 @@ def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:
     """
     wanted = session.config.batch.prompts
     size = (session.config.batch.generation_prompts or wanted) if plan.batches > 1 else wanted
-    if session.scorer is not None:
-        session.scorer.begin_step()
+    if session.grading is not None:
+        session.grading.scoring.begin_step()
     journal = _journal(session, plan, step)
     made, kept = Made(), Kept()
     for batch in range(plan.batches):
         groups = draw(session.data.draw(size), made.groups)
         new = _make_batch(session, plan, step, batch, groups, journal)
         made += new
-        kept = keep(session, plan, kept, new.groups)
+        kept = keep(session.algorithm, plan, kept, new.groups)
         # Where nothing gets a reward any more, such as after the judge's cost cap, more answers would not either.
         if len(kept.groups) >= wanted or all(is_unscored(plan, group) for group in new.groups):
             break
@@ -75,11 +76,11 @@ def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:
     return Rollouts(made, Kept(kept.groups[:wanted], added(kept.counters, surplus)))
 
 
-def keep(session: Session, plan: Plan, before: Kept, groups: Sequence[Group]) -> Kept:
+def keep(algorithm: Algorithm, plan: Plan, before: Kept, groups: Sequence[Group]) -> Kept:
     """What is kept `before`, and those of `groups` that can be trained on."""
     kept, counters = list(before.groups), dict(before.counters)
     for group in groups:
-        reason = "groups_unscored" if is_unscored(plan, group) else session.algorithm.drop_reason(group)
+        reason = "groups_unscored" if is_unscored(plan, group) else algorithm.drop_reason(group)
         if reason is None:
             kept.append(group)
         else:
@@ -124,7 +125,11 @@ def _generate_batch(
     session: Session, plan: Plan, step: int, batch: int, groups: tuple[Group, ...], journal: Journal | None
 ) -> Made:
     jobs, counters = generation.jobs(
-        session, plan, step, groups, lambda one, group: session.texts.of(one, group.prompt.index, step) is not None
+        session.config,
+        plan,
+        step,
+        groups,
+        lambda one, group: session.texts.of(one, group.prompt.index, step) is not None,
     )
     samples: dict[int, Trajectory] = {}
     tokens: dict[str, int] = {}
@@ -137,10 +142,10 @@ def _generate_batch(
             outputs = generation.outputs(session, step, batch, jobs, journal)
             assert engine is not None
             session.stops.give_up_if(engine.interrupted or session.stops.too_late)
-        if session.scorer is not None:
+        if session.grading is not None:
             with session.clock.phase("score"):
                 try:
-                    samples = _samples(session, session.scorer, jobs, outputs)
+                    samples = _samples(session, session.grading, jobs, outputs)
                 except ScoringStopped as error:
                     failure = str(error)
             for output in outputs:
@@ -152,12 +157,12 @@ def _generate_batch(
 
 
 def _samples(
-    session: Session, scoring: Scoring, jobs: Sequence[Job], outputs: Sequence[Output]
+    session: Session, grading: Grading, jobs: Sequence[Job], outputs: Sequence[Output]
 ) -> dict[int, Trajectory]:
     """The outputs as samples, graded, by position in `jobs`."""
     asked = [one for one in outputs if jobs[one.completion.index].generation.graded]
     prompts = [jobs[one.completion.index].group.prompt for one in asked]
-    graded = grade(session, scoring, prompts, asked)
+    graded = grading.grade(prompts, asked)
     by_position = {output.completion.index: one for output, one in zip(asked, graded, strict=True)}
     samples = {}
     for output in outputs:
@@ -168,7 +173,7 @@ def _samples(
         seed = job.request.seed or 0
         body = Body(completion.token_ids, completion.log_probs, text, seed, routed_experts=completion.routed_experts)
         if played is not None:
-            head, body = _with_turns(session, job, played, Trajectory(head, body))
+            head, body = _with_turns(session.tokenizer, job, played, Trajectory(head, body))
         elif job.generation.learn is None and job.generation.prompt is not None:
             # It is trained after what it answers.
             head, body = _after(job.request.prompt_token_ids, Trajectory(head, body))
@@ -180,10 +185,10 @@ def _samples(
     return samples
 
 
-def _with_turns(session: Session, job: Job, played: Played, sample: Trajectory) -> Trajectory:
+def _with_turns(tokenizer: Tokenizer, job: Job, played: Played, sample: Trajectory) -> Trajectory:
     """A sample of several turns, with their texts, and with the prompt where that was the environment's."""
     head, body = sample
-    texts = tuple(session.tokenizer.decode(body.token_ids[one.start : one.end]) for one in head.stretches)
+    texts = tuple(tokenizer.decode(body.token_ids[one.start : one.end]) for one in head.stretches)
     body = dataclasses.replace(body, texts=texts, counters=played.counters)
     made = Trajectory(head, body)
     return made if played.prompt_token_ids == job.group.prompt.token_ids else _after(played.prompt_token_ids, made)
@@ -203,14 +208,14 @@ def _replayed(session: Session, step: int, jobs: Sequence[Job]) -> dict[int, Tra
         samples = replay.read_samples(source, step, [job.key for job in jobs], session.world.rank, session.world.size)
     if not session.algorithm.splits_thinking:
         return samples
-    return {position: _with_thinking(session, sample) for position, sample in samples.items()}
+    return {position: _with_thinking(session.thinking_end, sample) for position, sample in samples.items()}
 
 
-def _with_thinking(session: Session, sample: Trajectory) -> Trajectory:
+def _with_thinking(thinking_end: ThinkingEnd, sample: Trajectory) -> Trajectory:
     """A saved sample with the end of its thinking, which a run that did not need it did not save."""
     if "thinking" in sample.head.marks:
         return sample
-    split = session.thinking_end.split(sample.body.token_ids)
+    split = thinking_end.split(sample.body.token_ids)
     marks = {**sample.head.marks, "thinking": split} if isinstance(split, int) else sample.head.marks
     return sample._replace(head=dataclasses.replace(sample.head, marks=marks))
 
@@ -242,11 +247,11 @@ def _told(
 ) -> Made:
     """Exchange heads, the texts that serve again, and the samples that are to be shown. Collective."""
     trajectories, counters = texts.learned(jobs, samples, session.world.rank)
-    scorer = session.scorer
-    counters = added(counters, scorer.take_counters() if scorer is not None else {})
+    scoring = None if session.grading is None else session.grading.scoring
+    counters = added(counters, scoring.take_counters() if scoring is not None else {})
     answers = {job.key: samples[i] for i, job in enumerate(jobs) if i in samples and job.key.kind == "answer"}
     counters = added(counters, *(sample.body.counters for sample in answers.values()))
-    to_show = _to_show(session, groups, plan)
+    to_show = _to_show(session.config.logging.samples, groups, plan)
     serves = {one.kind for one in plan.generations if one.serves > 1}
     mine = _Told(
         heads=[one.head for one in trajectories],
@@ -256,7 +261,7 @@ def _told(
         tokens=tokens,
         engine_tokens=engine_tokens,
         samples=len(samples),
-        reward_failure=scorer.take_first_failure() if scorer is not None else None,
+        reward_failure=scoring.take_first_failure() if scoring is not None else None,
         failure=failure,
     )
     told: list[_Told] = gather_all(mine)
@@ -291,12 +296,12 @@ def _told(
     )
 
 
-def _to_show(session: Session, groups: Sequence[Group], plan: Plan) -> dict[Key, Prompt]:
-    """The step's first few answers, as far as they are among those of `groups`, with their prompts."""
+def _to_show(most: int, groups: Sequence[Group], plan: Plan) -> dict[Key, Prompt]:
+    """The step's first `most` answers, as far as they are among those of `groups`, with their prompts."""
     size = sum(one.count for one in plan.generations if one.kind == "answer")
     first = groups[0].number * size if groups else 0
     keys = ((Key(one.prompt.index, one.draw, number), one.prompt) for one in groups for number in range(size))
-    return dict(itertools.islice(keys, max(0, session.config.logging.samples - first)))
+    return dict(itertools.islice(keys, max(0, most - first)))
 
 
 def _shown(sample: Trajectory) -> Trajectory:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
+from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import first_decides
 from megarl.policy import checkpoint
 from megarl.train import differences, divergence, journal, replay
@@ -121,14 +123,14 @@ def _choose(root: Path, damaged: Mapping[Path, str]) -> tuple[Path | None, list[
     return directory, [(other, said) for other, said in newer if said is not None and other not in damaged]
 
 
-def save_rollouts(session: Session, step: int, made: Made) -> None:
+def save_rollouts(config: RunConfig, world: World, step: int, made: Made) -> None:
     """Write the samples this rank holds, where `rollout.save` asks for it."""
-    if not session.config.rollout.save:
+    if not config.rollout.save:
         return
-    directory = run_directory(session.config) / "rollouts"
-    if session.world.is_first:
+    directory = run_directory(config) / "rollouts"
+    if world.is_first:
         # An earlier attempt at this step may have had other ranks.
         replay.remove_step(directory, step)
     dist.barrier()
     if made.written:
-        replay.save_samples(directory, step, session.world.rank, made.written)
+        replay.save_samples(directory, step, world.rank, made.written)

@@ -57,4 +57,4 @@ def routing_of(session: Session) -> tuple[int, int] | None:
     """Sparse layers and experts per token of the recorded routing, None where it is not recorded."""
     if session.config.moe.routing_replay == "off":
         return None
-    return sum(session.shape.sparse_layers), session.shape.experts_per_token
+    return sum(session.policy.shape.sparse_layers), session.policy.shape.experts_per_token

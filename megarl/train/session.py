@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from megarl import algorithms
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.config.implied import Implied
-from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.model_shape import read_model_shape
 from megarl.config.parameter_sets import ParameterSet
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import SKIPPED_SHARE, LoadedPrompts
@@ -27,7 +28,7 @@ from megarl.parallel.groups import Grid
 from megarl.policy import checkpoint
 from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
 from megarl.policy.policy import Policy
-from megarl.rewards.scorer import Scoring, build_scoring
+from megarl.rewards.scorer import build_scoring
 from megarl.rollout.engine import Engine
 from megarl.servers.log_probs import LogProbServer
 from megarl.train import run_data
@@ -39,17 +40,17 @@ from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
 from megarl.train.replica_host import ReplicaHost
 from megarl.train.run_data import RunData
+from megarl.train.scoring import Grading
 from megarl.train.served_texts import ServedTexts
 from megarl.train.stops import Stops
 
 
 @dataclass
 class Session:
-    """One rank's view of a run. The scorers are None where the run never generates, and `host` where it
+    """One rank's view of a run. Where it never grades, `grading` and `evaluation_grading` are None, and `host` where it
     has no environment."""
 
     config: RunConfig
-    shape: ModelShape
     world: World
     grid: Grid
     tokenizer: Tokenizer
@@ -58,8 +59,8 @@ class Session:
     policy: Policy
     host: ReplicaHost | None
     inference: Inference
-    scorer: Scoring | None
-    evaluation_scorer: Scoring | None
+    grading: Grading | None
+    evaluation_grading: Grading | None
     thinking_end: ThinkingEnd
     recorder: Recorder
     clock: Clock
@@ -76,7 +77,7 @@ class Session:
 
     def close(self) -> None:
         """End what finds rewards and environments, flush what is recorded, and shut the engine down."""
-        for helper in (self.scorer, self.evaluation_scorer, self.host):
+        for helper in (self.grading, self.evaluation_grading, self.host):
             if helper is not None:
                 helper.close()
         self.recorder.close()
@@ -117,7 +118,10 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         )
         engine.stop = lambda: stops.too_late
         engine.sleep()
-    scorer, evaluation_scorer = _scorers(config, engine, recorder, data)
+    grading = functools.partial(
+        Grading, tokenizer=tokenizer, thinking_end=thinking_end, splits_thinking=algorithm.splits_thinking
+    )
+    gradings = _gradings(config, engine, recorder.status, data, grading)
     environment = config.rollout.environment
     host = None
     if engine is not None and environment is not None:
@@ -130,7 +134,6 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     clock, progress = Clock(recorder.phase), Progress()
     return Session(
         config=config,
-        shape=shape,
         world=world,
         grid=grid,
         tokenizer=tokenizer,
@@ -138,9 +141,9 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         algorithm=algorithm,
         policy=policy,
         host=host,
-        inference=Inference(policy, engine, clock, progress),
-        scorer=scorer,
-        evaluation_scorer=evaluation_scorer,
+        inference=Inference(policy, engine, clock, progress, deterministic=config.rollout.deterministic),
+        grading=gradings[0],
+        evaluation_grading=gradings[1],
         thinking_end=thinking_end,
         recorder=recorder,
         clock=clock,
@@ -167,20 +170,18 @@ def _served_sets(
     return found
 
 
-def _scorers(
-    config: RunConfig,
-    engine: Engine | None,
-    recorder: Recorder,
-    data: RunData,
-) -> tuple[Scoring | None, Scoring | None]:
-    """What finds the rewards of rollouts, and of evaluations where these have a reward of their own."""
+def _gradings(
+    config: RunConfig, engine: Engine | None, say: Callable[[str], None], data: RunData, grading: Callable[..., Grading]
+) -> tuple[Grading | None, Grading | None]:
+    """What finds the rewards of rollouts, and what those of evaluations: the same, but where these have a reward of
+    their own."""
     if engine is None or not engine.speaks:
         return None, None
-    replicas, say, own = engine.num_replicas, recorder.status, config.evaluation.reward
-    scorer = build_scoring(config.reward, replicas, say, "reward", data.training.prompts[0])
+    replicas, own = engine.num_replicas, config.evaluation.reward
+    one = grading(build_scoring(config.reward, replicas, say, "reward", data.training.prompts[0]))
     if own is None or data.held_out is None:
-        return scorer, None
-    return scorer, build_scoring(own, replicas, say, "evaluation.reward", data.held_out.prompts[0])
+        return one, one
+    return one, grading(build_scoring(own, replicas, say, "evaluation.reward", data.held_out.prompts[0]))
 
 
 def _with_steps(config: RunConfig, data: LoadedPrompts) -> RunConfig:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import numpy as np
 
 from megarl import records
+from megarl.config.grid import Grid
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
@@ -50,7 +51,7 @@ def check_before(session: Session, step: int, batches: Sequence[Sequence[records
         _discard(session, step)
         divergence.stop_if_found(session)
         _stop(session, step, "the engine's log-probs of the sampled tokens are not finite, though the policy's are")
-    _stop_above(session, step, _mean_gap(session, own))
+    _stop_above(session, step, _mean_gap(session.grid, own))
 
 
 def check_pass(session: Session, step: int, passes: Mapping[str, Pass]) -> None:
@@ -66,14 +67,14 @@ def _all_finite(sequences: Sequence[records.Sequence]) -> bool:
     return all(np.isfinite(log_probs).all() for log_probs in found if log_probs is not None)
 
 
-def _mean_gap(session: Session, sequences: Sequence[records.Sequence]) -> float | None:
+def _mean_gap(grid: Grid, sequences: Sequence[records.Sequence]) -> float | None:
     """Mean absolute difference, in nats per token, over these; None without any."""
     gaps = [
         np.abs(sequence.old_log_probs - sequence.rollout_log_probs)
         for sequence in sequences
         if sequence.old_log_probs is not None and sequence.rollout_log_probs is not None
     ]
-    mine = (float(sum(gap.sum() for gap in gaps)), sum(len(gap) for gap in gaps)) if session.grid.reports else (0.0, 0)
+    mine = (float(sum(gap.sum() for gap in gaps)), sum(len(gap) for gap in gaps)) if grid.reports else (0.0, 0)
     sums, tokens = zip(*gather_all(mine), strict=True)
     return sum(sums) / sum(tokens) if sum(tokens) else None
 
