@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -318,17 +317,15 @@ def test_targets_have_no_values_of_sampled_answers(alone: World) -> None:
 def test_a_group_with_an_unknown_reward_is_dropped(
     name: str, rewards: tuple[float | None, ...], reason: str | None
 ) -> None:
-    session: Any = SimpleNamespace(algorithm=algorithm_of(name))
     made = step_of([(1.0, 4, None), (0.0, 4, None)], [(reward, 4, None) for reward in rewards])
-    kept = keep(session, Plan((Generation(2),)), Kept(), made.groups)
+    kept = keep(algorithm_of(name), Plan((Generation(2),)), Kept(), made.groups)
     assert [group.number for group in kept.groups] == ([0] if reason else [0, 1])
     assert kept.counters == ({"groups_dropped": 1, reason: 1} if reason else {})
 
 
 def test_answers_that_nobody_was_to_grade_are_kept_without_a_reward() -> None:
-    session: Any = SimpleNamespace(algorithm=algorithm_of("grpo"))
     (group,) = step_of([(None, 4, None), (None, 4, None)]).groups
-    assert len(keep(session, Plan((Generation(2, graded=False),)), Kept(), (group,)).groups) == 1
+    assert len(keep(algorithm_of("grpo"), Plan((Generation(2, graded=False),)), Kept(), (group,)).groups) == 1
 
 
 def test_what_cannot_be_trained_is_named() -> None:
