@@ -1,7 +1,8 @@
 """An algorithm that is no part of megarl, and uses all that one may: `test_resume.py` runs a copy of this file.
 
 Answers are credited token by token, by how surprising each is to the policy of the beginning and by a baseline that is
-carried from step to step; beside them the policy learns to name the answer that it was shown.
+carried from step to step; beside them the policy learns to name the answer that it was shown, and so does a copy of it
+that learns nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megarl.ops.masking import sum_counted, zero_masked
 from megarl.records import Head, Prompt, Trajectory
 
 NAMING = "naming"
+#: The parameter set that learns nothing but names.
+NAMER = "namer"
 
 
 class OutsideSettings(AlgorithmSettings):
@@ -27,14 +30,14 @@ class OutsideSettings(AlgorithmSettings):
     share: float = 0.5
 
     def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
-        return (ParameterSet(REFERENCE, measures=True),)
+        return (ParameterSet(REFERENCE, measures=True), ParameterSet(NAMER, trains=True))
 
     def sequences_per_prompt(self, run: RunSettings) -> int:
         return run.rollout.group_size + 1
 
 
 class Outside(Algorithm):
-    """Texts of its own, a probe, credit per token, two objectives, and a state."""
+    """Texts of its own, probes, credit per token, objectives of two parameter sets, and a state."""
 
     Settings = OutsideSettings
 
@@ -45,6 +48,7 @@ class Outside(Algorithm):
         self.objectives = (
             Objective(self.reinforce, answers, advantages=True, old=True, under=(REFERENCE,)),
             Objective(self.name, names),
+            Objective(self.name, names, parameters=NAMER),
         )
 
     def plan(self, step: int) -> Plan:
@@ -67,7 +71,10 @@ class Outside(Algorithm):
 
     def probes(self, step: int) -> tuple[Probe, ...]:
         per_token = self.context.max_tokens
-        return (Probe("surprise", lambda log_probs_T: (-log_probs_T).tolist(), REFERENCE, most=per_token),)
+        return (
+            Probe("surprise", lambda log_probs_T: (-log_probs_T).tolist(), REFERENCE, most=per_token),
+            Probe("by_namer", lambda log_probs_T: [float(log_probs_T.mean())], NAMER),
+        )
 
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
         found = [self._of_group(group) for group in groups]
@@ -85,10 +92,12 @@ class Outside(Algorithm):
     def _spans(self, head: Head) -> tuple[Span, ...]:
         surprise = head.measured["surprise"]
         assert len(surprise) == head.length and head.reward is not None
+        # How little who learns names alone would have said it.
+        novelty = -head.measured["by_namer"][0]
         mean = sum(surprise) / len(surprise)
         share = self.settings.share
         return tuple(
-            Span(place, place + 1, (head.reward - self.baseline) * (1 + share * (one - mean)))
+            Span(place, place + 1, (head.reward - self.baseline) * (1 + share * (one - mean) + 0.01 * novelty))
             for place, one in enumerate(surprise)
         )
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -215,11 +214,10 @@ def test_prompts_and_texts_of_its_own_fit_the_bounds() -> None:
 
 
 def test_a_later_prompt_is_refused_when_it_comes() -> None:
-    session: Any = SimpleNamespace(config=CONFIG)
     generation = Generation(1, "hint", prompt=lambda prompt: prompt.token_ids * 30)
     groups = draw([FIRST, replace(FIRST, index=1), replace(FIRST, index=2, token_ids=(1,) * 2)])
     with pytest.raises(Refusal, match="a prompt of 60 tokens of the kind 'hint'"):
-        jobs(session, Plan((generation,)), 1, groups, lambda one, group: False)
+        jobs(CONFIG, Plan((generation,)), 1, groups, lambda one, group: False)
 
 
 #: Settings that ask the data for solutions.
@@ -234,7 +232,8 @@ def test_check_and_train_refuse_what_an_algorithm_elsewhere_asks(run_file: Path)
     """By the one function that both ask."""
     source = Path(__file__).with_name("outside_algorithm.py").read_text()
     Path("sound.py").write_text(source)
-    Path("asks.py").write_text(source.replace("(ParameterSet(REFERENCE, measures=True),)", "()"))
+    reference = "(ParameterSet(REFERENCE, measures=True), "
+    Path("asks.py").write_text(source.replace(reference, "(*(), "))
     Path("breaks.py").write_text(source.replace("        return Plan(", "        1 / 0\n        return Plan("))
 
     def refused(name: str) -> list[str]:
@@ -249,6 +248,20 @@ def test_check_and_train_refuse_what_an_algorithm_elsewhere_asks(run_file: Path)
     ]
     assert refused("breaks") == [
         "algorithm.name=breaks:Outside: cannot be used (ZeroDivisionError: division by zero). Fix: correct its code."
+    ]
+    Path("sets.py").write_text(source.replace(", ParameterSet(NAMER, trains=True))", ")"))
+    with pytest.raises(Refusal) as caught:
+        refused("sets")
+    assert [str(caught.value)] == [
+        "algorithm.name=sets:Outside: has settings whose parameter_sets is ParameterSet, and must be a tuple of "
+        "ParameterSet. Fix: correct its code."
+    ]
+    Path("long.py").write_text(source.replace("return run.rollout.group_size + 1", "return run.rollout.groups + 1"))
+    with pytest.raises(Refusal) as caught:
+        refused("long")
+    assert [str(caught.value)] == [
+        "algorithm.name=long:Outside: has settings whose sequences_per_prompt cannot be asked (AttributeError: "
+        "'RolloutSettings' object has no attribute 'groups'). Fix: correct its code."
     ]
 
 

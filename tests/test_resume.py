@@ -95,14 +95,15 @@ def test_killed_and_resumed_is_the_same_as_never_interrupted(folder: Path):
     made = {int(step): int(count) for step, count in re.findall(r"step (\d): (\d+) completions were made before", said)}
     assert made.keys() == {3, 4} and made[3] in (*range(24, 31), *range(48, 61)) and made[4] > 0
     assert list((broken / "unfinished").iterdir()) == []
-    states = [
-        json.loads((run / "checkpoints/step_000006/progress.json").read_text())["states"] for run in (whole, broken)
-    ]
+    notes = [json.loads((run / "checkpoints/step_000006/progress.json").read_text()) for run in (whole, broken)]
+    assert notes[0]["sets"].keys() == {"namer"} and notes[0]["sets"] == notes[1]["sets"]
+    states = [note["states"] for note in notes]
     assert states[0] == states[1] and states[0]["algorithm"]["steps"] == 6 and states[0]["stream"] >= 36
 
     steps = lines(whole / "metrics.jsonl")
     assert len(steps) == 6 and all("away_from_start" in step for step in steps)
     assert sum(step["counters"].get("names", 0) for step in steps) > 6 and any("naming_loss" in step for step in steps)
+    assert any(step["namer/naming_loss"] not in (None, step["naming_loss"]) for step in steps if "naming_loss" in step)
     assert all(step["naming_nll"] > 0 for step in steps[::2]) and all("naming_nll" not in step for step in steps[1::2])
     counts = [line["answers_by_source"] for line in lines(whole / "metrics.jsonl")]
     many, few = (sum(count[name] for count in counts) // 4 for name in ("many", "few"))

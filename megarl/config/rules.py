@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from megarl.config import environments, files, layout_rules, user_code, vendor_fields
+from megarl.config.algorithms.base import unusable as unusable_settings
 from megarl.config.base import without_effect
 from megarl.config.data import each_source, source_refusals
 from megarl.config.grid import sequence_multiple
@@ -46,8 +47,9 @@ def check(config: RunConfig, shape: ModelShape | None = None, processes: int | N
 def broken_rules(config: RunConfig, shape: ModelShape | None = None, processes: int | None = None) -> Iterator[Refusal]:
     """Yield each rule that `config` breaks.
 
-    `shape` is the model's (default: read from model.path; raises `Refusal` where that fails);
-    `processes` the world that a launcher started (default: parallel.processes, or 1).
+    `shape` is the model's (default: read from model.path), `processes` the world that a launcher started (default:
+    parallel.processes, or 1). Raises `Refusal` where the model cannot be read, and where the algorithm's settings are
+    broken, of which rules ask.
     """
     yield from broken_setting_rules(config, shape, processes)
     yield from files.refusals(config)
@@ -61,6 +63,8 @@ def broken_setting_rules(
 
 
 def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes: int | None) -> Iterator[Refusal]:
+    for refusal in unusable_settings(config.algorithm, config):
+        raise refusal
     world = processes or config.parallel.processes or 1
     if config.parallel.processes not in (None, world):
         yield Refusal(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -57,6 +57,50 @@ class AlgorithmSettings(Settings):
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
         """The algorithm's own rules that `run` breaks; called with all other rules before anything starts."""
         yield from ()
+
+
+def unusable(settings: AlgorithmSettings, run: RunSettings) -> Iterator[Refusal]:
+    """What settings cannot say of themselves: they may be anybody's code, of which all rules ask."""
+
+    def all_of(kind: type, found: Any) -> bool:
+        return isinstance(found, tuple | list) and all(isinstance(one, kind) for one in found)
+
+    asked: dict[str, tuple[Callable[[], Any], Callable[[Any], bool], str]] = {
+        "answers_in_parts": (lambda: settings.answers_in_parts, lambda found: isinstance(found, bool), "a bool"),
+        "learns_solutions": (lambda: settings.learns_solutions, lambda found: isinstance(found, bool), "a bool"),
+        "longest_prompt": (lambda: settings.longest_prompt(run), lambda found: isinstance(found, int), "an int"),
+        "sequences_per_prompt": (
+            lambda: settings.sequences_per_prompt(run),
+            lambda found: isinstance(found, int),
+            "an int",
+        ),
+        "parameter_sets": (
+            lambda: settings.parameter_sets(run),
+            lambda found: all_of(ParameterSet, found),
+            "a tuple of ParameterSet",
+        ),
+        "served_sets": (
+            lambda: settings.served_sets(run),
+            lambda found: all_of(ServedSet, found),
+            "a tuple of ServedSet",
+        ),
+        "refusals": (
+            lambda: list(settings.refusals(run)),
+            lambda found: all_of(Refusal, found),
+            "an iterator of Refusal",
+        ),
+    }
+    for name, (ask, fits, wanted) in asked.items():
+        try:
+            found = ask()
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            rule = f"has settings whose {name} cannot be asked ({said})"
+            yield Refusal(f"algorithm.name={settings.name}", rule, "correct its code")
+            continue
+        if not fits(found):
+            rule = f"has settings whose {name} is {type(found).__name__}, and must be {wanted}"
+            yield Refusal(f"algorithm.name={settings.name}", rule, "correct its code")
 
 
 def undropped_refusals(settings: AlgorithmSettings, run: RunSettings) -> Iterator[Refusal]:
