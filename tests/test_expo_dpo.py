@@ -158,6 +158,10 @@ def test_dpo_trains_one_answer_of_a_group() -> None:
     group = group_of((1.0, 0.25, 0.0, 0.0), (5, 6, 7, 8), explanations=[9])
     assert trained(exp_dpo(), group) == [("answer", 0, 5), chosen]
     assert trained(exp_dpo(rejected="wrong"), group) == [("answer", 2, 7), chosen]
+    # An environment asked its own question: that answer is none to what the explanation answers.
+    first, *others = group.heads
+    elsewhere = replace(group, heads=(replace(first, prompt_length=3), *others))
+    assert trained(exp_dpo(), elsewhere) == [("answer", 1, 6), chosen]
     right = group_of((1.0, 0.5), (5, 6), explanations=[9])
     assert trained(exp_dpo(), right) == [("answer", 0, 5), chosen]
     assert trained(exp_dpo(rejected="wrong"), right) == [chosen]

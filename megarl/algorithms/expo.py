@@ -117,12 +117,12 @@ class ExpDpo(Algorithm):
 
     def rejected(self, group: Group) -> Head | None:
         """The first answer that has a token, or under `rejected` wrong the first such whose reward is reward.low; None
-        where none is."""
+        where none is. Not one that answers a prompt of its environment's: the explanation answers the data's."""
         wrong_only = self.settings.rejected == "wrong"
         answers = zip(group.answers, group.rewards, strict=True)
         low = self.context.reward_low
-        eligible = (head for head, reward in answers if head.length and (not wrong_only or reward <= low))
-        return next(eligible, None)
+        eligible = (head for head, reward in answers if not wrong_only or reward <= low)
+        return next((head for head in eligible if head.length and head.prompt_length is None), None)
 
     def gauges(self, group: Group, held: Sequence[Trajectory]) -> list[Gauge]:
         """See `Explanations.gauges`."""
