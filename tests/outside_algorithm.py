@@ -52,7 +52,7 @@ class Outside(Algorithm):
         )
 
     def plan(self, step: int) -> Plan:
-        naming = Generation(1, NAMING, prompt=self.shown, max_tokens=8, graded=False, learn=self.named, serves=2)
+        naming = Generation(1, NAMING, prompt=self.shown, max_tokens=8, graded=False, learn=self.named, refresh_every=2)
         return Plan((Generation(self.context.group_size), naming), batches=2, gauged=2 if step % 2 else 0)
 
     def shown(self, prompt: Prompt) -> list[int] | str:

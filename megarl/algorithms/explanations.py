@@ -42,7 +42,7 @@ class Explanations:
             max_tokens=self._settings.max_tokens,
             graded=self._settings.must_match or self._context.reward_judges,
             learn=self._learned,
-            serves=self._settings.refresh_every,
+            refresh_every=self._settings.refresh_every,
         )
 
     def _hinted(self, prompt: Prompt) -> list[int] | str:

@@ -63,8 +63,8 @@ class Generation:
     learn: Callable[[Prompt, Trajectory], Learned] | None = None
     """Where not the sample itself is trained, but a text that is made of it: what that is. The text follows the prompt
     as the data set has it, and is trained without a reward."""
-    serves: int = 1
-    """A prompt's texts serve again when it returns within that many steps; 1: they are made anew each time."""
+    refresh_every: int = 1
+    """A prompt's texts are used again when it returns within that many steps; 1: they are made anew each time."""
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,18 @@ class Job:
 
 
 def jobs(
-    config: RunConfig, plan: Plan, step: int, groups: Iterable[Group], is_served: Callable[[Generation, Group], bool]
+    config: RunConfig, plan: Plan, step: int, groups: Iterable[Group], is_cached: Callable[[Generation, Group], bool]
 ) -> tuple[list[Job], dict[str, int]]:
     """What is to be generated for `groups`, kind by kind, and what is counted of what is not.
 
-    Nothing for a prompt whose texts of an earlier step serve again. Raises `Refusal` for a prompt of the algorithm's
+    Nothing for a prompt whose texts of an earlier step are used again. Raises `Refusal` for a prompt of the algorithm's
     own that there is no room for.
     """
     made: list[Job] = []
     counters: dict[str, int] = {}
     for generation in plan.generations:
         for group in groups:
-            if is_served(generation, group):
+            if is_cached(generation, group):
                 continue
             ids = group.prompt.token_ids if generation.prompt is None else generation.prompt(group.prompt)
             if isinstance(ids, str):

@@ -153,7 +153,7 @@ def _generate_batch(
     with session.clock.phase("score"):
         pumped = engine.tokens_generated - before if engine is not None and engine.speaks else 0
         made = _told(session, plan, step, groups, jobs, samples, tokens, pumped, failure)
-        return _with_texts(made, *texts.served(session.texts, plan, step, groups), counters)
+        return _with_texts(made, *texts.cached(session.texts, plan, step, groups), counters)
 
 
 def _samples(
@@ -245,17 +245,17 @@ def _told(
     engine_tokens: int,
     failure: str | None,
 ) -> Made:
-    """Exchange heads, the texts that serve again, and the samples that are to be shown. Collective."""
+    """Exchange heads, the texts that are used again, and the samples that are to be shown. Collective."""
     trajectories, counters = texts.learned(jobs, samples, session.world.rank)
     scoring = None if session.grading is None else session.grading.scoring
     counters = added(counters, scoring.take_counters() if scoring is not None else {})
     answers = {job.key: samples[i] for i, job in enumerate(jobs) if i in samples and job.key.kind == "answer"}
     counters = added(counters, *(sample.body.counters for sample in answers.values()))
     to_show = _to_show(session.config.logging.samples, groups, plan)
-    serves = {one.kind for one in plan.generations if one.serves > 1}
+    cached = {one.kind for one in plan.generations if one.refresh_every > 1}
     mine = _Told(
         heads=[one.head for one in trajectories],
-        kept=[(h.key, Text(b.token_ids, h.marks)) for h, b in trajectories if h.key.kind in serves],
+        kept=[(h.key, Text(b.token_ids, h.marks)) for h, b in trajectories if h.key.kind in cached],
         shown={key: _shown(answers[key]) for key in to_show if key in answers},
         counters=counters,
         tokens=tokens,

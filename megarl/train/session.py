@@ -41,8 +41,8 @@ from megarl.train.recorder import Recorder
 from megarl.train.replica_host import ReplicaHost
 from megarl.train.run_data import RunData
 from megarl.train.scoring import Grading
-from megarl.train.served_texts import ServedTexts
 from megarl.train.stops import Stops
+from megarl.train.text_cache import TextCache
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Session:
     clock: Clock
     progress: Progress
     counters: Counters
-    texts: ServedTexts
+    texts: TextCache
     feed: Feed
     carry: Carry
     stops: Stops
@@ -127,7 +127,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     if engine is not None and environment is not None:
         host = ReplicaHost(environment, tokenizer, engine, data.training.prompts[0])
     recorder.status("building the policy")
-    counters, texts, feed = Counters(), ServedTexts(), Feed(config.steps)
+    counters, texts, feed = Counters(), TextCache(), Feed(config.steps)
     trains = [one.name for one in implied.parameter_sets if one.trains]
     policy = Policy(config, shape, world, grid, step_budget=implied.updates, trains=trains)
     _load_weights(policy, config, implied.parameter_sets)

@@ -10,7 +10,7 @@ from megarl.data.tokenizer import Tokenizer, response_ids
 from megarl.records import SOLUTION, Body, Head, Key, Stretch, Trajectory
 from megarl.train.generation import Job
 from megarl.train.groups import added
-from megarl.train.served_texts import ServedTexts
+from megarl.train.text_cache import TextCache
 
 
 def learned(jobs: Sequence[Job], samples: dict[int, Trajectory], rank: int) -> tuple[list[Trajectory], dict[str, int]]:
@@ -52,14 +52,12 @@ def of_solutions(groups: Sequence[Group], tokenizer: Tokenizer, limit: int) -> t
     return found, {"solutions_cut": cut}
 
 
-def served(
-    texts: ServedTexts, plan: Plan, step: int, groups: Sequence[Group]
-) -> tuple[list[Trajectory], dict[str, int]]:
-    """Texts of earlier steps that serve the groups again, which every rank holds; then forget what serves no more."""
+def cached(texts: TextCache, plan: Plan, step: int, groups: Sequence[Group]) -> tuple[list[Trajectory], dict[str, int]]:
+    """Texts of earlier steps for the groups, which every rank holds; then forget what is too old for any later step."""
     found: list[Trajectory] = []
     counters: dict[str, int] = {}
     for generation in plan.generations:
-        if generation.serves == 1:
+        if generation.refresh_every == 1:
             continue
         for group in groups:
             again = texts.of(generation, group.prompt.index, step) or {}

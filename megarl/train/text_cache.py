@@ -1,4 +1,4 @@
-"""Texts to learn that serve again when their prompt returns; a state of the run."""
+"""Texts to learn that are used again when their prompt returns; a state of the run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from megarl.algorithms.plan import Generation, Text
 from megarl.records import Key
 
-#: A text that serves again, as JSON has it: its number, its marks, and its token ids.
+#: A text as JSON has it: its number, its marks, and its token ids.
 _Saved = tuple[int, dict[str, int], tuple[int, ...]]
 
 
-class ServedTexts:
+class TextCache:
     """Texts that later steps may use again, by kind and prompt; the same on all ranks, and saved with checkpoints."""
 
     def __init__(self) -> None:
@@ -20,9 +20,9 @@ class ServedTexts:
         self._entries: dict[str, tuple[int, tuple[_Saved, ...]]] = {}
 
     def of(self, generation: Generation, prompt: int, step: int) -> dict[int, Text] | None:
-        """What an earlier step made for a prompt, by number, where it serves in `step`."""
+        """What an earlier step made for a prompt, by number, where it is new enough for `step`."""
         made, texts = self._entries.get(_name(generation.kind, prompt), (step, ()))
-        if not made < step < made + generation.serves:
+        if not made < step < made + generation.refresh_every:
             return None
         return {number: Text(tuple(ids), marks) for number, marks, ids in texts}
 
@@ -36,8 +36,8 @@ class ServedTexts:
             self._entries[name] = (step, (*texts, (key.number, dict(text.marks), text.token_ids)))
 
     def forget(self, generation: Generation, step: int) -> None:
-        """Forget what serves in no step after `step`."""
-        old = [name for name, (made, _) in self._entries.items() if made + generation.serves <= step + 1]
+        """Forget what is too old for every step after `step`."""
+        old = [name for name, (made, _) in self._entries.items() if made + generation.refresh_every <= step + 1]
         for name in old:
             if name.startswith(_name(generation.kind, "")):
                 del self._entries[name]
