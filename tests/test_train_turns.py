@@ -101,7 +101,8 @@ def test_every_algorithm_takes_samples_of_several_turns_and_of_none(name: str) -
 def test_an_answer_without_a_token_is_not_rejected() -> None:
     group = made_by_turns().groups[0]
     failed, empty = group.answers[0], group.answers[2]
-    without = replace(group, heads=(replace(empty, key=failed.key), *group.heads[1:2], *group.heads[3:]))
+    answered = replace(group.heads[1], prompt_length=None)
+    without = replace(group, heads=(replace(empty, key=failed.key), answered, *group.heads[3:]))
     (credit,) = algorithm_of("exp_dpo", rejected="wrong").credit(1, [without])
     assert credit.left_out == "groups_without_pair"
     (credit,) = algorithm_of("exp_dpo", rejected="any").credit(1, [without])

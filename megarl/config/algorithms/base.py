@@ -144,8 +144,8 @@ class ExplanationSettings(Settings):
     )
     refresh_every: PositiveInt = Field(
         default=1,
-        description="A prompt's explanation is used again when the prompt returns within that many steps; 1: it is made "
-        "anew each time. Our choice.",
+        description="A prompt's explanation is used again when the prompt returns within that many steps; 1: it is "
+        "made anew each time. Our choice.",
     )
     measure_every: NonNegativeInt = Field(
         default=10,
