@@ -116,11 +116,11 @@ def in_world(processes: int, calls: dict[str, tuple[Any, ...]]) -> dict[str, lis
 
 def learn(made: Any, batches: list[Any], totals: list[Any]) -> list[Any]:
     """The updates of a step, as the loop makes them; what each pass has found."""
+    from megarl.algorithms.objective import first_pass_is_old
     from megarl.train import trust
-    from megarl.train.values import first_pass_is_old
 
     found, objectives = [], made.algorithm.objectives
-    current = first_pass_is_old(objectives, batches)
+    current = first_pass_is_old(objectives, len(batches))
     for batch, total in zip(batches, totals, strict=True):
         passes = made.policy.accumulate(batch, objectives, total, old_is_current=current)
         found.append(passes["policy"])
@@ -454,13 +454,13 @@ def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
 def too_long(world: Any) -> str:
     """Scenario: what ends a step whose text to learn is longer than any response; in the last scenario's session."""
     from megarl.algorithms.plan import Generation, Learned, Plan, Text
-    from megarl.errors import Refusal
+    from megarl.errors import TrainingStopped
     from megarl.train.rollouts import roll_out
 
     made = _SESSIONS[-1]
     text = Learned(Text((5,) * (made.config.rollout.max_tokens + 1)))
     long = Generation(1, "hint", graded=False, learn=lambda prompt, sample: text)
-    with pytest.raises(Refusal) as raised:
+    with pytest.raises(TrainingStopped) as raised:
         roll_out(made, Plan((long,)), 2)
     return str(raised.value)
 

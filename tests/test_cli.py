@@ -164,14 +164,21 @@ def test_evaluate_refuses_a_missing_checkpoint(tmp_path: Path) -> None:
 def test_own_algorithm_in_the_working_directory(tmp_path: Path) -> None:
     write_case(tmp_path)
     (tmp_path / "mine.py").write_text(
+        "from megarl.algorithms.sft import Sft\n"
         "from megarl.config.algorithms import AlgorithmSettings\n"
-        "class Best:\n"
+        "class Best(Sft):\n"
         "    class Settings(AlgorithmSettings):\n"
+        "        generates = False\n"
         "        factor: float = 2.0\n"
+        "class Other:\n"
+        "    Settings = Best.Settings\n"
     )
-    result = megarl(tmp_path, "check", "run.yaml", "algorithm=mine:Best")
+    result = megarl(tmp_path, "check", "run.yaml", "algorithm=mine:Best", "data.solution_column=answer")
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load(result.stdout)["algorithm"] == {"name": "mine:Best", "factor": 2.0}
+    # What no run can use is refused before one starts.
+    result = megarl(tmp_path, "check", "run.yaml", "algorithm=mine:Other", "data.solution_column=answer")
+    assert result.returncode == 2 and "must name a subclass of megarl.algorithms.base.Algorithm" in result.stderr
 
 
 def test_modules_in_the_working_directory_hide_no_others(tmp_path: Path) -> None:

@@ -181,6 +181,9 @@ def test_sets_of_one_name_have_one_checkpoint() -> None:
         "the parameter set 'teacher': must be one set of weights, and is algorithm.teacher.checkpoint=there as well as "
         "here. Fix: give them names of their own."
     )
+    # What is measured against would move.
+    with pytest.raises(Refusal, match="is the run's start as well as the run's start, which trains"):
+        united((MEASURED, ParameterSet(REFERENCE, trains=True)))
     with pytest.raises(Refusal, match="is the run's start as well as here"):
         united((MEASURED, ParameterSet(REFERENCE, "here")))
 
@@ -200,7 +203,7 @@ class Several(AlgorithmSettings):
 def test_a_name_stands_for_one_set_of_weights() -> None:
     broken = [str(one) for one in broken_setting_rules(run_of(Several()), model_shape_from_hf(MODEL))]
     assert [one for one in broken if one.startswith("the parameter set")] == [
-        "the parameter set 'policy': names the weights that train, and a name stands for one. "
+        "the parameter set 'policy': is the name of the policy's own weights, and a name stands for one. "
         "Fix: give it another name.",
         "the parameter set 'teacher': is kept by this run and served by another, and a name stands for one. "
         "Fix: give it another name.",

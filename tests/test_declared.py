@@ -24,7 +24,7 @@ from megarl.config.sections import RunSettings
 from megarl.config.servers import LogProbServerSettings
 from megarl.data.dataset import training_data
 from megarl.data.tokenizer import load_tokenizer
-from megarl.errors import Refusal
+from megarl.errors import Refusal, TrainingStopped
 from megarl.records import Prompt, Trajectory
 from megarl.train import admission
 from megarl.train.generation import jobs
@@ -216,7 +216,7 @@ def test_prompts_and_texts_of_its_own_fit_the_bounds() -> None:
 def test_a_later_prompt_is_refused_when_it_comes() -> None:
     generation = Generation(1, "hint", prompt=lambda prompt: prompt.token_ids * 30)
     groups = draw([FIRST, replace(FIRST, index=1), replace(FIRST, index=2, token_ids=(1,) * 2)])
-    with pytest.raises(Refusal, match="a prompt of 60 tokens of the kind 'hint'"):
+    with pytest.raises(TrainingStopped, match="a prompt of 60 tokens of the kind 'hint'"):
         jobs(CONFIG, Plan((generation,)), 1, groups, lambda one, group: False)
 
 

@@ -136,7 +136,7 @@ def reference_loss(s: GroupRelativeSettings, b: LossInputs):
         "rejected_share": s.rejection_bounds is not None,
         "reference_kl": s.kl_coefficient > 0,
     }
-    names = ["ratio_mean", "clip_share", "kl_old_k3", "entropy", *(name for name, on in switched.items() if on)]
+    names = ["ratio_mean", "clip_share", "kl_old_k3", *(name for name, on in switched.items() if on)]
     sums = dict.fromkeys(names, 0.0)
     for t in tokens:
         own = members[int(b.sequence_T[t])]
@@ -166,7 +166,6 @@ def reference_loss(s: GroupRelativeSettings, b: LossInputs):
             "ratio_mean": ratio,
             "clip_share": clipped,
             "kl_old_k3": math.exp(y) - 1 - y,
-            "entropy": entropy[t],
             "dual_clip_share": dual_clipped,
             "importance_weight_mean": trust,
             "importance_bound_share": bounded,

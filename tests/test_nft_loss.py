@@ -26,13 +26,13 @@ from megarl.ops.implicit_negative import implicit_negative
 
 def reference_loss(s: NftSettings, b: LossInputs, signals: dict[str, list[float]]):
     """Loss, its gradient in the log-probs and the logged sums, token by token with plain floats."""
-    lp, old, entropy = (getattr(b, name).tolist() for name in ("log_probs_T", "old_log_probs_T", "entropy_T"))
+    lp, old = (getattr(b, name).tolist() for name in ("log_probs_T", "old_log_probs_T"))
     tokens = [t for t, m in enumerate(b.mask_T.tolist()) if m == 1.0]
     members = {i: [t for t in tokens if b.sequence_T[t] == i] for i in range(b.num_sequences)}
     divisor = b.totals.tokens if s.aggregation == "token_mean" else b.num_sequences * s.aggregation_constant
     loss, gradient = 0.0, [0.0] * len(lp)
     sums = dict.fromkeys(
-        ("ratio_mean", "kl_old_k3", "entropy", "wrong_share", "implicit_negative_mean", "straight_through_share"), 0.0
+        ("ratio_mean", "kl_old_k3", "wrong_share", "implicit_negative_mean", "straight_through_share"), 0.0
     )
     for t in tokens:
         index = int(b.sequence_T[t])
@@ -50,7 +50,6 @@ def reference_loss(s: NftSettings, b: LossInputs, signals: dict[str, list[float]
         y = min(lp[t] - old[t], s.log_ratio_clamp)
         sums["ratio_mean"] += math.exp(d)
         sums["kl_old_k3"] += math.exp(y) - 1 - y
-        sums["entropy"] += entropy[t]
         if omega > 0:
             sums["wrong_share"] += 1 - reward
             sums["implicit_negative_mean"] += (1 - reward) * bounded
@@ -121,7 +120,6 @@ def test_worked_example():
         {
             "ratio_mean": 7.0,
             "kl_old_k3": 7.0 - 4.0 - math.log(0.5 * 1.5 * 3 * 2),
-            "entropy": 1.0,
             "wrong_share": 3.0,
             "implicit_negative_mean": 2.25,
             "straight_through_share": 1.0,

@@ -14,6 +14,7 @@ from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, Obje
 from megarl.config.parameter_sets import REFERENCE
 from megarl.parallel.vocab import token_log_probs, vocabulary_shard
 from megarl.policy.batch import Cut, lay_out
+from megarl.policy.losses import joined
 from megarl.records import Sequence, from_place
 
 #: (group, whether it is an explanation, tokens)
@@ -173,3 +174,9 @@ def test_a_row_is_bit_for_bit_what_it_is_where_all_have_its_temperature(entropy_
         for one, other in zip(mixed, run(temperature), strict=True):
             assert torch.equal(one[place::3], other[place::3])
     assert from_place(2, 5).tolist() == [2, 3, 4]
+
+
+def test_what_a_pass_says_of_itself_is_no_objectives_to_say() -> None:
+    assert joined({"entropy": 1.0}, {"ratio_mean": 2.0}) == {"entropy": 1.0, "ratio_mean": 2.0}
+    with pytest.raises(ValueError, match="an objective logs 'entropy', as the pass itself does: give"):
+        joined({"entropy": 1.0, "logprob_k3": 0.0}, {"entropy": 2.0})

@@ -14,8 +14,10 @@ from live_bytes import LiveBytes
 from test_plan_shards import MODELS
 
 from megarl.config.cluster import GIB, read_cluster
+from megarl.config.implied import Implied
 from megarl.config.load import load_config
 from megarl.config.model_shape import model_shape_from_hf, read_model_shape
+from megarl.config.parameter_sets import ParameterSet
 from megarl.config.schema import RunConfig
 from megarl.parallel.vocab import token_log_probs, vocabulary_shard
 from megarl.policy.batch import lay_out
@@ -117,6 +119,22 @@ def test_passes_without_gradient_stand_apart_where_they_are_needed() -> None:
     assert reference.of("weight set") == pytest.approx(reference.of("policy weights"), rel=1e-4)
     assert several.of("weight set") == 0
     assert plan("algorithm.kl_coefficient=0.01").host.used > plan().host.used
+
+
+def test_a_set_that_trains_beside_the_policy_is_there_in_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as the policy again: all of it where something trains, the weights beside a push."""
+    alone = plan()
+    monkeypatch.setattr(Implied, "parameter_sets", (ParameterSet("namer", trains=True),))
+    config = load_config(
+        CONFIGS / "grpo_qwen2.5_32b_16k.yaml",
+        [f"model.path={CONFIGS}/models/qwen2.5_32b", "parallel.processes=64"],
+    )
+    both = build_report(config, read_model_shape(config.model.path), read_cluster("h100"), 64)
+    found = {phase.phase: phase for phase in both.phases if phase.stage == 0}
+    states = ("policy weights", "gradients", "optimizer")
+    assert found["train"].of("set namer") == sum(found["train"].of(name) for name in states)
+    assert found["push"].of("set namer") == found["push"].of("policy weights") and found["rollout"].of("set namer") == 0
+    assert both.host.used == 2 * alone.host.used
 
 
 def test_work_of_an_update() -> None:

@@ -1,4 +1,4 @@
-"""What must not change the policy: the reference weight set, and updates whose numbers are not finite."""
+"""What must not change the policy: the reference, and updates whose numbers are not finite."""
 
 from __future__ import annotations
 

@@ -11,11 +11,18 @@ import parity
 import pytest
 from test_policy_state import SCHEDULE, made_batches
 
+from megarl.conversion import to_hf
+from megarl.conversion.ranks import Ranks
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 
 SET = "shadow"
 LAYOUT, OTHER = {"tensor": 2}, {"pipeline": 2}
+#: What else a set may be cut by, with the model that is.
+FURTHER: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2-moe", {"tensor": 2, "sequence": True, "expert": 2}),
+    ("qwen2-tied", {"context": 2, "pipeline": 2, "virtual_pipeline": 2}),
+]
 
 
 @dataclass
@@ -81,7 +88,9 @@ def scenario(world: Any, folder: Path) -> dict[str, Any]:
         alone.losses.append({"policy": found["policy"].loss})
         alone.norms.append({"policy": step["policy"].grad_norm})
         alone.weights.append({"policy": parity.exported(policy, folder / "hf")})
+    further = [of_layout(world, folder, model, parallel) for model, parallel in FURTHER]
     return {
+        "further": further,
         "made": made,
         "again": again,
         "alone": alone,
@@ -92,11 +101,26 @@ def scenario(world: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+def of_layout(world: Any, folder: Path, model: str, parallel: dict[str, Any]) -> Seen:
+    """An update of the policy alone, and one of both sets."""
+    config, (batch, *_), seen = (
+        parity.run_config(folder / model, parallel=parallel),
+        made_batches(1),
+        Seen([], [], [], []),
+    )
+    for names in (("policy",), ("policy", SET)):
+        with parity.policy_of(config, world, trains=(SET,)) as policy:
+            policy.keep(SET)
+            trains(policy, config, batch, names, folder, seen)
+    return seen
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sets")
-    parity.write_model(folder, "qwen2-tied")
-    return parity.run_world("test_policy_sets", "scenario", 4, folder)[0]
+    for model in {"qwen2-tied", *(model for model, _ in FURTHER)}:
+        parity.write_model(folder, model)
+    return {"folder": folder} | parity.run_world("test_policy_sets", "scenario", 4, folder)[0]
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
@@ -111,6 +135,16 @@ def test_sets_with_one_objective_stay_equal_to_the_bit(seen: dict[str, Any]):
     assert same(made.weights[0]["policy"], made.weights[0][SET])
     # A second set beside it changes nothing for the first.
     assert same(made.weights[0]["policy"], alone.weights[0]["policy"])
+
+
+@pytest.mark.parametrize("number", range(len(FURTHER)))
+def test_sets_stay_equal_however_they_are_cut(seen: dict[str, Any], number: int):
+    (alone, both) = (seen["further"][number].weights[place] for place in (0, 1))
+    numbers = seen["further"][number]
+    assert numbers.losses[1]["policy"] == numbers.losses[1][SET] == numbers.losses[0]["policy"]
+    assert numbers.norms[1]["policy"] == numbers.norms[1][SET] == numbers.norms[0]["policy"] > 0
+    assert same(both["policy"], both[SET]) and same(both["policy"], alone["policy"])
+    assert not same(alone[SET], alone["policy"])
 
 
 def test_a_step_moves_the_sets_that_it_names(seen: dict[str, Any]):
@@ -138,8 +172,12 @@ def test_all_sets_come_back_under_another_layout(seen: dict[str, Any]):
 
 def test_a_checkpoint_of_several_sets_gives_the_policys_weights_to_any_run(seen: dict[str, Any]):
     assert same(seen["loaded"], seen["made"].weights[1]["policy"])
+    out = seen["folder"] / "converted"
+    to_hf.convert(seen["folder"] / "saved" / "step_000002", out, Ranks(), hf_config=seen["folder"] / "qwen2-tied")
+    assert same(parity.read_checkpoint(out), seen["loaded"])
     (said,) = seen["said"]
     assert said.endswith(
-        "with the trained parameter sets shadow: must have those that the run trains beside the policy: none. Fix: "
-        "continue with the algorithm that saved it, or start a new run with model.weights set to it."
+        ", with the trained parameter sets shadow: must have the parameter sets that the run trains beside the policy, "
+        "and the run is one without trained parameter sets. Fix: continue with "
+        "the algorithm that saved it, or start a new run with model.weights set to it."
     )

@@ -499,6 +499,15 @@ def test_a_verdict_of_a_turn_that_a_bound_cut_the_sample_behind(tokenizers: dict
         scorer = Opinions()
         graded = graded_by(scorer, tokenizer, output, "4", settings_of(truncated=truncated), False)
         assert graded.reward == reward and not scorer.seen
+    # Of a sum the terms that look at what was cut keep what they gave, and nobody is asked again.
+    parts = [Part(settings_of(truncated="zero"), Away(), "a"), Part(settings_of(), Away(), "b", 2.0)]
+    scoring, prompt = Scoring(parts, (3 * LOW, 3 * HIGH)), Prompt(0, (1,), "question", "4")
+    counters = {"thinking_missing": 1}
+    verdict = Verdict(HIGH, counters, {"a": HIGH, "b": HIGH / 4})
+    cut = played(tokenizer, "a \\boxed{4}", reason="length", verdict=verdict, counters=counters)
+    (graded,) = grading_of(scoring, tokenizer, False).grade([prompt], [cut])
+    assert graded.reward == pytest.approx(LOW + HIGH / 2) and graded.terms == {"a": LOW, "b": HIGH / 4}
+    assert graded.counters == counters
 
 
 def test_a_sample_whose_environment_failed_gets_the_floor_though_it_has_no_token(

@@ -167,7 +167,7 @@ class Algorithm(ABC):
     #: Whether outputs are one thinking and a response each, whose border is marked as "thinking".
     splits_thinking: ClassVar[bool] = False
     objectives: tuple[Objective, ...]
-    """What is trained: the loss of a pass over the policy is the sum of theirs."""
+    """What is trained: of each parameter set that they train, a pass's loss is the sum of theirs."""
 
     @abstractmethod
     def __init__(self, settings: Any, context: AlgorithmContext) -> None:

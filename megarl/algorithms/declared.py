@@ -13,7 +13,7 @@ from megarl.algorithms.plan import Generation, Plan, Probe
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
-from megarl.errors import Refusal
+from megarl.errors import Refusal, TrainingStopped
 from megarl.records import Prompt
 
 
@@ -101,6 +101,12 @@ def of_text(kind: str, length: int, config: RunConfig) -> Iterator[Refusal]:
             f"must not be longer than rollout.max_tokens={config.rollout.max_tokens}, as no response is",
             "learn None in its place, or raise rollout.max_tokens",
         )
+
+
+def stop_at(refusals: Iterator[Refusal]) -> None:
+    """Raise `TrainingStopped` with the first: what a run has learned before is kept. All ranks must see the same."""
+    for refusal in refusals:
+        raise TrainingStopped(str(refusal))
 
 
 def _unmeasured(config: RunConfig, name: str, what: str) -> Iterator[Refusal]:

@@ -102,7 +102,7 @@ class Grpo(Algorithm):
         entropy_coefficient x entropy; all three are aggregated alike, and rejected tokens stay in the divisor, which
         is known before their ratios are. Logs per-token means of `ratio_mean` (the ratio in the objective),
         `clip_share` (tokens whose gradient the clip took away), `kl_old_k3` (k3 estimate of KL(old || current), from
-        the token ratios), `entropy`, and where their setting is on `dual_clip_share`, `importance_weight_mean`,
+        the token ratios), and where their setting is on `dual_clip_share`, `importance_weight_mean`,
         `importance_bound_share` (tokens whose weight a bound changed), `rejected_share` and `reference_kl` (the
         estimate of `kl_kind`).
         """
@@ -123,7 +123,6 @@ class Grpo(Algorithm):
             "ratio_mean": ratio_T,
             "clip_share": objective.clipped_T,
             "kl_old_k3": k3_from_log_ratio(log_ratio_T.clamp(-clamp, clamp)),
-            "entropy": entropy_T,
         }
         if settings.dual_clip is not None:
             logged_T["dual_clip_share"] = objective.dual_clipped_T

@@ -89,7 +89,7 @@ class Nft(Algorithm):
         """The objective on answers: NFT Eq. 10 with the settings' weights.
 
         Logs per-token means of `ratio_mean` (the ratio in the loss), `kl_old_k3` (k3 estimate of KL(old || current),
-        from the token ratios), `entropy`, and, where prompts without a weight count 0: `wrong_share` (1 - reward),
+        from the token ratios), and, where prompts without a weight count 0: `wrong_share` (1 - reward),
         `implicit_negative_mean` (1 - reward times the bounded ratio of the implicit negative policy; divided by
         wrong_share it is the mean over wrong answers) and `straight_through_share` (tokens of wrong answers where the
         bound epsilon acts).
@@ -112,7 +112,6 @@ class Nft(Algorithm):
         logged_T = {
             "ratio_mean": log_ratio_T.exp(),
             "kl_old_k3": k3_from_log_ratio(token_log_ratio_T.clamp(max=settings.log_ratio_clamp)),
-            "entropy": inputs.entropy_T,
         }
         negative_T = {
             "wrong_share": wrong_T,

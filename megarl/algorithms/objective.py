@@ -212,6 +212,13 @@ def sets_read(objectives: Sequence[Objective]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for one in objectives for name in one.under))
 
 
+def first_pass_is_old(objectives: Sequence[Objective], updates: int) -> bool:
+    """Whether the log-probs of a step's first pass are the old ones, those of the policy before its first update, and
+    need not be measured before it. Of whoever wrote the sequences: see `Objective.old`. A pass of another parameter set
+    never finds them."""
+    return not any(one.old and (updates > 1 or one.parameters != POLICY) for one in objectives)
+
+
 def counted_alone(inputs: LossInputs) -> LossInputs:
     """`inputs` with the counted tokens alone; the sequences keep their numbers.
 

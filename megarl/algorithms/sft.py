@@ -8,7 +8,7 @@ from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, T
 from megarl.algorithms.objective import LossInputs, LossTerms, Objective
 from megarl.algorithms.plan import Plan
 from megarl.config.algorithms import SftSettings
-from megarl.ops.masking import sum_counted, zero_masked
+from megarl.ops.masking import zero_masked
 from megarl.records import SOLUTION
 
 
@@ -30,8 +30,8 @@ class Sft(Algorithm):
         return [Credit(tuple(Trained(head, whole(head)) for head in group.of(SOLUTION))) for group in groups]
 
     def loss(self, inputs: LossInputs) -> LossTerms:
-        """The objective on all texts. Logs `entropy`, mean per token in nats."""
+        """The objective on all texts. Logs nothing: the loss says it."""
         counted_T = inputs.mask_T > 0
         weights_T = inputs.weights("token_mean", counted_T)
         loss = -(weights_T * zero_masked(counted_T, inputs.log_probs_T)).sum()
-        return LossTerms(loss, {"entropy": (sum_counted(counted_T, inputs.entropy_T), inputs.totals.tokens)})
+        return LossTerms(loss)

@@ -88,7 +88,7 @@ class Implied:
 
     @property
     def parameter_sets(self) -> tuple[ParameterSet, ...]:
-        """The frozen weights that are kept beside those that train: each once, whoever asks for it."""
+        """The weights that are kept or trained beside the policy's own: each set once, whoever asks for it."""
         return united(self._wanted_sets())
 
     def _wanted_sets(self) -> Iterator[ParameterSet]:

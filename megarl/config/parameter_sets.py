@@ -39,9 +39,9 @@ class ParameterSet:
     @property
     def weights(self) -> str:
         """Whose weights they are, in words."""
-        if self.checkpoint is None:
-            return "the run's start"
-        return f"{self.setting}={self.checkpoint}" if self.setting else self.checkpoint
+        start = "the run's start" if self.checkpoint is None else self.checkpoint
+        named = f"{self.setting}={start}" if self.setting and self.checkpoint else start
+        return f"{named}, which trains" if self.trains else named
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def united(sets: Iterable[ParameterSet]) -> tuple[ParameterSet, ...]:
     found: dict[str, ParameterSet] = {}
     for one in sets:
         other = found.get(one.name, one)
-        if other.checkpoint != one.checkpoint:
+        if (other.checkpoint, other.trains) != (one.checkpoint, one.trains):
             raise Refusal(
                 f"the parameter set {one.name!r}",
                 f"must be one set of weights, and is {other.weights} as well as {one.weights}",
@@ -73,6 +73,5 @@ def united(sets: Iterable[ParameterSet]) -> tuple[ParameterSet, ...]:
             one,
             generates=one.generates or other.generates,
             measures=one.measures or other.measures,
-            trains=one.trains or other.trains,
         )
     return tuple(found.values())

@@ -235,7 +235,9 @@ def _parameter_sets(config: RunConfig) -> Iterator[Refusal]:
     implied = Implied(config)
     kept, served = ({one.name for one in sets} for sets in (implied.parameter_sets, implied.served_sets))
     for name in sorted((kept | served) & {POLICY} | kept & served):
-        rule = "names the weights that train" if name == POLICY else "is kept by this run and served by another"
+        rule = (
+            "is the name of the policy's own weights" if name == POLICY else "is kept by this run and served by another"
+        )
         yield Refusal(f"the parameter set {name!r}", f"{rule}, and a name stands for one", "give it another name")
     for one in implied.served_sets:
         if config.rollout.temperature != 1:

@@ -240,7 +240,9 @@ class CheckpointSettings(Settings):
         default=0, description="Beside these, keep the checkpoints of every that many steps for good; 0: none."
     )
     optimizer: bool = Field(
-        default=True, description="Save the optimizer's state too; without it a run cannot be resumed."
+        default=True,
+        description="Save the optimizer's state too, and sets that train beside the policy; without it a run cannot be "
+        "resumed.",
     )
     export_hf: bool = Field(
         default=False, description="At the end also write the weights as a Hugging Face checkpoint (hf/)."

@@ -47,7 +47,7 @@ def save(
     final = root / f"step_{step:06d}"
     found = {name: digests.digest(trained.optimizer) for name, trained in policy.trained.items()}
     for name, trained in policy.trained.items():
-        trained.movement.check(found[name], final.name)
+        trained.movement.check(found[name], final.name, _of(name))
     partial = root / f"{final.name}.partial"
     if policy.world.is_first:
         # A save that was killed has taken room.
@@ -102,7 +102,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
         policy.weights_changed()
         return progress
     found = {name: _load_trained(trained, _of_set(state, name)) for name, trained in policy.trained.items()}
-    _check_state(directory, progress, _facts(found, optimizer=True))
+    _check_state(directory, progress, found)
     for name, trained in policy.trained.items():
         trained.movement.begin_from(found[name], directory.name)
     return progress
@@ -117,11 +117,11 @@ def _load_trained(trained: TrainedSet, state: dict[str, Any]) -> digests.Digest:
 
 
 def _facts(found: Mapping[str, digests.Digest], *, optimizer: bool) -> dict[str, Any]:
-    """The digests as progress.json has them: the policy's own, and under "sets" those of the sets beside it."""
-    by_set = {
-        name: {"weights": digest.weights} | ({"moments": digest.moments} if optimizer else {})
-        for name, digest in found.items()
-    }
+    """The digests as progress.json has them: the policy's own, and under "sets" those of the sets beside it, which are
+    saved with the optimizers alone."""
+    if not optimizer:
+        return {"weights": found[POLICY].weights}
+    by_set = {name: digest._asdict() for name, digest in found.items()}
     return by_set.pop(POLICY) | ({"sets": by_set} if by_set else {})
 
 
@@ -129,14 +129,20 @@ def _check_sets(policy: Policy, directory: Path, progress: Mapping[str, Any]) ->
     saved, wanted = set(progress.get("sets", {})), policy.trained.keys() - {POLICY}
     if saved != wanted:
         raise Refusal(
-            f"{directory} with the trained parameter sets {_listed(saved)}",
-            f"must have those that the run trains beside the policy: {_listed(wanted)}",
+            f"{directory}, {_with(saved)}",
+            f"must have the parameter sets that the run trains beside the policy, and the run is one {_with(wanted)}",
             "continue with the algorithm that saved it, or start a new run with model.weights set to it",
         )
 
 
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+def _with(names: Collection[str]) -> str:
+    """Which sets there are, in words."""
+    return f"with the trained parameter sets {', '.join(sorted(names))}" if names else "without trained parameter sets"
+
+
+def _of(name: str) -> str:
+    """Whose weights or moments, as the end of a phrase; nothing where they are the policy's own."""
+    return "" if name == POLICY else f" of the parameter set {name}"
 
 
 def _read_whole(directory: Path) -> dict[str, Any]:
@@ -156,14 +162,16 @@ def _check_bytes(directory: Path, progress: dict[str, Any], world: World) -> Non
             raise checkpoint_folder.Damaged(directory, damage)
 
 
-def _check_state(directory: Path, progress: dict[str, Any], found: Mapping[str, Any]) -> None:
-    for name, got in found.items():
-        if progress[name] != got:
-            raise Refusal(
-                f"{directory} with {name} {progress[name]}",
-                f"must give the optimizer the {name} that were saved, and gave it {got}",
-                "continue with the versions of megatron-core and megarl that saved it",
-            )
+def _check_state(directory: Path, progress: dict[str, Any], found: Mapping[str, digests.Digest]) -> None:
+    for name, digest in found.items():
+        saved = progress if name == POLICY else progress["sets"][name]
+        for kind, got in digest._asdict().items():
+            if saved[kind] != got:
+                raise Refusal(
+                    f"{directory} with {kind} {saved[kind]}{_of(name)}",
+                    f"must give the optimizer the {kind} that were saved, and gave it {got}",
+                    "continue with the versions of megatron-core and megarl that saved it",
+                )
 
 
 @contextmanager

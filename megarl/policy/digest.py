@@ -79,19 +79,20 @@ class Movement:
         self._stepped |= grad_norm > 0
         self._updates += grad_norm > 0 and lr > 0 and lr >= _LEAST_RATE * self._peak
 
-    def check(self, found: Digest, name: str) -> None:
-        """Raise `TrainingStopped` where a save under `name` would hold what no update has reached."""
+    def check(self, found: Digest, name: str, of: str = "") -> None:
+        """Raise `TrainingStopped` where a save under `name` would hold what no update has reached. `of`: " of the
+        parameter set NAME", where it is not the policy's own."""
         if self._updates and found.weights == self._before:
             raise TrainingStopped(
-                f"{name} was not saved: its weights are bit for bit those of {self._since}, after {self._updates} "
+                f"{name} was not saved: its weights{of} are bit for bit those of {self._since}, after {self._updates} "
                 "update(s) that should have moved them; what was saved before is kept. Fix: raise optimizer.lr where "
                 "it is too small for fp32 weights to move, else check that the installed megatron-core is the one that "
                 "megarl names (megarl doctor)"
             )
         if self._stepped and not any(moment != _NONE for moment in found.moments.values()):
             raise TrainingStopped(
-                f"{name} was not saved: all of Adam's moments are zero after updates with a gradient, so a run that "
-                "resumes from it would begin anew; what was saved before is kept. Fix: check that the installed "
+                f"{name} was not saved: all of Adam's moments{of} are zero after updates with a gradient, so a run "
+                "that resumes from it would begin anew; what was saved before is kept. Fix: check that the installed "
                 "megatron-core is the one that megarl names (megarl doctor)"
             )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from megarl.parallel.exchange import gather_all
 from megarl.policy.batch import MicroBatch
 from megarl.policy.passes import Work
 from megarl.records import Sequence
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,7 @@ class LossStage:
         return terms.loss
 
     def _log(self, terms: LossTerms, batch: MicroBatch, gap: torch.Tensor, entropy: torch.Tensor) -> None:
-        means, made = dict(terms.means), self.facts.made
+        means, made = dict[str, tuple[torch.Tensor, float]](), self.facts.made
         if self.facts.compared:
             own_T, count = self._tokens_of(batch, self.facts.compared)
             gap = torch.where(own_T, gap, 0.0)
@@ -140,7 +144,7 @@ class LossStage:
             self.gap_max = float(np.maximum(self.gap_max, float(gap.abs().max())))
         own_T, count = self._tokens_of(batch, made or frozenset(batch.kinds).union(self.totals.by_kind))
         means["entropy"] = torch.where(own_T, entropy, 0.0).sum(), count
-        for name, (value, of) in means.items():
+        for name, (value, of) in joined(means, terms.means).items():
             if of:
                 self.shares[name] = self.shares.get(name, 0.0) + float(value.detach()) / of
 
@@ -163,6 +167,17 @@ class LossStage:
             real_tokens=sum(part[4].real_tokens for part in present),
             computed_tokens=sum(part[4].computed_tokens for part in present),
         )
+
+
+def joined(own: Mapping[str, Value], logged: Mapping[str, Value]) -> dict[str, Value]:
+    """What a pass says of itself and what its objectives log.
+
+    Raises:
+        ValueError: both have one name.
+    """
+    for name in own.keys() & logged.keys():
+        raise ValueError(f"an objective logs {name!r}, as the pass itself does: give the objective's another name")
+    return {**own, **logged}
 
 
 def _filled(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -164,6 +164,9 @@ class Policy:
         totals: BatchTotals,
         old_is_current: bool,
     ) -> Pass:
+        if name != POLICY:
+            # The policy's own pass goes through all, as its numbers are those of the step.
+            sequences = [one for one in sequences if any(objective.trains(one.kind) for objective in objectives)]
         last = self.grid.is_last_stage
         facts = look_over(sequences, objectives, old_is_current=old_is_current, last_stage=last)
         stage = LossStage(objectives, totals, facts, old_is_current=old_is_current)

@@ -22,7 +22,7 @@ from megarl.errors import PhaseError
 from megarl.parallel.bootstrap import World
 from megarl.policy.batch import MicroBatch
 from megarl.policy.digest import Movement
-from megarl.policy.losses import LossStage, Pass
+from megarl.policy.losses import LossStage, Pass, joined
 from megarl.policy.megatron_config import optimizer_config, transformer_config
 from megarl.policy.model import build_model, wrap_data_parallel
 from megarl.policy.passes import Passes
@@ -91,7 +91,8 @@ class TrainedSet:
         work = self.passes.run(sequences, stage, forward_only=False, by_group=by_group)
         found = stage.gather(work, reports=self.passes.grid.reports)
         if self.passes.experts is not None:
-            found = replace(found, means=found.means | self.passes.experts.report(work.micro_batches))
+            routed = self.passes.experts.report(work.micro_batches)
+            found = replace(found, means=joined(routed, found.means))
         self._losses.append(found.loss)
         return found
 

@@ -12,6 +12,7 @@ from megarl.config.grid import grid_of_rank
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
 from megarl.policy.forward import check_rotary_on_gpu
 from megarl.rehearsal import engine
 from megarl.rehearsal.changes import Change, changes_for
@@ -120,11 +121,19 @@ def _verdict(run: Run, phases: tuple[PhaseMemory, ...], short: PhaseMemory | Non
     )
 
 
+def _is_broken(change: Change, run: Run) -> bool:
+    """Whether a run with the change would break a rule."""
+    try:
+        return any(rules.broken_setting_rules(change.config, run.shape, change.world))
+    except Refusal:
+        return True
+
+
 def _advice(run: Run, short: PhaseMemory, world: int) -> str:
     """The setting most worth changing: the first with which all fits, else the one that brings the phase nearest."""
     nearest: tuple[int, Change] | None = None
     for change in changes_for(run.config, run.shape, short.phase, world):
-        if any(rules.broken_setting_rules(change.config, run.shape, change.world)):
+        if _is_broken(change, run):
             continue
         trial = _run(change.config, run.shape, run.cluster, change.world)
         shards = shards_of(change.config, run.shape, change.world)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megarl.algorithms.base import Algorithm
+from megarl.algorithms.objective import first_pass_is_old
 from megarl.config.cluster import Cluster
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
@@ -64,8 +65,7 @@ def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
     found: list[PhaseMemory] = []
     for shard in shards:
         amounts = {"train": _train(run, shard)}
-        old = any(objective.old for objective in run.algorithm.objectives)
-        if _is_measured(run) or (old and run.config.batch.updates > 1):
+        if _is_measured(run) or not first_pass_is_old(run.algorithm.objectives, run.config.batch.updates):
             amounts["log-probs"] = _log_probs(run, shard)
         if run.engine is not None:
             amounts |= {"push": _push(run, run.engine, shard), "rollout": _rollout(run, run.engine)}
@@ -168,6 +168,9 @@ def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> i
 def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
     yield Amount("policy weights", weights(shard), True)
+    for one in run.implied.parameter_sets:
+        if one.trains:
+            yield Amount(f"set {one.name}", weights(shard), True)
     if any(one.generates and not one.trains for one in run.implied.parameter_sets):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("engine weights", engine.weights, True)

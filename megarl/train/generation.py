@@ -9,6 +9,7 @@ from itertools import groupby
 from megarl.algorithms import declared
 from megarl.algorithms.base import Group
 from megarl.algorithms.plan import Generation, Plan, Responder
+from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
 from megarl.parallel.cpu_platform import has_cuda
@@ -42,8 +43,8 @@ def jobs(
 ) -> tuple[list[Job], dict[str, int]]:
     """What is to be generated for `groups`, kind by kind, and what is counted of what is not.
 
-    Nothing for a prompt whose texts of an earlier step are used again. Raises `Refusal` for a prompt of the algorithm's
-    own that there is no room for.
+    Nothing for a prompt whose texts of an earlier step are used again. Raises `TrainingStopped` for a prompt of the
+    algorithm's own that there is no room for.
     """
     made: list[Job] = []
     counters: dict[str, int] = {}
@@ -55,8 +56,8 @@ def jobs(
             if isinstance(ids, str):
                 counters = added(counters, {ids: 1})
                 continue
-            for refusal in declared.of_prompt(generation, ids, config) if generation.prompt is not None else ():
-                raise refusal
+            if generation.prompt is not None:
+                declared.stop_at(declared.of_prompt(generation, ids, config))
             for number in range(generation.count):
                 key = Key(group.prompt.index, group.draw, number, generation.kind)
                 seed = _seed(config, step, key, generation) if _seeded(config, generation.weights) else None
@@ -158,7 +159,7 @@ def sampling_of(config: RunConfig, step: int, batch: int, weights: str = POLICY)
         top_p=settings.top_p,
         top_k=settings.top_k,
         stop_token_ids=settings.stop_token_ids,
-        seed=batch_seed(config.seed, _occasion(step, weights), batch),
+        seed=batch_seed(config.seed, _occasion(config, step, weights), batch),
     )
 
 
@@ -265,7 +266,7 @@ def _together(made: list[Completion], known: Sequence[Request], entries: Entries
 
 def _seed(config: RunConfig, step: int, key: Key, generation: Generation) -> int:
     """The seed of a sample."""
-    occasion = _occasion(step, generation.weights)
+    occasion = _occasion(config, step, generation.weights)
     return sample_seed(config.seed, occasion, key.prompt, key.nth(generation.count), key.kind)
 
 
@@ -274,13 +275,17 @@ def _response_seed(seed: int | None, number: int) -> int | None:
 
 
 def _seeded(config: RunConfig, weights: str) -> bool:
-    """Whether the engine's requests have seeds of their own."""
     seeded = config.rollout.seeded
-    if weights != POLICY:
+    if _stays(config, weights):
         return True
     return not has_cuda() if seeded is None else seeded
 
 
-def _occasion(step: int, weights: str) -> int:
-    """What stands for the step in seeds: what other weights than the policy's write to a prompt is always the same."""
-    return step if weights == POLICY else 0
+def _occasion(config: RunConfig, step: int, weights: str) -> int:
+    """What stands for the step in seeds: what weights that stay write to a prompt is always the same."""
+    return 0 if _stays(config, weights) else step
+
+
+def _stays(config: RunConfig, weights: str) -> bool:
+    """Whether a parameter set is the same in every step."""
+    return weights != POLICY and not any(one.name == weights and one.trains for one in Implied(config).parameter_sets)

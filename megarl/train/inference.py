@@ -71,7 +71,7 @@ class Inference:
             return
         with self._clock.phase("push"):
             self._let_sleep(self.engine)
-            if weights == POLICY:
+            if weights in self._policy.trained:
                 self._policy.onload_weights()
             self._fill(self.engine, weights)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megarl.algorithms.objective import first_pass_is_old
 from megarl.train import divergence, gauges, trust
 from megarl.train.evaluation import evaluate_now
 from megarl.train.measure import StepRecord
@@ -15,7 +16,7 @@ from megarl.train.rollouts import roll_out
 from megarl.train.saving import save_checkpoint
 from megarl.train.selection import trainable
 from megarl.train.session import Session
-from megarl.train.values import add_log_probs, first_pass_is_old
+from megarl.train.values import add_log_probs
 
 
 def run_steps(session: Session) -> None:
@@ -54,7 +55,7 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     record.count(add_log_probs(session, batches))
     trust.check_before(session, step, batches)
     objectives = session.algorithm.objectives
-    current = first_pass_is_old(objectives, batches)
+    current = first_pass_is_old(objectives, len(batches))
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
             passes = session.policy.accumulate(batch, objectives, total, old_is_current=current)

@@ -29,23 +29,23 @@ class _Found(NamedTuple):
 def probed(session: Session, rollouts: Rollouts, step: int) -> Rollouts:
     """The same rollouts, their kept groups' heads with the numbers that the algorithm's probes find. Collective.
 
-    A group is dropped where a server gives no log-probs of one of its samples. Raises on all ranks `Refusal` where a
-    probe wants what the settings do not declare or finds more numbers than it may, and as `served.measure`.
+    A group is dropped where a server gives no log-probs of one of its samples. Raises on all ranks `TrainingStopped`
+    where a probe wants what the settings do not declare or finds more numbers than it may, and as `served.measure`.
     """
     probes = session.algorithm.probes(step)
-    for refusal in declared.of_probes(probes, session.config):
-        raise refusal
+    declared.stop_at(declared.of_probes(probes, session.config))
     for probe in probes:
         with session.clock.phase("probes"):
             found, counters = _measured(session, rollouts, probe)
             told = gather_all(found)
         beyond = max(one.beyond for one in told)
         if beyond:
-            raise Refusal(
+            too_many = Refusal(
                 f"probe {probe.name!r} with {beyond} numbers of one sample",
                 f"must find {probe.most} at most, since every rank gets them",
                 "reduce the log-probs further, or set Probe.most to what credit needs",
             )
+            declared.stop_at(iter((too_many,)))
         numbers = {key: values for one in told for key, values in one.numbers.items()}
         rollouts = rollouts._replace(kept=rollouts.kept.measured(probe, numbers, counters))
     return rollouts

@@ -23,7 +23,6 @@ class ReplicaHost:
     """
 
     def __init__(self, settings: EnvironmentSettings, tokenizer: Tokenizer, engine: Engine, trial: Prompt) -> None:
-        self.settings = settings
         self._grade: Grade | None = None
         self.host: Host | None = build(settings, tokenizer, trial, self._verdicts) if engine.speaks else None
         self.stop_token_ids: tuple[int, ...] = engine.told(self.host.stop_token_ids if self.host is not None else ())

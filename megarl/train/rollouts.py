@@ -33,13 +33,11 @@ from megarl.train.session import Session, unfinished_directory
 def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
     """The step's groups, saved where that is asked for; the engine is awake while they are generated. Collective.
 
-    Where the rewards cannot be found any more, all ranks raise `TrainingStopped` with the policy's memory back; where
-    the run was asked to stop and the step would not end in time, `StopAsked`. Raises `EngineChanged` on all ranks where
-    an engine's weights have changed since the push, and `Refusal` where the plan or a text goes beyond what the
-    settings declare.
+    Where the rewards cannot be found any more, or the plan or a text goes beyond what the settings declare, all ranks
+    raise `TrainingStopped` with the policy's memory back; where the run was asked to stop and the step would not end in
+    time, `StopAsked`. Raises `EngineChanged` on all ranks where an engine's weights have changed since the push.
     """
-    for refusal in declared.of_plan(plan, session.config):
-        raise refusal
+    declared.stop_at(declared.of_plan(plan, session.config))
     if not plan.generations:
         return make_rollouts(session, plan, step)
     with trust.discarding(session, step), session.inference.awake(plan.generations[0].weights):
@@ -279,8 +277,7 @@ def _told(
         )
     made_texts = {one.kind for one in plan.generations if one.learn is not None}
     for head in (head for one in told for head in one.heads if head.key.kind in made_texts):
-        for refusal in declared.of_text(head.key.kind, head.length, session.config):
-            raise refusal
+        declared.stop_at(declared.of_text(head.key.kind, head.length, session.config))
     for key, text in sorted((pair for one in told for pair in one.kept), key=lambda pair: pair[0]):
         session.texts.keep(step, key, text)
     shown = {key: sample for one in told for key, sample in one.shown.items()}

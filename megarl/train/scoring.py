@@ -12,6 +12,7 @@ from typing import NamedTuple
 from megarl.config.rewards import ScoreSettings
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
+from megarl.environments.base import Verdict
 from megarl.records import FinishReason, Prompt
 from megarl.rewards.grader import GradingItem
 from megarl.rewards.scorer import Part, Scoring
@@ -90,13 +91,9 @@ class Grading:
 
     def _settled(self, output: Output) -> bool:
         """Whether there is nothing to grade in an output: its environment has failed, has said its reward, or was told
-        a verdict, which is the reward unless the sample was cut behind it and that matters."""
+        a verdict."""
         played = output.played
-        if played is None:
-            return False
-        matters = any(part.settings.truncated == "zero" for part in self.scoring.parts)
-        cut = played.finish_reason == "length" and matters
-        return played.failure is not None or played.reward is not None or (played.verdict is not None and not cut)
+        return played is not None and not (played.failure is played.reward is played.verdict is None)
 
     def _known(self, output: Output) -> Graded:
         """An output with the reward that its environment gave, within the run's bounds, or was told; the least where it
@@ -106,16 +103,26 @@ class Grading:
         graded = Graded(self._tokenizer.decode(output.completion.token_ids), low)
         if played.failure is not None:
             return graded
+        cut = played.finish_reason == "length"
         if played.reward is None:
             assert played.verdict is not None
-            graded.reward, graded.terms = played.verdict.reward, dict(played.verdict.terms)
-        elif played.finish_reason == "length" and self.scoring.of_truncated is not None:
+            graded.reward, graded.terms = self._of_verdict(played.verdict, cut=cut)
+        elif cut and self.scoring.of_truncated is not None:
             graded.reward = self.scoring.of_truncated
         else:
             graded.reward = min(max(played.reward, low), high)
             if graded.reward != played.reward:
                 graded.count("environment_reward_bounded")
         return graded
+
+    def _of_verdict(self, verdict: Verdict, *, cut: bool) -> tuple[float | None, dict[str, float | None]]:
+        """The reward, and that of each term, of a sample whose last turn was given the verdict. Where the sample was
+        `cut`, behind that turn or in it, the parts that give such a sample their least have it."""
+        lowest = {part.name: part.settings.low for part in self.scoring.parts if part.settings.truncated == "zero"}
+        if not (cut and lowest):
+            return verdict.reward, dict(verdict.terms)
+        given = [lowest.get(part.name, verdict.terms.get(part.name or "")) for part in self.scoring.parts]
+        return self.scoring.total(given), dict(zip(self.scoring.terms, given, strict=False))
 
     def _grade_part(self, part: Part, prompts: Sequence[Prompt], outputs: Sequence[Output]) -> list[Graded]:
         """Rewards of outputs by one part of the reward.

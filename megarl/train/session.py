@@ -15,7 +15,7 @@ import torch
 from megarl import algorithms
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.config.implied import Implied
-from megarl.config.model_shape import read_model_shape
+from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.parameter_sets import ParameterSet
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import SKIPPED_SHARE, LoadedPrompts
@@ -101,23 +101,11 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     if implied.marks_thinking:
         thinking_end.require_token()
     recorder = Recorder(config, world.is_first, show=world.is_first)
-    for key, loaded in (("data", data.training), ("evaluation", data.held_out)):
-        if loaded is not None and loaded.skipped_share > SKIPPED_SHARE:
-            recorder.status(f"warning: {key}: {loaded.sentence()}")
+    _warn_of_skipped(data, recorder)
     served = _served_sets(implied, tokenizer, recorder, world, grid)
-    engine = None
-    if implied.has_engine:
-        recorder.status("building the inference engine")
-        engine = Engine(
-            config,
-            shape,
-            eos_token_ids=eos,
-            rank=world.rank,
-            world_size=world.size,
-            record_routing=implied.records_routing,
-        )
+    engine = _engine(config, shape, implied, eos, recorder, world) if implied.has_engine else None
+    if engine is not None:
         engine.stop = lambda: stops.too_late
-        engine.sleep()
     grading = functools.partial(
         Grading, tokenizer=tokenizer, thinking_end=thinking_end, splits_thinking=algorithm.splits_thinking
     )
@@ -155,6 +143,29 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         stops=stops,
         served=served,
     )
+
+
+def _engine(
+    config: RunConfig, shape: ModelShape, implied: Implied, eos: tuple[int, ...], recorder: Recorder, world: World
+) -> Engine:
+    """The engine, asleep."""
+    recorder.status("building the inference engine")
+    engine = Engine(
+        config,
+        shape,
+        eos_token_ids=eos,
+        rank=world.rank,
+        world_size=world.size,
+        record_routing=implied.records_routing,
+    )
+    engine.sleep()
+    return engine
+
+
+def _warn_of_skipped(data: RunData, recorder: Recorder) -> None:
+    for key, loaded in (("data", data.training), ("evaluation", data.held_out)):
+        if loaded is not None and loaded.skipped_share > SKIPPED_SHARE:
+            recorder.status(f"warning: {key}: {loaded.sentence()}")
 
 
 def _served_sets(

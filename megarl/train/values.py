@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
 
-from megarl.algorithms.objective import Objective, sets_read
+from megarl.algorithms.objective import Objective, first_pass_is_old, sets_read
 from megarl.config.parameter_sets import POLICY
 from megarl.records import Sequence
 from megarl.train import served
@@ -33,7 +33,7 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, 
     counters: dict[str, int] = {}
     objectives = session.algorithm.objectives
     sequences = [sequence for batch in batches for sequence in batch]
-    if not first_pass_is_old(objectives, batches):
+    if not first_pass_is_old(objectives, len(batches)):
         own = [s for s in sequences if any(one.old and one.trains(s.kind) for one in objectives)]
         for sequence, values in zip(own, log_probs_under(session, own, POLICY).values, strict=False):
             sequence.old_log_probs = values
@@ -58,10 +58,3 @@ def _take_out(batches: list[list[Sequence]], lacking: list[Sequence], objectives
     taken = {id(one) for one in lacking}
     for batch in batches:
         batch[:] = [one for one in batch if id(one) not in taken and one.group not in groups]
-
-
-def first_pass_is_old(objectives: Sequences[Objective], batches: list[list[Sequence]]) -> bool:
-    """Whether the log-probs of the step's first pass are the old ones, those of the policy before its first update, and
-    need not be measured before it. Of whoever wrote the sequences: see `Objective.old`. A pass of another parameter set
-    never finds them."""
-    return not any(one.old and (len(batches) > 1 or one.parameters != POLICY) for one in objectives)

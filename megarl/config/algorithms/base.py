@@ -47,7 +47,7 @@ class AlgorithmSettings(Settings):
         return run.rollout.group_size * self.generates + self.learns_solutions
 
     def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
-        """The frozen weights that the algorithm uses beside the policy's, none by default."""
+        """The weights that the algorithm keeps or trains beside the policy's own, none by default."""
         return ()
 
     def served_sets(self, run: RunSettings) -> tuple[ServedSet, ...]:

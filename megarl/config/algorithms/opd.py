@@ -44,7 +44,7 @@ class OpdSettings(AlgorithmSettings):
         description="Bound on the magnitude of a token's log p_teacher - log p_policy; none by default. Our choice.",
     )
     clip_low: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="Lower clip range of the ratio to the policy that sampled; none: no clip."
+        default=None, description="Lower clip range of the ratio to the policy before the step; none: no clip."
     )
     clip_high: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="Upper clip range; none: no clip."
