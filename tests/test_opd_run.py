@@ -208,8 +208,8 @@ def test_a_probe_under_a_served_set_asks_the_server(ranks: list[dict[str, Any]])
         counted = {"groups_dropped": lost, "groups_unmeasured": lost, "teacher_error": lost}
         assert rank["seen"] == counted | {"teacher_requests": 24 + len(wanted)}
         assert rank["refused"] == (
-            "TrainingStopped: probe 'opinion' with 2 numbers of one sample: must find 1 at most, since every rank gets them. "
-            "Fix: reduce the log-probs further, or set Probe.most to what credit needs."
+            "TrainingStopped: probe 'opinion' with 2 numbers of one sample: must find 1 at most, since every rank gets "
+            "them. Fix: reduce the log-probs further, or set Probe.most to what credit needs."
         )
 
 
