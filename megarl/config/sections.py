@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from megarl.config.adapters import AdapterSettings
 from megarl.config.base import PathText, Settings
 from megarl.config.data import DataSettings, DataSource, Sourced
 from megarl.config.environments import EnvironmentSettings
@@ -305,6 +306,11 @@ class RunSettings(Settings):
         default="bf16", description="Type of weights and activations; the optimizer keeps fp32."
     )
     model: ModelSettings
+    parameters: Literal["policy", "adapter"] = Field(
+        default="policy",
+        description="What is trained: all of the policy's weights, or an adapter (LoRA) alone beside frozen ones.",
+    )
+    adapter: AdapterSettings = AdapterSettings()
     parallel: ParallelSettings = ParallelSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     moe: MoeSettings = MoeSettings()

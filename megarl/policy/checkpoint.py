@@ -261,6 +261,6 @@ def _key(key: str, name: str) -> str:
 
 
 def _models(trained: TrainedSet) -> dict[str, Any]:
-    """A set's model chunks on this rank by Megatron's keys: model, or model0, model1, ..."""
-    chunks: list[Any] = trained.chunks
-    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
+    """What trains on this rank by Megatron's keys: model, or of several chunks model0, model1, ..."""
+    parts = trained.network.trained
+    return {"model": parts[0]} if len(parts) == 1 else {f"model{i}": part for i, part in enumerate(parts)}

@@ -175,9 +175,12 @@ def _defer_head(
 
 
 def wrap_data_parallel(
-    config: RunConfig, megatron_config: TransformerConfig, chunks: Sequence[GPTModel]
+    config: RunConfig, megatron_config: TransformerConfig, modules: Sequence[torch.nn.Module]
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers and reductions over the data-parallel group, sharded for the distributed optimizer."""
+    """Gradient buffers and reductions over the data-parallel group, sharded for the distributed optimizer.
+
+    `modules`: a rank's model chunks, or what trains beside them.
+    """
     fields: dict[str, Any] = {
         "use_distributed_optimizer": True,
         "grad_reduce_in_fp32": True,
@@ -185,8 +188,8 @@ def wrap_data_parallel(
     }
     ddp = DistributedDataParallelConfig(**(fields | fields_of(DistributedDataParallelConfig, config.megatron)))
     wrapped: list[Any] = [
-        DistributedDataParallel(config=megatron_config, ddp_config=ddp, module=chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
+        DistributedDataParallel(config=megatron_config, ddp_config=ddp, module=module, disable_bucketing=number > 0)
+        for number, module in enumerate(modules)
     ]
     for one in wrapped:
         for buffer in (*one.buffers, *one.expert_parallel_buffers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from megarl.parallel.bootstrap import World
 from megarl.parallel.context import whole_sequences
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
+from megarl.policy.adapter import Adapter
 from megarl.policy.batch import Cut, MicroBatch, lay_out
 from megarl.policy.experts import Experts
 from megarl.policy.forward import ForwardArguments
@@ -52,7 +54,8 @@ class Consumer(Protocol):
 class Passes:
     """Runs a model's chunks, this rank's, over sequences under one parallel layout.
 
-    `wrapped` are the chunks with their gradient buffers.
+    `wrapped` are the chunks with their gradient buffers, or where they have none the chunks themselves; `adapter` is
+    what changes their weights.
     """
 
     def __init__(
@@ -64,9 +67,10 @@ class Passes:
         grid: Grid,
         chunks: list[GPTModel],
         wrapped: Sequences[Any],
+        adapter: Adapter | None = None,
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
-        self.chunks, self._wrapped = chunks, wrapped
+        self.chunks, self._wrapped, self._adapter = chunks, wrapped, adapter
         sequence_parallel = grid.tensor if megatron_config.sequence_parallel else 1
         self.cut = Cut(grid.context, grid.context_rank, sequence_parallel)
         self.forward_arguments = ForwardArguments(megatron_config, shape, chunks)
@@ -146,16 +150,17 @@ class Passes:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
         tied, head = self.shape.tied_embeddings, self.chunks[-1]
-        weight: Any = head.shared_embedding_or_output_weight() if tied else head.output_layer.weight
-        log_probs, entropy = token_log_probs(
-            rows,
-            weight,
-            batch.targets,
-            self._vocabulary_shard(weight),
-            temperature=batch.temperature,
-            chunk=self.config.batch.logprob_chunk,
-            entropy_gradient=entropy_gradient,
-        )
+        with nullcontext() if self._adapter is None else self._adapter.head():
+            weight: Any = head.shared_embedding_or_output_weight() if tied else head.output_layer.weight
+            log_probs, entropy = token_log_probs(
+                rows,
+                weight,
+                batch.targets,
+                self._vocabulary_shard(weight),
+                temperature=batch.temperature,
+                chunk=self.config.batch.logprob_chunk,
+                entropy_gradient=entropy_gradient,
+            )
         if self.grid.context == 1:
             return log_probs, entropy
         group: Any = parallel_state.get_context_parallel_group()

@@ -25,6 +25,7 @@ from megarl.errors import MegarlError
 from megarl.parallel.bootstrap import World
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.losses import LossStage, Pass, look_over
+from megarl.policy.network import Network
 from megarl.policy.passes import Passes
 from megarl.policy.trained_set import StepResult, TrainedSet
 from megarl.records import Sequence
@@ -51,27 +52,44 @@ class Policy:
         if has_cuda():
             for refusal in gpu_rules.of_policy(config):
                 raise refusal
-        self.trained = {name: TrainedSet(config, shape, world, grid, step_budget) for name in (POLICY, *trains)}
+        self.trained = {
+            name: TrainedSet(config, Network(config, shape, world, grid), step_budget) for name in (POLICY, *trains)
+        }
+        self._by_name = dict(self.network.named_parameters())
         self._kept: dict[str, list[torch.Tensor]] = {}
 
     @property
-    def chunks(self) -> list[GPTModel]:
+    def network(self) -> Network:
         """The model of the policy's own weights, this rank's shard."""
-        return self.trained[POLICY].chunks
+        return self.trained[POLICY].network
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """That model's chunks."""
+        return self.network.chunks
 
     @property
     def passes(self) -> Passes:
         """What runs that model."""
-        return self.trained[POLICY].passes
+        return self.network.passes
 
     @property
     def params_dtype(self) -> torch.dtype:
         """What the weights are kept in."""
-        return self.trained[POLICY].megatron_config.params_dtype
+        return self.network.megatron_config.params_dtype
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's shard of the policy's own weights, or of those that it is `using`; see `TrainedSet`."""
-        return self.trained[POLICY].named_parameters()
+        """This rank's shard of the policy's own weights without an adapter, or of those that it is `using`; see
+        `Network`."""
+        return self.network.named_parameters()
+
+    def weight(self, name: str) -> torch.Tensor:
+        """One of these weights as the policy computes with it: where it has an adapter, merged."""
+        adapter = self.network.adapter
+        if adapter is None or name not in adapter.merged:
+            return self._by_name[name].detach()
+        with torch.no_grad():
+            return adapter.merged[name]()
 
     def weights_changed(self) -> None:
         """Tell the policy's optimizer that its weights were written from outside (its fp32 copies follow)."""
@@ -81,7 +99,7 @@ class Policy:
 
     def keep(self, name: str) -> None:
         """Give the set `name` the policy's present weights: a copy in host memory, or where it trains, its start."""
-        weights = [parameter.detach() for _, parameter in self.named_parameters()]
+        weights = [parameter.detach() for parameter in self.network.parameters()]
         if name in self.trained:
             self.trained[name].copy(weights)
         else:
@@ -94,7 +112,7 @@ class Policy:
             yield
             return
         weights = self._weights_of(name)
-        parameters = [parameter for _, parameter in self.named_parameters()]
+        parameters = self.network.parameters()
         # Only the pointers change hands: the optimizer's buffers, of which parameters are views, stay as they are.
         own = [parameter.data for parameter in parameters]
         try:
@@ -107,7 +125,7 @@ class Policy:
 
     def _weights_of(self, name: str) -> list[torch.Tensor]:
         if name in self.trained:
-            return [parameter.data for _, parameter in self.trained[name].named_parameters()]
+            return [parameter.data for parameter in self.trained[name].network.parameters()]
         if name not in self._kept:
             known = ", ".join([*self.trained, *self._kept])
             raise MegarlError(f"there is no parameter set named {name!r}; there are {known}")

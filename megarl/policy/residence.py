@@ -5,7 +5,7 @@ On the CPU there is one memory, and nothing moves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,15 @@ from megarl.parallel.cpu_platform import has_cuda
 
 
 class Residence:
-    """Moves a policy's optimizer state, gradients and weights out of and back into device memory."""
+    """Moves a policy's optimizer state, gradients and weights out of and back into device memory.
 
-    def __init__(self, chunks: Sequence[Any], optimizer: Any) -> None:
-        self._chunks, self._optimizer = chunks, optimizer
+    `chunks` have gradient buffers, and their weights in Megatron's; `frozen` are modules without.
+    """
+
+    def __init__(self, chunks: Sequence[Any], optimizer: Any, frozen: Sequence[torch.nn.Module] = ()) -> None:
+        self._chunks, self._optimizer, self._frozen = chunks, optimizer, frozen
+        # Of parameters that stay as they are one copy in host memory serves for good.
+        self._in_host: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._optimizer_away = False
         self._weights_away = False
 
@@ -46,6 +51,10 @@ class Residence:
         if has_cuda():
             for buffer in self._buffers():
                 buffer.offload_to_cpu(move_params=True, move_grads=False)
+            for parameter in self._frozen_parameters():
+                if parameter not in self._in_host:
+                    self._in_host[parameter] = parameter.data.cpu().pin_memory()
+                parameter.data = self._in_host[parameter]
             torch.cuda.empty_cache()
 
     def onload_weights(self) -> None:
@@ -53,7 +62,14 @@ class Residence:
         if has_cuda() and self._weights_away:
             for buffer in self._buffers():
                 buffer.reload_from_cpu(move_params=True, move_grads=False)
+            for parameter in self._frozen_parameters():
+                parameter.data = parameter.data.cuda()
         self._weights_away = False
+
+    def forget(self) -> None:
+        """The frozen weights were written: what host memory has of them is no copy any more."""
+        if not self._weights_away:
+            self._in_host.clear()
 
     def onload(self) -> None:
         """Bring everything back."""
@@ -63,6 +79,10 @@ class Residence:
                 chunk.restore_grad_buffers()
             self._optimizer.restore_from_cpu()
         self._optimizer_away = False
+
+    def _frozen_parameters(self) -> Iterator[torch.nn.Parameter]:
+        for module in self._frozen:
+            yield from module.parameters()
 
     def _buffers(self) -> list[Any]:
         return [buffer for chunk in self._chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]

@@ -1,4 +1,4 @@
-"""A parameter set that trains: its model, gradient buffers, optimizer, schedule, and where its memory is."""
+"""A parameter set that trains: its weights, gradient buffers, optimizer, schedule, and where its memory is."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl import records
-from megarl.config.grid import Grid, chunks_of_stage
-from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import PhaseError
-from megarl.parallel.bootstrap import World
 from megarl.policy.batch import MicroBatch
 from megarl.policy.digest import Movement
 from megarl.policy.losses import LossStage, Pass, joined
-from megarl.policy.megatron_config import optimizer_config, transformer_config
-from megarl.policy.model import build_model, wrap_data_parallel
-from megarl.policy.passes import Passes
+from megarl.policy.megatron_config import optimizer_config
+from megarl.policy.network import Network
 from megarl.policy.residence import Residence
-from megarl.reshard.weight_map import chunk_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +35,34 @@ class StepResult:
 
 
 class TrainedSet:
-    """This rank's shard of a model, its chunks, and what trains them.
+    """What trains of a network, its chunks or their adapter, and what trains it.
 
     Gradients of any number of passes add up in its buffers until the step that applies them. `step_budget` is the
     number of steps in the whole run; learning-rate decay spans it.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, world: World, grid: Grid, step_budget: int) -> None:
-        # Each has a record of its own: Megatron keeps in it how this optimizer scales losses.
-        self.megatron_config: Any = transformer_config(config, shape)
-        stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
-        self.chunks = build_model(self.megatron_config, shape, stages)
-        self.wrapped: Any = wrap_data_parallel(config, self.megatron_config, self.chunks)
-        self.passes = Passes(config, self.megatron_config, shape, world, grid, self.chunks, self.wrapped)
+    def __init__(self, config: RunConfig, network: Network, step_budget: int) -> None:
+        self.network, self.passes = network, network.passes
+        self.wrapped: Any = network.wrapped
         self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
-        self.megatron_config.grad_scale_func = self.optimizer.scale_loss
+        network.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(config, self.optimizer, step_budget)
         self.movement = Movement(self.optimizer, config.optimizer.lr)
         self.skipped_in_a_row = 0
-        self._residence = Residence(self.wrapped, self.optimizer)
+        frozen = () if network.adapter is None else network.chunks
+        self._residence = Residence(self.wrapped, self.optimizer, frozen)
         self._clip = config.optimizer.clip_grad
         self._losses: list[float] = []
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's shard, in the names of `megatron_tensors`: Megatron's, with a prefix where chunks are several."""
-        for number, chunk in enumerate(self.chunks):
-            prefix = chunk_prefix(number, len(self.chunks))
-            yield from ((prefix + name, parameter) for name, parameter in chunk.named_parameters())
+        """This rank's shard of what trains: see `Network.trained_parameters`."""
+        return self.network.trained_parameters()
 
     def measure(self, sequences: Sequence[records.Sequence]) -> list[np.ndarray]:
         """Log-probs of each sequence's trained tokens, float32 (T,) each; of nothing but on the last pipeline stage."""
         self._residence.require_ready("compute log-probs")
         collect = _Collect(sequences)
-        for chunk in self.chunks:
+        for chunk in self.network.chunks:
             chunk.eval()
         with torch.no_grad():
             self.passes.run(sequences, collect, forward_only=True)
@@ -86,6 +76,8 @@ class TrainedSet:
             if not self._losses:
                 wrapped.zero_grad_buffer()
             wrapped.train()
+        for chunk in self.network.chunks:
+            chunk.train()
         if not self._losses:
             self.optimizer.zero_grad()
         work = self.passes.run(sequences, stage, forward_only=False, by_group=by_group)
@@ -113,8 +105,7 @@ class TrainedSet:
         self._residence.require_ready("update the policy")
         finite = all(math.isfinite(loss) for loss in self._losses)
         self._losses.clear()
-        # Losses are divided already: no token count.
-        finalize_model_grads(self.wrapped, None)
+        self._sum_gradients()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -130,15 +121,27 @@ class TrainedSet:
         self.scheduler.step(increment=1)
         return StepResult(grad_norm, lr, skipped=False)
 
+    def _sum_gradients(self) -> None:
+        adapter = self.network.adapter
+        if adapter is None:
+            # Losses are divided already: no token count.
+            finalize_model_grads(self.wrapped, None)
+            return
+        # Copies first: what comes back from the data-parallel ranks is each one's share.
+        adapter.sum_copies()
+        for wrapped in self.wrapped:
+            wrapped.finish_grad_sync()
+
     def weights_changed(self) -> None:
         """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
         self.optimizer.reload_model_params()
         self.movement.forget()
+        self._residence.forget()
 
     def copy(self, weights: Sequence[torch.Tensor]) -> None:
-        """Take other weights, those of all parameters in their order."""
+        """Take other weights, those of all of the network's parameters in their order."""
         with torch.no_grad():
-            for (_, parameter), values in zip(self.named_parameters(), weights, strict=True):
+            for parameter, values in zip(self.network.parameters(), weights, strict=True):
                 parameter.copy_(values)
         self.weights_changed()
 

@@ -132,6 +132,30 @@ def megatron_tensors(
     `vocab_multiple`: see `padded_vocab_size`. Raises `Refusal` where heads, key-value heads, ffn or layers do not
     divide.
     """
+    chunks = len(chunks_of_stage(shape.num_layers, parallel, grid.pipeline_rank))
+    tensors: dict[str, LocalTensor] = {}
+    for one in megatron_rows(shape, parallel, grid, vocab_multiple):
+        name = chunk_prefix(one.chunk, chunks) + one.name
+        tensors[name] = _local_tensor(one.row, name, shape, one.cut, one.layer, one.expert)
+    return tensors
+
+
+class PlacedRow(NamedTuple):
+    """A row of the table as a parameter of one of Megatron's ranks: its name within the model chunk of that number,
+    how it is cut, and its layer and expert, counted over the whole model."""
+
+    chunk: int
+    name: str
+    row: Row
+    cut: Cut
+    layer: int
+    expert: int
+
+
+def megatron_rows(
+    shape: ModelShape, parallel: ParallelSettings, grid: Grid, vocab_multiple: int = 128
+) -> Iterator[PlacedRow]:
+    """Every parameter of the rank at `grid`, in the order of the forward pass; see `megatron_tensors`."""
     tensor = grid.tensor
     for refusal in splits.policy_refusals(shape, parallel):
         raise refusal
@@ -139,18 +163,14 @@ def megatron_tensors(
     cut = Cut(tensor, grid.tensor_rank, vocabulary, megatron_qkv)
     expert_cut = Cut(grid.expert_tensor, grid.expert_tensor_rank, vocabulary, megatron_qkv)
     experts = shape.num_experts // grid.expert
-    chunks = chunks_of_stage(shape.num_layers, parallel, grid.pipeline_rank)
-    tensors: dict[str, LocalTensor] = {}
-    for number, chunk in enumerate(chunks):
-        prefix = chunk_prefix(number, len(chunks))
+    for number, chunk in enumerate(chunks_of_stage(shape.num_layers, parallel, grid.pipeline_rank)):
         stages = {"first": chunk.first, "layer": True, "last": chunk.last}
         present = [row for row in rows_of(shape, pipelined=grid.pipeline > 1) if stages[row.stage]]
         for rows, layer in forward_order(present, chunk.layers, shape):
             for row, local in with_experts(rows, experts):
-                name = prefix + row.megatron.format(layer=layer - chunk.layers.start, expert=local)
+                name = row.megatron.format(layer=layer - chunk.layers.start, expert=local)
                 own_cut, expert = (expert_cut, grid.expert_rank * experts + local) if row.experts else (cut, 0)
-                tensors[name] = _local_tensor(row, name, shape, own_cut, layer, expert)
-    return tensors
+                yield PlacedRow(number, name, row, own_cut, layer, expert)
 
 
 @dataclass(frozen=True, slots=True)

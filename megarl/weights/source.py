@@ -28,11 +28,11 @@ class WeightSource(Protocol):
 
 
 class PolicyWeights:
-    """The policy's weights as they are, under whichever set it computes with."""
+    """The weights that the policy computes with, under whichever set: with an adapter they are merged."""
 
     def __init__(self, policy: Policy) -> None:
-        self._parameters = dict(policy.named_parameters())
+        self._policy = policy
 
     def __getitem__(self, name: str, /) -> torch.Tensor:
-        """The parameter itself, no copy."""
-        return self._parameters[name].detach()
+        """The parameter itself, no copy, or where it has an adapter what the two are together."""
+        return self._policy.weight(name)

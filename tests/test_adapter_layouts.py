@@ -1,0 +1,304 @@
+"""An adapter trained alone beside a frozen base: PEFT's on transformers in one process, and alike under every layout.
+
+PEFT computes with the base's output and the adapter's added, and never merges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parity
+import pytest
+import torch
+from test_policy_parity import TEMPERATURES, UPDATES, token_losses
+
+SP = {"tensor": 2, "sequence": True}
+FULL = {"recompute": {"kind": "full"}}
+#: An adapter's gradient is smaller than a model's.
+OPTIMIZER = parity.OPTIMIZER | {"clip_grad": 0.02}
+ADAPTER = {"rank": 4, "alpha": 6.0}
+SCALE = ADAPTER["alpha"] / ADAPTER["rank"]
+WITH_HEAD = ("all-linear", "lm_head")
+SOME = ("q_proj", "v_proj", "down_proj")
+#: By model: the layers with an adapter.
+TARGETS = {
+    "qwen2-tied": ("all-linear",),
+    "qwen3-untied": WITH_HEAD,
+    "qwen3-tied": SOME,
+    "qwen3-moe": WITH_HEAD,
+    "qwen2-moe": ("all-linear",),
+}
+DENSE = ("qwen2-tied", "qwen3-untied", "qwen3-tied")
+#: By number of processes: layouts, each with its models. The key-value head of qwen3-tied is one for two ranks; the
+#: last rank of qwen3-untied's output layer has padding.
+LAYOUTS: dict[int, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
+    1: [({}, tuple(TARGETS)), (FULL, ("qwen2-tied",))],
+    2: [
+        ({"tensor": 2}, DENSE),
+        (SP, ("qwen3-untied", "qwen2-moe")),
+        ({"pipeline": 2}, ("qwen2-tied", "qwen3-moe")),
+        ({"pipeline": 2, "virtual_pipeline": 2}, ("qwen3-untied",)),
+        ({"context": 2}, ("qwen2-tied",)),
+        ({"expert": 2}, ("qwen3-moe", "qwen2-moe")),
+        ({"expert_tensor": 2}, ("qwen3-moe",)),
+        (SP | {"expert": 2, "expert_tensor": 1}, ("qwen3-moe",)),
+    ],
+    4: [({"tensor": 2}, ("qwen2-tied", "qwen3-tied")), ({"expert": 2, "expert_tensor": 2}, ("qwen3-moe",))],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    processes: int
+    layout: int
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        settings = LAYOUTS[self.processes][self.layout][0]
+        parallel = {key: value for key, value in settings.items() if key != "recompute"}
+        return {"parallel": parallel, "recompute": settings.get("recompute", {})}
+
+    @property
+    def name(self) -> str:
+        sizes = [f"{key}={value}" for key, value in LAYOUTS[self.processes][self.layout][0].items()]
+        return " ".join([self.model, f"{self.processes} processes", *sizes])
+
+
+CASES = [
+    Case(model, processes, number)
+    for processes, layouts in LAYOUTS.items()
+    for number, (_, models) in enumerate(layouts)
+    for model in models
+]
+
+
+def config_of(path: Path, model: str, **sections: Any) -> Any:
+    adapter = ADAPTER | {"targets": TARGETS[model]}
+    return parity.run_config(path, parameters="adapter", adapter=adapter, optimizer=OPTIMIZER, **sections)
+
+
+def start(name: str, factor: str, sizes: tuple[int, int]) -> np.ndarray:
+    """A whole factor to begin from: B is not zero, so that every factor has a gradient at once."""
+    random = np.random.default_rng(list(f"{name}.{factor}".encode()))
+    return random.normal(scale=0.05, size=sizes).astype(np.float32)
+
+
+def begin(policy: Any) -> None:
+    """Give each factor its part of `start`."""
+    with torch.no_grad():
+        for one in policy.network.adapter.all_factors():
+            place, rank = one.place, ADAPTER["rank"]
+            one.lora_A.copy_(torch.from_numpy(start(place.name, "A", (rank, place.inputs)))[:, slice(*place.columns)])
+            held = torch.from_numpy(start(place.name, "B", (place.outputs, rank)))[slice(*place.rows)]
+            one.lora_B[: len(held)] = held
+    policy.weights_changed()
+
+
+@dataclass
+class Outcome:
+    """What one rank found; `factors`: its parts with the places of their rows and columns."""
+
+    log_probs: dict[int, np.ndarray]
+    losses: list[float]
+    norms: list[float]
+    factors: dict[str, tuple[Any, np.ndarray, np.ndarray]]
+    weights: dict[str, np.ndarray] | None
+    frozen: bool
+    elements: tuple[int, int]
+
+
+def measure(world: Any, folder: Path, cases: list[Case], batches: dict[str, list]) -> dict[Case, Outcome]:
+    """Log-probs, and three updates, of every case in turn. A scenario of `run_world`."""
+    return {case: measure_case(world, folder, case, batches[case.model]) for case in cases}
+
+
+def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome:
+    config = config_of(folder / case.model, case.model, **case.sections)
+    with parity.policy_of(config, world) as policy:
+        begin(policy)
+        base = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+        mine = parity.share(batches[0], policy.grid)
+        log_probs = policy.measure([batches[0][i] for i in mine])
+        results = [parity.update(policy, parity.grpo(config), batch) for batch in batches]
+        network = policy.network
+        return Outcome(
+            log_probs={} if log_probs is None else dict(zip(mine, log_probs, strict=True)),
+            losses=[r.loss for r in results],
+            norms=[r.grad_norm for r in results],
+            factors={
+                one.place.name: (one.place, one.lora_A.detach().numpy().copy(), one.lora_B.detach().numpy().copy())
+                for one in network.adapter.all_factors()
+            },
+            weights=parity.exported(policy, folder / "hf"),
+            frozen=all(torch.equal(base[name], one) and one.grad is None for name, one in policy.named_parameters()),
+            elements=(
+                sum(b.numel for w in network.wrapped for b in (*w.buffers, *w.expert_parallel_buffers)),
+                sum(one.numel() for one in network.adapter.parameters()),
+            ),
+        )
+
+
+@dataclass
+class Reference:
+    log_probs: list[np.ndarray]
+    losses: list[float]
+    norms: list[float]
+    factors: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def made_batches(path: Path) -> list:
+    model = parity.transformers_model(path)
+    plain = [parity.mini_batch(seed, temperatures=TEMPERATURES) for seed in range(UPDATES)]
+    with torch.no_grad():
+        values = [[parity.token_values(model, s)[0].numpy() for s in batch] for batch in plain]
+    return [parity.with_old_log_probs(b, v, seed) for seed, (b, v) in enumerate(zip(plain, values, strict=True))]
+
+
+def train_by_peft(path: Path, name: str, batches: list) -> Reference:
+    """Three updates by PEFT on transformers, autograd and AdamW."""
+    import peft
+
+    base = parity.transformers_model(path)
+    leaves = sorted({m.rpartition(".")[2] for m, one in base.named_modules() if isinstance(one, torch.nn.Linear)})
+    wanted = set(TARGETS[name]) & set(leaves)
+    targets = [*wanted] if "all-linear" not in TARGETS[name] else [*wanted, *(x for x in leaves if x != "lm_head")]
+    settings = peft.LoraConfig(r=ADAPTER["rank"], lora_alpha=ADAPTER["alpha"], target_modules=targets)
+    model = peft.get_peft_model(base, settings)
+    trained: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for full, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer, _, factor = (
+                full.removeprefix("base_model.model.").removesuffix(".default.weight").rpartition(".lora_")
+            )
+            trained.setdefault(layer, {})[factor] = parameter
+            parameter.data.copy_(torch.from_numpy(start(layer, factor, tuple(parameter.shape))))
+    parameters = [one for both in trained.values() for one in both.values()]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=OPTIMIZER["lr"],
+        betas=OPTIMIZER["betas"],
+        eps=OPTIMIZER["epsilon"],
+        weight_decay=OPTIMIZER["weight_decay"],
+    )
+    with torch.no_grad():
+        log_probs = [parity.token_values(model, s)[0].numpy() for s in batches[0]]
+    losses, norms = [], []
+    for batch in batches:
+        optimizer.zero_grad()
+        values = [parity.token_values(model, s) for s in batch]
+        total = torch.stack([token_losses(*v, s).sum() for v, s in zip(values, batch, strict=True)]).sum()
+        (total / sum(s.trained for s in batch)).backward()
+        losses.append(float(total.detach()) / sum(s.trained for s in batch))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZER["clip_grad"])))
+        optimizer.step()
+    factors = {layer: (both["A"].detach().numpy(), both["B"].detach().numpy()) for layer, both in trained.items()}
+    return Reference(log_probs, losses, norms, factors)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for model in TARGETS:
+        parity.write_model(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batches(folder: Path) -> dict[str, list]:
+    return {model: made_batches(folder / model) for model in TARGETS}
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, batches: dict[str, list]) -> dict[Case, list[Outcome]]:
+    """Every case's outcomes by rank; one world of processes serves all cases of its size."""
+    found: dict[Case, list[Outcome]] = {}
+    for processes in LAYOUTS:
+        cases = [case for case in CASES if case.processes == processes]
+        ranks = parity.run_world("test_adapter_layouts", "measure", processes, folder, cases, batches)
+        found |= {case: [rank[case] for rank in ranks] for case in cases}
+    return found
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path, batches: dict[str, list], outcomes: dict[Case, list[Outcome]]) -> dict[str, Reference]:
+    """PEFT's answers for dense models; for mixtures those of one process without a layout."""
+    found = {name: train_by_peft(folder / name, name, batches[name]) for name in DENSE}
+    for name in TARGETS.keys() - set(DENSE):
+        (alone,) = outcomes[Case(name, 1, 0)]
+        found[name] = Reference(
+            [alone.log_probs[i] for i in range(len(batches[name][0]))],
+            alone.losses,
+            alone.norms,
+            whole_factors([alone]),
+        )
+    return found
+
+
+def whole_factors(ranks: list[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every layer's A and B, put together of the ranks' parts; parts that several ranks have must agree bitwise."""
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for rank in ranks:
+        for name, (place, a, b) in rank.factors.items():
+            empty = (ADAPTER["rank"], place.inputs), (place.outputs, ADAPTER["rank"])
+            whole_a, whole_b = found.setdefault(name, tuple(np.full(size, np.nan, np.float32) for size in empty))
+            rows = slice(place.rows[0], min(place.rows[1], place.outputs))
+            assert not b[rows.stop - rows.start :].any()
+            for whole, own, part in ((whole_a, a, np.s_[:, slice(*place.columns)]), (whole_b, b, np.s_[rows, :])):
+                own = own[: rows.stop - rows.start] if whole is whole_b else own
+                assert np.isnan(whole[part]).all() or np.array_equal(whole[part], own), name
+                whole[part] = own
+    assert not any(np.isnan(one).any() for both in found.values() for one in both)
+    return found
+
+
+def by_case(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+@by_case(CASES)
+def test_an_adapter_trains_as_pefts_does(case: Case, outcomes: dict, references: dict):
+    """Log-probs, losses and gradient norms, and every factor after three updates, by size and by what they changed."""
+    ranks, reference = outcomes[case], references[case.model]
+    seen = {index: values for rank in ranks for index, values in rank.log_probs.items()}
+    for index, expected in enumerate(reference.log_probs):
+        np.testing.assert_allclose(seen[index], expected, rtol=0, atol=1e-5)
+    scale = max(map(abs, reference.losses))
+    for rank in ranks:
+        assert rank.losses == pytest.approx(reference.losses, rel=0, abs=1e-5 * scale)
+        assert rank.norms == pytest.approx(reference.norms, rel=1e-5)
+        assert rank.frozen
+    assert all(norm > OPTIMIZER["clip_grad"] for norm in reference.norms), reference.norms
+    found = whole_factors(ranks)
+    assert found.keys() == reference.factors.keys()
+    for name, both in reference.factors.items():
+        for factor, ours, theirs in zip("AB", found[name], both, strict=True):
+            change = np.linalg.norm(theirs - start(name, factor, theirs.shape))
+            assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max(), f"{name}.{factor}"
+            assert 0 < np.linalg.norm(ours - theirs) + 1e-12 < 1e-4 * change, f"{name}.{factor}"
+
+
+@by_case(CASES)
+def test_an_export_has_the_merged_weights(case: Case, folder: Path, outcomes: dict):
+    """Where an adapter is the base's weight and the product; elsewhere the base's bits."""
+    base, factors = parity.read_checkpoint(folder / case.model), whole_factors(outcomes[case])
+    weights = outcomes[case][0].weights
+    assert weights.keys() == base.keys()
+    for name, held in weights.items():
+        adapter = factors.get(name.removesuffix(".weight"))
+        if adapter is None:
+            assert np.array_equal(held, base[name]), name
+        else:
+            a, b = adapter
+            np.testing.assert_allclose(held, base[name] + SCALE * (b @ a), rtol=0, atol=1e-6, err_msg=name)
+
+
+@by_case([case for case in CASES if case.processes == 1])
+def test_a_frozen_base_has_no_gradients_and_no_optimizer(case: Case, outcomes: dict):
+    (alone,) = outcomes[case]
+    in_buffers, in_adapter = alone.elements
+    # Megatron pads every parameter to 64 elements, and every bucket.
+    assert in_adapter <= in_buffers <= in_adapter + 64 * 2 * len(alone.factors) + 256
