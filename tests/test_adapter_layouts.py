@@ -15,10 +15,15 @@ import pytest
 import torch
 from test_policy_parity import TEMPERATURES, UPDATES, token_losses
 
+from megarl.config.adapters import AdapterSettings
+from megarl.conversion.to_hf import open_parameters
+from megarl.errors import Refusal
+from megarl.formats import checkpoint_folder
+
 SP = {"tensor": 2, "sequence": True}
 FULL = {"recompute": {"kind": "full"}}
 #: An adapter's gradient is smaller than a model's.
-OPTIMIZER = parity.OPTIMIZER | {"clip_grad": 0.02}
+OPTIMIZER: dict[str, Any] = parity.OPTIMIZER | {"clip_grad": 0.02}
 ADAPTER = {"rank": 4, "alpha": 6.0}
 SCALE = ADAPTER["alpha"] / ADAPTER["rank"]
 WITH_HEAD = ("all-linear", "lm_head")
@@ -81,7 +86,7 @@ def config_of(path: Path, model: str, **sections: Any) -> Any:
     return parity.run_config(path, parameters="adapter", adapter=adapter, optimizer=OPTIMIZER, **sections)
 
 
-def start(name: str, factor: str, sizes: tuple[int, int]) -> np.ndarray:
+def start(name: str, factor: str, sizes: tuple[int, ...]) -> np.ndarray:
     """A whole factor to begin from: B is not zero, so that every factor has a gradient at once."""
     random = np.random.default_rng(list(f"{name}.{factor}".encode()))
     return random.normal(scale=0.05, size=sizes).astype(np.float32)
@@ -111,9 +116,12 @@ class Outcome:
     elements: tuple[int, int]
 
 
-def measure(world: Any, folder: Path, cases: list[Case], batches: dict[str, list]) -> dict[Case, Outcome]:
-    """Log-probs, and three updates, of every case in turn. A scenario of `run_world`."""
-    return {case: measure_case(world, folder, case, batches[case.model]) for case in cases}
+def measure(
+    world: Any, folder: Path, cases: list[Case], batches: dict[str, list]
+) -> tuple[dict[Case, Outcome], Continued | None]:
+    """Log-probs, and three updates, of every case in turn; two ranks save and load too. A scenario of `run_world`."""
+    found = {case: measure_case(world, folder, case, batches[case.model]) for case in cases}
+    return found, saved(world, folder, batches) if world.size == 2 else None
 
 
 def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome:
@@ -129,10 +137,7 @@ def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome
             log_probs={} if log_probs is None else dict(zip(mine, log_probs, strict=True)),
             losses=[r.loss for r in results],
             norms=[r.grad_norm for r in results],
-            factors={
-                one.place.name: (one.place, one.lora_A.detach().numpy().copy(), one.lora_B.detach().numpy().copy())
-                for one in network.adapter.all_factors()
-            },
+            factors=parts_of(policy),
             weights=parity.exported(policy, folder / "hf"),
             frozen=all(torch.equal(base[name], one) and one.grad is None for name, one in policy.named_parameters()),
             elements=(
@@ -140,6 +145,86 @@ def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome
                 sum(one.numel() for one in network.adapter.parameters()),
             ),
         )
+
+
+@dataclass
+class Continued:
+    """Three updates in one go, and the last one again from a checkpoint of the first two: by layout, the factors."""
+
+    losses: dict[str, float]
+    norms: dict[str, float]
+    factors: dict[str, dict[str, tuple[Any, np.ndarray, np.ndarray]]]
+    before: dict[str, tuple[Any, np.ndarray, np.ndarray]]
+    reference: tuple[list[np.ndarray], list[np.ndarray]]
+    weights: dict[str, np.ndarray] | None
+    progress: dict[str, Any]
+    refused: list[str]
+
+
+def parts_of(policy: Any) -> dict[str, tuple[Any, np.ndarray, np.ndarray]]:
+    return {
+        one.place.name: (one.place, one.lora_A.detach().numpy().copy(), one.lora_B.detach().numpy().copy())
+        for one in policy.network.adapter.all_factors()
+    }
+
+
+def saved(world: Any, folder: Path, batches: dict[str, list]) -> Continued:
+    """An adapter of a mixture's is saved, and trained on under other layouts. A part of a scenario of `run_world`."""
+    from megarl.policy import checkpoint
+
+    model = "qwen3-moe"
+    path = folder / model
+    layouts = {"first": SP, "again": SP, "other": {"expert": 2}}
+    found = Continued({}, {}, {}, {}, ([], []), None, {}, [])
+    root = folder / "saved"
+
+    def third(name: str, policy: Any) -> None:
+        result = parity.update(policy, parity.grpo(policy.config), batches[model][2])
+        found.losses[name], found.norms[name], found.factors[name] = result.loss, result.grad_norm, parts_of(policy)
+
+    for name, layout in layouts.items():
+        with parity.policy_of(config_of(path, model, parallel=layout), world) as policy:
+            if name == "first":
+                begin(policy)
+                policy.keep("start", base=False)
+                start_values = policy.measure(batches[model][0][:2])
+                for batch in batches[model][:2]:
+                    parity.update(policy, parity.grpo(policy.config), batch)
+                found.reference = start_values or [], policy.measure(batches[model][0][:2], "start") or []
+                checkpoint.save(policy, root, 2, {}, optimizer=True, keep=1)
+                found.before = parts_of(policy)
+                found.weights = parity.exported(policy, folder / "hf")
+            else:
+                found.progress = checkpoint.load(policy, checkpoint_folder.require(root, "resume"), optimizer=True)
+            third(name, policy)
+    step = checkpoint_folder.require(root, "resume")
+    whole = parity.run_config(path)
+    with parity.policy_of(whole, world) as policy:
+        refuses(found, lambda: checkpoint.load(policy, step, optimizer=False))
+        checkpoint.save(policy, folder / "whole", 1, {}, optimizer=True, keep=1)
+    of_whole = checkpoint_folder.require(folder / "whole", "resume")
+    with parity.policy_of(config_of(path, model), world) as policy:
+        refuses(found, lambda: checkpoint.load(policy, of_whole, optimizer=True))
+        with torch.no_grad():
+            policy.chunks[0].decoder.layers[0].self_attention.linear_qkv.weight[0, 0] += 1
+        refuses(found, lambda: checkpoint.load(policy, step, optimizer=False))
+        # All weights can be what an adapter is trained beside.
+        checkpoint.load(policy, of_whole, optimizer=False)
+        checkpoint.load(policy, step, optimizer=False)
+        assert same(parity.exported(policy, folder / "hf"), found.weights)
+    return found
+
+
+def refuses(found: Continued, action: Any) -> None:
+    with pytest.raises(Refusal) as caught:
+        action()
+    found.refused.append(str(caught.value))
+
+
+def same(one: dict[str, np.ndarray] | None, other: dict[str, np.ndarray] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @dataclass
@@ -177,13 +262,8 @@ def train_by_peft(path: Path, name: str, batches: list) -> Reference:
             trained.setdefault(layer, {})[factor] = parameter
             parameter.data.copy_(torch.from_numpy(start(layer, factor, tuple(parameter.shape))))
     parameters = [one for both in trained.values() for one in both.values()]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=OPTIMIZER["lr"],
-        betas=OPTIMIZER["betas"],
-        eps=OPTIMIZER["epsilon"],
-        weight_decay=OPTIMIZER["weight_decay"],
-    )
+    rates: dict[str, Any] = {key: OPTIMIZER[key] for key in ("lr", "betas", "weight_decay")}
+    optimizer = torch.optim.AdamW(parameters, eps=OPTIMIZER["epsilon"], **rates)
     with torch.no_grad():
         log_probs = [parity.token_values(model, s)[0].numpy() for s in batches[0]]
     losses, norms = [], []
@@ -213,14 +293,23 @@ def batches(folder: Path) -> dict[str, list]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path, batches: dict[str, list]) -> dict[Case, list[Outcome]]:
-    """Every case's outcomes by rank; one world of processes serves all cases of its size."""
-    found: dict[Case, list[Outcome]] = {}
+def worlds(folder: Path, batches: dict[str, list]) -> dict[int, list[Any]]:
+    """What the ranks of each size found; one world of processes serves all cases of its size."""
+    found: dict[int, list[Any]] = {}
     for processes in LAYOUTS:
         cases = [case for case in CASES if case.processes == processes]
-        ranks = parity.run_world("test_adapter_layouts", "measure", processes, folder, cases, batches)
-        found |= {case: [rank[case] for rank in ranks] for case in cases}
+        found[processes] = parity.run_world("test_adapter_layouts", "measure", processes, folder, cases, batches)
     return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(worlds: dict[int, list[Any]]) -> dict[Case, list[Outcome]]:
+    return {case: [rank[case] for rank, _ in worlds[case.processes]] for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def continued(worlds: dict[int, list[Any]]) -> list[Continued]:
+    return [one for _, one in worlds[2]]
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +327,15 @@ def references(folder: Path, batches: dict[str, list], outcomes: dict[Case, list
     return found
 
 
-def whole_factors(ranks: list[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def whole_factors(ranks: list[Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every layer's A and B, put together of the ranks' parts; parts that several ranks have must agree bitwise."""
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for rank in ranks:
-        for name, (place, a, b) in rank.factors.items():
+        for name, (place, a, b) in (rank.factors if isinstance(rank, Outcome) else rank).items():
             empty = (ADAPTER["rank"], place.inputs), (place.outputs, ADAPTER["rank"])
-            whole_a, whole_b = found.setdefault(name, tuple(np.full(size, np.nan, np.float32) for size in empty))
+            if name not in found:
+                found[name] = np.full(empty[0], np.nan, np.float32), np.full(empty[1], np.nan, np.float32)
+            whole_a, whole_b = found[name]
             rows = slice(place.rows[0], min(place.rows[1], place.outputs))
             assert not b[rows.stop - rows.start :].any()
             for whole, own, part in ((whole_a, a, np.s_[:, slice(*place.columns)]), (whole_b, b, np.s_[rows, :])):
@@ -302,3 +393,64 @@ def test_a_frozen_base_has_no_gradients_and_no_optimizer(case: Case, outcomes: d
     in_buffers, in_adapter = alone.elements
     # Megatron pads every parameter to 64 elements, and every bucket.
     assert in_adapter <= in_buffers <= in_adapter + 64 * 2 * len(alone.factors) + 256
+
+
+def test_an_adapter_goes_on_from_its_checkpoint(continued: list[Continued]):
+    """Bit for bit under its layout, and to 1e-5 under another."""
+    for rank in continued:
+        assert rank.losses["again"] == rank.losses["first"] and rank.norms["again"] == rank.norms["first"]
+        assert rank.losses["other"] == pytest.approx(rank.losses["first"], rel=1e-5)
+        assert rank.norms["other"] == pytest.approx(rank.norms["first"], rel=1e-5)
+        for name, (_, a, b) in rank.factors["first"].items():
+            assert np.array_equal(a, rank.factors["again"][name][1]) and np.array_equal(
+                b, rank.factors["again"][name][2]
+            )
+    first, other, before = (
+        whole_factors(parts)
+        for parts in (
+            [rank.factors["first"] for rank in continued],
+            [rank.factors["other"] for rank in continued],
+            [rank.before for rank in continued],
+        )
+    )
+    for name, both in first.items():
+        for one, again, old in zip(both, other[name], before[name], strict=True):
+            assert np.linalg.norm(one - again) < 1e-4 * np.linalg.norm(one - old), name
+
+
+def test_a_kept_set_is_the_base_with_the_adapter_of_its_time(continued: list[Continued]):
+    for rank in continued:
+        then, kept = rank.reference
+        assert len(then) == 2
+        assert all(np.array_equal(*pair) for pair in zip(then, kept, strict=True))
+
+
+def test_a_checkpoint_of_an_adapter_is_of_its_settings_and_its_base(continued: list[Continued], folder: Path):
+    rank = continued[0]
+    facts = rank.progress["adapter"]
+    assert (facts["rank"], facts["alpha"], facts["targets"]) == (4, 6.0, ["all-linear", "lm_head"])
+    saved_in, whole = folder / "saved" / "step_000002", folder / "whole" / "step_000001"
+    first, second, third = rank.refused
+    assert first == (
+        f"parameters=policy: needs all weights, and {saved_in} holds an adapter alone. Fix: set parameters=adapter and "
+        "the adapter's settings, or use the run's merged model (hf/) as model.path."
+    )
+    assert second == (
+        f"parameters=adapter: trains an adapter alone, and {whole} was saved by a run that trains all weights. Fix: "
+        "set parameters=policy, or start a new run with model.weights set to it."
+    )
+    assert third.startswith(f"{saved_in} of an adapter: must be used with the weights that it was trained beside")
+    with pytest.raises(Refusal, match=r"continue its run with checkpoint\.export_hf=true"):
+        open_parameters(saved_in, folder / "qwen3-moe")
+    progress = checkpoint_folder.read_progress(saved_in)
+    settings = AdapterSettings(rank=4, alpha=6.0, targets=WITH_HEAD)
+    checkpoint_folder.check_adapter(saved_in, progress, settings, resumes=True)
+    for field, value, said in (
+        ("rank", 5, "adapter.rank=5: differs from 4"),
+        ("alpha", 6.5, "adapter.alpha=6.5: differs from 6"),
+        ("targets", ("q_proj", "k_proj"), "adapter.targets=k_proj,q_proj: differs from all-linear,lm_head"),
+    ):
+        with pytest.raises(Refusal, match=f"^{said}, with which {saved_in} was trained. Fix: set it back, or"):
+            checkpoint_folder.check_adapter(
+                saved_in, progress, settings.model_copy(update={field: value}), resumes=True
+            )

@@ -426,6 +426,35 @@ REFUSED: list[tuple[str, str]] = [
         "data.answer_pattern='(': must be a regular expression (missing ), unterminated subpattern at position 0). "
         "Fix: write one pair of brackets around the answer.",
     ),
+    (
+        "adapter.rank=8 adapter.targets=[q_proj]",
+        "adapter.rank=8: has no effect with parameters=policy. Fix: set parameters=adapter, or remove it.",
+    ),
+    (
+        "parameters=adapter adapter.targets=[q_proj,qproj]",
+        "adapter.targets=qproj: matches no linear layer of a qwen2 model with this config.json. Fix: name some of "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or all-linear.",
+    ),
+    (
+        "parameters=adapter adapter.targets=[embed_tokens]",
+        "adapter.targets=embed_tokens: takes no adapter: norms, embeddings, routers and gates have none. Fix: name "
+        "some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or all-linear.",
+    ),
+    (
+        "parameters=adapter adapter.rank=21",
+        "adapter.rank=21: must not exceed the sizes of the matrices that it is for: k_proj is 20 x 64. Fix: use at "
+        "most 20, or leave it out of adapter.targets.",
+    ),
+    (
+        "parameters=adapter adapter.rank=65 adapter.targets=[mlp.up_proj]",
+        "adapter.rank=65: must not exceed the sizes of the matrices that it is for: up_proj is 96 x 64. Fix: use at "
+        "most 64, or leave it out of adapter.targets.",
+    ),
+    (
+        "parameters=adapter megatron.gradient_accumulation_fusion=true",
+        "megatron.gradient_accumulation_fusion=true: adds gradients to a weight's own buffer, which a weight merged "
+        "with an adapter has none of. Fix: remove it.",
+    ),
     ("vllm.dtype=auto", "vllm.dtype: is set by megarl. Fix: set precision."),
     ("megatron.fp16=true", "megatron.fp16: is set by megarl. Fix: set precision."),
     (
@@ -484,6 +513,8 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "parallel.processes=4 parallel.tensor=2 parallel.pipeline=2 rollout.tensor=4",
         "parallel.processes=6 parallel.pipeline=6 rollout.tensor=2",
         "parallel.virtual_pipeline=1 parallel.expert_tensor=1",
+        "parameters=adapter adapter.rank=20 adapter.alpha=0.5 megatron.gradient_accumulation_fusion=false",
+        "parameters=adapter adapter.rank=64 adapter.targets=[mlp.up_proj,lm_head]",
         "data.max_prompt_tokens=192",
         "batch.tokens_per_microbatch=128",
         "batch.generation_prompts=12",
@@ -540,6 +571,16 @@ def test_the_mlp_must_be_divisible_too(run_file: Path) -> None:
     config = load_config(run_file, ["parallel.processes=4", "parallel.tensor=4"])
     assert [str(each) for each in broken_rules(config, shape)] == [
         "parallel.tensor=4: must divide the model's MLP size of 98. Fix: use 1 or 2."
+    ]
+
+
+def test_tied_embeddings_are_no_output_layer_to_adapt(run_file: Path) -> None:
+    shape = model_shape_from_hf(MODEL | {"tie_word_embeddings": True})
+    config = load_config(run_file, ["parameters=adapter", "adapter.targets=[lm_head]"])
+    assert [str(each) for each in broken_rules(config, shape)] == [
+        "adapter.targets=lm_head: takes no adapter: the output layer of this model is its embedding "
+        "(tie_word_embeddings). Fix: name some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or "
+        "all-linear."
     ]
 
 

@@ -236,11 +236,15 @@ def test_check_and_train_refuse_what_an_algorithm_elsewhere_asks(run_file: Path)
     Path("asks.py").write_text(source.replace(reference, "(*(), "))
     Path("breaks.py").write_text(source.replace("        return Plan(", "        1 / 0\n        return Plan("))
 
-    def refused(name: str) -> list[str]:
-        config = load_config(run_file, [f"algorithm.name={name}:Outside"])
+    def refused(name: str, *overrides: str) -> list[str]:
+        config = load_config(run_file, [f"algorithm.name={name}:Outside", *overrides])
         return [str(refusal) for refusal in admission.refusals(config, trains=True)]
 
     assert refused("sound") == []
+    assert refused("sound", "parameters=adapter") == [
+        "parameters=adapter: trains one adapter, and algorithm.name=sound:Outside trains the parameter set namer too. "
+        "Fix: remove it, or use an algorithm that trains the policy alone."
+    ]
     assert refused("asks") == [
         "algorithm.name=asks:Outside: wants log-probs under the parameter set 'reference' (Objective.under), which its "
         "settings do not declare. Fix: return ParameterSet('reference', measures=True) from their parameter_sets, or a "

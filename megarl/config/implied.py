@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megarl.config.adapters import AdapterSettings
 from megarl.config.grid import padded_length
 from megarl.config.parameter_sets import CONSUMER, REFERENCE, ParameterSet, ServedSet, united
 from megarl.config.schema import RunConfig
@@ -32,6 +33,11 @@ class Implied:
     def has_engine(self) -> bool:
         """Whether engines are built."""
         return self.evaluates or self.makes_rollouts
+
+    @property
+    def adapter(self) -> AdapterSettings | None:
+        """The adapter that the policy computes with, where it has one."""
+        return self.config.adapter if self.config.parameters == "adapter" else None
 
     @property
     def needs_solutions(self) -> bool:

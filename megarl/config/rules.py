@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from megarl.config import environments, files, layout_rules, user_code, vendor_fields
+from megarl.config import adapter_rules, environments, files, layout_rules, user_code, vendor_fields
 from megarl.config.algorithms.base import unusable as unusable_settings
 from megarl.config.base import without_effect
 from megarl.config.data import each_source, source_refusals
@@ -80,6 +80,7 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
     yield from chain(_consumer(config), _environment(config), _parameter_sets(config))
+    yield from adapter_rules.refusals(config, shape)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
 

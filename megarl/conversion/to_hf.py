@@ -105,7 +105,14 @@ def open_parameters(checkpoint: Path, hf_config: Path) -> ParameterReader:
     """
     shape = read_model_shape(hf_config)
     if (checkpoint / "progress.json").is_file():
-        checkpoint_folder.check_model(checkpoint, checkpoint_folder.read_progress(checkpoint), shape)
+        progress = checkpoint_folder.read_progress(checkpoint)
+        checkpoint_folder.check_model(checkpoint, progress, shape)
+        if "adapter" in progress:
+            raise Refusal(
+                str(checkpoint),
+                "holds an adapter alone, without the weights that it was trained beside",
+                "continue its run with checkpoint.export_hf=true, which writes the merged model to hf/",
+            )
     reader = ParameterReader(DistributedCheckpoint(checkpoint), shape)
     for refusal in reader.problems():
         raise refusal

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megarl.config.adapters import AdapterSettings
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
 from megarl.formats import checksums, durable
@@ -133,6 +134,46 @@ def check_model(directory: Path, progress: Mapping[str, Any], shape: ModelShape)
                 f"must be of the model in config.json, which has {name}={own[name]}",
                 "use the config.json that the checkpoint was made with (a run's model.path)",
             )
+
+
+def adapter_facts(adapter: AdapterSettings) -> dict[str, Any]:
+    """What a checkpoint of an adapter alone says of it."""
+    return {"rank": adapter.rank, "alpha": adapter.alpha, "targets": sorted(set(adapter.targets))}
+
+
+def check_adapter(
+    directory: Path, progress: Mapping[str, Any], adapter: AdapterSettings | None, *, resumes: bool
+) -> None:
+    """Raise `Refusal` where what a checkpoint holds, all weights or an adapter alone, is not for a run with `adapter`.
+
+    All weights can be the base of an adapter, but with `resumes`, where the run goes on from what was trained.
+    """
+    saved = progress.get("adapter")
+    if saved is None:
+        if adapter is not None and resumes:
+            raise Refusal(
+                "parameters=adapter",
+                f"trains an adapter alone, and {directory} was saved by a run that trains all weights",
+                "set parameters=policy, or start a new run with model.weights set to it",
+            )
+        return
+    if adapter is None:
+        raise Refusal(
+            "parameters=policy",
+            f"needs all weights, and {directory} holds an adapter alone",
+            "set parameters=adapter and the adapter's settings, or use the run's merged model (hf/) as model.path",
+        )
+    for name, value in adapter_facts(adapter).items():
+        if saved[name] != value:
+            raise Refusal(
+                f"adapter.{name}={_shown(value)}",
+                f"differs from {_shown(saved[name])}, with which {directory} was trained",
+                "set it back, or start a new run under another name",
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else f"{value:g}"
 
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:

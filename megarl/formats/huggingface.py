@@ -146,10 +146,13 @@ class _Place:
 class HfFiles:
     """The files of a checkpoint to be: `model.safetensors`, or several of at most `file_bytes`, and their index.
 
-    `tensors` are names and shapes in their order; a tensor larger than `file_bytes` has a file of its own.
+    `tensors` are names and shapes in their order; a tensor larger than `file_bytes` has a file of its own. `stem` is
+    what the names of files begin with.
     """
 
-    def __init__(self, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file_bytes: int) -> None:
+    def __init__(
+        self, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file_bytes: int, stem: str = "model"
+    ) -> None:
         self.dtype = dtype
         groups: list[dict[str, tuple[int, ...]]] = [{}]
         filled = 0
@@ -165,7 +168,9 @@ class HfFiles:
         self._sizes: dict[str, int] = {}
         self._places: dict[str, _Place] = {}
         for number, group in enumerate(groups, start=1):
-            file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            file = (
+                f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+            )
             self._lay_out(file, group)
 
     def _lay_out(self, file: str, tensors: Mapping[str, tuple[int, ...]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, checksums, megatron
@@ -63,7 +64,7 @@ def save(
     writers._results_queue = writers._results_queue or queue.Queue()
     with _causes_named():
         dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
-    facts = {"step": step, "optimizer": optimizer} | _facts(found, optimizer=optimizer)
+    facts = {"step": step, "optimizer": optimizer} | _facts(found, optimizer=optimizer) | _of_adapter(policy)
     dist.barrier()
     names = from_first(checkpoint_folder.file_names(partial) if policy.world.is_first else [])
     mine = checksums.share(names, policy.world.rank, policy.world.size)
@@ -80,7 +81,8 @@ def save(
 
 
 def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
-    """Load the policy's weights; with `optimizer` all sets that train, each with its optimizer's state and schedule.
+    """Load the policy's weights, all or an adapter's; with `optimizer` all sets that train, each with its optimizer's
+    state and schedule.
 
     Returns the saved progress. Collective. Raises `Damaged` where the checkpoint is not whole; `Refusal` where it is of
     another model, lacks a set or an optimizer's state, or where the optimizers' weights or moments are not those that
@@ -88,17 +90,21 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     """
     progress = first_decides(lambda: _read_whole(directory))
     checkpoint_folder.check_model(directory, progress, policy.shape)
+    adapter = Implied(policy.config).adapter
+    checkpoint_folder.check_adapter(directory, progress, adapter, resumes=optimizer)
     if optimizer:
         checkpoint_folder.check_resumable(directory, progress)
         _check_sets(policy, directory, progress)
     _check_bytes(directory, progress, policy.world)
+    _check_base(policy, directory, progress)
     # How the checkpoint names its tensors, which need not be how this version does.
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
-    template: Any = _state(policy, content, optimizer=optimizer, loading=True)
+    base = adapter is not None and "adapter" not in progress
+    template: Any = _state(policy, content, optimizer=optimizer, loading=True, base=base)
     with _causes_named():
         state: Any = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     if not optimizer:
-        _load_models(policy.trained[POLICY], state)
+        _load_models(policy.trained[POLICY], state, base=base)
         policy.weights_changed()
         return progress
     found = {name: _load_trained(trained, _of_set(state, name)) for name, trained in policy.trained.items()}
@@ -123,6 +129,29 @@ def _facts(found: Mapping[str, digests.Digest], *, optimizer: bool) -> dict[str,
         return {"weights": found[POLICY].weights}
     by_set = {name: digest._asdict() for name, digest in found.items()}
     return by_set.pop(POLICY) | ({"sets": by_set} if by_set else {})
+
+
+def _of_adapter(policy: Policy) -> dict[str, Any]:
+    """What progress.json says of an adapter that is saved alone: beside which weights it was trained. Collective."""
+    adapter = Implied(policy.config).adapter
+    if adapter is None:
+        return {}
+    base = {"base": policy.network.base_digest(), "precision": policy.config.precision}
+    return {"adapter": checkpoint_folder.adapter_facts(adapter) | base}
+
+
+def _check_base(policy: Policy, directory: Path, progress: Mapping[str, Any]) -> None:
+    saved = progress.get("adapter")
+    # The same weights have other bits in another precision.
+    if saved is not None and saved["precision"] == policy.config.precision:
+        found = policy.network.base_digest()
+        if found != saved["base"]:
+            raise Refusal(
+                f"{directory} of an adapter",
+                f"must be used with the weights that it was trained beside, of digest {saved['base']}, and these have "
+                f"{found}",
+                "set model.path, and model.weights where the run had it, to what it was trained with",
+            )
 
 
 def _check_sets(policy: Policy, directory: Path, progress: Mapping[str, Any]) -> None:
@@ -209,8 +238,8 @@ def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
         )
 
 
-def _load_models(trained: TrainedSet, state: dict[str, Any]) -> None:
-    for key, model in _models(trained).items():
+def _load_models(trained: TrainedSet, state: dict[str, Any], *, base: bool = False) -> None:
+    for key, model in _models(trained, base=base).items():
         _load_model(model, state[key])
 
 
@@ -227,14 +256,17 @@ def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
         )
 
 
-def _state(policy: Policy, content: dict[str, Any], *, optimizer: bool, loading: bool) -> dict[str, Any]:
-    """What is saved: of every set that trains, or without `optimizer` the policy's weights alone."""
+def _state(
+    policy: Policy, content: dict[str, Any], *, optimizer: bool, loading: bool, base: bool = False
+) -> dict[str, Any]:
+    """What is saved: of every set that trains, or without `optimizer` the policy's weights alone; with `base` those
+    that are frozen."""
     state: dict[str, Any] = {}
     for name in policy.trained if optimizer else (POLICY,):
         trained, found = policy.trained[name], dict[str, Any]()
         # Megatron adds this layout's process groups to the record that it is given.
         metadata = dict(content)
-        for key, model in _models(trained).items():
+        for key, model in _models(trained, base=base).items():
             tensors = model.sharded_state_dict(metadata=metadata)
             found[key] = {k: v for k, v in tensors.items() if not k.endswith("_extra_state")}
         if name != POLICY:
@@ -260,7 +292,7 @@ def _key(key: str, name: str) -> str:
     return key if name == POLICY else f"{checkpoint_folder.SETS}{name}.{key}"
 
 
-def _models(trained: TrainedSet) -> dict[str, Any]:
-    """What trains on this rank by Megatron's keys: model, or of several chunks model0, model1, ..."""
-    parts = trained.network.trained
+def _models(trained: TrainedSet, *, base: bool = False) -> dict[str, Any]:
+    """What trains on this rank, or the `base` beside it, by Megatron's keys: model, or of several chunks model0, ..."""
+    parts: Sequence[Any] = trained.network.chunks if base else trained.network.trained
     return {"model": parts[0]} if len(parts) == 1 else {f"model{i}": part for i, part in enumerate(parts)}

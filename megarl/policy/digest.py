@@ -7,10 +7,12 @@ only worse, or not at all.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
@@ -52,6 +54,23 @@ def digest(optimizer: Any) -> Digest:
     dist.all_reduce(total)
     weights, *moments = (f"{value & (1 << 64) - 1:016x}" for value in total.tolist())
     return Digest(weights, dict(zip(MOMENTS, moments, strict=True)))
+
+
+def of_frozen(parameters: Iterable[torch.nn.Parameter]) -> str:
+    """The sum of bits of a model's weights that have no optimizer, the same under every layout. Collective."""
+    groups: Any = parallel_state
+    total = 0
+    for parameter in parameters:
+        expert = not getattr(parameter, "allreduce", True)
+        if expert:
+            copy = groups.get_expert_data_parallel_group().rank()
+        else:
+            copy = groups.get_data_parallel_group(with_context_parallel=True).rank()
+        if copy == 0 and param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+            total += sum_of_bits(parameter.detach())
+    found = torch.tensor([_wrapped(total)], dtype=torch.int64)
+    dist.all_reduce(found)
+    return f"{int(found.item()) & (1 << 64) - 1:016x}"
 
 
 #: An update whose rate is below that part of the highest may leave fp32 weights as they are. Our choice.

@@ -9,9 +9,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megarl.config.grid import Grid, chunks_of_stage
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
+from megarl.policy import digest
 from megarl.policy.adapter import Adapter
 from megarl.policy.megatron_config import transformer_config
 from megarl.policy.model import build_model, wrap_data_parallel
@@ -32,8 +34,8 @@ class Network:
         stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
         self.chunks = build_model(self.megatron_config, shape, stages)
         self.adapter: Adapter | None = None
-        if config.parameters == "adapter":
-            self.adapter = Adapter(config.adapter, shape, config.parallel, grid, self.chunks, config.seed)
+        if (settings := Implied(config).adapter) is not None:
+            self.adapter = Adapter(settings, shape, config.parallel, grid, self.chunks, config.seed)
             _freeze(self.chunks)
         self.trained: list[Any] = [*self.chunks] if self.adapter is None else [self.adapter]
         self.wrapped: Any = wrap_data_parallel(config, self.megatron_config, self.trained)
@@ -46,6 +48,10 @@ class Network:
         for number, chunk in enumerate(self.chunks):
             prefix = chunk_prefix(number, len(self.chunks))
             yield from ((prefix + name, parameter) for name, parameter in chunk.named_parameters())
+
+    def base_digest(self) -> str:
+        """Sums of bits of a frozen base's weights, the same under every layout. Collective."""
+        return digest.of_frozen(parameter for _, parameter in self.named_parameters())
 
     def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those that train, by name."""

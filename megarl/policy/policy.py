@@ -56,7 +56,7 @@ class Policy:
             name: TrainedSet(config, Network(config, shape, world, grid), step_budget) for name in (POLICY, *trains)
         }
         self._by_name = dict(self.network.named_parameters())
-        self._kept: dict[str, list[torch.Tensor]] = {}
+        self._kept: dict[str, dict[torch.nn.Parameter, torch.Tensor]] = {}
 
     @property
     def network(self) -> Network:
@@ -97,13 +97,17 @@ class Policy:
 
     # --- parameter sets ---------------------------------------------------------------------------------------------
 
-    def keep(self, name: str) -> None:
-        """Give the set `name` the policy's present weights: a copy in host memory, or where it trains, its start."""
-        weights = [parameter.detach() for parameter in self.network.parameters()]
+    def keep(self, name: str, *, base: bool = True) -> None:
+        """Give the set `name` the policy's present weights: a copy in host memory, or where it trains, its start.
+
+        Without `base` a set that is kept has the frozen weights that are there when it is used.
+        """
         if name in self.trained:
-            self.trained[name].copy(weights)
-        else:
-            self._kept[name] = [one.to("cpu", copy=True) for one in weights]
+            self.trained[name].copy([parameter.detach() for parameter in self.network.parameters()])
+            return
+        adapter = self.network.adapter
+        parameters = self.network.parameters() if base or adapter is None else [*adapter.parameters()]
+        self._kept[name] = {parameter: parameter.detach().to("cpu", copy=True) for parameter in parameters}
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -112,20 +116,20 @@ class Policy:
             yield
             return
         weights = self._weights_of(name)
-        parameters = self.network.parameters()
         # Only the pointers change hands: the optimizer's buffers, of which parameters are views, stay as they are.
-        own = [parameter.data for parameter in parameters]
+        own = {parameter: parameter.data for parameter in weights}
         try:
-            for parameter, values in zip(parameters, weights, strict=True):
+            for parameter, values in weights.items():
                 parameter.data = values.to(parameter.device)
             yield
         finally:
-            for parameter, data in zip(parameters, own, strict=True):
+            for parameter, data in own.items():
                 parameter.data = data
 
-    def _weights_of(self, name: str) -> list[torch.Tensor]:
+    def _weights_of(self, name: str) -> dict[torch.nn.Parameter, torch.Tensor]:
         if name in self.trained:
-            return [parameter.data for parameter in self.trained[name].network.parameters()]
+            others = self.trained[name].network.parameters()
+            return {own: one.data for own, one in zip(self.network.parameters(), others, strict=True)}
         if name not in self._kept:
             known = ", ".join([*self.trained, *self._kept])
             raise MegarlError(f"there is no parameter set named {name!r}; there are {known}")

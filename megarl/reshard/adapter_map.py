@@ -17,8 +17,8 @@ from megarl.config.adapters import is_target
 from megarl.config.grid import Grid
 from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
-from megarl.reshard.table import Row, axis_sizes
-from megarl.reshard.weight_map import OUTPUT_LAYER, PlacedRow, cut_row, megatron_rows
+from megarl.reshard.table import Row, axis_sizes, rows_of
+from megarl.reshard.weight_map import OUTPUT_LAYER, PlacedRow, cut_row, forward_order, megatron_rows, with_experts
 
 _WEIGHT = ".weight"
 
@@ -83,6 +83,19 @@ def adapted_tensors(
             found = _adapted(placed, shape, targets)
             if found.adapters:
                 yield found
+
+
+def adapters_of(shape: ModelShape, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The linear layers with an adapter in the order of the forward pass: outputs and inputs by name."""
+    sizes, found = axis_sizes(shape), dict[str, tuple[int, int]]()
+    for rows, layer in forward_order(rows_of(shape, pipelined=False), range(shape.num_layers), shape):
+        for row, expert in with_experts([row for row in rows if takes_adapter(row)], shape.num_experts):
+            for part, axes in row.parts:
+                name = part.format(layer=layer, expert=expert).removesuffix(_WEIGHT)
+                if is_target(name, targets):
+                    outputs, inputs = (sizes[axis] for axis in axes)
+                    found[name] = outputs, inputs
+    return found
 
 
 def takes_adapter(row: Row) -> bool:

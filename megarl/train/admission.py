@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
-from megarl.config import rules
+from megarl.config import files, rules
 from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.implied import Implied
 from megarl.config.model_shape import read_model_shape
@@ -87,6 +88,10 @@ def _look_at_checkpoints(config: RunConfig) -> None:
         found = checkpoint_folder.require(path, setting)
         progress = checkpoint_folder.read_progress(found)
         checkpoint_folder.check_model(found, progress, read_model_shape(config.model.path))
+        checkpoint_folder.check_adapter(found, progress, Implied(config).adapter, resumes=False)
+        if "adapter" in progress:
+            for refusal in files.checkpoint_refusals(Path(config.model.path)):
+                raise refusal
 
 
 def _look_at_vocabularies(config: RunConfig, tokenizer: Tokenizer) -> None:

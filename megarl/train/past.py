@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.config import files
+from megarl.config.implied import Implied
 from megarl.config.load import dump_config
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
@@ -47,6 +48,7 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
         return
     progress = checkpoint_folder.read_progress(checkpoint)
     checkpoint_folder.check_resumable(checkpoint, progress)
+    checkpoint_folder.check_adapter(checkpoint, progress, Implied(config).adapter, resumes=True)
     yield from differences.changed_parts(config, progress["config"], checkpoint)
     if (Path(config.model.path) / "config.json").is_file():
         checkpoint_folder.check_model(checkpoint, progress, read_model_shape(config.model.path))

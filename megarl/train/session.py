@@ -212,21 +212,27 @@ def _load_weights(policy: Policy, config: RunConfig, sets: Sequence[ParameterSet
     """Give the `sets` of parameters their weights, and leave the policy with the weights that the run begins with."""
     for one in sets:
         if one.checkpoint is not None:
+            if policy.network.adapter is not None:
+                # The checkpoint may be of an adapter, whose base these are.
+                _load_start(policy, config)
             checkpoint.load(policy, checkpoint_folder.require(one.checkpoint, one.setting), optimizer=False)
             policy.keep(one.name)
     _load_start(policy, config)
     for one in sets:
         if one.checkpoint is None:
-            policy.keep(one.name)
+            policy.keep(one.name, base=policy.network.adapter is None)
 
 
 def _load_start(policy: Policy, config: RunConfig) -> None:
-    if config.model.weights is not None:
-        checkpoint.load(policy, checkpoint_folder.require(config.model.weights, "model.weights"), optimizer=False)
-    elif config.model.random_init:
-        draw_random_weights(policy, config.seed)
-    else:
-        load_hf_weights(policy, config.model.path)
+    saved = None if config.model.weights is None else checkpoint_folder.require(config.model.weights, "model.weights")
+    # A checkpoint of an adapter has no base.
+    if saved is None or "adapter" in checkpoint_folder.read_progress(saved):
+        if config.model.random_init:
+            draw_random_weights(policy, config.seed)
+        else:
+            load_hf_weights(policy, config.model.path)
+    if saved is not None:
+        checkpoint.load(policy, saved, optimizer=False)
 
 
 def _seed_everything(seed: int) -> None:

@@ -1,0 +1,79 @@
+"""Rules of an adapter's settings, and of what a run can do with an adapter alone. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megarl.config.adapters import ALL_LINEAR, OUTPUT_LAYER, AdapterSettings, is_target, linears
+from megarl.config.base import without_effect
+from megarl.config.implied import Implied
+from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
+from megarl.errors import Refusal
+
+#: Modules of the Hugging Face models with a weight that is no linear layer's, or one that every rank has whole.
+WITHOUT_ADAPTER = (
+    "embed_tokens",
+    "norm",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "q_norm",
+    "k_norm",
+    "gate",
+    "shared_expert_gate",
+)
+
+
+def refusals(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
+    """What cannot be asked of an adapter."""
+    if config.parameters != "adapter":
+        names = tuple(AdapterSettings.model_fields)
+        fix = "set parameters=adapter, or remove it"
+        yield from without_effect(config.adapter, "adapter", names, f"with parameters={config.parameters}", fix)
+        return
+    yield from _targets(config.adapter, shape)
+    yield from _rank(config.adapter, shape)
+    beside = [one.name for one in Implied(config).parameter_sets if one.trains]
+    if beside:
+        yield Refusal(
+            "parameters=adapter",
+            f"trains one adapter, and algorithm.name={config.algorithm.name} trains the parameter set {beside[0]} too",
+            "remove it, or use an algorithm that trains the policy alone",
+        )
+    if config.megatron.get("gradient_accumulation_fusion"):
+        yield Refusal(
+            "megatron.gradient_accumulation_fusion=true",
+            "adds gradients to a weight's own buffer, which a weight merged with an adapter has none of",
+            "remove it",
+        )
+
+
+def _targets(settings: AdapterSettings, shape: ModelShape) -> Iterator[Refusal]:
+    names = [one.name for one in linears(shape)]
+    for target in settings.targets:
+        if target == ALL_LINEAR or any(is_target(name, [target]) for name in names):
+            continue
+        last = target.rpartition(".")[2]
+        if last == OUTPUT_LAYER:
+            rule = "takes no adapter: the output layer of this model is its embedding (tie_word_embeddings)"
+        elif last in WITHOUT_ADAPTER:
+            rule = "takes no adapter: norms, embeddings, routers and gates have none"
+        else:
+            rule = f"matches no linear layer of a {shape.family} model with this config.json"
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
+        yield Refusal(f"adapter.targets={target}", rule, f"name some of {', '.join(leaves)}, or {ALL_LINEAR}")
+
+
+def _rank(settings: AdapterSettings, shape: ModelShape) -> Iterator[Refusal]:
+    targeted = [one for one in linears(shape) if is_target(one.name, settings.targets)]
+    if not targeted:
+        return
+    smallest = min(targeted, key=lambda one: min(one.outputs, one.inputs))
+    most = min(smallest.outputs, smallest.inputs)
+    if settings.rank > most:
+        yield Refusal(
+            f"adapter.rank={settings.rank}",
+            f"must not exceed the sizes of the matrices that it is for: {smallest.name.rpartition('.')[2]} is "
+            f"{smallest.outputs} x {smallest.inputs}",
+            f"use at most {most}, or leave it out of adapter.targets",
+        )
