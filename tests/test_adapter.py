@@ -217,3 +217,6 @@ def test_targets_are_whole_parts_of_names_from_the_end():
     assert not is_target("model.layers.3.self_attn.q_proj", ["proj", "k_proj"])
     assert is_target("model.layers.3.mlp.up_proj", ["all-linear"]) and not is_target("lm_head", ["all-linear"])
     assert is_target("lm_head", ["all-linear", "lm_head"])
+    expert = "model.layers.3.mlp.experts.12.up_proj"
+    assert is_target(expert, ["up_proj"]) and is_target(expert, ["experts.up_proj"])
+    assert not is_target(expert, ["mlp.up_proj"]) and not is_target("model.layers.3.mlp.up_proj", ["experts.up_proj"])

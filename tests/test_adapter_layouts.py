@@ -5,6 +5,7 @@ PEFT computes with the base's output and the adapter's added, and never merges.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ TARGETS = {
     "qwen3-tied": SOME,
     "qwen3-moe": WITH_HEAD,
     "qwen2-moe": ("all-linear",),
+    "mixtral": ("all-linear",),
 }
 DENSE = ("qwen2-tied", "qwen3-untied", "qwen3-tied")
 #: By number of processes: layouts, each with its models. The key-value head of qwen3-tied is one for two ranks; the
@@ -118,10 +120,13 @@ class Outcome:
 
 def measure(
     world: Any, folder: Path, cases: list[Case], batches: dict[str, list]
-) -> tuple[dict[Case, Outcome], Continued | None]:
+) -> tuple[dict[Case, Outcome], Continued | None, dict[str, Exchanged]]:
     """Log-probs, and three updates, of every case in turn; two ranks save and load too. A scenario of `run_world`."""
     found = {case: measure_case(world, folder, case, batches[case.model]) for case in cases}
-    return found, saved(world, folder, batches) if world.size == 2 else None
+    if world.size != 2:
+        return found, None, {}
+    through = {model: exchanged(world, folder, model, batches[model][0]) for model in EXCHANGED}
+    return found, saved(world, folder, batches), through
 
 
 def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome:
@@ -215,6 +220,41 @@ def saved(world: Any, folder: Path, batches: dict[str, list]) -> Continued:
     return found
 
 
+#: By model: the layout that an adapter is written under, and the one that it is read under.
+EXCHANGED = {
+    "qwen3-untied": ({"tensor": 2}, {"pipeline": 2}),
+    "qwen2-tied": (SP, {"context": 2}),
+    "mixtral": (SP | {"expert": 2, "expert_tensor": 1}, {"expert_tensor": 2}),
+    "qwen2-moe": ({"expert": 2}, {"pipeline": 2}),
+}
+
+
+@dataclass
+class Exchanged:
+    """An adapter's log-probs of a mini-batch's sequences as it is written, and its parts then and when it is read."""
+
+    log_probs: dict[int, np.ndarray]
+    written: dict[str, tuple[Any, np.ndarray, np.ndarray]]
+    read: dict[str, tuple[Any, np.ndarray, np.ndarray]]
+
+
+def exchanged(world: Any, folder: Path, model: str, batch: list) -> Exchanged:
+    """An adapter goes through PEFT's files. A part of a scenario of `run_world`."""
+    from megarl.policy.adapter_files import load_adapter, save_adapter
+
+    first, second = EXCHANGED[model]
+    with parity.policy_of(config_of(folder / model, model, parallel=first), world) as policy:
+        begin(policy)
+        mine = parity.share(batch, policy.grid)
+        log_probs = policy.measure([batch[i] for i in mine])
+        save_adapter(policy, folder / f"{model}-adapter")
+        written = parts_of(policy)
+    with parity.policy_of(config_of(folder / model, model, parallel=second), world) as policy:
+        load_adapter(policy, folder / f"{model}-adapter")
+        found = {} if log_probs is None else dict(zip(mine, log_probs, strict=True))
+        return Exchanged(found, written, parts_of(policy))
+
+
 def refuses(found: Continued, action: Any) -> None:
     with pytest.raises(Refusal) as caught:
         action()
@@ -304,12 +344,12 @@ def worlds(folder: Path, batches: dict[str, list]) -> dict[int, list[Any]]:
 
 @pytest.fixture(scope="module")
 def outcomes(worlds: dict[int, list[Any]]) -> dict[Case, list[Outcome]]:
-    return {case: [rank[case] for rank, _ in worlds[case.processes]] for case in CASES}
+    return {case: [rank[case] for rank, _, _ in worlds[case.processes]] for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def continued(worlds: dict[int, list[Any]]) -> list[Continued]:
-    return [one for _, one in worlds[2]]
+    return [one for _, one, _ in worlds[2]]
 
 
 @pytest.fixture(scope="module")
@@ -454,3 +494,29 @@ def test_a_checkpoint_of_an_adapter_is_of_its_settings_and_its_base(continued: l
             checkpoint_folder.check_adapter(
                 saved_in, progress, settings.model_copy(update={field: value}), resumes=True
             )
+
+
+@pytest.mark.parametrize("model", EXCHANGED)
+def test_peft_computes_what_the_policy_does_from_the_adapter_that_is_written(model: str, folder: Path, worlds: dict):
+    """And another layout reads it as it was."""
+    import peft
+
+    ranks: list[Exchanged] = [through[model] for _, _, through in worlds[2]]
+    written, read = (whole_factors([getattr(rank, name) for rank in ranks]) for name in ("written", "read"))
+    for name, both in written.items():
+        assert all(np.array_equal(*pair) for pair in zip(both, read[name], strict=True)), name
+    with warnings.catch_warnings():
+        # PEFT warns of tensors that it finds no place for.
+        warnings.simplefilter("error", UserWarning)
+        network = peft.PeftModel.from_pretrained(
+            parity.transformers_model(folder / model), str(folder / f"{model}-adapter")
+        )
+    batch = made_batches(folder / model)[0]
+    seen = {index: values for rank in ranks for index, values in rank.log_probs.items()}
+    assert sorted(seen) == list(range(len(batch)))
+    with torch.no_grad():
+        for index, sequence in enumerate(batch):
+            expected = parity.token_values(network, sequence)[0].numpy()
+            np.testing.assert_allclose(seen[index], expected, rtol=0, atol=1e-5)
+    with network.disable_adapter(), torch.no_grad():
+        assert np.abs(parity.token_values(network, batch[1])[0].numpy() - seen[1]).max() > 1e-3

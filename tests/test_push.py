@@ -21,9 +21,14 @@ MIXTURE_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"expert": 2},
     {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
 )
+#: Those of which an adapter trains alone: what is pushed is merged.
+ADAPTED = ("llama-llama3", "mixtral")
+#: Ends of names of what an adapter changes in an engine.
+LINEAR = ("proj.weight", "w13_weight", "w2_weight", "lm_head.weight")
 ENGINES: tuple[dict[str, Any], ...] = ({"tensor": 1}, {"tensor": 2})
 ENGINES_OF_MIXTURES: tuple[dict[str, Any], ...] = (*ENGINES, {"tensor": 2, "expert_parallel": True})
 PUSHES = 3
+WITH_ADAPTER: dict[str, Any] = {"parameters": "adapter", "adapter": {"rank": 4, "targets": ("all-linear", "lm_head")}}
 #: Model, layout of the policy, engine.
 GRIDS_OF_8: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("qwen3-untied", {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, {"tensor": 4}),
@@ -78,6 +83,7 @@ def config_for(path: Path, parallel: dict[str, Any], engine: dict[str, Any]) -> 
         # Small enough for several bucket rounds per push.
         weights={"bucket_mib": 0.05},
         moe={"routing_replay": "on" if path.name.startswith(MIXTURES) else "off"},
+        **(WITH_ADAPTER if path.name.startswith(ADAPTED) else {}),
     )
 
 
@@ -154,6 +160,19 @@ def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
     return found
 
 
+def base_alone(policy: Any, engine: Any) -> str:
+    """What a push says of a source that leaves the adapter out."""
+    from megarl.weights.push import AdapterMissing, Push
+
+    base = {name: parameter.detach() for name, parameter in policy.named_parameters()}
+    engine.wake_weights()
+    with pytest.raises(AdapterMissing) as caught:
+        Push(policy, engine, base).run()
+    engine.wake_cache()
+    engine.sleep()
+    return str(caught.value)
+
+
 def pushes(
     world: Any, folder: Path, settings: dict[str, Any], cases: list[tuple[str, int]], layouts: list[dict], updates: int
 ) -> dict[str, Any]:
@@ -177,6 +196,9 @@ def pushes(
                     parity.update(policy, parity.grpo(config), parity.with_old_log_probs(batch, values, seed))
                     rounds.append(push_and_measure(policy, push, engine))
                 parity.exported(policy, exported)
+                if policy.adapted:
+                    said = base_alone(policy, engine)
+                    assert "self_attention.linear_qkv.weight" in said and "without the adapter" in said
             loader = engine_of(config_for(exported, {}, settings), world, load_weights=True)
             found[model, number] = rounds, read_back(loader), generate(loader, policy.shape.vocab_size)
     return found
@@ -315,8 +337,9 @@ def check(ranks: list[dict], cases: set, updates: int) -> None:
             assert not [name for name in loaded if not np.array_equal(last.engine[name], loaded[name])], case
             assert last.completions == [c for _, c in loader_completions], case
             for before, after in pairwise(rounds):
-                same = [n for n in loaded if loaded[n].any() and np.array_equal(before.engine[n], after.engine[n])]
-                assert not same, f"{case}: a push changed nothing in {same}"
+                same = {n for n in loaded if loaded[n].any() and np.array_equal(before.engine[n], after.engine[n])}
+                frozen = {n for n in loaded if not n.endswith(LINEAR)} if case[0] in ADAPTED else set()
+                assert same == frozen, f"{case}: a push changed nothing in {same - frozen}"
             for outcome in rounds:
                 assert outcome.received == outcome.least, case
                 for index, log_probs in outcome.log_probs.items():

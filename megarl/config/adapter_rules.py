@@ -33,6 +33,7 @@ def refusals(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
         return
     yield from _targets(config.adapter, shape)
     yield from _rank(config.adapter, shape)
+    yield from _experts(config.adapter, shape)
     beside = [one.name for one in Implied(config).parameter_sets if one.trains]
     if beside:
         yield Refusal(
@@ -77,3 +78,17 @@ def _rank(settings: AdapterSettings, shape: ModelShape) -> Iterator[Refusal]:
             f"{smallest.outputs} x {smallest.inputs}",
             f"use at most {most}, or leave it out of adapter.targets",
         )
+
+
+def _experts(settings: AdapterSettings, shape: ModelShape) -> Iterator[Refusal]:
+    """The experts' gate and up are one parameter to transformers, and one adapter in PEFT's files."""
+    names = [one.name for one in linears(shape) if ".experts." in one.name]
+    for gate, up, _ in [names] if names else []:
+        found = [name.rpartition(".")[2] for name in (gate, up) if is_target(name, settings.targets)]
+        if len(found) == 1:
+            (other,) = {gate.rpartition(".")[2], up.rpartition(".")[2]} - set(found)
+            yield Refusal(
+                f"adapter.targets={','.join(settings.targets)}",
+                f"has the experts' {found[0]} without their {other}: PEFT's files have both as one",
+                f"add {other}, or remove {found[0]}",
+            )

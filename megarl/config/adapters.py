@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ ALL_LINEAR = "all-linear"
 
 OUTPUT_LAYER = "lm_head"
 
+_EXPERT = re.compile(r"\.experts\.[^.]+\.")
+
 
 class AdapterSettings(Settings):
     rank: PositiveInt = Field(default=16, description="Rank of every adapter: the columns of B and rows of A.")
@@ -23,7 +26,7 @@ class AdapterSettings(Settings):
         default=(ALL_LINEAR,),
         min_length=1,
         description="Linear layers with an adapter, by their names in the Hugging Face model or the ends of these: "
-        "q_proj, mlp.down_proj, lm_head. all-linear: every one but lm_head.",
+        "q_proj, mlp.down_proj, experts.up_proj, lm_head. all-linear: every one but lm_head.",
     )
     path: PathText | None = Field(
         default=None,
@@ -69,7 +72,11 @@ def _mlp(block: str, names: Sequence[str], size: int, hidden: int) -> Iterator[L
 
 
 def is_target(name: str, targets: Sequence[str]) -> bool:
-    """Whether the linear layer `name` has an adapter; as PEFT matches names, by whole parts from the end."""
+    """Whether the linear layer `name` has an adapter: as PEFT matches names, by whole parts from the end.
+
+    The number of an expert may be left out, so that `experts.up_proj` are those of experts alone.
+    """
     if ALL_LINEAR in targets and name != OUTPUT_LAYER:
         return True
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    names = name, _EXPERT.sub(".experts.", name)
+    return any(one == target or one.endswith(f".{target}") for one in names for target in targets)

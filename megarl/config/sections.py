@@ -246,7 +246,9 @@ class CheckpointSettings(Settings):
         "resumed.",
     )
     export_hf: bool = Field(
-        default=False, description="At the end also write the weights as a Hugging Face checkpoint (hf/)."
+        default=False,
+        description="At the end also write the weights as a Hugging Face checkpoint (hf/), those of a run that trains "
+        "an adapter merged with it, and the adapter in PEFT's format (adapter/).",
     )
 
 

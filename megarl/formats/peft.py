@@ -1,26 +1,32 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`. Torch-free.
 
 PEFT names a layer's factors by its module in the Hugging Face model. Since transformers 5 a mixture's experts are no
-modules but two stacked parameters, gate with up and down, each of which PEFT gives one pair of factors for all experts
-(`target_parameters`). Both are read; written are the factors of each expert under the checkpoint's own names, which
-PEFT turns into stacked ones as it loads them.
+modules but two stacked parameters, down and gate with up, each of which has one pair of factors for all experts
+(`target_parameters`): A expert by expert, B's columns of all experts' first ranks first. Gate and up have an adapter
+each, so their stacked one has twice the rank, and B two blocks of it; where PEFT made one of the plain rank, gate and
+up begin with the same A. Files of older versions, with every expert's own names, are read too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megarl.config.adapters import ALL_LINEAR, AdapterSettings
+from megarl.config.adapters import OUTPUT_LAYER, AdapterSettings, is_target
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
 from megarl.reshard.adapter_map import adapters_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+#: What stands before the number of an expert in the name of its linear layer.
+EXPERTS = ".experts."
+#: The linear layers of an expert by what they are, and by gate or up the down beside it.
+_DOWN, _UP = frozenset({"down_proj", "w2"}), frozenset({"up_proj", "w3"})
+_DOWN_OF = {"gate_proj": "down_proj", "up_proj": "down_proj", "w1": "w2", "w3": "w2"}
 _AGAIN = "save the adapter again with PEFT, or copy its folder again"
 
 #: What PEFT's configuration says of where an adapter came from and which layers have it, which the tensors show.
@@ -47,10 +53,13 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter on disk: where each layer's A and B are."""
+    """An adapter on disk: where each layer's A and B are. `zeros`: what must be zero of B beside an expert's own."""
 
     folder: Path
     parts: Mapping[str, tuple[Part, Part]]
+    zeros: Mapping[str, Part]
+    head: str | None
+    """A copy of the output layer's weight, which PEFT adds to its adapter."""
 
 
 def tensor_name(layer: str, factor: str) -> str:
@@ -64,24 +73,83 @@ def open_adapter(folder: Path, settings: AdapterSettings, shape: ModelShape) -> 
     Raises `Refusal` for files that are missing or damaged, for kinds of LoRA that are not those of megarl, and for an
     adapter of another base, rank or scale, or of other layers than `adapter.targets`.
     """
-    for refusal in _config_problems(folder / CONFIG, settings):
-        raise refusal
+    config = _read_config(folder / CONFIG, settings)
     shapes = _shapes(folder / TENSORS)
+    doubled = bool(config.get("rank_pattern"))
     wanted = adapters_of(shape, settings.targets)
-    parts = {layer: _parts(layer, sizes, shapes, settings.rank, shape) for layer, sizes in wanted.items()}
+    parts: dict[str, tuple[Part, Part]] = {}
+    zeros: dict[str, Part] = {}
     for layer, (outputs, inputs) in wanted.items():
+        own = _own_parts(layer)
+        if EXPERTS in layer and own[0].tensor not in shapes:
+            own = stacked_parts(layer, outputs, shape, settings, doubled=doubled)
+            if doubled and (beside := _beside(layer, own[1], shape, settings)) is not None:
+                zeros[layer] = beside
+        parts[layer] = own
         for part, factor, dims in zip(
-            parts[layer], ("lora_A", "lora_B"), ((settings.rank, inputs), (outputs, settings.rank)), strict=True
+            own, ("lora_A", "lora_B"), ((settings.rank, inputs), (outputs, settings.rank)), strict=True
         ):
             _check_part(part, f"{layer}.{factor}", dims, shapes, folder / TENSORS)
     used = {part.tensor for both in parts.values() for part in both}
-    for name in sorted(shapes.keys() - used):
+    head = f"{_PREFIX}{OUTPUT_LAYER}.base_layer.weight"
+    for name in sorted(shapes.keys() - used - ({head} if OUTPUT_LAYER in wanted else set())):
         raise Refusal(
             f"{name} in {folder / TENSORS}",
             "is of no layer in adapter.targets",
             "add its layer to adapter.targets, or use the adapter of this base model",
         )
-    return AdapterFiles(folder, parts)
+    return AdapterFiles(folder, parts, zeros, head if head in shapes else None)
+
+
+def _own_parts(layer: str) -> tuple[Part, Part]:
+    a, b = (Part(tensor_name(layer, factor), slice(None), slice(None)) for factor in ("lora_A", "lora_B"))
+    return a, b
+
+
+def stacked_parts(
+    layer: str, outputs: int, shape: ModelShape, settings: AdapterSettings, *, doubled: bool
+) -> tuple[Part, Part]:
+    """Where an expert's factors are in those of all experts; with `doubled` gate and up have blocks of their own."""
+    block, _, after = layer.partition(EXPERTS)
+    number, _, leaf = after.partition(".")
+    expert, rank, experts = int(number), settings.rank, shape.num_experts
+    experts_module = f"{block.rpartition('.')[0]}.mlp.experts"
+    half = 1 if leaf in _UP else 0
+    fused = leaf not in _DOWN
+    if fused and is_target(f"{block}{EXPERTS}{number}.{_DOWN_OF[leaf]}", settings.targets):
+        # The parameter that PEFT wraps first is inside.
+        experts_module += ".base_layer"
+    blocks, place = (2, half) if fused and doubled else (1, 0)
+    first = (expert * blocks + place) * rank
+    rows = slice(half * outputs, (half + 1) * outputs) if fused else slice(None)
+    columns = slice(place * rank * experts + expert, (place + 1) * rank * experts, experts)
+    a, b = (tensor_name(experts_module, factor) for factor in ("lora_A", "lora_B"))
+    return Part(a, slice(first, first + rank), slice(None)), Part(b, rows, columns)
+
+
+def _beside(layer: str, own: Part, shape: ModelShape, settings: AdapterSettings) -> Part | None:
+    """The other block of B in an expert's rows, where there is one."""
+    leaf = layer.rpartition(".")[2]
+    if leaf in _DOWN:
+        return None
+    by = settings.rank * shape.num_experts * (-1 if leaf in _UP else 1)
+    return own._replace(columns=slice(own.columns.start + by, own.columns.stop + by, shape.num_experts))
+
+
+def written(shape: ModelShape, settings: AdapterSettings) -> tuple[dict[str, tuple[int, int]], AdapterFiles]:
+    """The tensors of an adapter's file, names and sizes, and where each layer's factors lie in them."""
+    sizes: dict[str, tuple[int, int]] = {}
+    parts: dict[str, tuple[Part, Part]] = {}
+    for layer, (outputs, inputs) in adapters_of(shape, settings.targets).items():
+        times, stacked = 1, EXPERTS in layer
+        own = stacked_parts(layer, outputs, shape, settings, doubled=True) if stacked else _own_parts(layer)
+        fused = stacked and layer.rpartition(".")[2] not in _DOWN
+        if stacked:
+            times = shape.num_experts * (2 if fused else 1)
+        sizes[own[0].tensor] = settings.rank * times, inputs
+        sizes[own[1].tensor] = outputs * (2 if fused else 1), settings.rank * times
+        parts[layer] = own
+    return sizes, AdapterFiles(Path(), parts, {}, None)
 
 
 def _check_part(
@@ -104,47 +172,23 @@ def _check_part(
         )
 
 
-def _parts(
-    layer: str, sizes: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], rank: int, shape: ModelShape
-) -> tuple[Part, Part]:
-    """Where a layer's factors are: under its own name, or as an expert's in those of all experts."""
-    own = (
-        Part(tensor_name(layer, "lora_A"), slice(None), slice(None)),
-        Part(tensor_name(layer, "lora_B"), slice(None), slice(None)),
-    )
-    before, _, after = layer.partition(".experts.")
-    if not after or own[0].tensor in shapes:
-        return own
-    expert, _, leaf = after.partition(".")
-    outputs, inputs = sizes
-    down = leaf in ("down_proj", "w2")
-    wanted = inputs, outputs if down else 2 * outputs
-    # Which of the two is outside is as PEFT came upon them: their sizes tell them apart.
-    block = before.rpartition(".")[0] + ".mlp.experts"
-    for stacked in (f"{block}.base_layer", block):
-        a, b = (tensor_name(stacked, factor) for factor in ("lora_A", "lora_B"))
-        if a in shapes and b in shapes and (shapes[a][-1], shapes[b][0]) == wanted:
-            start, first = int(expert) * rank, outputs if leaf in ("up_proj", "w3") else 0
-            return (
-                Part(a, slice(start, start + rank), slice(None)),
-                # Of all experts' first columns first.
-                Part(b, slice(first, first + outputs), slice(int(expert), None, shape.num_experts)),
-            )
-    return own
-
-
-def _config_problems(file: Path, settings: AdapterSettings) -> Iterator[Refusal]:
+def _read_config(file: Path, settings: AdapterSettings) -> dict[str, Any]:
+    """PEFT's configuration. Raises the first of `_config_problems`."""
     if not file.is_file():
-        yield Refusal(
+        raise Refusal(
             f"adapter.path={file.parent}", f"must be a folder with PEFT's {CONFIG} and {TENSORS}", "correct the path"
         )
-        return
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
-    except (ValueError, KeyError, TypeError):
-        yield Refusal(str(file), "must be PEFT's configuration of a LoRA adapter, in JSON", _AGAIN)
-        return
+        for refusal in _config_problems(file, config, settings):
+            raise refusal
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Refusal(str(file), "must be PEFT's configuration of a LoRA adapter, in JSON", _AGAIN) from None
+    return config
+
+
+def _config_problems(file: Path, config: dict[str, Any], settings: AdapterSettings) -> Iterator[Refusal]:
+    kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
     if kind != "LORA":
         yield Refusal(f"peft_type={kind} in {file}", "must be LORA", "use an adapter of LoRA")
     for name, own, found in (("rank", settings.rank, rank), ("alpha", settings.alpha, alpha)):
@@ -159,7 +203,10 @@ def _config_problems(file: Path, settings: AdapterSettings) -> Iterator[Refusal]
             "changes the base's weights too, and this run has them as they are",
             "convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion",
         )
+    doubled = {"rank_pattern": 2 * rank, "alpha_pattern": 2 * alpha}
     for key, value in config.items():
+        if key in doubled and value and _of_gate_and_up(value) == {doubled[key]}:
+            continue
         # What is off says nothing, whatever it is; bias has a word for that.
         if key not in _OF_ORIGIN and value not in (None, False, "none", {}, []):
             yield Refusal(
@@ -167,6 +214,11 @@ def _config_problems(file: Path, settings: AdapterSettings) -> Iterator[Refusal]
                 "is a kind of LoRA that megarl does not compute with: one rank and scale for all layers, no more",
                 "use an adapter without it",
             )
+
+
+def _of_gate_and_up(pattern: Mapping[str, Any]) -> set[Any] | None:
+    """The values of a pattern for the experts' gate and up alone; None of any other."""
+    return set(pattern.values()) if all(key.endswith("gate_up_proj") for key in pattern) else None
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -187,19 +239,27 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def config_of(settings: AdapterSettings, shape: ModelShape, base: str) -> dict[str, Any]:
-    """PEFT's configuration of an adapter; `base` is the base model's folder."""
-    leaves = dict.fromkeys(name.rpartition(".")[2] for name in adapters_of(shape, (ALL_LINEAR,)))
-    targets: Sequence[str] = [one for one in settings.targets if one != ALL_LINEAR]
-    if ALL_LINEAR in settings.targets:
-        targets = [*leaves, *targets]
-    return {
+    """PEFT's configuration of an adapter as it is written; `base` is the base model's folder."""
+    layers = adapters_of(shape, settings.targets)
+    modules = {name.rpartition(".")[2] for name in layers if EXPERTS not in name}
+    experts = {name.rpartition(".")[2] for name in layers if EXPERTS in name}
+    alpha = int(settings.alpha) if settings.alpha.is_integer() else settings.alpha
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
-        "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
-        "target_modules": sorted(set(targets)),
+        "lora_alpha": alpha,
+        "target_modules": sorted(modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
+    fused = bool(experts - _DOWN)
+    stacked = (["gate_up_proj"] if fused else []) + (["down_proj"] if experts & _DOWN else [])
+    if stacked:
+        config["target_parameters"] = [f"mlp.experts.{name}" for name in stacked]
+    if fused:
+        pattern = r".*\.gate_up_proj"
+        config |= {"rank_pattern": {pattern: 2 * settings.rank}, "alpha_pattern": {pattern: 2 * alpha}}
+    return config

@@ -216,6 +216,13 @@ class Adapter(torch.nn.Module):
         """Within it the output layer's weight reads as it is computed with."""
         return in_place(self._head) if self._head else nullcontext()
 
+    def head_weight(self) -> tuple[LowRank, torch.Tensor] | None:
+        """Where the output layer's adapter is, and the base's weight there, on ranks that have it."""
+        if not self._head:
+            return None
+        (one,) = self._head
+        return one.factors[0].place, one.module.get_parameter(one.attribute).detach()
+
     def sum_copies(self) -> None:
         """Add up the gradients of whole copies, of which every rank of a layer has a part. Collective."""
         groups: Any = parallel_state

@@ -20,7 +20,7 @@ from megarl.formats.huggingface import HfFiles
 from megarl.parallel.exchange import first_decides
 from megarl.policy.adapter import Adapter, Factors
 from megarl.policy.policy import Policy
-from megarl.reshard.adapter_map import adapters_of
+from megarl.reshard.adapter_map import LowRank
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
@@ -28,23 +28,36 @@ def load_adapter(policy: Policy, folder: Path) -> None:
 
     Raises `Refusal` as `megarl.formats.peft.open_adapter` does, and where a number is not finite.
     """
-    adapter, settings = _adapter_of(policy), policy.config.adapter
-    files = peft.open_adapter(folder, settings, policy.shape)
+    adapter = _adapter_of(policy)
+    files = peft.open_adapter(folder, policy.config.adapter, policy.shape)
     with safe_open(folder / peft.TENSORS, framework="pt") as stored, torch.no_grad():
+
+        def read(part: peft.Part) -> torch.Tensor:
+            found = stored.get_slice(part.tensor)[part.rows, :]
+            return found[:, part.columns]
+
         for one in adapter.all_factors():
-            a, b = (stored.get_slice(part.tensor)[part.rows, part.columns] for part in files.parts[one.place.name])
+            a, b = (read(part) for part in files.parts[one.place.name])
             for name, values in (("lora_A", a), ("lora_B", b)):
                 if not torch.isfinite(values).all():
-                    raise Refusal(
-                        f"{one.place.name}.{name} in {folder / peft.TENSORS}",
-                        "must be finite, and has NaN or infinity",
-                        "use a whole copy of the adapter",
-                    )
+                    raise _unusable(folder, f"{one.place.name}.{name}", "must be finite, and has NaN or infinity")
+            beside = files.zeros.get(one.place.name)
+            if beside is not None and read(beside).any():
+                raise _unusable(folder, beside.tensor, "must be zero where one of gate and up meets the other's A")
             one.lora_A.copy_(a[:, slice(*one.place.columns)])
             rows = b[slice(*one.place.rows)]
             one.lora_B.zero_()
             one.lora_B[: len(rows)] = rows
+        if files.head is not None and (head := adapter.head_weight()) is not None:
+            place, weight = head
+            rows = stored.get_slice(files.head)[slice(*place.rows), :].to(weight)
+            if not torch.equal(rows, weight[: len(rows)]):
+                raise _unusable(folder, files.head, "must be the output layer of this run's base")
     policy.weights_changed()
+
+
+def _unusable(folder: Path, name: str, rule: str) -> Refusal:
+    return Refusal(f"{name} in {folder / peft.TENSORS}", rule, "use a whole copy of the adapter, with its own base")
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
@@ -53,11 +66,7 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     Collective. The folder appears under its name only when it is complete.
     """
     adapter, settings, shape = _adapter_of(policy), policy.config.adapter, policy.shape
-    sizes = {
-        peft.tensor_name(name, factor): dims
-        for name, (outputs, inputs) in adapters_of(shape, settings.targets).items()
-        for factor, dims in (("lora_A", (settings.rank, inputs)), ("lora_B", (outputs, settings.rank)))
-    }
+    sizes, places = peft.written(shape, settings)
     files = HfFiles(sizes, policy.params_dtype, sys.maxsize, stem=Path(peft.TENSORS).stem)
     partial = folder.with_name(folder.name + ".partial")
 
@@ -70,10 +79,15 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
     first_decides(begin)
     written: list[str] = []
-    for one in adapter.all_factors():
-        for factor, box, data in _own(one):
-            name = peft.tensor_name(one.place.name, factor)
-            files.write(partial, name, box, data.detach().cpu())
+    for name, own in _by_tensor(adapter, places).items():
+        whole = torch.zeros(sizes[name], dtype=policy.params_dtype, device=policy.world.device)
+        for one, factor, part in own:
+            _put(whole[part.rows, part.columns], one, factor)
+        group, is_first = _holders(own[0][0].place)
+        # Each rank's part, and zeros elsewhere.
+        dist.all_reduce(whole, group=group)
+        if is_first:
+            files.write(partial, name, tuple((0, extent) for extent in sizes[name]), whole.cpu())
             written.append(name)
     files.sync(partial, written)
     dist.barrier()
@@ -83,32 +97,39 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     dist.barrier()
 
 
-def _own(one: Factors) -> list[tuple[str, tuple[tuple[int, int], ...], torch.Tensor]]:
-    """What this rank writes of a layer's factors: name, rows and columns, and the data. Collective over the layer's
-    tensor-parallel group."""
-    place, groups = one.place, _groups(one.place.expert)
-    a = one.lora_A.detach()
-    if place.cut == "columns":
-        parts = [torch.empty_like(a) for _ in range(place.shards)]
-        dist.all_gather(parts, a.contiguous(), group=groups[0])
-        a = torch.cat(parts, 1)
-    if groups[1].rank() > 0:
-        return []
-    found: list[tuple[str, tuple[tuple[int, int], ...], torch.Tensor]] = []
-    if place.shard == 0:
-        found.append(("lora_A", ((0, len(a)), (0, place.inputs)), a))
-    start, stop = place.rows[0], min(place.rows[1], place.outputs)
-    if start < stop and (place.cut == "rows" or place.shard == 0):
-        found.append(("lora_B", ((start, stop), (0, one.lora_B.shape[1])), one.lora_B[: stop - start]))
+def _by_tensor(
+    adapter: Adapter, places: peft.AdapterFiles
+) -> dict[str, list[tuple[Factors, torch.nn.Parameter, peft.Part]]]:
+    """What this rank has of each tensor of the file, in the order of the forward pass."""
+    found: dict[str, list[tuple[Factors, torch.nn.Parameter, peft.Part]]] = {}
+    for one in adapter.all_factors():
+        for factor, part in zip((one.lora_A, one.lora_B), places.parts[one.place.name], strict=True):
+            found.setdefault(part.tensor, []).append((one, factor, part))
     return found
 
 
-def _groups(expert: bool) -> tuple[Any, Any]:
-    """The ranks that share out a layer, and those with the same share."""
+def _put(target: torch.Tensor, one: Factors, factor: torch.nn.Parameter) -> None:
+    """Copy this rank's part of a factor into its place in the whole; of copies that several ranks have, the first's."""
+    place = one.place
+    if place.shard > 0 and any(factor is copy for copy in one.copies):
+        return
+    if factor is one.lora_A:
+        target[:, slice(*place.columns)] = factor.detach()
+    else:
+        rows = target[slice(*place.rows)]
+        rows.copy_(factor.detach()[: len(rows)])
+
+
+def _holders(place: LowRank) -> tuple[Any, bool]:
+    """The ranks that have a tensor of the file together, and whether this one writes it."""
     groups: Any = parallel_state
-    if expert:
-        return groups.get_expert_tensor_parallel_group(), groups.get_expert_data_parallel_group()
-    return groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group(with_context_parallel=True)
+    if place.expert:
+        group = groups.get_expert_tensor_and_model_parallel_group()
+        copy = groups.get_expert_data_parallel_group().rank()
+    else:
+        group = groups.get_tensor_model_parallel_group()
+        copy = groups.get_data_parallel_group(with_context_parallel=True).rank()
+    return group, copy == 0 and group.rank() == 0
 
 
 def _adapter_of(policy: Policy) -> Adapter:

@@ -7,7 +7,7 @@ only; the numbers returned for a whole mini-batch are the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager
 
@@ -24,6 +24,7 @@ from megarl.config.schema import RunConfig
 from megarl.errors import MegarlError
 from megarl.parallel.bootstrap import World
 from megarl.parallel.cpu_platform import has_cuda
+from megarl.policy.adapter import Merged
 from megarl.policy.losses import LossStage, Pass, look_over
 from megarl.policy.network import Network
 from megarl.policy.passes import Passes
@@ -83,13 +84,17 @@ class Policy:
         `Network`."""
         return self.network.named_parameters()
 
+    @property
+    def adapted(self) -> Mapping[str, Merged]:
+        """Which of these weights have an adapter, on this rank."""
+        return {} if self.network.adapter is None else self.network.adapter.merged
+
     def weight(self, name: str) -> torch.Tensor:
         """One of these weights as the policy computes with it: where it has an adapter, merged."""
-        adapter = self.network.adapter
-        if adapter is None or name not in adapter.merged:
+        if name not in self.adapted:
             return self._by_name[name].detach()
         with torch.no_grad():
-            return adapter.merged[name]()
+            return self.adapted[name]()
 
     def weights_changed(self) -> None:
         """Tell the policy's optimizer that its weights were written from outside (its fp32 copies follow)."""

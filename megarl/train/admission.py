@@ -20,7 +20,7 @@ from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, differing_token, load_tokenizer, spread_tokens
 from megarl.environments import host as environments
 from megarl.errors import MegarlError, Refusal
-from megarl.formats import checkpoint_folder
+from megarl.formats import checkpoint_folder, peft
 from megarl.rewards.grader import BUILTIN_KINDS
 from megarl.rewards.scorer import build_scorer
 from megarl.servers.client import key_of
@@ -61,6 +61,7 @@ def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SEC
     """
     try:
         _look_at_checkpoints(config)
+        _look_at_adapter(config)
         if not evaluates:
             _look_at_replay(config)
         tokenizer = _usable_tokenizer(config)
@@ -92,6 +93,19 @@ def _look_at_checkpoints(config: RunConfig) -> None:
         if "adapter" in progress:
             for refusal in files.checkpoint_refusals(Path(config.model.path)):
                 raise refusal
+            if setting == "model.weights" and config.adapter.path is not None:
+                raise Refusal(
+                    f"adapter.path={config.adapter.path}",
+                    f"contradicts model.weights={path}, which holds an adapter",
+                    "remove one of the two",
+                )
+
+
+def _look_at_adapter(config: RunConfig) -> None:
+    """Raise `Refusal` where an adapter to begin from is not one of the model and the settings."""
+    adapter = Implied(config).adapter
+    if adapter is not None and adapter.path is not None:
+        peft.open_adapter(Path(adapter.path), adapter, read_model_shape(config.model.path))
 
 
 def _look_at_vocabularies(config: RunConfig, tokenizer: Tokenizer) -> None:

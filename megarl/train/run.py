@@ -25,6 +25,7 @@ from megarl.parallel.exchange import first_decides, gather_all
 from megarl.parallel.groups import form_grid
 from megarl.parallel.launch import started_here
 from megarl.policy import checkpoint
+from megarl.policy.adapter_files import save_adapter
 from megarl.rollout import vllm_setup
 from megarl.train import admission, divergence, evaluation, past
 from megarl.train.divergence import Diverged
@@ -162,6 +163,8 @@ def _finish(session: Session, accuracy: float | None, started: float) -> dict[st
     config = session.config
     if config.checkpoint.export_hf:
         export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
+        if session.policy.network.adapter is not None:
+            save_adapter(session.policy, run_directory(config) / "adapter")
     summary = {
         "name": config.name,
         "algorithm": config.algorithm.name,

@@ -26,6 +26,7 @@ from megarl.parallel import terminal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.groups import Grid
 from megarl.policy import checkpoint
+from megarl.policy.adapter_files import load_adapter
 from megarl.policy.hf_weights import draw_random_weights, load_hf_weights
 from megarl.policy.policy import Policy
 from megarl.rewards.scorer import build_scoring
@@ -233,6 +234,9 @@ def _load_start(policy: Policy, config: RunConfig) -> None:
             load_hf_weights(policy, config.model.path)
     if saved is not None:
         checkpoint.load(policy, saved, optimizer=False)
+    adapter = Implied(config).adapter
+    if adapter is not None and adapter.path is not None:
+        load_adapter(policy, Path(adapter.path))
 
 
 def _seed_everything(seed: int) -> None:

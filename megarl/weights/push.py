@@ -31,6 +31,10 @@ class EngineChanged(Interrupted):
     """The engine's weights are no longer those that were pushed; names the rank and the parameter."""
 
 
+class AdapterMissing(Interrupted):
+    """A push that left out an adapter: the engine would generate with the base's weights."""
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """A parameter, by its name in a Hugging Face checkpoint, that differs between engine and policy on some rank:
@@ -62,13 +66,17 @@ class Push:
             time_limit=policy.config.weights.time_limit,
             say=self._hf_name,
         )
+        # What this rank's part of the plan is read from.
+        outgoing = (m for one in self.mover.plan.rounds for m in one.messages if not m.incoming)
+        sent = [t for m in outgoing for t in m.transfers]
+        self._read = {t.source_name for t in sent} | {t.source_name for r in self.mover.plan.rounds for t in r.local}
 
     def run(self, checked: bool | None = None, version: int = 0) -> None:
         """Fill the engine with the policy's current weights, which are `version` to those who read completions.
 
         Collective; the engine's weights must be awake. Raises `PushError` where what arrived is compared with what was
-        sent, and differs. `checked`: whether it is, and whether `check` may follow; default: as `weights.checksum`
-        says.
+        sent, and differs, and `AdapterMissing` where the source has not merged what has an adapter. `checked`: whether
+        it is compared, and whether `check` may follow; default: as `weights.checksum` says.
         """
         if checked is None:
             # The first push of a process shows whether the links and the plan are sound.
@@ -78,9 +86,27 @@ class Push:
         for name in self._padding:
             layers.buffer(name)
             layers.complete(name)
+        if isinstance(self._source, PolicyWeights):
+            self._source.merged.clear()
         self.mover.run(self._source, layers, verify=checked)
+        self._require_adapters()
         self._pushed = True
         self.engine_weights.end(self.mover.lying, version)
+
+    def _require_adapters(self) -> None:
+        """Raise `AdapterMissing` on all ranks where a tensor left one without the adapter that it has. Collective."""
+        if self.policy.network.adapter is None:
+            return
+        merged = self._source.merged if isinstance(self._source, PolicyWeights) else frozenset[str]()
+        missing = sorted(name for name in self._read if name in self.policy.adapted and name not in merged)
+        if not anywhere(bool(missing)):
+            return
+        rank, names = next((rank, names) for rank, names in enumerate(gather_all(missing)) if names)
+        raise AdapterMissing(
+            f"weight push: rank {rank} sent {shortened(names)} without the adapter that the policy computes with, so "
+            "the engine would generate with the base's weights. The policy's weights are unharmed. Fix: make the "
+            "source of the push one that merges, as megarl.weights.source.PolicyWeights does"
+        )
 
     def check(self) -> None:
         """Raise `EngineChanged` on all ranks where the engine holds anything but what a checked push left in it.

@@ -28,11 +28,17 @@ class WeightSource(Protocol):
 
 
 class PolicyWeights:
-    """The weights that the policy computes with, under whichever set: with an adapter they are merged."""
+    """The weights that the policy computes with, under whichever set: with an adapter they are merged.
+
+    `merged` are the names of those that were, since it was last cleared: a push asks whether any was left out.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        self.merged: set[str] = set()
 
     def __getitem__(self, name: str, /) -> torch.Tensor:
         """The parameter itself, no copy, or where it has an adapter what the two are together."""
+        if name in self._policy.adapted:
+            self.merged.add(name)
         return self._policy.weight(name)
