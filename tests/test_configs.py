@@ -48,6 +48,7 @@ PROCESSES = {
     "grpo_qwen3_30b_a3b": 32,
     "grpo_qwen2.5_32b_16k": 64,
     "grpo_qwen2.5_72b": 128,
+    "grpo_lora_qwen2.5_72b": 16,
     "grpo_qwen3_235b_a22b": 256,
 }
 

@@ -55,6 +55,7 @@ BUFFERS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2-tied", {"precision": "bf16", "parallel": {"pipeline": 2}}),
     ("qwen3-moe", {"precision": "bf16", "parallel": {"expert": 2}}),
     ("qwen3-moe", {"parallel": {"expert_tensor": 2}}),
+    ("qwen2-untied", {"precision": "bf16", "parameters": "adapter", "adapter": {"rank": 4}}),
 ]
 
 
@@ -118,8 +119,8 @@ def test_buffers_and_optimizer_are_those_of_a_real_policy(folder: Path, two: lis
         each = 12 if config.precision == "bf16" else 8
         for shard in shards:
             # Experts are each rank's own here; the rest is spread over the ranks of the stage. Padding has no state.
-            experts = shard.by_kind.get("experts", 0)
-            state = each * (shard.parameters - experts + in_stage * experts)
+            experts = 0 if shard.adapter else shard.by_kind.get("experts", 0)
+            state = each * ((shard.adapter or shard.parameters) - experts + in_stage * experts)
             assert sum(found[shard.stage * in_stage + rank][2] for rank in range(in_stage)) == state, (name, changes)
             assert in_stage * memory.optimizer(shard) - state < each * in_stage * PADDING, (name, changes)
 

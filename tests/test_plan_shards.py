@@ -18,6 +18,8 @@ from megarl.parallel.fake_world import rank_of_fake_world
 from megarl.policy.megatron_config import transformer_config
 from megarl.policy.model import build_model
 from megarl.rehearsal.shards import count_parameters, kind_of, shards_of
+from megarl.reshard.adapter_map import adapters_of
+from megarl.reshard.weight_map import padded_vocab_size
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 #: Parameters that the models' cards give, in thousands of millions, and what config.json makes of it exactly.
@@ -83,9 +85,10 @@ EXPERT_LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def run_of(parallel: dict[str, Any]) -> RunConfig:
+def run_of(parallel: dict[str, Any], **sections: Any) -> RunConfig:
     return RunConfig.model_validate(
-        {
+        sections
+        | {
             "name": "case",
             "steps": 1,
             "model": {"path": "unused"},
@@ -107,6 +110,26 @@ def test_shards_add_up_to_the_model_under_every_layout(model: str) -> None:
         assert counted.counted == counted.exact == sum(counted.by_kind.values()), parallel
         stages = sorted(stage for one in counted.stages for stage in one.stages)
         assert stages == list(range(config.parallel.pipeline))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_adapter_alone_has_its_own_parameters_in_buffers_and_the_base_none(model: str) -> None:
+    shape, rank = model_shape_from_hf(MODELS[model]), 4
+    adapter = {"rank": rank, "targets": ("q_proj", "up_proj", "down_proj")}
+    config = run_of({"pipeline": 2}, parameters="adapter", adapter=adapter)
+    shards = shards_of(config, shape, 4)
+    wanted = sum(rank * sum(sizes) for sizes in adapters_of(shape, config.adapter.targets).values())
+    assert sum(shard.adapter for shard in shards) == wanted
+    assert count_parameters(shape, shards).counted == sum(shard.frozen for shard in shards) - tied_copy(shape)
+    assert max(shard.merged for shard in shards) == 2 * shape.ffn_size * shape.hidden_size
+    for shard in shards:
+        assert shard.adapter <= sum(one.numel for one in shard.buffers) < shard.adapter + 64 * 4 * 6 * 30
+
+
+def tied_copy(shape: ModelShape) -> int:
+    """Elements of the embedding that the last of several stages has once more, and of padding of the vocabulary."""
+    padded = padded_vocab_size(shape.vocab_size)
+    return (2 * padded - (1 if shape.tied_embeddings else 2) * shape.vocab_size) * shape.hidden_size
 
 
 @pytest.mark.parametrize(

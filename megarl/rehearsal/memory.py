@@ -92,6 +92,7 @@ def _train(run: Run, shard: Shard) -> Iterator[Amount]:
         entropy = any(objective.entropy_gradient for objective in run.algorithm.objectives)
         head = activations.head_bytes(config, shape, int(tokens), backward=True, entropy_gradient=entropy)
     yield from _trained(run, shard)
+    yield Amount("merged weights", merged_bytes(config, shard), False)
     yield Amount("activations", int(kept * tokens), False)
     yield Amount("backward pass", int(max(layer, head)), False)
     yield Amount("micro-batches", micro_batch_bytes(config, shape, run.work.sequences), False)
@@ -106,6 +107,7 @@ def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
     if shard.chunks[-1].last:
         head = activations.head_bytes(config, run.shape, int(tokens), backward=False, entropy_gradient=False)
     yield from _trained(run, shard)
+    yield Amount("merged weights", merged_bytes(config, shard), False)
     if _is_measured(run):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("forward pass", int(max(layer, head)), False)
@@ -120,7 +122,7 @@ def _is_measured(run: Run) -> bool:
 
 
 def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
-    yield Amount("policy weights", weights(shard), True)
+    yield from _weights(run, shard)
     yield Amount("gradients", gradients(shard), True)
     yield Amount("optimizer", optimizer(shard), True)
     for one in run.implied.parameter_sets:
@@ -129,9 +131,28 @@ def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
     yield Amount("reserved", run.cluster.reserved, False)
 
 
+def _weights(run: Run, shard: Shard) -> Iterator[Amount]:
+    adapter = weights(shard) if shard.adapter else 0
+    yield Amount("policy weights", policy_weights(run, shard) - adapter, True)
+    yield Amount("adapter", adapter, True)
+
+
+def policy_weights(run: Run, shard: Shard) -> int:
+    """Bytes of the policy's weights on a rank, frozen ones beside an adapter included."""
+    return weights(shard) + shard.frozen * ELEMENT_BYTES[run.config.precision]
+
+
 def weights(shard: Shard) -> int:
-    """Bytes of the policy's weights on a rank, padding of Megatron's buffers included."""
+    """Bytes of the weights on a rank that train, padding of Megatron's buffers included."""
     return sum(one.numel * one.parameter_bytes for one in shard.buffers)
+
+
+def merged_bytes(config: RunConfig, shard: Shard) -> int:
+    """What a module computes with in place of the weights that an adapter changes, and in fp32, of one of them, what it
+    is made of: the base, the product of the factors, the same in the base's order, and the sum."""
+    if not shard.merged:
+        return 0
+    return shard.largest_layer * ELEMENT_BYTES[config.precision] + 4 * OPTIMIZER_ELEMENT * shard.merged
 
 
 def gradients(shard: Shard) -> int:
@@ -147,9 +168,9 @@ def optimizer(shard: Shard) -> int:
     )
 
 
-def weight_set(run: Run, shard: Shard) -> int:
-    """Bytes of a named copy of the weights (`Policy.keep`)."""
-    return shard.parameters * ELEMENT_BYTES[run.config.precision]
+def weight_set(run: Run, shard: Shard, *, base: bool = True) -> int:
+    """Bytes of a named copy of the weights (`Policy.keep`), without `base` of an adapter's alone."""
+    return ((shard.parameters if base else 0) + shard.adapter) * ELEMENT_BYTES[run.config.precision]
 
 
 def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> int:
@@ -167,7 +188,7 @@ def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> i
 
 def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
-    yield Amount("policy weights", weights(shard), True)
+    yield from _weights(run, shard)
     for one in run.implied.parameter_sets:
         if one.trains:
             yield Amount(f"set {one.name}", weights(shard), True)
@@ -188,13 +209,15 @@ def _rollout(run: Run, engine: EngineMemory) -> Iterator[Amount]:
 def host_of(run: Run, shards: list[Shard], processes: int) -> HostMemory:
     """What a node's host keeps: the busiest rank's share, for all of the node's GPUs."""
     gpus = min(run.cluster.gpus_per_node, processes)
-    sets = sum(not one.trains for one in run.implied.parameter_sets)
+    kept = [one for one in run.implied.parameter_sets if not one.trains]
     trained = [one.name for one in run.implied.parameter_sets if one.trains]
     found: list[HostMemory] = []
     for shard in shards:
-        amounts = [Amount("weight sets", gpus * sets * weight_set(run, shard), True)]
+        # Of the run's start an adapter alone is kept, where the base is frozen.
+        sets = sum(weight_set(run, shard, base=not shard.adapter or one.checkpoint is not None) for one in kept)
+        amounts = [Amount("weight sets", gpus * sets, True)]
         if run.engine is not None:
-            amounts.append(Amount("policy weights", gpus * weights(shard), True))
+            amounts.append(Amount("policy weights", gpus * policy_weights(run, shard), True))
             amounts.append(Amount("optimizer", gpus * optimizer(shard), True))
             both = weights(shard) + optimizer(shard)
             amounts += [Amount(f"set {name}", gpus * both, True) for name in trained]

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from megarl.config.grid import Chunk, Grid, chunks_of_stage
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import MegarlError, Refusal
 from megarl.parallel.fake_world import rank_of_fake_world
+from megarl.policy.adapter import Adapter
 from megarl.policy.megatron_config import transformer_config
 from megarl.policy.model import build_model, wrap_data_parallel
 from megarl.rehearsal.report import Parameters, StageParameters
@@ -55,7 +57,8 @@ class Shard:
 
     `by_kind`: its parameters; `once`: the parameters of all ranks of the stage together, each counted once, padding of
     the vocabulary left out; `largest_layer`: elements of the module whose weights are largest, a layer's local experts
-    taken together.
+    taken together. Where an adapter trains alone, `adapter` are its parameters, which the buffers are of, and `merged`
+    the elements of the largest weight that it changes; else both are 0.
     """
 
     stage: int
@@ -64,10 +67,17 @@ class Shard:
     once: dict[str, int]
     buffers: tuple[Buffer, ...]
     largest_layer: int
+    adapter: int = 0
+    merged: int = 0
 
     @property
     def parameters(self) -> int:
         return sum(self.by_kind.values())
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that are in no buffer."""
+        return self.parameters if self.adapter else 0
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +107,7 @@ def shards_of(config: RunConfig, shape: ModelShape, world: int) -> list[Shard]:
         if content not in built:
             built[content] = _build(config, shape, world, stage, chunks)
         one = built[content]
-        shards.append(Shard(stage, chunks, one.by_kind, one.once, one.buffers, one.largest_layer))
+        shards.append(replace(one, stage=stage, chunks=chunks))
     return shards
 
 
@@ -119,8 +129,20 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
                 by_kind[kind_of(name)] += parameter.numel()
                 once[kind_of(name)] += _once(name, parameter, shape, grid)
                 modules[number, name.rpartition(".")[0]] += parameter.numel()
-        buffers = tuple(_buffers(wrap_data_parallel(config, megatron_config, models)))
-    return Shard(stage, chunks, dict(by_kind), dict(once), buffers, max(modules.values()))
+        trained, adapter, merged = _trained(config, shape, grid, models)
+        buffers = tuple(_buffers(wrap_data_parallel(config, megatron_config, trained)))
+    return Shard(stage, chunks, dict(by_kind), dict(once), buffers, max(modules.values()), adapter, merged)
+
+
+def _trained(config: RunConfig, shape: ModelShape, grid: Grid, models: Sequence[Any]) -> tuple[Sequence[Any], int, int]:
+    """What trains of the chunks, the parameters of an adapter, and the elements of the largest weight that it changes;
+    0 where there is none."""
+    settings = Implied(config).adapter
+    if settings is None:
+        return models, 0, 0
+    adapter = Adapter(settings, shape, config.parallel, grid, models, config.seed)
+    changed = (one.module.get_parameter(one.attribute).numel() for one in adapter.merged.values())
+    return [adapter], sum(one.numel() for one in adapter.parameters()), max(changed, default=0)
 
 
 def _once(name: str, parameter: Any, shape: ModelShape, grid: Grid) -> int:
