@@ -34,6 +34,8 @@ TOGETHER = {"test_slurm_runs.py": "slurm", "test_submit_slurm.py": "slurm", "tes
 #: Files that the quick form leaves out. Single tests of others are marked `processes`.
 PROCESSES = frozenset(
     {
+        "test_adapter_layouts.py",
+        "test_adapter_run.py",
         "test_algorithm_runs.py",
         "test_algorithms_parity.py",
         "test_bench_reshard.py",

@@ -207,6 +207,12 @@ class Adapter(torch.nn.Module):
         for one in self._merged.values():
             yield from one.factors
 
+    def clear(self) -> None:
+        """Change nothing of the base: B is zero as at first."""
+        with torch.no_grad():
+            for one in self.all_factors():
+                one.lora_B.zero_()
+
     @property
     def merged(self) -> Mapping[str, Merged]:
         """The parameters that adapters change, by their names in `megatron_tensors`."""

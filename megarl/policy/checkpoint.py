@@ -105,6 +105,9 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
         state: Any = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     if not optimizer:
         _load_models(policy.trained[POLICY], state, base=base)
+        if base and policy.network.adapter is not None:
+            # They are a whole policy.
+            policy.network.adapter.clear()
         policy.weights_changed()
         return progress
     found = {name: _load_trained(trained, _of_set(state, name)) for name, trained in policy.trained.items()}
