@@ -34,19 +34,21 @@ TARGETS = {
     "qwen2-tied": ("all-linear",),
     "qwen3-untied": WITH_HEAD,
     "qwen3-tied": SOME,
+    # The first of two stages has none.
+    "qwen2-untied": ("lm_head",),
     "qwen3-moe": WITH_HEAD,
     "qwen2-moe": ("all-linear",),
     "mixtral": ("all-linear",),
 }
-DENSE = ("qwen2-tied", "qwen3-untied", "qwen3-tied")
+DENSE = ("qwen2-tied", "qwen3-untied", "qwen3-tied", "qwen2-untied")
 #: By number of processes: layouts, each with its models. The key-value head of qwen3-tied is one for two ranks; the
 #: last rank of qwen3-untied's output layer has padding.
 LAYOUTS: dict[int, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
     1: [({}, tuple(TARGETS)), (FULL, ("qwen2-tied",))],
     2: [
-        ({"tensor": 2}, DENSE),
+        ({"tensor": 2}, DENSE[:3]),
         (SP, ("qwen3-untied", "qwen2-moe")),
-        ({"pipeline": 2}, ("qwen2-tied", "qwen3-moe")),
+        ({"pipeline": 2}, ("qwen2-tied", "qwen3-moe", "qwen2-untied")),
         ({"pipeline": 2, "virtual_pipeline": 2}, ("qwen3-untied",)),
         ({"context": 2}, ("qwen2-tied",)),
         ({"expert": 2}, ("qwen3-moe", "qwen2-moe")),

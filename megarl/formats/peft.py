@@ -80,16 +80,14 @@ def open_adapter(folder: Path, settings: AdapterSettings, shape: ModelShape) -> 
     parts: dict[str, tuple[Part, Part]] = {}
     zeros: dict[str, Part] = {}
     for layer, (outputs, inputs) in wanted.items():
-        own = _own_parts(layer)
-        if EXPERTS in layer and own[0].tensor not in shapes:
-            own = stacked_parts(layer, outputs, shape, settings, doubled=doubled)
-            if doubled and (beside := _beside(layer, own[1], shape, settings)) is not None:
-                zeros[layer] = beside
-        parts[layer] = own
-        for part, factor, dims in zip(
-            own, ("lora_A", "lora_B"), ((settings.rank, inputs), (outputs, settings.rank)), strict=True
-        ):
-            _check_part(part, f"{layer}.{factor}", dims, shapes, folder / TENSORS)
+        found = _alone(layer, outputs, inputs, settings)
+        if EXPERTS in layer and found.a.tensor not in shapes:
+            found = _stacked(layer, outputs, inputs, shape, settings, doubled=doubled)
+            if found.beside is not None:
+                zeros[layer] = found.beside
+        parts[layer] = found.a, found.b
+        for part, dims in ((found.a, found.a_dims), (found.b, found.b_dims)):
+            _check_tensor(part.tensor, dims, shapes, folder / TENSORS)
     used = {part.tensor for both in parts.values() for part in both}
     head = f"{_PREFIX}{OUTPUT_LAYER}.base_layer.weight"
     for name in sorted(shapes.keys() - used - ({head} if OUTPUT_LAYER in wanted else set())):
@@ -101,39 +99,45 @@ def open_adapter(folder: Path, settings: AdapterSettings, shape: ModelShape) -> 
     return AdapterFiles(folder, parts, zeros, head if head in shapes else None)
 
 
-def _own_parts(layer: str) -> tuple[Part, Part]:
+class _Place(NamedTuple):
+    """Where a layer's factors are, and the whole tensors' sizes. `beside`: what else is in B's rows, and must be 0."""
+
+    a: Part
+    a_dims: tuple[int, int]
+    b: Part
+    b_dims: tuple[int, int]
+    beside: Part | None = None
+
+
+def _alone(layer: str, outputs: int, inputs: int, settings: AdapterSettings) -> _Place:
     a, b = (Part(tensor_name(layer, factor), slice(None), slice(None)) for factor in ("lora_A", "lora_B"))
-    return a, b
+    return _Place(a, (settings.rank, inputs), b, (outputs, settings.rank))
 
 
-def stacked_parts(
-    layer: str, outputs: int, shape: ModelShape, settings: AdapterSettings, *, doubled: bool
-) -> tuple[Part, Part]:
-    """Where an expert's factors are in those of all experts; with `doubled` gate and up have blocks of their own."""
+def _stacked(
+    layer: str, outputs: int, inputs: int, shape: ModelShape, settings: AdapterSettings, *, doubled: bool
+) -> _Place:
+    """Of an expert in the factors of all experts; with `doubled` gate and up have blocks of their own."""
     block, _, after = layer.partition(EXPERTS)
     number, _, leaf = after.partition(".")
     expert, rank, experts = int(number), settings.rank, shape.num_experts
-    experts_module = f"{block.rpartition('.')[0]}.mlp.experts"
-    half = 1 if leaf in _UP else 0
-    fused = leaf not in _DOWN
+    module = f"{block.rpartition('.')[0]}.mlp.experts"
+    fused, half = leaf not in _DOWN, 1 if leaf in _UP else 0
     if fused and is_target(f"{block}{EXPERTS}{number}.{_DOWN_OF[leaf]}", settings.targets):
         # The parameter that PEFT wraps first is inside.
-        experts_module += ".base_layer"
+        module += ".base_layer"
+    a, b = (tensor_name(module, factor) for factor in ("lora_A", "lora_B"))
     blocks, place = (2, half) if fused and doubled else (1, 0)
     first = (expert * blocks + place) * rank
     rows = slice(half * outputs, (half + 1) * outputs) if fused else slice(None)
-    columns = slice(place * rank * experts + expert, (place + 1) * rank * experts, experts)
-    a, b = (tensor_name(experts_module, factor) for factor in ("lora_A", "lora_B"))
-    return Part(a, slice(first, first + rank), slice(None)), Part(b, rows, columns)
-
-
-def _beside(layer: str, own: Part, shape: ModelShape, settings: AdapterSettings) -> Part | None:
-    """The other block of B in an expert's rows, where there is one."""
-    leaf = layer.rpartition(".")[2]
-    if leaf in _DOWN:
-        return None
-    by = settings.rank * shape.num_experts * (-1 if leaf in _UP else 1)
-    return own._replace(columns=slice(own.columns.start + by, own.columns.stop + by, shape.num_experts))
+    columns = [slice(n * rank * experts + expert, (n + 1) * rank * experts, experts) for n in range(blocks)]
+    return _Place(
+        Part(a, slice(first, first + rank), slice(None)),
+        (experts * blocks * rank, inputs),
+        Part(b, rows, columns[place]),
+        (outputs * (2 if fused else 1), experts * blocks * rank),
+        Part(b, rows, columns[1 - place]) if blocks == 2 else None,
+    )
 
 
 def written(shape: ModelShape, settings: AdapterSettings) -> tuple[dict[str, tuple[int, int]], AdapterFiles]:
@@ -141,33 +145,27 @@ def written(shape: ModelShape, settings: AdapterSettings) -> tuple[dict[str, tup
     sizes: dict[str, tuple[int, int]] = {}
     parts: dict[str, tuple[Part, Part]] = {}
     for layer, (outputs, inputs) in adapters_of(shape, settings.targets).items():
-        times, stacked = 1, EXPERTS in layer
-        own = stacked_parts(layer, outputs, shape, settings, doubled=True) if stacked else _own_parts(layer)
-        fused = stacked and layer.rpartition(".")[2] not in _DOWN
-        if stacked:
-            times = shape.num_experts * (2 if fused else 1)
-        sizes[own[0].tensor] = settings.rank * times, inputs
-        sizes[own[1].tensor] = outputs * (2 if fused else 1), settings.rank * times
-        parts[layer] = own
+        if EXPERTS in layer:
+            found = _stacked(layer, outputs, inputs, shape, settings, doubled=True)
+        else:
+            found = _alone(layer, outputs, inputs, settings)
+        sizes |= {found.a.tensor: found.a_dims, found.b.tensor: found.b_dims}
+        parts[layer] = found.a, found.b
     return sizes, AdapterFiles(Path(), parts, {}, None)
 
 
-def _check_part(
-    part: Part, name: str, dims: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], file: Path
-) -> None:
-    """Raise `Refusal` where the factor `name`, of `dims`, is not in the file, or not in this size."""
-    if part.tensor not in shapes:
+def _check_tensor(name: str, dims: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Raise `Refusal` where a tensor is not in the file, or not in this size."""
+    if name not in shapes:
         raise Refusal(
-            f"{file} without {part.tensor}",
+            f"{file} without {name}",
             "must have the factors of every layer in adapter.targets",
             "set adapter.targets to the layers that it was made for",
         )
-    stored = shapes[part.tensor]
-    cuts = zip((part.rows, part.columns), stored, strict=False)
-    if len(stored) != 2 or tuple(len(range(*cut.indices(extent))) for cut, extent in cuts) != dims:
+    if shapes[name] != dims:
         raise Refusal(
-            f"{part.tensor} of shape {stored} in {file}",
-            f"must give {name} the shape {dims} by config.json and adapter.rank",
+            f"{name} of shape {shapes[name]} in {file}",
+            f"must have shape {dims} by config.json and adapter.rank",
             "use the adapter of this base model",
         )
 
