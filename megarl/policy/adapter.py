@@ -128,10 +128,6 @@ class _Again(NamedTuple):
 def in_place(weights: Sequence[Merged]) -> Iterator[None]:
     """Compute with merged weights inside the block; what autograd would keep of them it computes again."""
     by_place: dict[int, Merged] = {}
-    for one in weights:
-        # An entry of the instance is found before the registered parameter, which stays where it is.
-        found = one.module.__dict__[one.attribute] = one()
-        by_place[found.untyped_storage().data_ptr()] = one
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | _Again:
         one = by_place.get(tensor.untyped_storage().data_ptr())
@@ -146,6 +142,10 @@ def in_place(weights: Sequence[Merged]) -> Iterator[None]:
             return kept.merged().as_strided(kept.size, kept.stride, kept.offset)
 
     try:
+        for one in weights:
+            # An entry of the instance is found before the registered parameter, which stays where it is.
+            found = one.module.__dict__[one.attribute] = one()
+            by_place[found.untyped_storage().data_ptr()] = one
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:

@@ -35,9 +35,9 @@ from megarl.records import Sequence
 class Policy:
     """A Megatron policy under one parallel layout.
 
-    Parameter sets go by name. `trained` ones have gradients and an optimizer: the policy's own weights, and `trains`
-    beside them. Others are kept as copies that stay as they are. `step_budget` is the number of optimizer steps in the
-    whole run.
+    Parameter sets go by name. `trained` ones have gradients and an optimizer: the policy's own weights, or an adapter's
+    alone beside frozen ones, and `trains` beside them. Others are kept as copies that stay as they are. `step_budget`
+    is the number of optimizer steps in the whole run.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Policy:
             return self.adapted[name]()
 
     def weights_changed(self) -> None:
-        """Tell the policy's optimizer that its weights were written from outside (its fp32 copies follow)."""
+        """Tell the policy's optimizer that weights were written from outside (its fp32 copies follow)."""
         self.trained[POLICY].weights_changed()
 
     # --- parameter sets ---------------------------------------------------------------------------------------------
