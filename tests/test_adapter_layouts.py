@@ -209,14 +209,17 @@ def saved(world: Any, folder: Path, batches: dict[str, list]) -> Continued:
     with parity.policy_of(whole, world) as policy:
         refuses(found, lambda: checkpoint.load(policy, step, optimizer=False))
         checkpoint.save(policy, folder / "whole", 1, {}, optimizer=True, keep=1)
+        plain = parity.exported(policy, folder / "hf")
     of_whole = checkpoint_folder.require(folder / "whole", "resume")
     with parity.policy_of(config_of(path, model), world) as policy:
         refuses(found, lambda: checkpoint.load(policy, of_whole, optimizer=True))
         with torch.no_grad():
             policy.chunks[0].decoder.layers[0].self_attention.linear_qkv.weight[0, 0] += 1
         refuses(found, lambda: checkpoint.load(policy, step, optimizer=False))
-        # All weights can be what an adapter is trained beside.
+        # All weights can be what an adapter is trained beside; alone they are a whole policy.
+        begin(policy)
         checkpoint.load(policy, of_whole, optimizer=False)
+        assert same(parity.exported(policy, folder / "hf"), plain)
         checkpoint.load(policy, step, optimizer=False)
         assert same(parity.exported(policy, folder / "hf"), found.weights)
     return found
