@@ -52,6 +52,7 @@ PROCESSES = frozenset(
         "test_policy_experts.py",
         "test_policy_guards.py",
         "test_policy_parity.py",
+        "test_policy_sets.py",
         "test_policy_state.py",
         "test_preflight.py",
         "test_preflight_network.py",
