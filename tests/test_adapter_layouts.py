@@ -5,6 +5,7 @@ PEFT computes with the base's output and the adapter's added, and never merges.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +242,7 @@ class Exchanged:
     log_probs: dict[int, np.ndarray]
     written: dict[str, tuple[Any, np.ndarray, np.ndarray]]
     read: dict[str, tuple[Any, np.ndarray, np.ndarray]]
+    refused: list[str]
 
 
 def exchanged(world: Any, folder: Path, model: str, batch: list) -> Exchanged:
@@ -255,9 +257,53 @@ def exchanged(world: Any, folder: Path, model: str, batch: list) -> Exchanged:
         save_adapter(policy, folder / f"{model}-adapter")
         written = parts_of(policy)
     with parity.policy_of(config_of(folder / model, model, parallel=second), world) as policy:
+        refused = broken_files(world, policy, folder, model)
         load_adapter(policy, folder / f"{model}-adapter")
         found = {} if log_probs is None else dict(zip(mine, log_probs, strict=True))
-        return Exchanged(found, written, parts_of(policy))
+        return Exchanged(found, written, parts_of(policy), refused)
+
+
+#: By model: what is done to the tensors of its file, and a part of what is said.
+BROKEN: dict[str, list[tuple[Any, str]]] = {
+    "mixtral": [
+        (
+            lambda t: t["base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"].fill(1),
+            "must have base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight zero where",
+        ),
+    ],
+    "qwen3-untied": [
+        (
+            lambda t: t["base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"].fill(np.nan),
+            "must be finite, and has NaN or infinity for model.layers.3.self_attn.q_proj",
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.base_layer.weight": np.ones((97, 64), np.float32)}),
+            "must have the output layer of this run's base as base_model.model.lm_head.base_layer.weight",
+        ),
+    ],
+}
+
+
+def broken_files(world: Any, policy: Any, folder: Path, model: str) -> list[str]:
+    """What all ranks say of the model's adapter with its tensors changed."""
+    import torch.distributed as dist
+    from safetensors.numpy import save_file
+
+    from megarl.policy.adapter_files import load_adapter
+
+    said = []
+    for number, (change, _) in enumerate(BROKEN.get(model, ())):
+        copy = folder / f"{model}-broken-{number}"
+        if world.is_first:
+            shutil.copytree(folder / f"{model}-adapter", copy)
+            tensors = parity.read_checkpoint(copy)
+            change(tensors)
+            save_file(tensors, copy / "adapter_model.safetensors")
+        dist.barrier()
+        with pytest.raises(Refusal) as caught:
+            load_adapter(policy, copy)
+        said.append(caught.value.rule)
+    return said
 
 
 def refuses(found: Continued, action: Any) -> None:
@@ -510,6 +556,9 @@ def test_peft_computes_what_the_policy_does_from_the_adapter_that_is_written(mod
     written, read = (whole_factors([getattr(rank, name) for rank in ranks]) for name in ("written", "read"))
     for name, both in written.items():
         assert all(np.array_equal(*pair) for pair in zip(both, read[name], strict=True)), name
+    for rank in ranks:
+        for said, (_, wanted) in zip(rank.refused, BROKEN.get(model, ()), strict=True):
+            assert said.startswith(wanted)
     with warnings.catch_warnings():
         # PEFT warns of tensors that it finds no place for.
         warnings.simplefilter("error", UserWarning)

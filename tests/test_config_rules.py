@@ -584,6 +584,23 @@ def test_tied_embeddings_are_no_output_layer_to_adapt(run_file: Path) -> None:
     ]
 
 
+def test_gate_and_up_of_experts_are_adapted_together(run_file: Path) -> None:
+    mixture = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    shape = model_shape_from_hf({key: value for key, value in MODEL.items() if key != "model_type"} | mixture)
+
+    def broken(targets: str) -> list[str]:
+        config = load_config(run_file, ["parameters=adapter", f"adapter.targets={targets}"])
+        return [str(each) for each in broken_rules(config, shape)]
+
+    assert broken("[q_proj,w1,w2]") == [
+        "adapter.targets=q_proj,w1,w2: has the experts' w1 without their w3: PEFT's files have both as one. "
+        "Fix: add w3, or remove w1."
+    ]
+    assert broken("[experts.w1,w3]") == broken("[w2]") == broken("[all-linear]") == []
+    (said,) = broken("[gate]")
+    assert said.startswith("adapter.targets=gate: takes no adapter: norms, embeddings, routers and gates have none.")
+
+
 def test_broken_checkpoints(run_file: Path) -> None:
     config, weights = load_config(run_file), Path("model/model.safetensors")
     whole = weights.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,41 @@ from megarl.config.implied import Implied
 from megarl.errors import Refusal
 from megarl.formats import peft
 from megarl.formats.huggingface import HfFiles
-from megarl.parallel.exchange import first_decides
+from megarl.parallel.exchange import first_decides, gather_all
 from megarl.policy.adapter import Adapter, Factors
 from megarl.policy.policy import Policy
 from megarl.reshard.adapter_map import LowRank
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Fill the policy's adapter from PEFT's files in `folder`; each rank reads its parts.
+    """Fill the policy's adapter from PEFT's files in `folder`; each rank reads its parts. Collective.
 
-    Raises `Refusal` as `megarl.formats.peft.open_adapter` does, and where a number is not finite.
+    Raises `Refusal` on all ranks as `megarl.formats.peft.open_adapter` does, and for numbers that are not finite or
+    are another base's.
     """
-    adapter = _adapter_of(policy)
     files = peft.open_adapter(folder, policy.config.adapter, policy.shape)
-    with safe_open(folder / peft.TENSORS, framework="pt") as stored, torch.no_grad():
+    with torch.no_grad():
+        problems = gather_all(next(_read(_adapter_of(policy), files), None))
+    for problem in problems:
+        if problem is not None:
+            raise Refusal(f"{folder / peft.TENSORS}", problem, "use a whole copy of the adapter, with its own base")
+    policy.weights_changed()
+
+
+def _read(adapter: Adapter, files: peft.AdapterFiles) -> Iterator[str]:
+    """Fill this rank's factors; yields what cannot be used, in words."""
+    with safe_open(files.folder / peft.TENSORS, framework="pt") as stored:
 
         def read(part: peft.Part) -> torch.Tensor:
-            found = stored.get_slice(part.tensor)[part.rows, :]
-            return found[:, part.columns]
+            return stored.get_slice(part.tensor)[part.rows, :][:, part.columns]
 
         for one in adapter.all_factors():
-            a, b = (read(part) for part in files.parts[one.place.name])
-            for name, values in (("lora_A", a), ("lora_B", b)):
-                if not torch.isfinite(values).all():
-                    raise _unusable(folder, f"{one.place.name}.{name}", "must be finite, and has NaN or infinity")
-            beside = files.zeros.get(one.place.name)
-            if beside is not None and read(beside).any():
-                raise _unusable(folder, beside.tensor, "must be zero where one of gate and up meets the other's A")
+            name = one.place.name
+            a, b = (read(part) for part in files.parts[name])
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                yield f"must be finite, and has NaN or infinity for {name}"
+            if (beside := files.zeros.get(name)) is not None and read(beside).any():
+                yield f"must have {beside.tensor} zero where {name} meets the other's A"
             one.lora_A.copy_(a[:, slice(*one.place.columns)])
             rows = b[slice(*one.place.rows)]
             one.lora_B.zero_()
@@ -52,12 +61,7 @@ def load_adapter(policy: Policy, folder: Path) -> None:
             place, weight = head
             rows = stored.get_slice(files.head)[slice(*place.rows), :].to(weight)
             if not torch.equal(rows, weight[: len(rows)]):
-                raise _unusable(folder, files.head, "must be the output layer of this run's base")
-    policy.weights_changed()
-
-
-def _unusable(folder: Path, name: str, rule: str) -> Refusal:
-    return Refusal(f"{name} in {folder / peft.TENSORS}", rule, "use a whole copy of the adapter, with its own base")
+                yield f"must have the output layer of this run's base as {files.head}"
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
