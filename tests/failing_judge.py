@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from ports import free_port
+
 
 @dataclass(frozen=True)
 class Say:
@@ -151,12 +153,6 @@ def serving(script: Script) -> Iterator[JudgeServer]:
         yield server
     finally:
         server.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _completion(act: Say) -> dict[str, Any]:

@@ -48,6 +48,10 @@ def context() -> multiprocessing.context.ForkServerContext:
     with mock.patch.dict(os.environ, _ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
     atexit.register(_kill_all)
+    # The first waits for the imports, which no test has to time.
+    first = found.Process(target=int)
+    first.start()
+    first.join()
     return found
 
 

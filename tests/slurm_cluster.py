@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ports import free_ports
+
 #: Daemons live where an ordinary user's PATH often does not look.
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -196,7 +198,7 @@ def keep(folder: Path, *, by_hand: bool = False) -> None:
 def _write(folder: Path) -> None:
     """The configuration and munge's key."""
     host, user = socket.gethostname().split(".")[0], getpass.getuser()
-    ports = _free_ports(1 + len(NODES))
+    ports = free_ports(1 + len(NODES))
     lines = [CONFIGURATION.format(host=host, user=user, folder=folder, controller_port=ports[0])]
     here = f"NodeHostname={host} NodeAddr=127.0.0.1"
     for node, port in zip(NODES, ports[1:], strict=True):
@@ -269,15 +271,6 @@ def _reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, all different."""
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("", 0))
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import preloaded
 import pytest
 import tokenizer_case
 from config_case import MODEL, TOKENIZER
-from failing_judge import free_port
+from ports import free_port
 
 from megarl.algorithms import build
 from megarl.algorithms.base import AlgorithmContext

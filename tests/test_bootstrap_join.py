@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from failing_judge import free_port
+from ports import free_port
 from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing import get_context
 

@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import arithmetic_run
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+from ports import free_port
 
 
 def judge(port: int, *limit: str) -> subprocess.Popen[bytes]:

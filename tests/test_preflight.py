@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from config_case import write_case
-from failing_judge import free_port
+from ports import free_port
 from torch.multiprocessing import get_context
 
 from megarl.config.cluster import GIB

@@ -9,7 +9,8 @@ from email.utils import formatdate
 from typing import Any
 
 import pytest
-from failing_judge import Act, Drop, Hang, JudgeServer, Say, Script, Status, free_port, serving
+from failing_judge import Act, Drop, Hang, JudgeServer, Say, Script, Status, serving
+from ports import free_port
 
 from megarl.config.rewards import RewardSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped

@@ -15,8 +15,8 @@ import arithmetic_run
 import numpy as np
 import preloaded
 import pytest
-from failing_judge import free_port
 from parity import read_checkpoint
+from ports import free_port
 
 from megarl.cli.main import main
 from megarl.health.run_lock import RunLock

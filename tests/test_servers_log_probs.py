@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizer_case
-from failing_judge import Act, Drop, Hang, JudgeServer, Status, free_port, serving
+from failing_judge import Act, Drop, Hang, JudgeServer, Status, serving
+from ports import free_port
 
 from megarl.config.parameter_sets import ServedSet
 from megarl.config.servers import LogProbServerSettings

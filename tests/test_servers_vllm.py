@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizer_case
-from failing_judge import free_port
+from ports import free_port
 
 from megarl.config.parameter_sets import ServedSet
 from megarl.config.rewards import RewardSettings

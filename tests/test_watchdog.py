@@ -16,7 +16,7 @@ import preloaded
 import pytest
 import torch
 import torch.distributed as dist
-from failing_judge import free_port
+from ports import free_port
 
 from megarl.config.health import HealthSettings
 from megarl.errors import Refusal
@@ -41,6 +41,10 @@ def behave(rank: int, deed: str, folder: str, port: int) -> None:
     try:
         world = bootstrap.join(timeout_minutes=5, join_limit=60)
         with watching(SETTINGS, world, Path(folder), {}) as guard, guard.one_voice():
+            if deed == "first_stops_at_once":
+                dist.barrier()
+                Path(folder, f"{rank}.began").write_text(str(time.monotonic()))
+                first_stops(rank, guard)
             progress.enter("generate")
             dist.barrier()
             progress.enter("score")
@@ -145,9 +149,9 @@ def run():
     with tempfile.TemporaryDirectory() as folder:
 
         def start(deed: str) -> Ended:
-            port, began = free_port(), time.monotonic()
             # Forked from a process without threads, which has imported what is slow.
             context = preloaded.context()
+            port, began = free_port(), time.monotonic()
             ranks = [context.Process(target=behave, args=(rank, deed, folder, port)) for rank in range(RANKS)]
             for process in ranks:
                 process.start()
@@ -202,12 +206,13 @@ def test_one_message_names_who_ended_the_run(run: Callable[[str], Ended], deed: 
         assert "in sleep" in found["rank_0001.txt"]
 
 
-def test_a_store_that_does_not_answer_is_a_hang_of_its_host(run: Callable[[str], Ended]):
-    ended = run("first_stops")
+@pytest.mark.parametrize("deed, phase", [("first_stops", "score"), ("first_stops_at_once", "generate")])
+def test_a_store_that_does_not_answer_is_a_hang_of_its_host(run: Callable[[str], Ended], deed: str, phase: str):
+    ended = run(deed)
     assert ended.codes == [-signal.SIGKILL, 75, 75] and ended.seconds < 14
     (message,) = ended.messages
     assert re.match(
-        rf"megarl: rank 1 on {HOST} in phase score had no answer from the ranks' store at 127.0.0.1:\d+ for \d s "
+        rf"megarl: rank 1 on {HOST} in phase {phase} had no answer from the ranks' store at 127.0.0.1:\d+ for \d s "
         r"\(health.silence\): rank 0's host hangs, is gone or is cut off\.",
         message,
     )

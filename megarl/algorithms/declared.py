@@ -6,7 +6,7 @@ long a prompt may be, whether the data needs solutions. What is asked beyond tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from megarl.algorithms.base import Algorithm
 from megarl.algorithms.plan import Generation, Plan, Probe
@@ -19,7 +19,7 @@ from megarl.records import Prompt
 
 def refusals(algorithm: Algorithm, config: RunConfig, first: Prompt | None = None) -> Iterator[Refusal]:
     """What is not there of what the algorithm asks for at its start, `first` being a prompt that it may see."""
-    trained = {one.name for one in Implied(config).parameter_sets if one.trains} | {POLICY}
+    trained = (POLICY, *Implied(config).trained_sets)
     for objective in algorithm.objectives:
         name = objective.parameters
         if name not in trained:
@@ -103,7 +103,7 @@ def of_text(kind: str, length: int, config: RunConfig) -> Iterator[Refusal]:
         )
 
 
-def stop_at(refusals: Iterator[Refusal]) -> None:
+def stop_at(refusals: Iterable[Refusal]) -> None:
     """Raise `TrainingStopped` with the first: what a run has learned before is kept. All ranks must see the same."""
     for refusal in refusals:
         raise TrainingStopped(str(refusal))

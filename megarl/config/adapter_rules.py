@@ -34,7 +34,7 @@ def refusals(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     yield from _targets(config.adapter, shape)
     yield from _rank(config.adapter, shape)
     yield from _experts(config.adapter, shape)
-    beside = [one.name for one in Implied(config).parameter_sets if one.trains]
+    beside = Implied(config).trained_sets
     if beside:
         yield Refusal(
             "parameters=adapter",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megarl.config.data import DATA_SUFFIXES, each_source
 from megarl.config.implied import Implied
@@ -81,23 +82,25 @@ def checkpoint_refusals(folder: Path) -> Iterator[Refusal]:
         file = folder / name
         if not file.is_file():
             yield Refusal(str(file), f"is named in {index.name} and missing", "copy the checkpoint again")
-        elif not _is_whole(file):
+        elif tensors_of(file) is None:
             yield Refusal(str(file), "is cut short or not a safetensors file", "copy the checkpoint again")
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether the file's size is what its header says: 8 bytes of length, a JSON header, the tensors' bytes."""
+def tensors_of(file: Path) -> dict[str, Any] | None:
+    """The tensors of a safetensors file as its header has them, by name; None where it is no such file, or its size is
+    not what the header says: 8 bytes of length, a JSON header, the tensors' bytes."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > size - 8:
-            return False
+            return None
         try:
             header = json.loads(stream.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return False
-    return size == 8 + header_size + max(ends, default=0)
+            return None
+    return tensors if size == 8 + header_size + end else None
 
 
 def _folder(key: str, path: str) -> Iterator[Refusal]:

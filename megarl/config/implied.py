@@ -97,6 +97,16 @@ class Implied:
         """The weights that are kept or trained beside the policy's own: each set once, whoever asks for it."""
         return united(self._wanted_sets())
 
+    @property
+    def trained_sets(self) -> tuple[str, ...]:
+        """The names of those that train."""
+        return tuple(one.name for one in self.parameter_sets if one.trains)
+
+    @property
+    def kept_sets(self) -> tuple[ParameterSet, ...]:
+        """Those that stay as they are."""
+        return tuple(one for one in self.parameter_sets if not one.trains)
+
     def _wanted_sets(self) -> Iterator[ParameterSet]:
         if self.consumer == CONSUMER:
             checkpoint = self.config.evaluation.consumer

@@ -2,8 +2,8 @@
 
 So a call that hangs, dies or holds Python's lock costs its own sample alone, and calls that wait overlap. A process
 whose sample has come to its end serves the next; no more are there at a time than the run allows, those included that
-still end a sample. `main` is what `megarl.environments.workers` starts; it never runs the
-user's code itself, beyond importing it.
+still end a sample. `main` is what `megarl.environments.workers` starts; it never runs the user's code itself, beyond
+importing it.
 
 Lines are JSON. First line out: `{"ready": traits}` or `{"refused": why}`. Requests: `["start", sample, seed, prompt]`,
 `["turn", sample, said, verdict...]`, `["end", sample]`. Replies: `{"sample": number, "given": ...}`, or with `failed`,

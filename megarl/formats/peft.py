@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megarl.config.adapters import OUTPUT_LAYER, AdapterSettings, is_target
+from megarl.config.files import tensors_of
 from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
 from megarl.reshard.adapter_map import adapters_of
@@ -223,17 +224,10 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file, from its header."""
     if not file.is_file():
         raise Refusal(f"adapter.path={file.parent}", f"must hold {TENSORS}", _AGAIN)
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(min(size, file.stat().st_size)))
-            found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise Refusal(str(file), "is cut short or not a safetensors file", _AGAIN) from None
-    if file.stat().st_size != 8 + size + max(ends, default=0):
+    tensors = tensors_of(file)
+    if tensors is None or not all(isinstance(entry.get("shape"), list) for entry in tensors.values()):
         raise Refusal(str(file), "is cut short or not a safetensors file", _AGAIN)
-    return found
+    return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
 
 
 def config_of(settings: AdapterSettings, shape: ModelShape, base: str) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class Watchdog:
         said = f"{limit:g} s (health.join_limit) after all had joined"
         try:
             roll_call.call(PrefixStore("start", self._store), self._rank, self._size, said, time.monotonic() + limit)
+            # Who stops at once is known from now on: the process of the store's host too, which then tells no more.
+            self._beats.hear(self._looks_at)
         except RuntimeError:
             raise Interrupted(f"{self._store_gone()}. {_RETRY}") from None
         progress.CURRENT.on_enter = self._on_enter

@@ -28,6 +28,7 @@ from megarl.config.adapters import OUTPUT_LAYER, AdapterSettings
 from megarl.config.grid import Grid
 from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
+from megarl.policy.model import copy_number
 from megarl.reshard.adapter_map import LowRank, Piece, adapted_tensors
 from megarl.reshard.weight_map import chunk_prefix
 
@@ -246,7 +247,7 @@ class Adapter(torch.nn.Module):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Every factor as Megatron's checkpoints store it: under its layer's name, cut as it is, each copy numbered."""
         found: dict[str, Any] = {}
-        replica = _replica_numbers()
+        copies = {expert: copy_number(expert=expert) for expert in (False, True)}
         for one in self.all_factors():
             for name, parameter in one.named_parameters():
                 place, cut = one.place, name == one.cut
@@ -257,20 +258,11 @@ class Adapter(torch.nn.Module):
                     key,
                     parameter,
                     *offsets,
-                    replica_id=(0, 0 if cut else place.shard, replica[place.expert]),
+                    replica_id=(0, 0 if cut else place.shard, copies[place.expert]),
                     # The vocabulary is padded as the layout wants it.
                     allow_shape_mismatch=place.name == OUTPUT_LAYER and name == "lora_B",
                 )
         return found
-
-
-def _replica_numbers() -> dict[bool, int]:
-    """Among the ranks with the same weights, dense ones and experts', this rank's number."""
-    groups: Any = parallel_state
-    return {
-        False: groups.get_data_parallel_group(with_context_parallel=True).rank(),
-        True: groups.get_expert_data_parallel_group().rank(),
-    }
 
 
 def _with_merged(forward: Callable[..., Any], weights: Sequence[Merged]) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,13 @@ from megarl.config.implied import Implied
 from megarl.errors import Refusal
 from megarl.formats import peft
 from megarl.formats.huggingface import HfFiles
-from megarl.parallel.exchange import first_decides, gather_all
+from megarl.parallel.exchange import gather_all
+from megarl.parallel.whole_folder import whole_folder
 from megarl.policy.adapter import Adapter, Factors
+from megarl.policy.model import copy_number
 from megarl.policy.policy import Policy
 from megarl.reshard.adapter_map import LowRank
+from megarl.reshard.boxes import whole
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
@@ -72,33 +74,25 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     adapter, settings, shape = _adapter_of(policy), policy.config.adapter, policy.shape
     sizes, places = peft.written(shape, settings)
     files = HfFiles(sizes, policy.params_dtype, sys.maxsize, stem=Path(peft.TENSORS).stem)
-    partial = folder.with_name(folder.name + ".partial")
 
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def begin(partial: Path) -> None:
         files.create(partial)
         config = peft.config_of(settings, shape, policy.config.model.path)
         (partial / peft.CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
-    first_decides(begin)
-    written: list[str] = []
-    for name, own in _by_tensor(adapter, places).items():
-        whole = torch.zeros(sizes[name], dtype=policy.params_dtype, device=policy.world.device)
-        for one, factor, part in own:
-            _put(whole[part.rows, part.columns], one, factor)
-        group, is_first = _holders(own[0][0].place)
-        # Each rank's part, and zeros elsewhere.
-        dist.all_reduce(whole, group=group)
-        if is_first:
-            files.write(partial, name, tuple((0, extent) for extent in sizes[name]), whole.cpu())
-            written.append(name)
-    files.sync(partial, written)
-    dist.barrier()
-    if policy.world.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    dist.barrier()
+    with whole_folder(folder, begin) as partial:
+        written: list[str] = []
+        for name, own in _by_tensor(adapter, places).items():
+            tensor = torch.zeros(sizes[name], dtype=policy.params_dtype, device=policy.world.device)
+            for one, factor, part in own:
+                _put(tensor[part.rows, part.columns], one, factor)
+            group, is_first = _holders(own[0][0].place)
+            # Each rank's part, and zeros elsewhere.
+            dist.all_reduce(tensor, group=group)
+            if is_first:
+                files.write(partial, name, whole(sizes[name]), tensor.cpu())
+                written.append(name)
+        files.sync(partial, written)
 
 
 def _by_tensor(
@@ -129,11 +123,9 @@ def _holders(place: LowRank) -> tuple[Any, bool]:
     groups: Any = parallel_state
     if place.expert:
         group = groups.get_expert_tensor_and_model_parallel_group()
-        copy = groups.get_expert_data_parallel_group().rank()
     else:
         group = groups.get_tensor_model_parallel_group()
-        copy = groups.get_data_parallel_group(with_context_parallel=True).rank()
-    return group, copy == 0 and group.rank() == 0
+    return group, copy_number(expert=place.expert) == 0 and group.rank() == 0
 
 
 def _adapter_of(policy: Policy) -> Adapter:

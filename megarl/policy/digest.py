@@ -7,17 +7,17 @@ only worse, or not at all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from megarl.errors import TrainingStopped
 from megarl.ops.bits import sum_of_bits
+from megarl.policy.model import copy_number, is_expert
 
 #: Megatron's names of the optimizer's own weights, fp32 whatever the policy's precision, and of the moments.
 WEIGHTS = "param"
@@ -43,34 +43,33 @@ def digest(optimizer: Any) -> Digest:
     sums: Counter[str] = Counter()
     for distributed in optimizer.chained_optimizers:
         for parameter in distributed.model_param_group_index_map:
-            if not (param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)):
+            if not _counts(parameter):
                 continue
             state = distributed._get_main_param_and_optimizer_states(parameter)
             for kind in kinds:
                 if kind in state:
                     sums[kind] += sum_of_bits(state[kind])
-    # Sums wrap around in 64 bits, alike in any order.
-    total = torch.tensor([_wrapped(sums[kind]) for kind in kinds], dtype=torch.int64)
-    dist.all_reduce(total)
-    weights, *moments = (f"{value & (1 << 64) - 1:016x}" for value in total.tolist())
+    weights, *moments = _over_ranks([sums[kind] for kind in kinds])
     return Digest(weights, dict(zip(MOMENTS, moments, strict=True)))
 
 
 def of_frozen(parameters: Iterable[torch.nn.Parameter]) -> str:
     """The sum of bits of a model's weights that have no optimizer, the same under every layout. Collective."""
-    groups: Any = parallel_state
-    total = 0
-    for parameter in parameters:
-        expert = not getattr(parameter, "allreduce", True)
-        if expert:
-            copy = groups.get_expert_data_parallel_group().rank()
-        else:
-            copy = groups.get_data_parallel_group(with_context_parallel=True).rank()
-        if copy == 0 and param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
-            total += sum_of_bits(parameter.detach())
-    found = torch.tensor([_wrapped(total)], dtype=torch.int64)
-    dist.all_reduce(found)
-    return f"{int(found.item()) & (1 << 64) - 1:016x}"
+    first = {expert: copy_number(expert=expert) == 0 for expert in (False, True)}
+    own = (one for one in parameters if first[is_expert(one)] and _counts(one))
+    return _over_ranks([sum(sum_of_bits(one.detach()) for one in own)])[0]
+
+
+def _counts(parameter: torch.nn.Parameter) -> bool:
+    """Whether this rank counts a parameter, and not another of its tensor-parallel group or of the pipeline."""
+    return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+
+
+def _over_ranks(sums: Sequence[int]) -> list[str]:
+    """Sums of bits over all ranks, in hexadecimal. They wrap around in 64 bits, alike in any order. Collective."""
+    total = torch.tensor([_wrapped(one) for one in sums], dtype=torch.int64)
+    dist.all_reduce(total)
+    return [f"{value & (1 << 64) - 1:016x}" for value in total.tolist()]
 
 
 #: An update whose rate is below that part of the highest may leave fp32 weights as they are. Our choice.

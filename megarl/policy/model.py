@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -154,6 +154,14 @@ def _mark_experts(model: GPTModel) -> None:
 def is_expert(parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter is an expert's, which the expert-parallel ranks share out."""
     return not getattr(parameter, "allreduce", True)
+
+
+def copy_number(*, expert: bool) -> int:
+    """This rank's number among those with the same weights, its own part of an expert's or of all others."""
+    groups: Any = parallel_state
+    if expert:
+        return groups.get_expert_data_parallel_group().rank()
+    return groups.get_data_parallel_group(with_context_parallel=True).rank()
 
 
 def _defer_head(

@@ -75,7 +75,6 @@ class TrainedSet:
             # The first pass after a step zeroes, and not the step: buffers that were away hold anything.
             if not self._losses:
                 wrapped.zero_grad_buffer()
-            wrapped.train()
         for chunk in self.network.chunks:
             chunk.train()
         if not self._losses:

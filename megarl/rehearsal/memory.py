@@ -118,16 +118,15 @@ def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
 
 def _is_measured(run: Run) -> bool:
     """Whether log-probs are computed under other weights than those that train."""
-    return any(one.measures and not one.trains for one in run.implied.parameter_sets)
+    return any(one.measures for one in run.implied.kept_sets)
 
 
 def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
     yield from _weights(run, shard)
     yield Amount("gradients", gradients(shard), True)
     yield Amount("optimizer", optimizer(shard), True)
-    for one in run.implied.parameter_sets:
-        if one.trains:
-            yield Amount(f"set {one.name}", weights(shard) + gradients(shard) + optimizer(shard), True)
+    for name in run.implied.trained_sets:
+        yield Amount(f"set {name}", weights(shard) + gradients(shard) + optimizer(shard), True)
     yield Amount("reserved", run.cluster.reserved, False)
 
 
@@ -189,10 +188,9 @@ def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> i
 def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
     yield from _weights(run, shard)
-    for one in run.implied.parameter_sets:
-        if one.trains:
-            yield Amount(f"set {one.name}", weights(shard), True)
-    if any(one.generates and not one.trains for one in run.implied.parameter_sets):
+    for name in run.implied.trained_sets:
+        yield Amount(f"set {name}", weights(shard), True)
+    if any(one.generates for one in run.implied.kept_sets):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("engine weights", engine.weights, True)
     yield Amount("push buckets", 2 * int(run.config.weights.bucket_mib * 2**20), True)
@@ -209,8 +207,7 @@ def _rollout(run: Run, engine: EngineMemory) -> Iterator[Amount]:
 def host_of(run: Run, shards: list[Shard], processes: int) -> HostMemory:
     """What a node's host keeps: the busiest rank's share, for all of the node's GPUs."""
     gpus = min(run.cluster.gpus_per_node, processes)
-    kept = [one for one in run.implied.parameter_sets if not one.trains]
-    trained = [one.name for one in run.implied.parameter_sets if one.trains]
+    kept, trained = run.implied.kept_sets, run.implied.trained_sets
     found: list[HostMemory] = []
     for shard in shards:
         # Of the run's start an adapter alone is kept, where the base is frozen.

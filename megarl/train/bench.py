@@ -86,8 +86,7 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
         session_of(_recorded_in(scratch, config)) as session,
     ):
         session.recorder.open()
-        engine = session.inference.engine
-        assert engine is not None
+        engine = session.inference.running_engine
         plain = PlainEngine(config, session.policy.shape)
         Push(session.policy, plain).run()
         sampling = Sampling(

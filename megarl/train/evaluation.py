@@ -13,10 +13,8 @@ from typing import Any
 from megarl.algorithms.plan import Responder
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
-from megarl.config.schema import RunConfig
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
-from megarl.records import Prompt
 from megarl.rollout.engine import Request, Sampling
 from megarl.rollout.play import Task
 from megarl.rollout.seeds import hash_seed
@@ -55,10 +53,14 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     `StopAsked` where the run was asked to stop and the evaluation would not end in time.
     """
     settings, rollout = session.config.evaluation, session.config.rollout
-    assert session.inference.engine is not None and session.data.held_out is not None
+    assert session.data.held_out is not None
+    engine = session.inference.running_engine
     prompts, k = session.data.held_out.prompts, settings.samples
     requests = [
-        Request(p.token_ids, i * k + j, _seed(session.config, p, j)) for i, p in enumerate(prompts) for j in range(k)
+        # The same in every evaluation.
+        Request(p.token_ids, i * k + j, hash_seed("evaluation", session.config.seed, p.index, j))
+        for i, p in enumerate(prompts)
+        for j in range(k)
     ]
     sampling = Sampling(
         max_tokens=settings.max_tokens or rollout.max_tokens,
@@ -78,7 +80,7 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
         # Before turns are graded, which happens while they are made.
         _begin_grading(session)
         outputs = _outputs(session, requests, sampling)
-        session.stops.give_up_if(session.inference.engine.interrupted)
+        session.stops.give_up_if(engine.interrupted)
         numbers = _numbers(session, outputs, "", "evaluation_", rows)
         _keep(session, name, rows)
         return numbers | constants
@@ -86,7 +88,7 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     inference, end = session.inference, session.thinking_end.require_token()
     thinkings = Thinkings(think(inference, end, requests, sampling), requests)
     outputs = [respond(inference, end, thinkings, sampling, Responder(weights)) for weights in (POLICY, consumer)]
-    session.stops.give_up_if(session.inference.engine.interrupted)
+    session.stops.give_up_if(engine.interrupted)
     own, cross = outputs
     _begin_grading(session)
     numbers = _numbers(session, own, "", "evaluation_", rows)
@@ -104,9 +106,9 @@ def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) 
     prompts, k = session.data.held_out.prompts, session.config.evaluation.samples
     tasks = []
     for request in requests:
-        number, sample = divmod(request.index, k)
-        seed = _seed(session.config, prompts[number], sample)
-        tasks.append(Task(request.index, prompts[number], hash_seed("environment", seed), seed))
+        assert request.seed is not None  # an evaluation's answers all have one
+        environment_seed = hash_seed("environment", request.seed)
+        tasks.append(Task(request.index, prompts[request.index // k], environment_seed, request.seed))
     return play_outputs(session, tasks, sampling, session.evaluation_grading, session.inference.work(len(tasks)))
 
 
@@ -114,11 +116,6 @@ def _begin_grading(session: Session) -> None:
     """Have the reward's bounds per step start anew."""
     if session.evaluation_grading is not None:
         session.evaluation_grading.scoring.begin_step()
-
-
-def _seed(config: RunConfig, prompt: Prompt, sample: int) -> int:
-    """The seed of a prompt's answer number `sample`, the same in every evaluation."""
-    return hash_seed("evaluation", config.seed, prompt.index, sample)
 
 
 def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, rows: list[_Row]) -> dict[str, Any]:

@@ -288,4 +288,4 @@ def _occasion(config: RunConfig, step: int, weights: str) -> int:
 
 def _stays(config: RunConfig, weights: str) -> bool:
     """Whether a parameter set is the same in every step."""
-    return weights != POLICY and not any(one.name == weights and one.trains for one in Implied(config).parameter_sets)
+    return weights != POLICY and weights not in Implied(config).trained_sets

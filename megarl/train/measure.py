@@ -176,11 +176,11 @@ def _of_turns(config: RunConfig, rollouts: Rollouts | None) -> dict[str, Any]:
     if rollouts is None or config.rollout.environment is None or not rollouts.made.answers:
         return {}
     heads = [head for _, head in rollouts.made.answers]
-    put = sum(one.end - one.start for head in heads for one in head.stretches if one.source == "environment")
+    environments = sum(one.end - one.start for head in heads for one in head.stretches if one.source == "environment")
     total = sum(head.length for head in heads)
     return {
         "turns_mean": statistics.fmean(sum(one.source != "environment" for one in head.stretches) for head in heads),
-        "environment_token_share": put / total if total else 0.0,
+        "environment_token_share": environments / total if total else 0.0,
         "engine_tokens": rollouts.made.engine_tokens,
     }
 

@@ -38,8 +38,8 @@ def play_outputs(
     `grading` finds verdicts of turns for environments that want them. Collective. Raises `TrainingStopped` on all ranks
     where verdicts cannot be found any more, or environments not be started.
     """
-    host, engine, settings = session.host, session.inference.engine, session.config.rollout.environment
-    assert host is not None and engine is not None and settings is not None
+    host, settings = session.host, session.config.rollout.environment
+    assert host is not None and settings is not None
     bounds = Bounds(
         turns=settings.max_turns,
         tokens=sampling.max_tokens,
@@ -53,7 +53,7 @@ def play_outputs(
     stopped = None
     with host.grading(lambda said: _verdicts(grading, said)):
         try:
-            played = play(engine, tasks, sampling, bounds, host.host, work)
+            played = play(session.inference.running_engine, tasks, sampling, bounds, host.host, work)
         except ScoringStopped as error:
             stopped = str(error)
     told = gather_all((stopped, host.take_first_failure()))

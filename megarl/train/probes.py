@@ -45,7 +45,7 @@ def probed(session: Session, rollouts: Rollouts, step: int) -> Rollouts:
                 f"must find {probe.most} at most, since every rank gets them",
                 "reduce the log-probs further, or set Probe.most to what credit needs",
             )
-            declared.stop_at(iter((too_many,)))
+            declared.stop_at([too_many])
         numbers = {key: values for one in told for key, values in one.numbers.items()}
         rollouts = rollouts._replace(kept=rollouts.kept.measured(probe, numbers, counters))
     return rollouts

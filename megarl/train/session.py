@@ -117,8 +117,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         host = ReplicaHost(environment, tokenizer, engine, data.training.prompts[0])
     recorder.status("building the policy")
     counters, texts, feed = Counters(), TextCache(), Feed(config.steps)
-    trains = [one.name for one in implied.parameter_sets if one.trains]
-    policy = Policy(config, shape, world, grid, step_budget=implied.updates, trains=trains)
+    policy = Policy(config, shape, world, grid, step_budget=implied.updates, trains=implied.trained_sets)
     _load_weights(policy, config, implied.parameter_sets)
     clock, progress = Clock(recorder.phase), Progress()
     return Session(

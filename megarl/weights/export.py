@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
+from megarl.parallel.whole_folder import whole_folder
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import whole
 from megarl.reshard.model_layouts import checkpoint_layout, lanes, policy_layout
@@ -60,19 +59,10 @@ def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSou
         plan, dtype=dtype, device=world.device, time_limit=policy.config.weights.time_limit, occasion="export"
     )
     mover.run(source or PolicyWeights(policy), mine)
-    partial = directory.with_name(directory.name + ".partial")
     files = HfFiles(shapes, dtype, FILE_BYTES)
-    if world.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files.create(partial)
-    dist.barrier()
-    for name, tensor in mine.tensors.items():
-        files.write(partial, name, whole(tensor.shape), tensor)
-    files.sync(partial, mine.tensors)
-    dist.barrier()
-    if world.is_first:
-        copy_companions(original, partial, DTYPE_NAMES[dtype])
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    dist.barrier()
+    with whole_folder(directory, files.create) as partial:
+        for name, tensor in mine.tensors.items():
+            files.write(partial, name, whole(tensor.shape), tensor)
+        files.sync(partial, mine.tensors)
+        if world.is_first:
+            copy_companions(original, partial, DTYPE_NAMES[dtype])

@@ -66,10 +66,11 @@ class Push:
             time_limit=policy.config.weights.time_limit,
             say=self._hf_name,
         )
-        # What this rank's part of the plan is read from.
-        outgoing = (m for one in self.mover.plan.rounds for m in one.messages if not m.incoming)
-        sent = [t for m in outgoing for t in m.transfers]
-        self._read = {t.source_name for t in sent} | {t.source_name for r in self.mover.plan.rounds for t in r.local}
+        #: Those of the weights with an adapter that this rank's part of the plan is read from.
+        self._adapted: set[str] = set()
+        if policy.adapted:
+            read = {transfer.source_name for transfer in (*self.mover.plan.sends(), *self.mover.plan.local())}
+            self._adapted = read & policy.adapted.keys()
 
     def run(self, checked: bool | None = None, version: int = 0) -> None:
         """Fill the engine with the policy's current weights, which are `version` to those who read completions.
@@ -98,7 +99,7 @@ class Push:
         if self.policy.network.adapter is None:
             return
         merged = self._source.merged if isinstance(self._source, PolicyWeights) else frozenset[str]()
-        missing = sorted(name for name in self._read if name in self.policy.adapted and name not in merged)
+        missing = sorted(self._adapted - merged)
         if not anywhere(bool(missing)):
             return
         rank, names = next((rank, names) for rank, names in enumerate(gather_all(missing)) if names)
