@@ -174,7 +174,7 @@ def test_an_evaluations_turns_are_graded_within_its_bounds(alone: World, monkeyp
     session: Any = SimpleNamespace(
         config=config,
         tokenizer=tokenizer,
-        inference=SimpleNamespace(engine=SimpleNamespace(interrupted=False), work=lambda total: None),
+        inference=SimpleNamespace(running_engine=SimpleNamespace(interrupted=False), work=lambda total: None),
         host=nothing,
         data=SimpleNamespace(held_out=held_out, held_out_in_training=0),
         evaluation_grading=Grading(scoring, tokenizer, nothing, splits_thinking=False),
