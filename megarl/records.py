@@ -18,6 +18,8 @@ FinishReason = Literal["stop", "length"]
 Source = Literal["policy", "other", "environment", "hint", "text"]
 #: The kind of a worked solution of the data set.
 SOLUTION = "solution"
+#: The kind of a response of the demonstrations' data set.
+DEMONSTRATION = "demonstration"
 #: Sources whose tokens are never trained: nothing of the model's made them.
 NEVER_TRAINED: frozenset[Source] = frozenset({"environment", "hint"})
 

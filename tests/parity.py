@@ -244,12 +244,15 @@ _layout: Any = None
 
 @contextmanager
 def policy_of(config: RunConfig, world: Any, *, weights: bool = True, trains: Sequences[str] = ()) -> Iterator[Any]:
-    """This rank's policy under `config.parallel`, with the weights of model.path, and the sets that train beside it.
+    """This rank's policy under `config.parallel`, with the weights of model.path, and the sets that train beside it:
+    those named, or else the configured algorithm's.
 
     The grid stays for the next policy under the same layout: groups of a layout are formed once, as each costs sockets.
     """
     global _layout
+    from megarl.config.implied import Implied
     from megarl.config.model_shape import read_model_shape
+    from megarl.config.parameter_sets import ParameterSet
     from megarl.parallel.groups import dissolve_grid, form_grid
     from megarl.policy.hf_weights import load_hf_weights
     from megarl.policy.policy import Policy
@@ -258,7 +261,9 @@ def policy_of(config: RunConfig, world: Any, *, weights: bool = True, trains: Se
         dissolve_grid()
         _layout = config.parallel
     grid = form_grid(config.parallel, config.seed)
-    policy = Policy(config, read_model_shape(config.model.path), world, grid, step_budget=config.steps, trains=trains)
+    sets = [ParameterSet(name, trains=True) for name in trains]
+    sets = sets or [one for one in Implied(config).parameter_sets if one.trains]
+    policy = Policy(config, read_model_shape(config.model.path), world, grid, step_budget=config.steps, trains=sets)
     if weights:
         load_hf_weights(policy, config.model.path)
     yield policy

@@ -7,6 +7,7 @@ row: `algorithm.name` may be an import path `package.module:Class` of a subclass
 from __future__ import annotations
 
 from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.algorithms.bridge import Bridge
 from megarl.algorithms.expo import ExpDpo, ExpGrpo
 from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.nft import Nft
@@ -25,6 +26,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "exp_dpo": ExpDpo,
     "start": Start,
     "opd": Opd,
+    "bridge": Bridge,
 }
 
 

@@ -21,6 +21,7 @@ from megarl.algorithms.objective import Objective
 from megarl.algorithms.plan import Gauge, Plan, Probe
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.data import DataSettings
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.data.tokenizer import Tokenizer
@@ -36,6 +37,10 @@ class AlgorithmContext:
     """rollout.max_tokens: longest response in tokens."""
     group_size: int = 1
     """rollout.group_size: samples per prompt."""
+    steps: int = 0
+    """Steps of the run; 0 where epochs are given in their place."""
+    demonstrations: int = 0
+    """Demonstrations that a step learns."""
     reward_low: float = 0.0
     """The least reward: reward.low, of a sum what its terms' add up to."""
     reward_high: float = 1.0
@@ -55,6 +60,8 @@ class AlgorithmContext:
         return cls(
             max_tokens=config.rollout.max_tokens,
             group_size=config.rollout.group_size,
+            steps=config.steps,
+            demonstrations=Implied(config).demonstrations,
             reward_low=low,
             reward_high=high,
             reward_judges=config.reward.kind in ("math", "boxed"),
@@ -167,7 +174,7 @@ class Algorithm(ABC):
     #: Whether outputs are one thinking and a response each, whose border is marked as "thinking".
     splits_thinking: ClassVar[bool] = False
     objectives: tuple[Objective, ...]
-    """What is trained: of each parameter set that they train, a pass's loss is the sum of theirs."""
+    """What is trained: the loss of a pass is the sum of those of its objectives."""
 
     @abstractmethod
     def __init__(self, settings: Any, context: AlgorithmContext) -> None:
@@ -204,6 +211,16 @@ class Algorithm(ABC):
     @abstractmethod
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
         """What of each of the step's kept groups is trained, and with which advantages."""
+
+    def objectives_of(self, step: int) -> tuple[Objective, ...]:
+        """The objectives of step `step`: `objectives`, unless factors in their `goes_to` change from step to step;
+        nothing else may."""
+        return self.objectives
+
+    def numbers(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Further numbers to log of a step, made of the losses of its passes (`Objective.in_pass`) in the mean over
+        its updates; by default none."""
+        return {}
 
     def gauges(self, group: Group, held: Sequence[Trajectory]) -> list[Gauge]:
         """Texts whose likelihood is to be logged, of a kept group; by default none.

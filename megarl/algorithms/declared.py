@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from megarl.algorithms.base import Algorithm
 from megarl.algorithms.plan import Generation, Plan, Probe
 from megarl.config.implied import Implied
-from megarl.config.parameter_sets import POLICY
+from megarl.config.parameter_sets import ADAPTER, POLICY
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal, TrainingStopped
 from megarl.records import Prompt
@@ -19,15 +19,25 @@ from megarl.records import Prompt
 
 def refusals(algorithm: Algorithm, config: RunConfig, first: Prompt | None = None) -> Iterator[Refusal]:
     """What is not there of what the algorithm asks for at its start, `first` being a prompt that it may see."""
-    trained = (POLICY, *Implied(config).trained_sets)
+    implied = Implied(config)
+    beside = (ADAPTER,) if implied.adapter_optimizer is not None else ()
+    trained = (POLICY, *beside, *implied.trained_sets)
     for objective in algorithm.objectives:
-        name = objective.parameters
-        if name not in trained:
+        for name in dict.fromkeys((objective.parameters, *objective.gradient_goes_to)):
+            if name in trained:
+                continue
             yield _refused(
                 config,
                 f"has an objective that trains the parameter set {name!r}, which its settings do not declare",
                 f"return ParameterSet({name!r}, trains=True) from their parameter_sets",
             )
+        first_of_pass = next(one for one in algorithm.objectives if one.in_pass == objective.in_pass)
+        if (objective.parameters, objective.gradient_goes_to) != (
+            first_of_pass.parameters,
+            first_of_pass.gradient_goes_to,
+        ):
+            rule = f"has objectives in the pass {objective.in_pass!r} that differ in parameters or goes_to"
+            yield _refused(config, rule, "give one of them another name with Objective.apart")
         for name in objective.under:
             yield from _unmeasured(config, name, "Objective.under")
         if objective.together and config.algorithm.sequences_together == 1:
@@ -52,6 +62,9 @@ def of_plan(plan: Plan, config: RunConfig) -> Iterator[Refusal]:
     if plan.generations and not settings.generates:
         rule = "plans generations, for which its settings ask no engine"
         yield _refused(config, rule, "set generates=True in its settings")
+    if plan.demonstrations > implied.demonstrations:
+        rule = f"plans {plan.demonstrations} demonstrations, and its settings and batch.demonstrations make "
+        yield _refused(config, f"{rule}{implied.demonstrations}", "set learns_demonstrations=True in its settings")
     for one in plan.generations:
         responder = () if one.responder is None else (one.responder.weights,)
         for name in (one.weights, *responder):

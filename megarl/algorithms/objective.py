@@ -141,7 +141,14 @@ class Objective:
     kinds: frozenset[str] | None = None
     """Kinds of sequences that it trains; None: all."""
     parameters: str = POLICY
-    """Parameter set that its gradient goes into."""
+    """Parameter set that it is computed with, and that its gradient goes into, unless `goes_to` says otherwise."""
+    goes_to: Mapping[str, float] | None = None
+    """The parameter sets whose next steps its gradient is a part of, each with a factor: sets that train the base get
+    the base's gradient, those that train an adapter the adapter's, each from the one pass that computes both. Where all
+    factors are 0 the pass is made without a gradient."""
+    apart: str | None = None
+    """The name of a pass of its own, which it shares with objectives of that name; they have one `parameters` and one
+    `goes_to`. None: it is in the pass of its parameter set."""
     advantages: bool = False
     old: bool = False
     """Needs the log-probs of the policy before the step's first update: PPO's old policy (arXiv 1707.06347, Eq. 6),
@@ -157,6 +164,16 @@ class Objective:
     """`LossInputs.entropy_T` must carry a gradient; otherwise it may be computed without."""
     together: bool = False
     """The sequences of a group share a micro-batch."""
+
+    @property
+    def in_pass(self) -> str:
+        """The name of its pass."""
+        return self.apart or self.parameters
+
+    @property
+    def gradient_goes_to(self) -> Mapping[str, float]:
+        """`goes_to`, or its default."""
+        return {self.parameters: 1.0} if self.goes_to is None else self.goes_to
 
     def trains(self, kind: str) -> bool:
         """Whether sequences of that kind are among its own."""
@@ -212,11 +229,43 @@ def sets_read(objectives: Sequence[Objective]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for one in objectives for name in one.under))
 
 
+@dataclass(frozen=True)
+class Round:
+    """A part of an update: the passes under one parameter set, and the steps of the sets that then have all of their
+    gradient. `hands_on_old`: a later round needs the old log-probs."""
+
+    objectives: tuple[Objective, ...]
+    steps: tuple[str, ...]
+    hands_on_old: bool
+
+
+def rounds(objectives: Sequence[Objective]) -> list[Round]:
+    """An update's rounds, that under the policy's own weights first, then in the order of the objectives.
+
+    A set takes its step when it has all of its gradient. So an adapter that several models share is the same in all
+    rounds, a set that learns from a round of its own is in it what the update begins with, and one that learns from the
+    policy's round alone has taken its step when its own comes. One model at a time needs gradients and an optimizer.
+    """
+    points = sorted(dict.fromkeys(one.parameters for one in objectives), key=lambda name: name != POLICY)
+    found: list[Round] = []
+    for number, point in enumerate(points):
+        mine = tuple(one for one in objectives if one.parameters == point)
+        later = [one for one in objectives if one.parameters in points[number + 1 :]]
+        waiting = {name for one in later for name in one.gradient_goes_to}
+        given = [one for one in objectives if one not in later]
+        ready = dict.fromkeys(name for one in given for name, factor in one.gradient_goes_to.items() if factor)
+        done = {name for before in found for name in before.steps}
+        steps = tuple(name for name in ready if name not in waiting | done)
+        found.append(Round(mine, steps, hands_on_old=any(one.old for one in later)))
+    return found
+
+
 def first_pass_is_old(objectives: Sequence[Objective], updates: int) -> bool:
-    """Whether the log-probs of a step's first pass are the old ones, those of the policy before its first update, and
-    need not be measured before it. Of whoever wrote the sequences: see `Objective.old`. A pass of another parameter set
-    never finds them."""
-    return not any(one.old and (updates > 1 or one.parameters != POLICY) for one in objectives)
+    """Whether the log-probs of a step's first passes under the policy's own weights are the old ones, those of the
+    policy before its first update, and need not be measured before it. Of whoever wrote the sequences: see
+    `Objective.old`."""
+    needed = any(one.old for one in objectives)
+    return not needed or (updates <= 1 and any(one.parameters == POLICY for one in objectives))
 
 
 def counted_alone(inputs: LossInputs) -> LossInputs:

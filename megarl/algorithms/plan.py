@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megarl.config.parameter_sets import POLICY
-from megarl.records import SOLUTION, Prompt, Trajectory
+from megarl.records import DEMONSTRATION, SOLUTION, Prompt, Trajectory
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
     """What a step generates, in this order, and learns from besides.
 
     Raises:
-        ValueError: two generations of one kind, or one of the kind of worked solutions.
+        ValueError: two generations of one kind, or one of the kind of worked solutions or demonstrations.
     """
 
     generations: tuple[Generation, ...] = ()
@@ -80,13 +80,19 @@ class Plan:
     """Bound on generation batches, while groups are dropped; then the step trains on what it has."""
     solutions: bool = False
     """The data set's worked solutions are learned, as texts of the kind "solution"."""
+    demonstrations: int = 0
+    """So many of the demonstrations' data set are learned whole, as texts of the kind "demonstration", in groups of
+    their own, of which neither `drop_reason` nor `credit` is asked."""
     gauged: int = 0
     """Of so many kept groups, the first ones, `Algorithm.gauges` is asked for."""
 
     def __post_init__(self) -> None:
         kinds = [one.kind for one in self.generations]
-        if len(set(kinds)) < len(kinds) or SOLUTION in kinds:
-            raise ValueError(f"kinds {kinds} of a plan's generations must differ, also from {SOLUTION!r}")
+        own = {SOLUTION, DEMONSTRATION}
+        if len(set(kinds)) < len(kinds) or own & set(kinds):
+            raise ValueError(
+                f"kinds {kinds} of a plan's generations must differ, also from {SOLUTION!r} and {DEMONSTRATION!r}"
+            )
 
 
 @dataclass(frozen=True)

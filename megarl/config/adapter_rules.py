@@ -26,7 +26,8 @@ WITHOUT_ADAPTER = (
 
 def refusals(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     """What cannot be asked of an adapter."""
-    if config.parameters != "adapter":
+    implied = Implied(config)
+    if implied.adapter is None:
         names = tuple(AdapterSettings.model_fields)
         fix = "set parameters=adapter, or remove it"
         yield from without_effect(config.adapter, "adapter", names, f"with parameters={config.parameters}", fix)
@@ -34,13 +35,15 @@ def refusals(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     yield from _targets(config.adapter, shape)
     yield from _rank(config.adapter, shape)
     yield from _experts(config.adapter, shape)
-    beside = Implied(config).trained_sets
-    if beside:
-        yield Refusal(
-            "parameters=adapter",
-            f"trains one adapter, and algorithm.name={config.algorithm.name} trains the parameter set {beside[0]} too",
-            "remove it, or use an algorithm that trains the policy alone",
-        )
+    if implied.base_is_frozen:
+        optimizer = config.algorithm.adapter_optimizer(config)
+        beside = ("the base", *implied.trained_sets) if optimizer is not None else implied.trained_sets
+        if beside:
+            yield Refusal(
+                "parameters=adapter",
+                f"trains an adapter alone, and algorithm.name={config.algorithm.name} trains {beside[0]} too",
+                "remove it, or use an algorithm that trains the policy alone",
+            )
     if config.megatron.get("gradient_accumulation_fusion"):
         yield Refusal(
             "megatron.gradient_accumulation_fusion=true",

@@ -55,6 +55,23 @@ class Sourced(Settings):
         return given
 
 
+class DemonstrationSettings(Sourced):
+    """Rows of a question with a whole response to it, its reasoning and its answer."""
+
+    path: PathText | None = Field(default=None, description="As data.path.")
+    sources: tuple[DataSource, ...] = Field(default=(), description="As data.sources.")
+    subset: str | None = Field(default=None, description="As data.subset.")
+    split: str = Field(default="train", description="As data.split.")
+    prompt_column: str | None = Field(default=None, description="As data.prompt_column, which is its default.")
+    solution_column: str = Field(default="solution", description="Column of the response.")
+    max_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Longest response in tokens, the end token included; default rollout.max_tokens. A longer one is "
+        "passed over when its turn comes, and counted.",
+    )
+    max_rows: PositiveInt | None = Field(default=None, description="As data.max_rows.")
+
+
 class DataSettings(Sourced):
     path: PathText | None = Field(
         description="Hub name, or a .parquet, .jsonl, .json, .csv or .tsv file; or a list of them, as data.sources."
@@ -98,6 +115,19 @@ class DataSettings(Sourced):
     )
     max_rows: PositiveInt | None = Field(default=None, description="Use only the first rows of the file.")
     shuffle: bool = Field(default=True, description="Shuffle each epoch by the run's seed.")
+    demonstrations: DemonstrationSettings | None = Field(
+        default=None, description="A second data set, of responses to learn beside the rollouts."
+    )
+
+    def of_demonstrations(self) -> DataSettings | None:
+        """How the demonstrations are read: as the questions, but for what they say of their own."""
+        own = self.demonstrations
+        if own is None:
+            return None
+        changes = own.model_dump(include=set(DataSettings.model_fields), exclude={"sources", "prompt_column"})
+        column = self.prompt_column if own.prompt_column is None else own.prompt_column
+        beside = {"sources": own.sources, "prompt_column": column, "extra_columns": (), "demonstrations": None}
+        return self.model_copy(update=changes | beside)
 
 
 class OneSource(NamedTuple):

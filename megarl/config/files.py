@@ -45,7 +45,10 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
     evaluation = config.data.model_copy(
         update={"path": config.evaluation.path, "sources": config.evaluation.sources, "max_rows": None}
     )
-    for source in [*each_source(config.data), *each_source(evaluation, "evaluation")]:
+    sources = [*each_source(config.data), *each_source(evaluation, "evaluation")]
+    if (demonstrations := config.data.of_demonstrations()) is not None:
+        sources += each_source(demonstrations, "data.demonstrations")
+    for source in sources:
         path = source.settings.path
         if path is not None and path.lower().endswith(DATA_SUFFIXES):
             yield from _data_file(source.key, path)

@@ -9,6 +9,7 @@ from megarl.config.adapters import AdapterSettings
 from megarl.config.grid import padded_length
 from megarl.config.parameter_sets import CONSUMER, REFERENCE, ParameterSet, ServedSet, united
 from megarl.config.schema import RunConfig
+from megarl.config.sections import OptimizerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,37 @@ class Implied:
     @property
     def adapter(self) -> AdapterSettings | None:
         """The adapter that the policy computes with, where it has one."""
-        return self.config.adapter if self.config.parameters == "adapter" else None
+        return self.config.adapter if self.base_is_frozen or self.adapter_optimizer is not None else None
+
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether an adapter trains alone."""
+        return self.config.parameters == "adapter"
+
+    @property
+    def adapter_optimizer(self) -> OptimizerSettings | None:
+        """How an adapter trains beside the policy's own weights; None: there is none beside them."""
+        return None if self.base_is_frozen else self.config.algorithm.adapter_optimizer(self.config)
 
     @property
     def needs_solutions(self) -> bool:
         """Whether rows of the training data must have worked solutions."""
         return self.config.algorithm.learns_solutions and not self.evaluates_alone
+
+    @property
+    def demonstrations(self) -> int:
+        """Demonstrations that a step learns."""
+        if self.evaluates_alone or not self.config.algorithm.learns_demonstrations:
+            return 0
+        return self.config.batch.demonstrations or self.config.batch.prompts
+
+    @property
+    def longest_demonstration(self) -> int:
+        """Tokens of the longest response that is learned as a demonstration; 0 where none is."""
+        settings = self.config.data.demonstrations
+        if settings is None or not self.demonstrations:
+            return 0
+        return settings.max_tokens or self.config.rollout.max_tokens
 
     @property
     def marks_thinking(self) -> bool:
@@ -72,7 +98,8 @@ class Implied:
     @property
     def longest_trained_sequence(self) -> int:
         """Tokens that the longest trained sequence takes in a micro-batch, padding for context parallelism included."""
-        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_tokens
+        responses = max(self.config.rollout.max_tokens, self.longest_demonstration)
+        longest = self.config.data.max_prompt_tokens + responses
         return padded_length(longest, self.config.parallel.context)
 
     @property
@@ -83,8 +110,9 @@ class Implied:
     @property
     def sequences_per_update(self) -> int:
         """The most sequences that an optimizer update trains on, over all replicas."""
-        prompts = self.config.batch.prompts // self.config.batch.updates
-        return prompts * self.config.algorithm.sequences_per_prompt(self.config)
+        updates = self.config.batch.updates
+        made = self.config.batch.prompts // updates * self.config.algorithm.sequences_per_prompt(self.config)
+        return made + -(-self.demonstrations // updates)
 
     @property
     def consumer(self) -> str | None:
@@ -99,7 +127,7 @@ class Implied:
 
     @property
     def trained_sets(self) -> tuple[str, ...]:
-        """The names of those that train."""
+        """The names of those that train, each a model of its own."""
         return tuple(one.name for one in self.parameter_sets if one.trains)
 
     @property

@@ -10,6 +10,10 @@ from megarl.errors import Refusal
 
 #: The weights that the run is about.
 POLICY = "policy"
+#: An adapter's, where it trains beside the policy's own weights; the policy is both.
+ADAPTER = "adapter"
+#: The base that learns from rollouts alone, beside that of BRIDGE's policy.
+SHADOW = "shadow"
 #: The weights as they were when the run began.
 REFERENCE = "reference"
 #: The weights of the policy that answers the trained one's thinking in evaluations, where they are a checkpoint's.
@@ -35,6 +39,8 @@ class ParameterSet:
     """Whether log-probs are computed under it."""
     trains: bool = False
     """Whether objectives train it: it has gradients, an optimizer and a schedule of its own, as the policy's have."""
+    rebuilt: bool = False
+    """Of a set that trains: before each of its steps it gets the policy's weights of that time."""
 
     @property
     def weights(self) -> str:
@@ -63,7 +69,7 @@ def united(sets: Iterable[ParameterSet]) -> tuple[ParameterSet, ...]:
     found: dict[str, ParameterSet] = {}
     for one in sets:
         other = found.get(one.name, one)
-        if (other.checkpoint, other.trains) != (one.checkpoint, one.trains):
+        if (other.checkpoint, other.trains, other.rebuilt) != (one.checkpoint, one.trains, one.rebuilt):
             raise Refusal(
                 f"the parameter set {one.name!r}",
                 f"must be one set of weights, and is {other.weights} as well as {one.weights}",

@@ -110,8 +110,28 @@ def _data(config: RunConfig) -> Iterator[Refusal]:
             f"must name the column of the worked solutions that algorithm.name={config.algorithm.name} learns",
             "set data.solution_column",
         )
+    yield from _demonstrations(config)
     if config.epochs is not None and config.steps:
         yield Refusal(f"epochs={config.epochs:g}", f"contradicts steps={config.steps}", "give one: steps=null")
+
+
+def _demonstrations(config: RunConfig) -> Iterator[Refusal]:
+    settings, name = config.data.demonstrations, config.algorithm.name
+    if not config.algorithm.learns_demonstrations:
+        fix = "remove it, or choose an algorithm that learns demonstrations"
+        rule = f"has no effect with algorithm.name={name}, which learns none"
+        if settings is not None:
+            yield Refusal("data.demonstrations", rule, fix)
+        if config.batch.demonstrations is not None:
+            yield Refusal(f"batch.demonstrations={config.batch.demonstrations}", rule, fix)
+    elif settings is None:
+        fix = "set data.demonstrations.path, and data.demonstrations.solution_column to the responses' column"
+        yield Refusal("data.demonstrations", f"must be given: algorithm.name={name} learns demonstrations", fix)
+    else:
+        if settings.path is None and not settings.sources:
+            rule = "names no data, and data.demonstrations.sources neither"
+            yield Refusal("data.demonstrations.path=null", rule, "give a file or a hub name")
+        yield from source_refusals("data.demonstrations", settings.path, settings.sources)
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
@@ -125,6 +145,13 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
                 f"must fit the model's {shape.max_positions} positions",
                 f"make them {longest_prompt + response - shape.max_positions} tokens shorter",
             )
+    demonstration = implied.longest_demonstration
+    if demonstration > config.rollout.max_tokens and prompt + demonstration > shape.max_positions:
+        yield Refusal(
+            f"data.max_prompt_tokens={prompt} + data.demonstrations.max_tokens={demonstration}",
+            f"must fit the model's {shape.max_positions} positions",
+            f"make them {prompt + demonstration - shape.max_positions} tokens shorter",
+        )
     together = config.algorithm.sequences_together
     multiple = sequence_multiple(config.parallel.context)
     longest = implied.smallest_microbatch

@@ -171,6 +171,9 @@ class BatchSettings(Settings):
     updates: PositiveInt = Field(
         default=1, description="Optimizer updates per step, each on an equal share of the prompts."
     )
+    demonstrations: PositiveInt | None = Field(
+        default=None, description="Demonstrations per step, for algorithms that learn them; default batch.prompts."
+    )
     tokens_per_microbatch: PositiveInt = Field(default=8192, description="Bound on tokens in one micro-batch.")
     packed: bool = Field(default=True, description="Pack sequences end to end; off: one padded sequence row each.")
     logprob_chunk: PositiveInt = Field(default=1024, description="Tokens per chunk when logits become log-probs.")

@@ -33,6 +33,8 @@ REASONS = {
 }
 #: Counters that are there even where they are 0.
 _ALWAYS: tuple[str, ...] = ("rows", "no_prompt", "no_answer", "too_long", "no_solution", "kept")
+#: The section that names the demonstrations' files.
+DEMONSTRATIONS = "data.demonstrations"
 #: Share of rows that may be skipped before it is worth a warning. Our choice.
 SKIPPED_SHARE = 0.1
 #: Most names of sources that metrics are told apart by. Our choice: with more of them they name something else.
@@ -89,6 +91,13 @@ def training_data(config: RunConfig, tokenizer: Tokenizer, *, need_solution: boo
     return load_prompts(config.data, tokenizer, need_solution=need_solution)
 
 
+def demonstration_data(config: RunConfig, tokenizer: Tokenizer) -> LoadedPrompts:
+    """The questions with the responses that `config` learns as demonstrations. Raises `Refusal` as `load_prompts`."""
+    settings = config.data.of_demonstrations()
+    assert settings is not None
+    return load_prompts(settings, tokenizer, need_solution=True, need_answer=False, key=DEMONSTRATIONS)
+
+
 def evaluation_data(config: RunConfig, tokenizer: Tokenizer) -> LoadedPrompts:
     """The prompts that `config` evaluates on. Raises `Refusal` as `load_prompts`."""
     return load_prompts(evaluation_settings(config), tokenizer, key=evaluation_key(config))
@@ -118,6 +127,7 @@ def load_prompts(
     *,
     max_prompt_tokens: int | None = None,
     need_solution: bool = False,
+    need_answer: bool = True,
     key: str = "data",
 ) -> LoadedPrompts:
     r"""Read the data sets that `settings` names and tokenize their prompts.
@@ -126,7 +136,8 @@ def load_prompts(
     list of equally right references, of which the first becomes `Prompt.answer` and the others
     `Prompt.alternatives`. A row is kept with all its text or not at all: one without prompt or answer, with a prompt
     of more than `max_prompt_tokens` (default `settings.max_prompt_tokens`), where `need_solution` is set without
-    a solution, or for another of `REASONS`, is skipped and counted. `key` is the section that names the files.
+    a solution, or for another of `REASONS`, is skipped and counted. Without `need_answer` no references are read, and
+    they are empty. `key` is the section that names the files.
 
     Raises `Refusal` where a file is missing, empty or unreadable, a column does not exist, or no row of a source is
     left.
@@ -137,7 +148,9 @@ def load_prompts(
     first: dict[str, str] = {}
     parts = []
     for source in sources:
-        reader = SourceReader(source, tokenizer, max_prompt_tokens, need_solution, several=len(sources) > 1)
+        reader = SourceReader(
+            source, tokenizer, max_prompt_tokens, need_solution, several=len(sources) > 1, need_answer=need_answer
+        )
         before, offset = len(prompts), counters["rows"]
         prompts += reader.prompts(offset)
         for name, amount in reader.counters.items():
@@ -161,12 +174,18 @@ class SourceReader:
     """
 
     def __init__(
-        self, source: OneSource, tokenizer: Tokenizer, max_tokens: int | None, need_solution: bool, several: bool
+        self,
+        source: OneSource,
+        tokenizer: Tokenizer,
+        max_tokens: int | None,
+        need_solution: bool,
+        several: bool,
+        need_answer: bool = True,
     ) -> None:
         self._source, self._settings = source, source.settings
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens or source.settings.max_prompt_tokens
-        self._need_solution = need_solution
+        self._need_solution, self._need_answer = need_solution, need_answer
         self._pattern = _compiled(self._settings.answer_pattern)
         if self._settings.template is not None and "{prompt}" not in self._settings.template:
             raise Refusal(
@@ -178,8 +197,9 @@ class SourceReader:
         self.first: dict[str, str] = {}
         self._file = str(self._settings.path)
         self._default_name = Path(self._file).stem if several else ""
-        self._table = _with_columns(source)
-        read = (self._settings.prompt_column, self._settings.answer_column, self._settings.solution_column)
+        self._table = _with_columns(source, need_answer)
+        answer = self._settings.answer_column if need_answer else None
+        read = (self._settings.prompt_column, answer, self._settings.solution_column)
         self._beside = [name for name in BESIDE if name not in read]
         self._refused: TemplateRefusal | None = None
 
@@ -238,7 +258,9 @@ class SourceReader:
         except Unfit as unfit:
             return unfit.reason
         try:
-            answers = self._answers(lookup(row, self._settings.answer_column))
+            answers = [""]
+            if self._need_answer:
+                answers = self._answers(lookup(row, self._settings.answer_column))
             solution = None
             if self._settings.solution_column is not None:
                 solution = text_of(lookup(row, self._settings.solution_column))
@@ -304,10 +326,12 @@ def question_ids(settings: DataSettings, tokenizer: Tokenizer, messages: Sequenc
     return tokenizer.apply_chat(messages)
 
 
-def _with_columns(source: OneSource) -> Table:
+def _with_columns(source: OneSource, need_answer: bool) -> Table:
     """The source's table. Raises `Refusal` where a column leads nowhere, naming what there is at that depth."""
-    settings = source.settings
-    named = [(settings.prompt_column, "prompt_column"), (settings.answer_column, "answer_column")]
+    settings, section = source.settings, "data" if need_answer else DEMONSTRATIONS
+    named = [(settings.prompt_column, "prompt_column")]
+    if need_answer:
+        named.append((settings.answer_column, "answer_column"))
     if settings.solution_column is not None:
         named.append((settings.solution_column, "solution_column"))
     named += [(column, "extra_columns") for column in settings.extra_columns]
@@ -325,9 +349,9 @@ def _with_columns(source: OneSource) -> Table:
         path = ".".join(column.split(".")[:depth])
         where = f"the fields of {path}" if depth else f"the columns of {settings.path}"
         raise Refusal(
-            f"data.{setting}={column}",
+            f"{section}.{setting}={column}",
             f"must be among {where}: {', '.join(names) or 'none'}",
-            f"set data.{setting}",
+            f"set {section}.{setting}",
         )
     return table
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megarl.config.data import OneSource, each_source
 from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
-from megarl.data.dataset import SourceReader, evaluation_key, evaluation_settings
+from megarl.data.dataset import DEMONSTRATIONS, SourceReader, evaluation_key, evaluation_settings
 from megarl.data.tables import is_hub_name
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal
@@ -30,11 +30,12 @@ def data_refusals(
     Rows are read in their order, the first `TOKENIZED_ROWS` as the run does it, until `seconds` have passed for a file.
     Data sets of the hub, which may have to be fetched, are left to the run.
     """
-    for source, need_solution in _sources(config, evaluates):
+    for source, need_solution, need_answer in _sources(config, evaluates):
         if is_hub_name(str(source.settings.path)):
             continue
         try:
-            _look_at(SourceReader(source, tokenizer, None, need_solution, several=False), seconds)
+            reader = SourceReader(source, tokenizer, None, need_solution, several=False, need_answer=need_answer)
+            _look_at(reader, seconds)
         except Refusal as refusal:
             yield refusal
 
@@ -50,14 +51,18 @@ def first_prompt(config: RunConfig, tokenizer: Tokenizer, *, held_out: bool) -> 
     return next(SourceReader(sources[0], tokenizer, None, need_solution=False, several=len(sources) > 1).prompts())
 
 
-def _sources(config: RunConfig, evaluates: bool) -> Iterator[tuple[OneSource, bool]]:
-    """What the run reads, each file once where it is read alike, with whether its rows must have solutions."""
+def _sources(config: RunConfig, evaluates: bool) -> Iterator[tuple[OneSource, bool, bool]]:
+    """What the run reads, each file once where it is read alike, with whether its rows must have solutions, and
+    answers."""
     training, implied = each_source(config.data), Implied(config, evaluates_alone=evaluates)
-    yield from ((source, implied.needs_solutions) for source in training)
+    yield from ((source, implied.needs_solutions, True) for source in training)
+    demonstrations = config.data.of_demonstrations()
+    if implied.demonstrations and demonstrations is not None:
+        yield from ((source, True, False) for source in each_source(demonstrations, DEMONSTRATIONS))
     if implied.evaluates:
         seen = [_cells(source) for source in training]
         held_out = each_source(evaluation_settings(config), evaluation_key(config))
-        yield from ((source, False) for source in held_out if _cells(source) not in seen)
+        yield from ((source, False, True) for source in held_out if _cells(source) not in seen)
 
 
 def _cells(source: OneSource) -> dict[str, object]:

@@ -80,11 +80,13 @@ class MixedStream:
     [0, 1, 100, 2, 3, 4, 101, 5]
     """
 
-    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, counts: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool, name: str = "prompts"
+    ) -> None:
         self._starts = [sum(counts[:number]) for number in range(len(counts))]
         self._total = sum(counts)
         self._shares = [weight / sum(weights) for weight in weights]
-        self._streams = [PromptStream(n, seed, shuffle, name=f"prompts of {i}") for i, n in enumerate(counts)]
+        self._streams = [PromptStream(n, seed, shuffle, name=f"{name} of {i}") for i, n in enumerate(counts)]
         self._cursor = 0
 
     def take(self, count: int) -> list[int]:

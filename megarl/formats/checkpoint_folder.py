@@ -137,31 +137,33 @@ def check_model(directory: Path, progress: Mapping[str, Any], shape: ModelShape)
 
 
 def adapter_facts(adapter: AdapterSettings) -> dict[str, Any]:
-    """What a checkpoint of an adapter alone says of it."""
+    """What a checkpoint says of an adapter."""
     return {"rank": adapter.rank, "alpha": adapter.alpha, "targets": sorted(set(adapter.targets))}
 
 
 def check_adapter(
-    directory: Path, progress: Mapping[str, Any], adapter: AdapterSettings | None, *, resumes: bool
+    directory: Path, progress: Mapping[str, Any], adapter: AdapterSettings | None, alone: bool, *, resumes: bool
 ) -> None:
-    """Raise `Refusal` where what a checkpoint holds, all weights or an adapter alone, is not for a run with `adapter`.
+    """Raise `Refusal` where what a checkpoint holds (all weights, these with an adapter beside them, or an adapter
+    alone) is not for a run with `adapter`, which trains `alone` or beside all weights.
 
     All weights can be the base of an adapter, but with `resumes`, where the run goes on from what was trained.
     """
-    saved = progress.get("adapter")
+    saved = progress.get("adapter", progress.get("beside"))
     if saved is None:
         if adapter is not None and resumes:
             raise Refusal(
-                "parameters=adapter",
-                f"trains an adapter alone, and {directory} was saved by a run that trains all weights",
-                "set parameters=policy, or start a new run with model.weights set to it",
+                "parameters=adapter" if alone else "the run's adapter",
+                f"trains {'alone' if alone else 'beside all weights'}, and {directory} was saved by a run that trains "
+                "all weights and no adapter",
+                "set back what trained without one, or start a new run with model.weights set to it",
             )
         return
-    if adapter is None:
+    if adapter is None or alone != ("adapter" in progress):
         raise Refusal(
-            "parameters=policy",
-            f"needs all weights, and {directory} holds an adapter alone",
-            "set parameters=adapter and the adapter's settings, or use the run's merged model (hf/) as model.path",
+            "parameters=adapter" if alone else "parameters=policy",
+            f"cannot use {directory}, which holds {'an adapter alone' if 'adapter' in progress else _BOTH}",
+            "use the settings that it was trained with, or the run's merged model (hf/) as model.path",
         )
     for name, value in adapter_facts(adapter).items():
         if saved[name] != value:
@@ -170,6 +172,10 @@ def check_adapter(
                 f"differs from {_shown(saved[name])}, with which {directory} was trained",
                 "set it back, or start a new run under another name",
             )
+
+
+#: What a policy is whose adapter trains beside its base.
+_BOTH = "a base and an adapter that are one policy together"
 
 
 def _shown(value: Any) -> str:

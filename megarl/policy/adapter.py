@@ -29,7 +29,7 @@ from megarl.config.grid import Grid
 from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
 from megarl.policy.model import copy_number
-from megarl.reshard.adapter_map import LowRank, Piece, adapted_tensors
+from megarl.reshard.adapter_map import AdaptedTensor, LowRank, Piece, adapted_tensors
 from megarl.reshard.weight_map import chunk_prefix
 
 #: What the names of adapters begin with in Megatron's checkpoints.
@@ -155,10 +155,11 @@ def in_place(weights: Sequence[Merged]) -> Iterator[None]:
 
 
 class Adapter(torch.nn.Module):
-    """All adapters of a rank's model chunks, each under the name of its layer in the Hugging Face model.
+    """All adapters of a rank's part of a model, each under the name of its layer in the Hugging Face model.
 
-    Beside the chunks and not in them, so that the base's parameters keep their names. From here on the chunks compute
-    with merged weights; only where the output layer's weight is read is for the reader to ask (`head`).
+    Beside the model's chunks and not in them, so that the base's parameters keep their names. `attached` to chunks it
+    changes what these compute with; several models may have one adapter. `like` are chunks, whose weights say of what
+    type and where the factors are.
     """
 
     def __init__(
@@ -167,32 +168,18 @@ class Adapter(torch.nn.Module):
         shape: ModelShape,
         parallel: ParallelSettings,
         grid: Grid,
-        chunks: Sequence[GPTModel],
+        like: Sequence[GPTModel],
         seed: int,
     ) -> None:
         super().__init__()
-        self._merged: dict[str, Merged] = {}
-        self._head: list[Merged] = []
-        scale = settings.alpha / settings.rank
+        self._scale = settings.alpha / settings.rank
+        self._by_tensor: list[tuple[AdaptedTensor, tuple[Factors, ...]]] = []
         for tensor in adapted_tensors(shape, parallel, grid, settings.targets):
-            path, _, attribute = tensor.name.rpartition(".")
-            module = chunks[tensor.chunk].get_submodule(path)
-            base = module.get_parameter(attribute)
+            base = like[tensor.chunk].get_parameter(tensor.name)
             factors = tuple(Factors(place, settings.rank, seed, base.detach()) for place in tensor.adapters)
             for one in factors:
                 self._place(one)
-            merged = Merged(module, attribute, factors, tensor.pieces, scale)
-            self._merged[chunk_prefix(tensor.chunk, len(chunks)) + tensor.name] = merged
-        by_module: dict[torch.nn.Module, list[Merged]] = {}
-        for one in self._merged.values():
-            by_module.setdefault(one.module, []).append(one)
-        head = chunks[-1].output_layer if chunks[-1].post_process else None
-        for module, weights in by_module.items():
-            if module is head:
-                self._head = weights
-            else:
-                attributes: Any = module
-                attributes.forward = _with_merged(attributes.forward, weights)
+            self._by_tensor.append((tensor, factors))
 
     def _place(self, factors: Factors) -> None:
         *path, leaf = factors.place.name.split(".")
@@ -203,32 +190,28 @@ class Adapter(torch.nn.Module):
             parent = parent.get_submodule(name)
         parent.add_module(leaf, factors)
 
+    def attached(self, chunks: Sequence[GPTModel]) -> Attachment:
+        """From here on these chunks compute with merged weights."""
+        return Attachment(
+            chunks,
+            {
+                chunk_prefix(tensor.chunk, len(chunks)) + tensor.name: _merged(
+                    chunks[tensor.chunk], tensor, factors, self._scale
+                )
+                for tensor, factors in self._by_tensor
+            },
+        )
+
     def all_factors(self) -> Iterator[Factors]:
         """The adapter of each linear layer, in the order of the forward pass."""
-        for one in self._merged.values():
-            yield from one.factors
+        for _, factors in self._by_tensor:
+            yield from factors
 
     def clear(self) -> None:
         """Change nothing of the base: B is zero as at first."""
         with torch.no_grad():
             for one in self.all_factors():
                 one.lora_B.zero_()
-
-    @property
-    def merged(self) -> Mapping[str, Merged]:
-        """The parameters that adapters change, by their names in `megatron_tensors`."""
-        return self._merged
-
-    def head(self) -> AbstractContextManager[None]:
-        """Within it the output layer's weight reads as it is computed with."""
-        return in_place(self._head) if self._head else nullcontext()
-
-    def head_weight(self) -> tuple[LowRank, torch.Tensor] | None:
-        """Where the output layer's adapter is, and the base's weight there, on ranks that have it."""
-        if not self._head:
-            return None
-        (one,) = self._head
-        return one.factors[0].place, one.module.get_parameter(one.attribute).detach()
 
     def sum_copies(self) -> None:
         """Add up the gradients of whole copies, of which every rank of a layer has a part. Collective."""
@@ -263,6 +246,44 @@ class Adapter(torch.nn.Module):
                     allow_shape_mismatch=place.name == OUTPUT_LAYER and name == "lora_B",
                 )
         return found
+
+
+def _merged(chunk: GPTModel, tensor: AdaptedTensor, factors: tuple[Factors, ...], scale: float) -> Merged:
+    path, _, attribute = tensor.name.rpartition(".")
+    return Merged(chunk.get_submodule(path), attribute, factors, tensor.pieces, scale)
+
+
+class Attachment:
+    """An adapter's hold on a model's chunks, which compute with the `merged` weights.
+
+    Only where the output layer's weight is read is for the reader to ask (`head`). `merged`: the parameters that the
+    adapter changes, by their names in `megatron_tensors`.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], merged: Mapping[str, Merged]) -> None:
+        self.merged = merged
+        self._head: list[Merged] = []
+        by_module: dict[torch.nn.Module, list[Merged]] = {}
+        for one in merged.values():
+            by_module.setdefault(one.module, []).append(one)
+        head = chunks[-1].output_layer if chunks[-1].post_process else None
+        for module, weights in by_module.items():
+            if module is head:
+                self._head = weights
+            else:
+                attributes: Any = module
+                attributes.forward = _with_merged(attributes.forward, weights)
+
+    def head(self) -> AbstractContextManager[None]:
+        """Within it the output layer's weight reads as it is computed with."""
+        return in_place(self._head) if self._head else nullcontext()
+
+    def head_weight(self) -> tuple[LowRank, torch.Tensor] | None:
+        """Where the output layer's adapter is, and the base's weight there, on ranks that have it."""
+        if not self._head:
+            return None
+        (one,) = self._head
+        return one.factors[0].place, one.module.get_parameter(one.attribute).detach()
 
 
 def _with_merged(forward: Callable[..., Any], weights: Sequence[Merged]) -> Callable[..., Any]:

@@ -34,21 +34,23 @@ def load_adapter(policy: Policy, folder: Path) -> None:
     """
     files = peft.open_adapter(folder, policy.config.adapter, policy.shape)
     with torch.no_grad():
-        problems = gather_all(next(_read(_adapter_of(policy), files), None))
+        problems = gather_all(next(_read(policy, files), None))
     for problem in problems:
         if problem is not None:
             raise Refusal(f"{folder / peft.TENSORS}", problem, "use a whole copy of the adapter, with its own base")
     policy.weights_changed()
 
 
-def _read(adapter: Adapter, files: peft.AdapterFiles) -> Iterator[str]:
+def _read(policy: Policy, files: peft.AdapterFiles) -> Iterator[str]:
     """Fill this rank's factors; yields what cannot be used, in words."""
+    attachment = policy.network.attachment
+    assert attachment is not None
     with safe_open(files.folder / peft.TENSORS, framework="pt") as stored:
 
         def read(part: peft.Part) -> torch.Tensor:
             return stored.get_slice(part.tensor)[part.rows, :][:, part.columns]
 
-        for one in adapter.all_factors():
+        for one in _adapter_of(policy).all_factors():
             name = one.place.name
             a, b = (read(part) for part in files.parts[name])
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
@@ -59,7 +61,7 @@ def _read(adapter: Adapter, files: peft.AdapterFiles) -> Iterator[str]:
             rows = b[slice(*one.place.rows)]
             one.lora_B.zero_()
             one.lora_B[: len(rows)] = rows
-        if files.head is not None and (head := adapter.head_weight()) is not None:
+        if files.head is not None and (head := attachment.head_weight()) is not None:
             place, weight = head
             rows = stored.get_slice(files.head)[slice(*place.rows), :].to(weight)
             if not torch.equal(rows, weight[: len(rows)]):

@@ -81,6 +81,11 @@ class MicroBatch:
     def num_sequences(self) -> int:
         return len(self.lengths)
 
+    def apart(self, values: torch.Tensor) -> list[np.ndarray]:
+        """Values (T,) as those of each sequence, float32."""
+        parts = values.detach().float().cpu().split([int(length) for length in self.lengths.tolist()])
+        return [part.numpy() for part in parts]
+
     @property
     def computed_tokens(self) -> int:
         """Tokens that this rank's forward pass computes, padding included."""

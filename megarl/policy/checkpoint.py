@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.config.implied import Implied
-from megarl.config.parameter_sets import POLICY
+from megarl.config.parameter_sets import ADAPTER, POLICY
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, checksums, megatron
 from megarl.parallel.bootstrap import World
@@ -46,6 +46,7 @@ def save(
     `TrainingStopped` where updates were made and have left no trace in it.
     """
     final = root / f"step_{step:06d}"
+    policy.bring_all()
     found = {name: digests.digest(trained.optimizer) for name, trained in policy.trained.items()}
     for name, trained in policy.trained.items():
         trained.movement.check(found[name], final.name, _of(name))
@@ -57,7 +58,8 @@ def save(
     if policy.world.is_first:
         partial.mkdir()
     dist.barrier()
-    state = _state(policy, megatron.CONTENT, optimizer=optimizer, loading=False)
+    names = policy.trained if optimizer else policy.own_sets
+    state = _state(policy, _trained_modules(policy, names), megatron.CONTENT, optimizer=optimizer, loading=False)
     # Megatron would start a process to hold the writers' results, for saves that go on behind the caller's back. It
     # takes seconds to start, and stays when this one is killed.
     writers: Any = filesystem_async
@@ -66,8 +68,8 @@ def save(
         dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
     facts = {"step": step, "optimizer": optimizer} | _facts(found, optimizer=optimizer) | _of_adapter(policy)
     dist.barrier()
-    names = from_first(checkpoint_folder.file_names(partial) if policy.world.is_first else [])
-    mine = checksums.share(names, policy.world.rank, policy.world.size)
+    written = from_first(checkpoint_folder.file_names(partial) if policy.world.is_first else [])
+    mine = checksums.share(written, policy.world.rank, policy.world.size)
     parts = gather_all({name: checksums.measure(partial / name) for name in mine})
     if policy.world.is_first:
         facts["model_path"] = str(Path(policy.config.model.path).resolve())
@@ -90,8 +92,9 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     """
     progress = first_decides(lambda: _read_whole(directory))
     checkpoint_folder.check_model(directory, progress, policy.shape)
-    adapter = Implied(policy.config).adapter
-    checkpoint_folder.check_adapter(directory, progress, adapter, resumes=optimizer)
+    implied = Implied(policy.config)
+    policy.bring_all()
+    checkpoint_folder.check_adapter(directory, progress, implied.adapter, implied.base_is_frozen, resumes=optimizer)
     if optimizer:
         checkpoint_folder.check_resumable(directory, progress)
         _check_sets(policy, directory, progress)
@@ -99,15 +102,17 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     _check_base(policy, directory, progress)
     # How the checkpoint names its tensors, which need not be how this version does.
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
-    base = adapter is not None and "adapter" not in progress
-    template: Any = _state(policy, content, optimizer=optimizer, loading=True, base=base)
+    modules = _trained_modules(policy, policy.trained) if optimizer else _modules_saved(policy, progress)
+    template: Any = _state(policy, modules, content, optimizer=optimizer, loading=True)
     with _causes_named():
         state: Any = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     if not optimizer:
-        _load_models(policy.trained[POLICY], state, base=base)
-        if base and policy.network.adapter is not None:
-            # They are a whole policy.
-            policy.network.adapter.clear()
+        for name, parts in modules.items():
+            _load_models(parts, _of_set(state, name))
+        adapter = policy.network.adapter
+        if adapter is not None and not any(adapter in parts for parts in modules.values()):
+            # The weights are a whole policy.
+            adapter.clear()
         policy.weights_changed()
         return progress
     found = {name: _load_trained(trained, _of_set(state, name)) for name, trained in policy.trained.items()}
@@ -119,7 +124,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
 
 def _load_trained(trained: TrainedSet, state: dict[str, Any]) -> digests.Digest:
     """Load a set's weights, schedule and optimizer; gives the digest of what the optimizer then has."""
-    _load_models(trained, state)
+    _load_models(trained.modules, state)
     trained.scheduler.load_state_dict(state["scheduler"])
     adam_state.load(trained.optimizer, state["optimizer"], trained.scheduler.num_steps)
     return digests.digest(trained.optimizer)
@@ -135,10 +140,13 @@ def _facts(found: Mapping[str, digests.Digest], *, optimizer: bool) -> dict[str,
 
 
 def _of_adapter(policy: Policy) -> dict[str, Any]:
-    """What progress.json says of an adapter that is saved alone: beside which weights it was trained. Collective."""
+    """What progress.json says of an adapter: that it is beside the weights that are saved, or, where it is saved alone,
+    beside which weights it was trained. Collective."""
     adapter = Implied(policy.config).adapter
     if adapter is None:
         return {}
+    if not policy.network.base_is_frozen:
+        return {"beside": checkpoint_folder.adapter_facts(adapter)}
     base = {"base": policy.network.base_digest(), "precision": policy.config.precision}
     return {"adapter": checkpoint_folder.adapter_facts(adapter) | base}
 
@@ -224,8 +232,8 @@ def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
     grid = policy.grid
     ranks = grid.tensor * grid.context * grid.data
     needed = 0.0
-    sets = policy.trained.values() if optimizer else [policy.trained[POLICY]]
-    for _, parameter in chain.from_iterable(trained.named_parameters() for trained in sets):
+    sets = policy.trained if optimizer else policy.own_sets
+    for _, parameter in chain.from_iterable(policy.trained[name].named_parameters() for name in sets):
         # The optimizer has fp32 weights and two moments, wherever the ranks keep them.
         size = parameter.numel() * (parameter.element_size() + (12 if optimizer else 0))
         holders = grid.expert * grid.expert_tensor if is_expert(parameter) else grid.tensor
@@ -241,8 +249,8 @@ def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
         )
 
 
-def _load_models(trained: TrainedSet, state: dict[str, Any], *, base: bool = False) -> None:
-    for key, model in _models(trained, base=base).items():
+def _load_models(modules: Sequence[Any], state: dict[str, Any]) -> None:
+    for key, model in _by_key(modules).items():
         _load_model(model, state[key])
 
 
@@ -259,22 +267,41 @@ def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
         )
 
 
+def _trained_modules(policy: Policy, names: Iterable[str]) -> dict[str, Sequence[Any]]:
+    """What trains on this rank, by the names of the sets."""
+    return {name: policy.trained[name].modules for name in names}
+
+
+def _modules_saved(policy: Policy, progress: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """The policy's own modules that a checkpoint has the weights of, by the set that they were saved with."""
+    network = policy.network
+    if "adapter" in progress:
+        return {POLICY: [network.adapter]}
+    found: dict[str, Sequence[Any]] = {POLICY: network.chunks}
+    return found | ({ADAPTER: [network.adapter]} if "beside" in progress else {})
+
+
 def _state(
-    policy: Policy, content: dict[str, Any], *, optimizer: bool, loading: bool, base: bool = False
+    policy: Policy,
+    modules: Mapping[str, Sequence[Any]],
+    content: dict[str, Any],
+    *,
+    optimizer: bool,
+    loading: bool,
 ) -> dict[str, Any]:
-    """What is saved: of every set that trains, or without `optimizer` the policy's weights alone; with `base` those
-    that are frozen."""
+    """What is saved of these modules, and with `optimizer` of the optimizers and schedules of their sets."""
     state: dict[str, Any] = {}
-    for name in policy.trained if optimizer else (POLICY,):
-        trained, found = policy.trained[name], dict[str, Any]()
+    for name, parts in modules.items():
+        found = dict[str, Any]()
         # Megatron adds this layout's process groups to the record that it is given.
         metadata = dict(content)
-        for key, model in _models(trained, base=base).items():
+        for key, model in _by_key(parts).items():
             tensors = model.sharded_state_dict(metadata=metadata)
             found[key] = {k: v for k, v in tensors.items() if not k.endswith("_extra_state")}
         if name != POLICY:
             add_prefix_for_sharding(found, f"{checkpoint_folder.SETS}{name}.")
         if optimizer:
+            trained = policy.trained[name]
             adam_state.allocate(trained.optimizer)
             found["optimizer"] = trained.optimizer.sharded_state_dict(
                 dict(found), is_loading=loading, metadata=metadata
@@ -286,8 +313,12 @@ def _state(
 
 def _of_set(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What a loaded state has of one set, under the keys of the policy's own."""
-    keys = ("optimizer", "scheduler", *(key for key in state if key.startswith("model")))
-    return {key: state[_key(key, name)] for key in keys}
+    prefix = _key("", name)
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix) and (name != POLICY or not key.startswith(checkpoint_folder.SETS))
+    }
 
 
 def _key(key: str, name: str) -> str:
@@ -295,7 +326,6 @@ def _key(key: str, name: str) -> str:
     return key if name == POLICY else f"{checkpoint_folder.SETS}{name}.{key}"
 
 
-def _models(trained: TrainedSet, *, base: bool = False) -> dict[str, Any]:
-    """What trains on this rank, or the `base` beside it, by Megatron's keys: model, or of several chunks model0, ..."""
-    parts: Sequence[Any] = trained.network.chunks if base else trained.network.trained
-    return {"model": parts[0]} if len(parts) == 1 else {f"model{i}": part for i, part in enumerate(parts)}
+def _by_key(modules: Sequence[Any]) -> dict[str, Any]:
+    """Modules by Megatron's keys: model, or of several chunks model0, ..."""
+    return {"model": modules[0]} if len(modules) == 1 else {f"model{i}": one for i, one in enumerate(modules)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -37,6 +37,8 @@ class Pass:
     loss_seconds: float
     real_tokens: int
     computed_tokens: int
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """Where its gradient is a part of what steps apply: its norm, by the sets of its network that train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,13 @@ class LossStage:
     """The objectives' losses on each micro-batch, and this replica's shares of the loss and of the means to log."""
 
     def __init__(
-        self, objectives: Sequences[Objective], totals: BatchTotals, facts: Facts, *, old_is_current: bool
+        self,
+        objectives: Sequences[Objective],
+        totals: BatchTotals,
+        facts: Facts,
+        *,
+        old_is_current: bool,
+        keeps_old: bool = False,
     ) -> None:
         self.objectives, self.totals, self.facts, self.old_is_current = objectives, totals, facts, old_is_current
         self.entropy_gradient = any(objective.entropy_gradient for objective in objectives)
@@ -98,12 +106,16 @@ class LossStage:
         self.shares: dict[str, float] = {}
         self.gap_max = 0.0
         self.seconds = 0.0
+        # Of the sequences by their positions in the pass; None: not kept.
+        self._old: dict[int, np.ndarray] | None = {} if keeps_old else None
 
     def __call__(
         self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
     ) -> torch.Tensor:
         old = log_probs.detach() if self.old_is_current else _filled(batch.old_log_probs, log_probs)
         rollout = _filled(batch.rollout_log_probs, log_probs)
+        if self._old is not None:
+            self._old |= dict(zip(members, batch.apart(old), strict=True))
         start = time.perf_counter()
         terms = total(
             self.objectives,
@@ -147,6 +159,11 @@ class LossStage:
         for name, (value, of) in joined(means, terms.means).items():
             if of:
                 self.shares[name] = self.shares.get(name, 0.0) + float(value.detach()) / of
+
+    def hand_on(self, sequences: Sequences[Sequence]) -> None:
+        """Give the pass's sequences the old log-probs that were kept; on the last pipeline stage."""
+        for position, log_probs in (self._old or {}).items():
+            sequences[position].old_log_probs = log_probs
 
     def _tokens_of(self, batch: MicroBatch, kinds: frozenset[str]) -> tuple[torch.Tensor, float]:
         """[T] bool, which tokens are of these kinds, and how many the mini-batch has of them."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megarl import records
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
 from megarl.policy import digest
-from megarl.policy.adapter import Adapter
+from megarl.policy.adapter import Adapter, Attachment
+from megarl.policy.batch import MicroBatch
+from megarl.policy.losses import LossStage, Pass, joined
 from megarl.policy.megatron_config import transformer_config
 from megarl.policy.model import build_model, wrap_data_parallel
 from megarl.policy.passes import Passes
@@ -22,25 +27,36 @@ from megarl.reshard.weight_map import chunk_prefix
 
 
 class Network:
-    """A model's chunks, and the passes over them.
+    """A model's chunks, its adapter, which may be another network's too, and the passes over them.
 
-    `trained` are the modules whose parameters train: the chunks, or beside frozen ones the adapter; `wrapped` are these
-    with their gradient buffers.
+    `wrapped` are the chunks with their gradient buffers, none where the base is frozen; `attachment` is the adapter's
+    hold on them.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, world: World, grid: Grid) -> None:
+    def __init__(
+        self, config: RunConfig, shape: ModelShape, world: World, grid: Grid, adapter: Adapter | None = None
+    ) -> None:
+        implied = Implied(config)
         # Each has a record of its own: Megatron keeps in it how an optimizer scales losses.
         self.megatron_config: Any = transformer_config(config, shape)
         stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
         self.chunks = build_model(self.megatron_config, shape, stages)
-        self.adapter: Adapter | None = None
-        if (settings := Implied(config).adapter) is not None:
-            self.adapter = Adapter(settings, shape, config.parallel, grid, self.chunks, config.seed)
+        if adapter is None and implied.adapter is not None:
+            adapter = Adapter(implied.adapter, shape, config.parallel, grid, self.chunks, config.seed)
+        self.adapter = adapter
+        self.attachment: Attachment | None = None if adapter is None else adapter.attached(self.chunks)
+        self.wrapped: list[Any] = []
+        if implied.base_is_frozen:
             _freeze(self.chunks)
-        self.trained: list[Any] = [*self.chunks] if self.adapter is None else [self.adapter]
-        self.wrapped: Any = wrap_data_parallel(config, self.megatron_config, self.trained)
-        running = self.wrapped if self.adapter is None else self.chunks
-        self.passes = Passes(config, self.megatron_config, shape, world, grid, self.chunks, running, self.adapter)
+        else:
+            self.wrapped += wrap_data_parallel(config, self.megatron_config, self.chunks)
+        running = self.wrapped or self.chunks
+        self.passes = Passes(config, self.megatron_config, shape, world, grid, self.chunks, running, self.attachment)
+
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether the adapter alone trains."""
+        return not self.wrapped
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The shard of the base's weights, in the names of `megatron_tensors`: Megatron's, with a prefix where chunks
@@ -53,14 +69,48 @@ class Network:
         """Sums of bits of a frozen base's weights, the same under every layout. Collective."""
         return digest.of_frozen(parameter for _, parameter in self.named_parameters())
 
-    def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Those that train, by name."""
-        yield from self.named_parameters() if self.adapter is None else self.adapter.named_parameters()
-
     def parameters(self) -> list[torch.nn.Parameter]:
         """All that the model computes with: the base's, then the adapter's."""
         base = [parameter for _, parameter in self.named_parameters()]
         return base if self.adapter is None else [*base, *self.adapter.parameters()]
+
+    def measure(self, sequences: Sequence[records.Sequence]) -> list[np.ndarray]:
+        """Log-probs of each sequence's trained tokens, float32 (T,) each; of nothing but on the last pipeline stage."""
+        collect = _Collect(sequences)
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            self.passes.run(sequences, collect, forward_only=True)
+        return collect.found
+
+    def learn(
+        self, sequences: Sequence[records.Sequence], stage: LossStage, *, by_group: bool, backward: bool = True
+    ) -> Pass:
+        """Add a pass's gradient to the buffers of what trains; without `backward` find its numbers alone."""
+        for chunk in self.chunks:
+            chunk.train()
+        with torch.set_grad_enabled(backward):
+            work = self.passes.run(sequences, stage, forward_only=not backward, by_group=by_group)
+        found = stage.gather(work, reports=self.passes.grid.reports)
+        if self.passes.experts is None:
+            return found
+        return replace(found, means=joined(self.passes.experts.report(work.micro_batches), found.means))
+
+
+class _Collect:
+    """Keeps each sequence's log-probs."""
+
+    entropy_gradient = False
+
+    def __init__(self, sequences: Sequence[records.Sequence]) -> None:
+        self.found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+
+    def __call__(
+        self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
+    ) -> torch.Tensor:
+        for index, part in zip(members, batch.apart(log_probs), strict=True):
+            self.found[index] = part
+        return log_probs.new_zeros(())
 
 
 def _freeze(chunks: Sequence[GPTModel]) -> None:

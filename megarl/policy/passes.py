@@ -23,7 +23,7 @@ from megarl.parallel.bootstrap import World
 from megarl.parallel.context import whole_sequences
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
-from megarl.policy.adapter import Adapter
+from megarl.policy.adapter import Attachment
 from megarl.policy.batch import Cut, MicroBatch, lay_out
 from megarl.policy.experts import Experts
 from megarl.policy.forward import ForwardArguments
@@ -54,8 +54,8 @@ class Consumer(Protocol):
 class Passes:
     """Runs a model's chunks, this rank's, over sequences under one parallel layout.
 
-    `wrapped` are the chunks with their gradient buffers, or where they have none the chunks themselves; `adapter` is
-    what changes their weights.
+    `wrapped` are the chunks with their gradient buffers, or where they have none the chunks themselves; `attachment` is
+    that of an adapter, which changes their weights.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Passes:
         grid: Grid,
         chunks: list[GPTModel],
         wrapped: Sequences[Any],
-        adapter: Adapter | None = None,
+        attachment: Attachment | None = None,
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
-        self.chunks, self._wrapped, self._adapter = chunks, wrapped, adapter
+        self.chunks, self._wrapped, self._attachment = chunks, wrapped, attachment
         sequence_parallel = grid.tensor if megatron_config.sequence_parallel else 1
         self.cut = Cut(grid.context, grid.context_rank, sequence_parallel)
         self.forward_arguments = ForwardArguments(megatron_config, shape, chunks)
@@ -150,7 +150,7 @@ class Passes:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
         tied, head = self.shape.tied_embeddings, self.chunks[-1]
-        with nullcontext() if self._adapter is None else self._adapter.head():
+        with nullcontext() if self._attachment is None else self._attachment.head():
             weight: Any = head.shared_embedding_or_output_weight() if tied else head.output_layer.weight
             log_probs, entropy = token_log_probs(
                 rows,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequences
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from megatron.core.models.gpt import GPTModel
 from megarl.algorithms.objective import BatchTotals, Objective
 from megarl.config import gpu_rules
 from megarl.config.grid import Grid
+from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
-from megarl.config.parameter_sets import POLICY
+from megarl.config.parameter_sets import ADAPTER, POLICY, ParameterSet
 from megarl.config.schema import RunConfig
-from megarl.errors import MegarlError
+from megarl.errors import MegarlError, PhaseError
 from megarl.parallel.bootstrap import World
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.adapter import Merged
@@ -35,9 +37,10 @@ from megarl.records import Sequence
 class Policy:
     """A Megatron policy under one parallel layout.
 
-    Parameter sets go by name. `trained` ones have gradients and an optimizer: the policy's own weights, or an adapter's
-    alone beside frozen ones, and `trains` beside them. Others are kept as copies that stay as they are. `step_budget`
-    is the number of optimizer steps in the whole run.
+    Parameter sets go by name. `trained` ones have gradients and an optimizer: the policy's own weights (or an adapter's
+    alone beside frozen ones), an adapter's beside them, and `trains`: bases of models of their own, with the policy's
+    adapter where it has one. Others are kept as copies that stay as they are. `step_budget` is the number of optimizer
+    steps in the whole run.
     """
 
     def __init__(
@@ -47,22 +50,36 @@ class Policy:
         world: World,
         grid: Grid,
         step_budget: int,
-        trains: Collection[str] = (),
+        trains: Collection[ParameterSet] = (),
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
         if has_cuda():
             for refusal in gpu_rules.of_policy(config):
                 raise refusal
-        self.trained = {
-            name: TrainedSet(config, Network(config, shape, world, grid), step_budget) for name in (POLICY, *trains)
-        }
+        network, implied = Network(config, shape, world, grid), Implied(config)
+        alone = network.base_is_frozen
+        self.trained = {POLICY: TrainedSet(config, network, step_budget, of_adapter=alone)}
+        if implied.adapter_optimizer is not None:
+            own = config.model_copy(update={"optimizer": implied.adapter_optimizer})
+            self.trained[ADAPTER] = TrainedSet(own, network, step_budget, of_adapter=True)
+        for one in trains:
+            other = Network(config, shape, world, grid, network.adapter)
+            self.trained[one.name] = TrainedSet(config, other, step_budget)
+            self.trained[one.name].put_away()
+        self._rebuilt = {one.name for one in trains if one.rebuilt}
         self._by_name = dict(self.network.named_parameters())
+        self._given_away = False
         self._kept: dict[str, dict[torch.nn.Parameter, torch.Tensor]] = {}
 
     @property
     def network(self) -> Network:
         """The model of the policy's own weights, this rank's shard."""
         return self.trained[POLICY].network
+
+    @property
+    def own_sets(self) -> list[str]:
+        """The sets that train a part of what the policy computes with: its own, and that of an adapter beside."""
+        return [name for name, one in self.trained.items() if one.network is self.network]
 
     @property
     def chunks(self) -> list[GPTModel]:
@@ -87,7 +104,7 @@ class Policy:
     @property
     def adapted(self) -> Mapping[str, Merged]:
         """Which of these weights have an adapter, on this rank."""
-        return {} if self.network.adapter is None else self.network.adapter.merged
+        return {} if self.network.attachment is None else self.network.attachment.merged
 
     def weight(self, name: str) -> torch.Tensor:
         """One of these weights as the policy computes with it: where it has an adapter, merged."""
@@ -97,8 +114,9 @@ class Policy:
             return self.adapted[name]()
 
     def weights_changed(self) -> None:
-        """Tell the policy's optimizer that weights were written from outside (its fp32 copies follow)."""
-        self.trained[POLICY].weights_changed()
+        """Tell the policy's optimizers that its weights were written from outside (their fp32 copies follow)."""
+        for name in self.own_sets:
+            self.trained[name].weights_changed()
 
     # --- parameter sets ---------------------------------------------------------------------------------------------
 
@@ -108,7 +126,9 @@ class Policy:
         Without `base` a set that is kept has the frozen weights that are there when it is used.
         """
         if name in self.trained:
-            self.trained[name].copy([parameter.detach() for parameter in self.network.parameters()])
+            self.trained[name].onload()
+            self.trained[name].copy(self.trained[POLICY])
+            self.trained[name].put_away()
             return
         adapter = self.network.adapter
         parameters = self.network.parameters() if base or adapter is None else [*adapter.parameters()]
@@ -133,6 +153,7 @@ class Policy:
 
     def _weights_of(self, name: str) -> dict[torch.nn.Parameter, torch.Tensor]:
         if name in self.trained:
+            self.trained[name].onload_weights()
             others = self.trained[name].network.parameters()
             return {own: one.data for own, one in zip(self.network.parameters(), others, strict=True)}
         if name not in self._kept:
@@ -147,11 +168,10 @@ class Policy:
 
         `sequences` are those of this data-parallel rank. None on all but the last pipeline stage.
         """
-        if parameters in self.trained:
-            found = self.trained[parameters].measure(sequences)
-        else:
-            with self.using(parameters):
-                found = self.trained[POLICY].measure(sequences)
+        trained = self.trained.get(parameters, self.trained[POLICY])
+        self._bring(trained.network, "compute log-probs")
+        with nullcontext() if parameters in self.trained else self.using(parameters):
+            found = trained.network.measure(sequences)
         return found if self.grid.is_last_stage else None
 
     def accumulate(
@@ -161,48 +181,90 @@ class Policy:
         totals: BatchTotals,
         *,
         old_is_current: bool = False,
+        hands_on_old: bool = False,
     ) -> dict[str, Pass]:
         """Add the objectives' gradients on a mini-batch to what the sets that they train have since their last step.
 
-        One pass for each set, by its name, whose loss is the sum of the set's objectives. `sequences` are this
-        data-parallel rank's share of the mini-batch, `totals` the counts of the whole, by kind. `old_is_current` says
-        that nothing was learned in this step yet: the log-probs of the policy's own pass are the old ones.
+        One pass for each of `Objective.in_pass`, by its name, whose loss is the sum of its objectives. `sequences` are
+        this data-parallel rank's share of the mini-batch, `totals` the counts of the whole, by kind. `old_is_current`
+        says that nothing was learned in this step yet: the log-probs of the policy's own passes are the old ones, and
+        with `hands_on_old` the sequences then have them for later passes.
 
         Raises:
             ValueError: a sequence lacks a value per token that an objective needs, or an objective's set does not
                 train; nothing was accumulated for it then.
         """
-        by_set: dict[str, list[Objective]] = {}
+        by_pass: dict[str, list[Objective]] = {}
         for one in objectives:
-            by_set.setdefault(one.parameters, []).append(one)
-        for name in by_set.keys() - self.trained.keys():
-            known = ", ".join(self.trained)
-            raise ValueError(f"an objective trains {name!r}, which must be a parameter set that trains: {known}")
+            by_pass.setdefault(one.in_pass, []).append(one)
+            for name in {one.parameters, *one.gradient_goes_to} - self.trained.keys():
+                known = ", ".join(self.trained)
+                raise ValueError(f"an objective trains {name!r}, which must be a parameter set that trains: {known}")
         return {
-            name: self._pass(name, sequences, mine, totals, old_is_current and name == POLICY)
-            for name, mine in by_set.items()
+            name: self._pass(
+                _sequences_of(name, by_pass, sequences),
+                mine,
+                totals,
+                old_is_current and mine[0].parameters == POLICY,
+                hands_on_old,
+            )
+            for name, mine in by_pass.items()
         }
 
     def _pass(
         self,
-        name: str,
         sequences: Sequences[Sequence],
         objectives: Sequences[Objective],
         totals: BatchTotals,
         old_is_current: bool,
+        hands_on_old: bool,
     ) -> Pass:
-        if name != POLICY:
-            # The policy's own pass goes through all, as its numbers are those of the step.
-            sequences = [one for one in sequences if any(objective.trains(one.kind) for objective in objectives)]
-        last = self.grid.is_last_stage
-        facts = look_over(sequences, objectives, old_is_current=old_is_current, last_stage=last)
-        stage = LossStage(objectives, totals, facts, old_is_current=old_is_current)
+        network = self.trained[objectives[0].parameters].network
+        goes_to = objectives[0].gradient_goes_to
+        facts = look_over(sequences, objectives, old_is_current=old_is_current, last_stage=self.grid.is_last_stage)
+        keeps_old = old_is_current and hands_on_old
+        stage = LossStage(objectives, totals, facts, old_is_current=old_is_current, keeps_old=keeps_old)
         together = any(objective.together for objective in objectives)
-        return self.trained[name].accumulate(sequences, stage, by_group=together)
+        filled = {name: one for name, one in self.trained.items() if one.is_filled_by(network)}
+        # A gradient that is one set's alone, as it is, stays in the buffers until the step.
+        apart = goes_to != dict.fromkeys(filled, 1.0)
+        backward = any(goes_to.values())
+        self._bring(network, "update the policy")
+        for one in filled.values() if backward else ():
+            one.pass_begins(apart=apart)
+        found = network.learn(sequences, stage, by_group=together, backward=backward)
+        stage.hand_on(sequences)
+        for one in filled.values() if backward else ():
+            one.pass_ends(found.loss)
+        return replace(found, grad_norms=self._give(filled, goes_to)) if backward and apart else found
+
+    def _give(self, filled: Mapping[str, TrainedSet], goes_to: Mapping[str, float]) -> dict[str, float]:
+        """Give a pass's gradients, times their factors, to the sets that they go to; their norms. Collective."""
+        norms: dict[str, float] = {}
+        for name, one in filled.items():
+            gradient = one.take()
+            norms[name] = gradient.norm
+            for to, factor in goes_to.items():
+                if self.trained[to].of_adapter == one.of_adapter and factor:
+                    self._begin(to).add(gradient, factor)
+        return norms
+
+    def _begin(self, name: str) -> TrainedSet:
+        """The set of that name, before it gets a gradient: where it is built anew for every step, with the policy's
+        weights."""
+        trained = self.trained[name]
+        if name in self._rebuilt and not trained.has_gradient:
+            trained.onload()
+            trained.copy(self.trained[POLICY])
+        return trained
 
     def step(self, names: Collection[str] = (POLICY,)) -> dict[str, StepResult]:
         """Apply what the named sets have accumulated: see `TrainedSet.step`."""
-        return {name: self.trained[name].step() for name in names}
+        found: dict[str, StepResult] = {}
+        for name in names:
+            self._bring(self.trained[name].network, "update the policy")
+            found[name] = self.trained[name].step()
+        return found
 
     def discard(self) -> None:
         """Forget what was accumulated since the last steps."""
@@ -216,10 +278,44 @@ class Policy:
 
     # --- whose the memory is ----------------------------------------------------------------------------------------
 
-    def offload_optimizers(self) -> None:
-        """Optimizer states go to host memory and gradient buffers are freed; weights stay, as a push reads them."""
+    # One model at a time is on the device, with what trains it: the others' memory is away until they are used.
+
+    def _bring(self, network: Network, action: str) -> None:
+        """Have what trains of a model on the device, and that of others away, unless it waits for its step.
+
+        Raises:
+            PhaseError: the memory is given to the engine; `action` is what cannot be done.
+        """
+        if self._given_away:
+            raise PhaseError(f"cannot {action} while the policy's memory is given to the engine: the phase is generate")
         for one in self.trained.values():
-            one.offload_optimizer()
+            if not (one.is_filled_by(network) or one.has_gradient):
+                one.put_away()
+        for one in self.trained.values():
+            if one.is_filled_by(network):
+                one.onload()
+
+    def bring_all(self) -> None:
+        """Have all that trains on the device at once, to be saved or loaded."""
+        for one in self.trained.values():
+            one.onload()
+
+    def offload_optimizers(self) -> None:
+        """Optimizer states go to host memory and gradient buffers are freed; the policy's own weights stay, as a push
+        reads them.
+
+        Raises:
+            PhaseError: gradients were accumulated, and would be lost.
+        """
+        for name, one in self.trained.items():
+            if one.has_gradient:
+                raise PhaseError("cannot give the policy's memory to the engine before its gradients are applied")
+            if name in self.own_sets:
+                one.onload_weights()
+                one.offload_optimizer()
+            else:
+                one.put_away()
+        self._given_away = True
 
     def offload_weights(self) -> None:
         """The weights go too."""
@@ -227,11 +323,28 @@ class Policy:
             one.offload_weights()
 
     def onload_weights(self) -> None:
-        """The weights come back, for a push."""
-        for one in self.trained.values():
-            one.onload_weights()
+        """The policy's own weights come back, for a push."""
+        for name in self.own_sets:
+            self.trained[name].onload_weights()
 
     def onload(self) -> None:
-        """Everything comes back."""
-        for one in self.trained.values():
-            one.onload()
+        """The policy's own sets come back; others do when they are used."""
+        self._given_away = False
+        for name in self.own_sets:
+            self.trained[name].onload()
+
+
+def _sequences_of(
+    name: str, by_pass: Mapping[str, Sequences[Objective]], sequences: Sequences[Sequence]
+) -> Sequences[Sequence]:
+    """What the pass of that name goes through: what its objectives train; the policy's own goes through all that no
+    other of its passes does, as its numbers are those of the step."""
+    if name != POLICY:
+        return [one for one in sequences if any(objective.trains(one.kind) for objective in by_pass[name])]
+    others = [one for mine in by_pass.values() for one in mine if one.parameters == POLICY and one.apart]
+    return [
+        one
+        for one in sequences
+        if any(objective.trains(one.kind) for objective in by_pass[name])
+        or not any(objective.trains(one.kind) for objective in others)
+    ]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from megarl.errors import PhaseError
 from megarl.parallel.cpu_platform import has_cuda
 
 
@@ -27,28 +26,17 @@ class Residence:
         self._optimizer_away = False
         self._weights_away = False
 
-    @property
-    def ready(self) -> bool:
-        """Whether everything that training needs is on the device."""
-        return not (self._optimizer_away or self._weights_away)
-
-    def require_ready(self, action: str) -> None:
-        """Raise `PhaseError` naming `action` where a part of the policy is away."""
-        if not self.ready:
-            raise PhaseError(f"cannot {action} while the policy's memory is given to the engine: the phase is generate")
-
     def offload_optimizer(self) -> None:
         """Move optimizer state away and free the gradient buffers; the weights stay, as a push reads them."""
-        self._optimizer_away = True
-        if has_cuda():
+        if has_cuda() and not self._optimizer_away:
             self._optimizer.offload_to_cpu()
             for chunk in self._chunks:
                 chunk.offload_grad_buffers(synchronize=True, empty_cache=True)
+        self._optimizer_away = True
 
     def offload_weights(self) -> None:
         """Move the weights away as well."""
-        self._weights_away = True
-        if has_cuda():
+        if has_cuda() and not self._weights_away:
             for buffer in self._buffers():
                 buffer.offload_to_cpu(move_params=True, move_grads=False)
             for parameter in self._frozen_parameters():
@@ -56,6 +44,7 @@ class Residence:
                     self._in_host[parameter] = parameter.data.cpu().pin_memory()
                 parameter.data = self._in_host[parameter]
             torch.cuda.empty_cache()
+        self._weights_away = True
 
     def onload_weights(self) -> None:
         """Bring the weights back, for a push."""

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarl import records
 from megarl.config.schema import RunConfig
-from megarl.errors import PhaseError
-from megarl.policy.batch import MicroBatch
 from megarl.policy.digest import Movement
-from megarl.policy.losses import LossStage, Pass, joined
 from megarl.policy.megatron_config import optimizer_config
+from megarl.policy.model import wrap_data_parallel
 from megarl.policy.network import Network
 from megarl.policy.residence import Residence
 
@@ -34,62 +30,91 @@ class StepResult:
     skipped: bool
 
 
-class TrainedSet:
-    """What trains of a network, its chunks or their adapter, and what trains it.
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """That of the passes of `losses`, summed over ranks: this rank's shards in fp32, which hold until the next pass
+    over their network, and the norm of the whole."""
 
-    Gradients of any number of passes add up in its buffers until the step that applies them. `step_budget` is the
-    number of steps in the whole run; learning-rate decay spans it.
+    values: list[torch.Tensor]
+    norm: float
+    losses: list[float]
+
+
+class TrainedSet:
+    """What trains of a network, its base or its adapter, and what trains it.
+
+    A pass over the network fills the buffers of what trains of it. Gradients of any number of passes add up there until
+    the step that applies them; or each is set aside (`take`), and what the step applies is a sum of such, each with a
+    factor, perhaps of other networks. `step_budget` is the number of steps in the whole run; learning-rate decay spans
+    it.
     """
 
-    def __init__(self, config: RunConfig, network: Network, step_budget: int) -> None:
-        self.network, self.passes = network, network.passes
-        self.wrapped: Any = network.wrapped
+    def __init__(self, config: RunConfig, network: Network, step_budget: int, *, of_adapter: bool = False) -> None:
+        self.network, self.of_adapter = network, of_adapter
+        self.modules: list[Any] = [network.adapter] if of_adapter else network.chunks
+        self.wrapped: list[Any] = (
+            wrap_data_parallel(config, network.megatron_config, self.modules) if of_adapter else network.wrapped
+        )
         self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
         network.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(config, self.optimizer, step_budget)
         self.movement = Movement(self.optimizer, config.optimizer.lr)
         self.skipped_in_a_row = 0
-        frozen = () if network.adapter is None else network.chunks
+        frozen = network.chunks if network.base_is_frozen else ()
         self._residence = Residence(self.wrapped, self.optimizer, frozen)
         self._clip = config.optimizer.clip_grad
+        # Of the passes since the last step: those whose gradients are in the buffers, and those set aside.
         self._losses: list[float] = []
+        self._aside_losses: list[float] = []
+        self._aside: list[torch.Tensor] = []
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's shard of what trains: see `Network.trained_parameters`."""
-        return self.network.trained_parameters()
+        """This rank's shard of what trains, by name."""
+        return self.modules[0].named_parameters() if self.of_adapter else self.network.named_parameters()
 
-    def measure(self, sequences: Sequence[records.Sequence]) -> list[np.ndarray]:
-        """Log-probs of each sequence's trained tokens, float32 (T,) each; of nothing but on the last pipeline stage."""
-        self._residence.require_ready("compute log-probs")
-        collect = _Collect(sequences)
-        for chunk in self.network.chunks:
-            chunk.eval()
-        with torch.no_grad():
-            self.passes.run(sequences, collect, forward_only=True)
-        return collect.found
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the next step has something to apply."""
+        return bool(self._losses or self._aside_losses)
 
-    def accumulate(self, sequences: Sequence[records.Sequence], stage: LossStage, *, by_group: bool) -> Pass:
-        """Add a pass's gradient to what was accumulated since the last step."""
-        self._residence.require_ready("update the policy")
+    def is_filled_by(self, network: Network) -> bool:
+        """Whether a pass over the network fills this set's buffers."""
+        return network.adapter is self.network.adapter if self.of_adapter else network is self.network
+
+    def pass_begins(self, *, apart: bool = False) -> None:
+        """Make the buffers ready for a pass's gradients, or with `apart` for these alone. Collective."""
+        if self._losses:
+            if not apart:
+                return
+            self.add(self.take(), 1.0)
+        # The first pass after a step zeroes, and not the step: buffers that were away hold anything.
         for wrapped in self.wrapped:
-            # The first pass after a step zeroes, and not the step: buffers that were away hold anything.
-            if not self._losses:
-                wrapped.zero_grad_buffer()
-        for chunk in self.network.chunks:
-            chunk.train()
-        if not self._losses:
-            self.optimizer.zero_grad()
-        work = self.passes.run(sequences, stage, forward_only=False, by_group=by_group)
-        found = stage.gather(work, reports=self.passes.grid.reports)
-        if self.passes.experts is not None:
-            routed = self.passes.experts.report(work.micro_batches)
-            found = replace(found, means=joined(routed, found.means))
-        self._losses.append(found.loss)
-        return found
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def pass_ends(self, loss: float) -> None:
+        """The buffers have the gradients of a pass of that loss."""
+        self._losses.append(loss)
+
+    def take(self) -> Gradient:
+        """What the buffers have, summed over ranks; they begin anew with the next pass. Collective."""
+        norm = self._make_ready()
+        losses, self._losses = self._losses, []
+        return Gradient([_gradient(one) for one in self._main_parameters()], norm, losses)
+
+    def add(self, gradient: Gradient, factor: float) -> None:
+        """Set a gradient aside for the next step, times `factor`."""
+        if not self._aside:
+            self._aside = [factor * values for values in gradient.values]
+        else:
+            for kept, values in zip(self._aside, gradient.values, strict=True):
+                kept.add_(values, alpha=factor)
+        self._aside_losses += gradient.losses
 
     def discard(self) -> None:
         """Forget what was accumulated since the last step."""
         self._losses.clear()
+        self._forget_aside()
 
     def step(self) -> StepResult:
         """Sum the gradients over ranks, clip, and apply them with one step of optimizer and schedule. Collective.
@@ -99,14 +124,19 @@ class TrainedSet:
         Raises:
             ValueError: nothing was accumulated since the last step.
         """
-        if not self._losses:
+        if not self.has_gradient:
             raise ValueError("a step needs a gradient: call accumulate first")
-        self._residence.require_ready("update the policy")
-        finite = all(math.isfinite(loss) for loss in self._losses)
+        finite = all(math.isfinite(loss) for loss in (*self._losses, *self._aside_losses))
+        if self._aside_losses:
+            if self._losses:
+                self.add(self.take(), 1.0)
+            for parameter, values in zip(self._main_parameters(), self._aside, strict=True):
+                parameter.grad = values
+            self._forget_aside()
+            grad_norm = float(self.optimizer.get_grad_norm())
+        else:
+            grad_norm = self._make_ready()
         self._losses.clear()
-        self._sum_gradients()
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
         lr = float(self.optimizer.param_groups[0]["lr"])
         if not (finite and math.isfinite(grad_norm)):
             self.skipped_in_a_row += 1
@@ -120,16 +150,32 @@ class TrainedSet:
         self.scheduler.step(increment=1)
         return StepResult(grad_norm, lr, skipped=False)
 
-    def _sum_gradients(self) -> None:
-        adapter = self.network.adapter
-        if adapter is None:
+    def _make_ready(self) -> float:
+        """Sum the buffers' gradients over ranks and give them to the optimizer; their norm. Collective."""
+        if self.of_adapter:
+            adapter = self.network.adapter
+            assert adapter is not None
+            # Copies first: what comes back from the data-parallel ranks is each one's share.
+            adapter.sum_copies()
+            for wrapped in self.wrapped:
+                wrapped.finish_grad_sync()
+        else:
             # Losses are divided already: no token count.
             finalize_model_grads(self.wrapped, None)
-            return
-        # Copies first: what comes back from the data-parallel ranks is each one's share.
-        adapter.sum_copies()
-        for wrapped in self.wrapped:
-            wrapped.finish_grad_sync()
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def _main_parameters(self) -> list[Any]:
+        """The optimizer's own, this rank's shards, in an order that networks of one layout share."""
+        return [
+            parameter
+            for optimizer in self.optimizer.chained_optimizers
+            if not optimizer.is_stub_optimizer
+            for parameter in optimizer.get_parameters()
+        ]
+
+    def _forget_aside(self) -> None:
+        self._aside, self._aside_losses = [], []
 
     def weights_changed(self) -> None:
         """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
@@ -137,24 +183,23 @@ class TrainedSet:
         self.movement.forget()
         self._residence.forget()
 
-    def copy(self, weights: Sequence[torch.Tensor]) -> None:
-        """Take other weights, those of all of the network's parameters in their order."""
+    def copy(self, other: TrainedSet) -> None:
+        """Take the weights of another set that trains the same of its network."""
         with torch.no_grad():
-            for parameter, values in zip(self.network.parameters(), weights, strict=True):
-                parameter.copy_(values)
+            for (_, own), (_, values) in zip(self.named_parameters(), other.named_parameters(), strict=True):
+                own.copy_(values)
         self.weights_changed()
 
     # --- whose the memory is ----------------------------------------------------------------------------------------
 
     def offload_optimizer(self) -> None:
-        """Optimizer state goes to host memory and gradient buffers are freed; weights stay, as a push reads them.
-
-        Raises:
-            PhaseError: gradients were accumulated, and would be lost.
-        """
-        if self._losses:
-            raise PhaseError("cannot give the policy's memory to the engine before its gradients are applied")
+        """Optimizer state goes to host memory and gradient buffers are freed; weights stay, as a push reads them."""
         self._residence.offload_optimizer()
+
+    def put_away(self) -> None:
+        """Nothing of it stays on the device."""
+        self._residence.offload_optimizer()
+        self._residence.offload_weights()
 
     def offload_weights(self) -> None:
         """The weights go too."""
@@ -169,22 +214,8 @@ class TrainedSet:
         self._residence.onload()
 
 
-class _Collect:
-    """Keeps each sequence's log-probs."""
-
-    entropy_gradient = False
-
-    def __init__(self, sequences: Sequence[records.Sequence]) -> None:
-        self.found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
-        self._trained = [sequence.trained for sequence in sequences]
-
-    def __call__(
-        self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
-    ) -> torch.Tensor:
-        parts = log_probs.float().cpu().split([self._trained[i] for i in members])
-        for index, part in zip(members, parts, strict=True):
-            self.found[index] = part.numpy()
-        return log_probs.new_zeros(())
+def _gradient(parameter: Any) -> torch.Tensor:
+    return torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad
 
 
 def _scheduler(config: RunConfig, optimizer: Any, step_budget: int) -> OptimizerParamScheduler:

@@ -51,7 +51,9 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
 
 
 def _run(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> Run:
-    context = AlgorithmContext(config.rollout.max_tokens, config.rollout.group_size, config.reward.bounds[0])
+    context = AlgorithmContext(
+        config.rollout.max_tokens, config.rollout.group_size, steps=config.steps, reward_low=config.reward.bounds[0]
+    )
     return Run(
         config,
         shape,

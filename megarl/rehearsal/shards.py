@@ -141,7 +141,7 @@ def _trained(config: RunConfig, shape: ModelShape, grid: Grid, models: Sequence[
     if settings is None:
         return models, 0, 0
     adapter = Adapter(settings, shape, config.parallel, grid, models, config.seed)
-    changed = (one.module.get_parameter(one.attribute).numel() for one in adapter.merged.values())
+    changed = (one.module.get_parameter(one.attribute).numel() for one in adapter.attached(models).merged.values())
     return [adapter], sum(one.numel() for one in adapter.parameters()), max(changed, default=0)
 
 

@@ -89,7 +89,8 @@ def _look_at_checkpoints(config: RunConfig) -> None:
         found = checkpoint_folder.require(path, setting)
         progress = checkpoint_folder.read_progress(found)
         checkpoint_folder.check_model(found, progress, read_model_shape(config.model.path))
-        checkpoint_folder.check_adapter(found, progress, Implied(config).adapter, resumes=False)
+        implied = Implied(config)
+        checkpoint_folder.check_adapter(found, progress, implied.adapter, implied.base_is_frozen, resumes=False)
         if "adapter" in progress:
             for refusal in files.checkpoint_refusals(Path(config.model.path)):
                 raise refusal

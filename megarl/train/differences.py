@@ -30,8 +30,16 @@ _FREE = (
 
 
 def changed_parts(config: RunConfig, before: Mapping[str, Any], checkpoint: Path) -> Iterator[Refusal]:
-    """Refusals of a seed, a model or data that differ from those `before`, of a checkpoint's configuration."""
+    """Refusals of a seed, a model or data, and of settings that the algorithm wants kept, that differ from those
+    `before`, of a checkpoint's configuration."""
+    kept = {f"algorithm.{name}" for name in config.algorithm.kept_on_resume}
     for key, old, new in _differences(config, before):
+        if key in kept:
+            yield Refusal(
+                f"{key}={_shown(new)} with resume={config.resume}",
+                f"differs from {_shown(old)}, with which {checkpoint} was trained",
+                "set it back, or begin a new run under another name",
+            )
         part = key.partition(".")[0]
         if part in PARTS and part not in config.resume_changes:
             yield Refusal(
@@ -51,12 +59,12 @@ def rows_of(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def changed_rows(
-    config: RunConfig, found: Mapping[str, Any], known: Mapping[str, Any], checkpoint: Path
+    config: RunConfig, found: Mapping[str, Any], known: Mapping[str, Any], checkpoint: Path, what: str = "data"
 ) -> Iterator[Refusal]:
-    """A refusal of other rows, by `rows_of`, than a checkpoint's `known`."""
+    """A refusal of other rows, by `rows_of`, than a checkpoint's `known`; `what` they are."""
     if known != found and "data" not in config.resume_changes:
         yield Refusal(
-            f"data of {found['prompts']} prompts with resume={config.resume}",
+            f"{what} of {found['prompts']} prompts with resume={config.resume}",
             f"has other rows than those that {checkpoint} was trained on, {known['prompts']} prompts",
             "bring the data back, begin a new run under another name, or go on all the same with resume_changes=[data]",
         )

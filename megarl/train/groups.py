@@ -91,10 +91,12 @@ class Kept:
 
 
 class Rollouts(NamedTuple):
-    """What a step has made, and what of it is kept to train on."""
+    """What a step has made, what of it is kept to train on, and the groups of its demonstrations, which every rank
+    holds (`made` has their bodies)."""
 
     made: Made
     kept: Kept
+    demonstrations: tuple[Group, ...] = ()
 
 
 def added(*counters: Mapping[str, int]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.algorithms.objective import first_pass_is_old
+from megarl.algorithms.objective import first_pass_is_old, rounds
 from megarl.train import divergence, gauges, trust
 from megarl.train.evaluation import evaluate_now
 from megarl.train.measure import StepRecord
@@ -54,14 +54,17 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     record.credited(groups, counters)
     record.count(add_log_probs(session, batches))
     trust.check_before(session, step, batches)
-    objectives = session.algorithm.objectives
+    objectives = session.algorithm.objectives_of(step)
     current = first_pass_is_old(objectives, len(batches))
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
-            passes = session.policy.accumulate(batch, objectives, total, old_is_current=current)
-            if current:
-                trust.check_pass(session, step, passes)
-            record.update(passes, session.policy.step(passes))
+            for part in rounds(objectives):
+                passes = session.policy.accumulate(
+                    batch, part.objectives, total, old_is_current=current, hands_on_old=part.hands_on_old
+                )
+                if current:
+                    trust.check_pass(session, step, passes)
+                record.update(passes, session.policy.step(part.steps))
         current = False
         divergence.stop_if_stuck(session)
     session.progress.step = step

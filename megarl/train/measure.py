@@ -30,7 +30,8 @@ class StepRecord:
         self._rollouts: Rollouts | None = None
         self._counters: dict[str, int] = {}
         self._groups = 0
-        self._updates: dict[str, list[tuple[Pass, StepResult]]] = {POLICY: []}
+        self._passes: dict[str, list[Pass]] = {POLICY: []}
+        self._steps: dict[str, list[StepResult]] = {POLICY: []}
         self._measured: dict[str, float] = {}
 
     def rollouts(self, rollouts: Rollouts) -> None:
@@ -55,9 +56,11 @@ class StepRecord:
         self._measured |= values
 
     def update(self, passes: Mapping[str, Pass], steps: Mapping[str, StepResult]) -> None:
-        """Take one update's pass and optimizer step of each parameter set."""
+        """Take passes by their names, and the optimizer steps of parameter sets."""
         for name, found in passes.items():
-            self._updates.setdefault(name, []).append((found, steps[name]))
+            self._passes.setdefault(name, []).append(found)
+        for name, step in steps.items():
+            self._steps.setdefault(name, []).append(step)
         self._session.progress.skipped_updates += any(step.skipped for step in steps.values())
 
     def write(self) -> dict[str, Any]:
@@ -65,15 +68,17 @@ class StepRecord:
         session = self._session
         values: dict[str, Any] = {"step": self._step, "epoch": round(session.data.stream.epoch, 6)}
         values["algorithm"] = session.config.algorithm.name
-        put(values, of_updates(self._updates))
+        put(values, of_updates(self._passes, self._steps))
+        losses = {name: _mean([one.loss for one in made]) for name, made in self._passes.items() if made}
+        put(values, session.algorithm.numbers(losses))
         put(values, _of_rollouts(self._rollouts, self._groups))
         put(values, _by_source(session.config, session.data.training, self._rollouts))
         put(values, _of_turns(session.config, self._rollouts))
         put(values, self._measured)
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
         seconds = {name: round(seconds, 6) for name, seconds in session.clock.take().items()}
+        passes = [found for several in self._passes.values() for found in several]
         made = self._rollouts.made if self._rollouts is not None else Made()
-        passes = [found for updates in self._updates.values() for found, _ in updates]
         put(values, {"seconds": seconds, "time_shares": time_shares(seconds, passes, made.generated_tokens)})
         put(values, {"peak_memory_bytes": max(gather_all(peak_memory_bytes()))})
         put(values, {"skipped_updates": session.progress.skipped_updates, "counters": self._counters})
@@ -107,33 +112,38 @@ _UPDATE_NAMES = (
 )
 
 
-def of_updates(updates: Mapping[str, Sequence[tuple[Pass, StepResult]]]) -> dict[str, Any]:
+def of_updates(passes: Mapping[str, Sequence[Pass]], steps: Mapping[str, Sequence[StepResult]]) -> dict[str, Any]:
     """Means over the step's updates, None where there was none: the policy's own by their names, those of another
-    parameter set that trains with its name and a slash before them."""
+    pass or parameter set with its name and a slash before them."""
     values: dict[str, Any] = dict.fromkeys(_UPDATE_NAMES)
-    for name, made in updates.items():
-        found = _of_set(made)
+    for name in dict.fromkeys((*passes, *steps)):
+        found = _of_steps(steps.get(name, ()))
+        put(found, _of_passes(passes.get(name, ())))
         put(values, found if name == POLICY else {f"{name}/{key}": value for key, value in found.items()})
-    passes = [found for made in updates.values() for found, _ in made]
-    real, computed = sum(one.real_tokens for one in passes), sum(one.computed_tokens for one in passes)
-    put(values, {"tokens": real, "padding_share": 1 - real / computed if passes else 0.0})
+    made = [one for several in passes.values() for one in several]
+    real, computed = sum(one.real_tokens for one in made), sum(one.computed_tokens for one in made)
+    put(values, {"tokens": real, "padding_share": 1 - real / computed if made else 0.0})
     return values
 
 
-def _of_set(made: Sequence[tuple[Pass, StepResult]]) -> dict[str, float | None]:
-    if not made:
+def _of_passes(passes: Sequence[Pass]) -> dict[str, float | None]:
+    """`grad_norm_SET` is that of the pass alone, where it is a part of what the set's step applies."""
+    if not passes:
         return {}
-    passes, steps = [found for found, _ in made], [step for _, step in made]
-    names = dict.fromkeys(name for one in passes for name in one.means)
-    values: dict[str, float | None] = {
-        "loss": _mean([one.loss for one in passes]),
-        "grad_norm": _mean([one.grad_norm for one in steps]),
-        "lr": steps[-1].lr,
-    }
-    put(values, {name: _mean([one.means[name] for one in passes if name in one.means]) for name in names})
+    values: dict[str, float | None] = {"loss": _mean([one.loss for one in passes])}
+    for name in dict.fromkeys(name for one in passes for name in one.means):
+        put(values, {name: _mean([one.means[name] for one in passes if name in one.means])})
+    for name in dict.fromkeys(name for one in passes for name in one.grad_norms):
+        put(values, {f"grad_norm_{name}": _mean([one.grad_norms[name] for one in passes if name in one.grad_norms])})
     gaps = [one.gap_max for one in passes if "logprob_gap_mean" in one.means]
     put(values, {"logprob_gap_max": max(gaps, default=None)})
     return values
+
+
+def _of_steps(steps: Sequence[StepResult]) -> dict[str, Any]:
+    if not steps:
+        return {}
+    return {"grad_norm": _mean([one.grad_norm for one in steps]), "lr": steps[-1].lr}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -48,7 +48,8 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
         return
     progress = checkpoint_folder.read_progress(checkpoint)
     checkpoint_folder.check_resumable(checkpoint, progress)
-    checkpoint_folder.check_adapter(checkpoint, progress, Implied(config).adapter, resumes=True)
+    implied = Implied(config)
+    checkpoint_folder.check_adapter(checkpoint, progress, implied.adapter, implied.base_is_frozen, resumes=True)
     yield from differences.changed_parts(config, progress["config"], checkpoint)
     if (Path(config.model.path) / "config.json").is_file():
         checkpoint_folder.check_model(checkpoint, progress, read_model_shape(config.model.path))

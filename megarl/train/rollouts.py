@@ -18,7 +18,7 @@ from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
-from megarl.records import Body, Head, Key, Prompt, Trajectory
+from megarl.records import DEMONSTRATION, Body, Head, Key, Prompt, Trajectory
 from megarl.rollout.play import Played
 from megarl.train import generation, replay, texts, trust
 from megarl.train.generation import Job
@@ -71,7 +71,26 @@ def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:
     if journal is not None:
         journal.close()
     surplus = {"groups_surplus": max(0, len(kept.groups) - wanted)}
-    return Rollouts(made, Kept(kept.groups[:wanted], added(kept.counters, surplus)))
+    made, demonstrations = _with_demonstrations(session, plan, made)
+    return Rollouts(made, Kept(kept.groups[:wanted], added(kept.counters, surplus)), demonstrations)
+
+
+def _with_demonstrations(session: Session, plan: Plan, made: Made) -> tuple[Made, tuple[Group, ...]]:
+    """What was made, and the step's demonstrations, in groups after all others."""
+    data = session.data.demonstrations
+    if not plan.demonstrations:
+        return made, ()
+    assert data is not None
+    with session.clock.phase("data"):
+        drawn, counters = data.draw(plan.demonstrations)
+    groups: list[Group] = []
+    bodies = dict(made.bodies)
+    for group, (_, ids) in zip(draw([prompt for prompt, _ in drawn]), drawn, strict=True):
+        key = Key(group.prompt.index, group.draw, 0, DEMONSTRATION)
+        head, body = texts.trajectory_of(Text(ids), key, None)
+        groups.append(dataclasses.replace(group, number=len(made.groups) + group.number, heads=(head,)))
+        bodies[key] = body
+    return dataclasses.replace(made, bodies=bodies, counters=added(made.counters, counters)), tuple(groups)
 
 
 def keep(algorithm: Algorithm, plan: Plan, before: Kept, groups: Sequence[Group]) -> Kept:

@@ -22,7 +22,7 @@ from megarl.config.schema import RunConfig
 from megarl.data.packing import balance
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import send_arrays
-from megarl.records import SOLUTION, Body, Key, Sequence, from_place
+from megarl.records import DEMONSTRATION, SOLUTION, Body, Key, Sequence, from_place
 
 
 class CreditedGroup(NamedTuple):
@@ -74,27 +74,49 @@ class MiniBatch:
 
 
 def assign(
-    credited: Sequences[CreditedGroup], updates: int, data_parallel: int, *, together: bool
+    credited: Sequences[CreditedGroup],
+    updates: int,
+    data_parallel: int,
+    *,
+    together: bool,
+    beside: Sequences[CreditedGroup] = (),
 ) -> tuple[list[MiniBatch], dict[str, int]]:
     """Split the groups into `updates` mini-batches in order, each balanced over data parallelism by length.
 
     With `together` a group's items stay on one rank. Mini-batches with fewer sequences (or groups, then) than
-    data-parallel ranks cannot be trained on; they are left out, and counted in what is returned beside the others.
+    data-parallel ranks cannot be trained on; they are left out, and counted in what is returned beside the others. The
+    groups `beside`, which have a pass of their own, are split and balanced by themselves.
     """
+    others = np.array_split(np.arange(len(beside)), updates)
     batches: list[MiniBatch] = []
     counters: Counter[str] = Counter()
-    for part in np.array_split(np.arange(len(credited)), updates):
+    for part, other in zip(np.array_split(np.arange(len(credited)), updates), others, strict=True):
         groups = [credited[place] for place in part]
-        units = [[Item(group, one) for one in trained] for group, trained in groups if trained]
-        if not together:
-            units = [[item] for unit in units for item in unit]
+        units = _units(groups, together=together)
         if len(units) < data_parallel:
             counters["updates_without_data"] += 1
             continue
-        shares = balance([sum(item.length for item in unit) for unit in units], data_parallel)
-        placed = [[item for position in share for item in units[position]] for share in shares]
-        batches.append(MiniBatch(placed, _totals(groups, [item for unit in units for item in unit])))
+        more = [beside[place] for place in other]
+        placed = [
+            [*own, *besides]
+            for own, besides in zip(
+                _placed(units, data_parallel), _placed(_units(more, together=False), data_parallel), strict=True
+            )
+        ]
+        batches.append(MiniBatch(placed, _totals([*groups, *more], [item for items in placed for item in items])))
     return batches, dict(counters)
+
+
+def _units(groups: Sequences[CreditedGroup], *, together: bool) -> list[list[Item]]:
+    """The items of groups, those apart that may be on different ranks."""
+    units = [[Item(group, one) for one in trained] for group, trained in groups if trained]
+    return units if together else [[item] for unit in units for item in unit]
+
+
+def _placed(units: Sequences[list[Item]], data_parallel: int) -> list[list[Item]]:
+    """The items of each data-parallel rank, which have about equally many tokens."""
+    shares = balance([sum(item.length for item in unit) for unit in units], data_parallel)
+    return [[item for position in share for item in units[position]] for share in shares]
 
 
 #: The items of each mini-batch by data-parallel rank.
@@ -227,7 +249,7 @@ def _sequence(item: Item, payload: np.ndarray, routing: Routing, temperature: fl
         rollout_log_probs=None if item.is_text else log_probs.view(np.float32).copy(),
         group=item.group.number,
         kind=item.kind,
-        temperature=1.0 if item.kind == SOLUTION else temperature,
+        temperature=1.0 if item.kind in (SOLUTION, DEMONSTRATION) else temperature,
         signals=dict(item.trained.signals),
         routed_experts=pairs.view(np.int16)[: prod(shape)].reshape(shape).copy() if prod(shape) else None,
     )

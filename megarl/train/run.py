@@ -163,7 +163,8 @@ def _finish(session: Session, accuracy: float | None, started: float) -> dict[st
     config = session.config
     if config.checkpoint.export_hf:
         export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
-        if session.policy.network.adapter is not None:
+        # Beside a base that trained too an adapter says nothing without that base.
+        if session.policy.network.base_is_frozen:
             save_adapter(session.policy, run_directory(config) / "adapter")
     summary = {
         "name": config.name,

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megarl.config.schema import RunConfig
+from megarl.data.dataset import DEMONSTRATIONS
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.parallel.bootstrap import World
@@ -80,7 +81,10 @@ def forgotten(states: Mapping[str, Any], anew: Mapping[str, str]) -> str | None:
 
 def _of_the_run(session: Session) -> dict[str, Any]:
     """What a checkpoint keeps of the run, to be known by what continues from it."""
-    return {"config": session.config.model_dump(mode="json"), "data": session.data.rows}
+    found = {"config": session.config.model_dump(mode="json"), "data": session.data.rows}
+    return (
+        found if session.data.demonstrations is None else found | {"demonstrations": session.data.demonstrations.rows}
+    )
 
 
 def _compare(session: Session, saved: dict[str, Any]) -> None:
@@ -91,6 +95,11 @@ def _compare(session: Session, saved: dict[str, Any]) -> None:
         raise refusal
     for refusal in differences.changed_rows(config, session.data.rows, saved["data"], checkpoint_directory):
         raise refusal
+    demonstrations = session.data.demonstrations
+    if demonstrations is not None and DEMONSTRATIONS in saved:
+        rows, known = demonstrations.rows, saved[DEMONSTRATIONS]
+        for refusal in differences.changed_rows(config, rows, known, checkpoint_directory, DEMONSTRATIONS):
+            raise refusal
     if (sentence := differences.changes(config, before, checkpoint_directory)) is not None:
         session.recorder.status(sentence)
 

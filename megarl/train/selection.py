@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence as Sequences
 from typing import NamedTuple
 
-from megarl.algorithms.base import Credit, Group
+from megarl.algorithms.base import Credit, Group, Trained, whole
 from megarl.algorithms.objective import BatchTotals
 from megarl.records import Sequence
 from megarl.train.groups import Rollouts, added
@@ -31,7 +31,13 @@ def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
     with session.clock.phase("advantages"):
         credits = algorithm.credit(step, rollouts.kept.groups)
         credited, counters = credited_groups(rollouts.kept.groups, credits)
-        batches, more = assign(credited, config.batch.updates, session.grid.data, together=together)
+        demonstrations = [
+            CreditedGroup(group, tuple(Trained(head, whole(head)) for head in group.heads))
+            for group in rollouts.demonstrations
+        ]
+        batches, more = assign(
+            credited, config.batch.updates, session.grid.data, together=together, beside=demonstrations
+        )
         items, version = [batch.items for batch in batches], session.progress.step
         sequences = deliver(rollouts.made.bodies, items, config, session.world, routing_of(session), version)
     groups = sum(credit.left_out is None for credit in credits)

@@ -18,7 +18,7 @@ from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.parameter_sets import ParameterSet
 from megarl.config.schema import RunConfig
-from megarl.data.dataset import SKIPPED_SHARE, LoadedPrompts
+from megarl.data.dataset import DEMONSTRATIONS, SKIPPED_SHARE, LoadedPrompts
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.formats import checkpoint_folder
@@ -95,7 +95,13 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     eos = tuple({tokenizer.eos_token_id, *shape.eos_token_ids})
     algorithm = algorithms.build(config.algorithm, AlgorithmContext.of(config, shape, tokenizer))
     implied = Implied(config, evaluate_only)
-    data = run_data.load(config, tokenizer, need_solution=implied.needs_solutions, evaluates=implied.evaluates)
+    data = run_data.load(
+        config,
+        tokenizer,
+        need_solution=implied.needs_solutions,
+        evaluates=implied.evaluates,
+        demonstrations=implied.demonstrations,
+    )
     config = _with_steps(config, data.training)
     implied = Implied(config, evaluate_only)
     thinking_end = ThinkingEnd(tokenizer, config.rollout.thinking_end)
@@ -117,7 +123,14 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         host = ReplicaHost(environment, tokenizer, engine, data.training.prompts[0])
     recorder.status("building the policy")
     counters, texts, feed = Counters(), TextCache(), Feed(config.steps)
-    policy = Policy(config, shape, world, grid, step_budget=implied.updates, trains=implied.trained_sets)
+    policy = Policy(
+        config,
+        shape,
+        world,
+        grid,
+        step_budget=implied.updates,
+        trains=[one for one in implied.parameter_sets if one.trains],
+    )
     _load_weights(policy, config, implied.parameter_sets)
     clock, progress = Clock(recorder.phase), Progress()
     return Session(
@@ -139,7 +152,9 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         counters=counters,
         texts=texts,
         feed=feed,
-        carry=Carry({"stream": data.stream, "counters": counters, "texts": texts, "algorithm": algorithm}),
+        carry=Carry(
+            {"stream": data.stream, "counters": counters, "texts": texts, "algorithm": algorithm} | data.other_streams
+        ),
         stops=stops,
         served=served,
     )
@@ -163,7 +178,8 @@ def _engine(
 
 
 def _warn_of_skipped(data: RunData, recorder: Recorder) -> None:
-    for key, loaded in (("data", data.training), ("evaluation", data.held_out)):
+    demonstrations = None if data.demonstrations is None else data.demonstrations.data
+    for key, loaded in (("data", data.training), (DEMONSTRATIONS, demonstrations), ("evaluation", data.held_out)):
         if loaded is not None and loaded.skipped_share > SKIPPED_SHARE:
             recorder.status(f"warning: {key}: {loaded.sentence()}")
 
@@ -220,7 +236,7 @@ def _load_weights(policy: Policy, config: RunConfig, sets: Sequence[ParameterSet
     _load_start(policy, config)
     for one in sets:
         if one.checkpoint is None:
-            policy.keep(one.name, base=policy.network.adapter is None)
+            policy.keep(one.name, base=not policy.network.base_is_frozen)
 
 
 def _load_start(policy: Policy, config: RunConfig) -> None:

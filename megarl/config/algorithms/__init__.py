@@ -4,6 +4,7 @@ Torch-free, so that a wrong setting is refused on a login node at once.
 """
 
 from megarl.config.algorithms.base import AlgorithmSettings, ExplanationSettings
+from megarl.config.algorithms.bridge import BridgeSettings
 from megarl.config.algorithms.expo import ExpDpoSettings, ExpGrpoSettings
 from megarl.config.algorithms.grpo import GroupRelativeSettings, GrpoSettings
 from megarl.config.algorithms.nft import NftSettings
@@ -20,11 +21,13 @@ ALGORITHM_SETTINGS: dict[str, type[AlgorithmSettings]] = {
     "exp_dpo": ExpDpoSettings,
     "start": StartSettings,
     "opd": OpdSettings,
+    "bridge": BridgeSettings,
 }
 
 __all__ = [
     "ALGORITHM_SETTINGS",
     "AlgorithmSettings",
+    "BridgeSettings",
     "ExpDpoSettings",
     "ExpGrpoSettings",
     "ExplanationSettings",

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megarl.config.base import Settings, without_effect
 from megarl.config.parameter_sets import ParameterSet, ServedSet
-from megarl.config.sections import RunSettings
+from megarl.config.sections import OptimizerSettings, RunSettings
 from megarl.errors import Refusal
 
 
@@ -24,6 +24,10 @@ class AlgorithmSettings(Settings):
     draws_from_policy: ClassVar[bool] = True
     #: Whether its answers may have several turns; else they are one thinking and one response.
     takes_turns: ClassVar[bool] = True
+    #: Whether it learns demonstrations, of a data set of their own, beside what is generated.
+    learns_demonstrations: ClassVar[bool] = False
+    #: Settings without which a run is another one: a run that goes on must have them as they were.
+    kept_on_resume: ClassVar[tuple[str, ...]] = ()
 
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
 
@@ -45,6 +49,11 @@ class AlgorithmSettings(Settings):
     def sequences_per_prompt(self, run: RunSettings) -> int:
         """The most sequences of a prompt that are trained."""
         return run.rollout.group_size * self.generates + self.learns_solutions
+
+    def adapter_optimizer(self, run: RunSettings) -> OptimizerSettings | None:
+        """How an adapter trains beside the policy's own weights, with which the policy then computes; None, the
+        default: it has none."""
+        return None
 
     def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
         """The weights that the algorithm keeps or trains beside the policy's own, none by default."""
@@ -73,6 +82,11 @@ def unusable(settings: AlgorithmSettings, run: RunSettings) -> Iterator[Refusal]
             lambda: settings.sequences_per_prompt(run),
             lambda found: isinstance(found, int),
             "an int",
+        ),
+        "adapter_optimizer": (
+            lambda: settings.adapter_optimizer(run),
+            lambda found: isinstance(found, OptimizerSettings | None),
+            "OptimizerSettings or None",
         ),
         "parameter_sets": (
             lambda: settings.parameter_sets(run),
