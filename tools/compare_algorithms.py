@@ -1,7 +1,9 @@
 """Compare the algorithms on the CPU: the papers' claims in miniature, each through whole runs of `megarl train`.
 
-Three experiments on generated arithmetic with a tiny policy: `nft` (NFT against RFT and GRPO), `exp_grpo` (ExP-GRPO
-and ExP-DPO against GRPO where the start solves nothing), `start` (START against GRPO where the reward has a shortcut).
+Experiments on generated arithmetic with a tiny policy: `nft` (NFT against RFT and GRPO), `exp_grpo` (ExP-GRPO and
+ExP-DPO against GRPO where the start solves nothing), `start` (START against GRPO where the reward has a shortcut),
+`bridge` and `bridge_flipped` (BRIDGE against other ways to learn demonstrations and from rollouts, where the former
+cover one kind of problem in three; and where a fifth of the rewards are flipped).
 Every arm of an experiment starts from the same warmed-up policy. What they show and do not show: docs/claims.md.
 
 --out gets claims.json, claims.md, claims.png, and a folder per run. Finished runs are not repeated, and an interrupted
@@ -52,7 +54,13 @@ def run_experiment(
             number += 1
             folder = out / "runs" / f"{experiment.name}_{arm.name}_seed{seed}"
             print(f"{experiment.name}: run {number} of {total}: {arm.label}, seed {seed}", flush=True)
-            seconds = runs.train(folder, arm.config, [*arm.overrides, f"seed={seed}", *changes], root, start)
+            own = [*arm.overrides, f"seed={seed}", *changes]
+            seconds = 0.0
+            if arm.before:
+                first = folder.with_name(f"{folder.name}_before")
+                seconds = runs.train(first, arm.config, [*arm.before, f"seed={seed}", *changes], root, start)
+                own.append(f"model.weights={first}/checkpoints")
+            seconds += runs.train(folder, arm.config, own, root, start)
             found[arm.name].append(runs.read(folder))
             words = f"{seconds:.0f} s" if seconds else "was finished already"
             print(f"    {words}; accuracy {found[arm.name][-1].final('accuracy'):.3f}", flush=True)

@@ -46,7 +46,7 @@ def save(
     `TrainingStopped` where updates were made and have left no trace in it.
     """
     final = root / f"step_{step:06d}"
-    policy.bring_all()
+    policy.bring_state()
     found = {name: digests.digest(trained.optimizer) for name, trained in policy.trained.items()}
     for name, trained in policy.trained.items():
         trained.movement.check(found[name], final.name, _of(name))
@@ -93,7 +93,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     progress = first_decides(lambda: _read_whole(directory))
     checkpoint_folder.check_model(directory, progress, policy.shape)
     implied = Implied(policy.config)
-    policy.bring_all()
+    policy.bring_state()
     checkpoint_folder.check_adapter(directory, progress, implied.adapter, implied.base_is_frozen, resumes=optimizer)
     if optimizer:
         checkpoint_folder.check_resumable(directory, progress)

@@ -126,7 +126,7 @@ class Policy:
         Without `base` a set that is kept has the frozen weights that are there when it is used.
         """
         if name in self.trained:
-            self.trained[name].onload()
+            self.trained[name].onload_state()
             self.trained[name].copy(self.trained[POLICY])
             self.trained[name].put_away()
             return
@@ -254,7 +254,7 @@ class Policy:
         weights."""
         trained = self.trained[name]
         if name in self._rebuilt and not trained.has_gradient:
-            trained.onload()
+            trained.onload_state()
             trained.copy(self.trained[POLICY])
         return trained
 
@@ -295,10 +295,13 @@ class Policy:
             if one.is_filled_by(network):
                 one.onload()
 
-    def bring_all(self) -> None:
-        """Have all that trains on the device at once, to be saved or loaded."""
+    def bring_state(self) -> None:
+        """Have the weights and optimizers of all that trains on the device at once, to be saved or loaded."""
         for one in self.trained.values():
-            one.onload()
+            if len(self.own_sets) < len(self.trained):
+                one.put_away()
+        for one in self.trained.values():
+            one.onload_state()
 
     def offload_optimizers(self) -> None:
         """Optimizer states go to host memory and gradient buffers are freed; the policy's own weights stay, as a push

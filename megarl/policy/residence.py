@@ -23,16 +23,16 @@ class Residence:
         self._chunks, self._optimizer, self._frozen = chunks, optimizer, frozen
         # Of parameters that stay as they are one copy in host memory serves for good.
         self._in_host: dict[torch.nn.Parameter, torch.Tensor] = {}
-        self._optimizer_away = False
-        self._weights_away = False
+        self._optimizer_away = self._gradients_away = self._weights_away = False
 
     def offload_optimizer(self) -> None:
         """Move optimizer state away and free the gradient buffers; the weights stay, as a push reads them."""
         if has_cuda() and not self._optimizer_away:
             self._optimizer.offload_to_cpu()
+        if has_cuda() and not self._gradients_away:
             for chunk in self._chunks:
                 chunk.offload_grad_buffers(synchronize=True, empty_cache=True)
-        self._optimizer_away = True
+        self._optimizer_away = self._gradients_away = True
 
     def offload_weights(self) -> None:
         """Move the weights away as well."""
@@ -60,14 +60,21 @@ class Residence:
         if not self._weights_away:
             self._in_host.clear()
 
+    def onload_state(self) -> None:
+        """Bring back the weights and the optimizer's state, which are saved; not the gradient buffers."""
+        self.onload_weights()
+        if has_cuda() and self._optimizer_away:
+            self._optimizer.restore_from_cpu()
+        self._optimizer_away = False
+
     def onload(self) -> None:
         """Bring everything back."""
         self.onload_weights()
-        if has_cuda() and self._optimizer_away:
+        if has_cuda() and self._gradients_away:
             for chunk in self._chunks:
                 chunk.restore_grad_buffers()
-            self._optimizer.restore_from_cpu()
-        self._optimizer_away = False
+        self._gradients_away = False
+        self.onload_state()
 
     def _frozen_parameters(self) -> Iterator[torch.nn.Parameter]:
         for module in self._frozen:

@@ -209,6 +209,10 @@ class TrainedSet:
         """The weights come back, for a push."""
         self._residence.onload_weights()
 
+    def onload_state(self) -> None:
+        """What is saved comes back: weights and optimizer state."""
+        self._residence.onload_state()
+
     def onload(self) -> None:
         """Everything comes back."""
         self._residence.onload()

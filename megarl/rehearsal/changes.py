@@ -41,7 +41,7 @@ def changes_for(config: RunConfig, shape: ModelShape, phase: str, world: int) ->
         yield changed("weights", bucket_mib=64.0)
     if phase in ("push", "rollout"):
         yield changed("rollout", tensor=2 * rollout.tensor)
-    if phase in ("train", "log-probs"):
+    if phase in ("train", "train beside", "log-probs"):
         if parallel.tensor > 1 and not parallel.sequence:
             yield changed("parallel", sequence=True)
         least = Implied(config).smallest_microbatch

@@ -6,8 +6,9 @@ train alone, the policy's weights are there for training and pushing, the engine
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from megarl.algorithms.base import Algorithm
 from megarl.algorithms.objective import first_pass_is_old
@@ -18,9 +19,9 @@ from megarl.config.schema import RunConfig
 from megarl.rehearsal import activations
 from megarl.rehearsal.activations import ELEMENT_BYTES
 from megarl.rehearsal.engine import EngineMemory
-from megarl.rehearsal.report import Amount, HostMemory, PhaseMemory, Work
+from megarl.rehearsal.report import Amount, HostMemory, PhaseMemory, PhaseName, Work
 from megarl.rehearsal.schedule import peak_of_chunks
-from megarl.rehearsal.shards import Shard
+from megarl.rehearsal.shards import Buffer, Shard
 
 #: Bytes of one of AdamW's two moments, and of the optimizer's own copy of a weight: fp32.
 OPTIMIZER_ELEMENT = 4
@@ -64,12 +65,14 @@ def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
     """Every phase of every stage."""
     found: list[PhaseMemory] = []
     for shard in shards:
-        amounts = {"train": _train(run, shard)}
+        amounts: dict[PhaseName, Iterator[Amount]] = {"train": _train(run, shard)}
         if _is_measured(run) or not first_pass_is_old(run.algorithm.objectives, run.config.batch.updates):
             amounts["log-probs"] = _log_probs(run, shard)
+        if run.implied.trained_sets:
+            amounts |= {"train beside": _train_beside(run, shard), "save": _save(run, shard)}
         if run.engine is not None:
             amounts |= {"push": _push(run, run.engine, shard), "rollout": _rollout(run, run.engine)}
-        for phase in ("log-probs", "train", "push", "rollout"):
+        for phase in get_args(PhaseName):
             if phase in amounts:
                 own = tuple(amount for amount in amounts[phase] if amount.bytes)
                 found.append(PhaseMemory(phase, shard.stage, own, run.cluster.gpu_memory))
@@ -78,6 +81,38 @@ def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
 
 def _train(run: Run, shard: Shard) -> Iterator[Amount]:
     """An update at the most that its micro-batches in flight keep, in the backward pass of a layer or of the head."""
+    yield from _trained(run, shard)
+    if any(one.apart for one in run.algorithm.objectives):
+        # This rank's part of the gradients of one pass, while the next one fills the buffers.
+        yield Amount("gradients set aside", _shards_in_fp32(shard.buffers + shard.adapter_buffers), True)
+    for one in run.implied.parameter_sets:
+        if one.rebuilt:
+            yield Amount(f"set {one.name}", weights(shard.buffers) + optimizer(shard.buffers), True)
+    yield from _work(run, shard)
+
+
+def _train_beside(run: Run, shard: Shard) -> Iterator[Amount]:
+    """An update of a model that trains beside the policy, whose memory is away meanwhile."""
+    name = run.implied.trained_sets[0]
+    own = shard.buffers
+    yield Amount(f"set {name}", weights(own) + gradients(own) + optimizer(own), True)
+    yield from _adapter(shard)
+    yield Amount("gradients set aside", _shards_in_fp32(own + shard.adapter_buffers), True)
+    yield Amount("reserved", run.cluster.reserved, False)
+    yield from _work(run, shard)
+
+
+def _save(run: Run, shard: Shard) -> Iterator[Amount]:
+    """A checkpoint of all that trains: weights and optimizers, without gradients."""
+    yield from _weights(run, shard)
+    yield Amount("optimizer", optimizer(shard.trained), True)
+    for name in run.implied.trained_sets:
+        yield Amount(f"set {name}", weights(shard.buffers) + optimizer(shard.buffers), True)
+    yield Amount("reserved", run.cluster.reserved, False)
+
+
+def _work(run: Run, shard: Shard) -> Iterator[Amount]:
+    """What passes with a gradient take beside what trains."""
     config, shape = run.config, run.shape
     tokens = run.config.batch.tokens_per_microbatch / config.parallel.context
     chunks = [activations.chunk_activations(config, shape, chunk) for chunk in shard.chunks]
@@ -91,7 +126,6 @@ def _train(run: Run, shard: Shard) -> Iterator[Amount]:
     if shard.chunks[-1].last:
         entropy = any(objective.entropy_gradient for objective in run.algorithm.objectives)
         head = activations.head_bytes(config, shape, int(tokens), backward=True, entropy_gradient=entropy)
-    yield from _trained(run, shard)
     yield Amount("merged weights", merged_bytes(config, shard), False)
     yield Amount("activations", int(kept * tokens), False)
     yield Amount("backward pass", int(max(layer, head)), False)
@@ -122,28 +156,35 @@ def _is_measured(run: Run) -> bool:
 
 
 def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
+    """The policy with what trains it; models that train beside it are away."""
     yield from _weights(run, shard)
-    yield Amount("gradients", gradients(shard), True)
-    yield Amount("optimizer", optimizer(shard), True)
-    for name in run.implied.trained_sets:
-        yield Amount(f"set {name}", weights(shard) + gradients(shard) + optimizer(shard), True)
+    yield Amount("gradients", gradients(shard.trained), True)
+    yield Amount("optimizer", optimizer(shard.trained), True)
     yield Amount("reserved", run.cluster.reserved, False)
 
 
 def _weights(run: Run, shard: Shard) -> Iterator[Amount]:
-    adapter = weights(shard) if shard.adapter else 0
+    adapter = weights(shard.adapter_buffers)
     yield Amount("policy weights", policy_weights(run, shard) - adapter, True)
     yield Amount("adapter", adapter, True)
 
 
+def _adapter(shard: Shard) -> Iterator[Amount]:
+    """An adapter, with what trains it, in the passes of another model than the policy."""
+    own = shard.adapter_buffers
+    yield Amount("adapter", weights(own), True)
+    yield Amount("gradients", gradients(own), True)
+    yield Amount("optimizer", optimizer(own), True)
+
+
 def policy_weights(run: Run, shard: Shard) -> int:
     """Bytes of the policy's weights on a rank, frozen ones beside an adapter included."""
-    return weights(shard) + shard.frozen * ELEMENT_BYTES[run.config.precision]
+    return weights(shard.trained) + shard.frozen * ELEMENT_BYTES[run.config.precision]
 
 
-def weights(shard: Shard) -> int:
-    """Bytes of the weights on a rank that train, padding of Megatron's buffers included."""
-    return sum(one.numel * one.parameter_bytes for one in shard.buffers)
+def weights(buffers: Sequence[Buffer]) -> int:
+    """Bytes of the weights in buffers, padding included."""
+    return sum(one.numel * one.parameter_bytes for one in buffers)
 
 
 def merged_bytes(config: RunConfig, shard: Shard) -> int:
@@ -154,17 +195,22 @@ def merged_bytes(config: RunConfig, shard: Shard) -> int:
     return shard.largest_layer * ELEMENT_BYTES[config.precision] + 4 * OPTIMIZER_ELEMENT * shard.merged
 
 
-def gradients(shard: Shard) -> int:
-    """Bytes of the gradients' buffers on a rank."""
-    return sum(one.numel * one.gradient_bytes for one in shard.buffers)
+def gradients(buffers: Sequence[Buffer]) -> int:
+    """Bytes of their gradients."""
+    return sum(one.numel * one.gradient_bytes for one in buffers)
 
 
-def optimizer(shard: Shard) -> int:
+def optimizer(buffers: Sequence[Buffer]) -> int:
     """Bytes of the optimizer's state on a rank: two moments and, beside bf16 weights, weights in fp32."""
     return sum(
         one.numel // one.shards * OPTIMIZER_ELEMENT * (2 if one.parameter_bytes == OPTIMIZER_ELEMENT else 3)
-        for one in shard.buffers
+        for one in buffers
     )
+
+
+def _shards_in_fp32(buffers: Sequence[Buffer]) -> int:
+    """Bytes of a rank's part of all that is in buffers, in fp32."""
+    return sum(one.numel // one.shards * OPTIMIZER_ELEMENT for one in buffers)
 
 
 def weight_set(run: Run, shard: Shard, *, base: bool = True) -> int:
@@ -188,8 +234,9 @@ def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> i
 def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
     yield from _weights(run, shard)
-    for name in run.implied.trained_sets:
-        yield Amount(f"set {name}", weights(shard), True)
+    for one in run.implied.parameter_sets:
+        if one.trains and one.generates:
+            yield Amount(f"set {one.name}", weights(shard.buffers), True)
     if any(one.generates for one in run.implied.kept_sets):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("engine weights", engine.weights, True)
@@ -211,12 +258,12 @@ def host_of(run: Run, shards: list[Shard], processes: int) -> HostMemory:
     found: list[HostMemory] = []
     for shard in shards:
         # Of the run's start an adapter alone is kept, where the base is frozen.
-        sets = sum(weight_set(run, shard, base=not shard.adapter or one.checkpoint is not None) for one in kept)
+        sets = sum(weight_set(run, shard, base=not shard.frozen or one.checkpoint is not None) for one in kept)
         amounts = [Amount("weight sets", gpus * sets, True)]
-        if run.engine is not None:
+        if run.engine is not None or trained:
             amounts.append(Amount("policy weights", gpus * policy_weights(run, shard), True))
-            amounts.append(Amount("optimizer", gpus * optimizer(shard), True))
-            both = weights(shard) + optimizer(shard)
+            amounts.append(Amount("optimizer", gpus * optimizer(shard.trained), True))
+            both = weights(shard.buffers) + optimizer(shard.buffers)
             amounts += [Amount(f"set {name}", gpus * both, True) for name in trained]
         found.append(HostMemory(tuple(amount for amount in amounts if amount.bytes), run.cluster.host_memory))
     return max(found, key=lambda host: host.used)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-#: The phases of a step that own a GPU's memory in turn; `log-probs` are the passes without a gradient.
-PhaseName = Literal["log-probs", "train", "push", "rollout"]
+#: The phases of a step that own a GPU's memory in turn: `log-probs` are the passes without a gradient, `train` those of
+#: the policy, `train beside` those of a model that trains beside it, and `save` a checkpoint of several.
+PhaseName = Literal["log-probs", "train", "train beside", "push", "rollout", "save"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -57,8 +57,8 @@ class Shard:
 
     `by_kind`: its parameters; `once`: the parameters of all ranks of the stage together, each counted once, padding of
     the vocabulary left out; `largest_layer`: elements of the module whose weights are largest, a layer's local experts
-    taken together. Where an adapter trains alone, `adapter` are its parameters, which the buffers are of, and `merged`
-    the elements of the largest weight that it changes; else both are 0.
+    taken together. `buffers` are of the base, where that trains. Of an adapter `adapter` are its parameters,
+    `adapter_buffers` what has them, and `merged` the elements of the largest weight that it changes; 0 without one.
     """
 
     stage: int
@@ -68,6 +68,7 @@ class Shard:
     buffers: tuple[Buffer, ...]
     largest_layer: int
     adapter: int = 0
+    adapter_buffers: tuple[Buffer, ...] = ()
     merged: int = 0
 
     @property
@@ -75,9 +76,14 @@ class Shard:
         return sum(self.by_kind.values())
 
     @property
+    def trained(self) -> tuple[Buffer, ...]:
+        """What trains of the policy."""
+        return self.buffers + self.adapter_buffers
+
+    @property
     def frozen(self) -> int:
         """Parameters that are in no buffer."""
-        return self.parameters if self.adapter else 0
+        return 0 if self.buffers else self.parameters
 
     @property
     def num_layers(self) -> int:
@@ -129,20 +135,21 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
                 by_kind[kind_of(name)] += parameter.numel()
                 once[kind_of(name)] += _once(name, parameter, shape, grid)
                 modules[number, name.rpartition(".")[0]] += parameter.numel()
-        trained, adapter, merged = _trained(config, shape, grid, models)
-        buffers = tuple(_buffers(wrap_data_parallel(config, megatron_config, trained)))
-    return Shard(stage, chunks, dict(by_kind), dict(once), buffers, max(modules.values()), adapter, merged)
-
-
-def _trained(config: RunConfig, shape: ModelShape, grid: Grid, models: Sequence[Any]) -> tuple[Sequence[Any], int, int]:
-    """What trains of the chunks, the parameters of an adapter, and the elements of the largest weight that it changes;
-    0 where there is none."""
-    settings = Implied(config).adapter
-    if settings is None:
-        return models, 0, 0
-    adapter = Adapter(settings, shape, config.parallel, grid, models, config.seed)
-    changed = (one.module.get_parameter(one.attribute).numel() for one in adapter.attached(models).merged.values())
-    return [adapter], sum(one.numel() for one in adapter.parameters()), max(changed, default=0)
+        implied = Implied(config)
+        buffers: tuple[Buffer, ...] = ()
+        if not implied.base_is_frozen:
+            buffers = tuple(_buffers(wrap_data_parallel(config, megatron_config, models)))
+        shard = Shard(stage, chunks, dict(by_kind), dict(once), buffers, max(modules.values()))
+        if implied.adapter is None:
+            return shard
+        adapter = Adapter(implied.adapter, shape, config.parallel, grid, models, config.seed)
+        changed = (one.module.get_parameter(one.attribute).numel() for one in adapter.attached(models).merged.values())
+        return replace(
+            shard,
+            adapter=sum(one.numel() for one in adapter.parameters()),
+            adapter_buffers=tuple(_buffers(wrap_data_parallel(config, megatron_config, [adapter]))),
+            merged=max(changed, default=0),
+        )
 
 
 def _once(name: str, parameter: Any, shape: ModelShape, grid: Grid) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TextIO
+from typing import TextIO, get_args
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from megarl.config.cluster import GIB
-from megarl.rehearsal.report import Amount, PhaseMemory, PushTraffic, Report
+from megarl.rehearsal.report import Amount, PhaseMemory, PhaseName, PushTraffic, Report
 
-PHASES = ("log-probs", "train", "push", "rollout")
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 
 def print_report(report: Report, stream: TextIO | None = None) -> None:

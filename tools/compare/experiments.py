@@ -6,7 +6,7 @@ All arms of an experiment share its configuration file but for what their overri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compare import inputs
 from compare.claims import Claim, Figure, above, at_least, figure
@@ -21,12 +21,14 @@ LEAVES = ", and {} >= 0.1 with every seed"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, in the configuration file `config` changed by `overrides`."""
+    """One way to train, in the configuration file `config` changed by `overrides`, after a run changed by `before`
+    where that is given, from whose end it then begins."""
 
     name: str
     label: str
     config: str
     overrides: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -272,4 +274,89 @@ START = Experiment(
     ),
 )
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (NFT, EXP_GRPO, START)}
+
+def bridge_claims(runs: Runs, _: float | None) -> list[Claim]:
+    """BRIDGE against what learns the same demonstrations and from as many rollouts."""
+    source = "BRIDGE, arXiv 2509.06948"
+    ends = {arm: finals(runs, arm, "accuracy") for arm in runs}
+    reached = {arm: figure([_first_at(run, ends["sft_rl"].mean) for run in runs[arm]]) for arm in ("bridge", "sft_rl")}
+    made = [
+        Claim(
+            f"bridge_{other}",
+            source,
+            f"BRIDGE ends with a higher held-out accuracy than {words}, after as many rollouts.",
+            ABOVE.format("bridge", other),
+            {"bridge": ends["bridge"], other: ends[other]},
+            above(ends["bridge"], ends[other]),
+        )
+        for other, words in (
+            ("rl", "reinforcement alone"),
+            ("alternating", "steps of one and the other in turns"),
+            ("sft_rl", "demonstrations first and then reinforcement"),
+        )
+    ]
+    made.append(
+        Claim(
+            "bridge_sooner",
+            source,
+            "BRIDGE comes in fewer steps to the accuracy that demonstrations and then reinforcement end with (the step "
+            "of the first evaluation there; one step more than there are where it never does).",
+            "mean of bridge < mean of sft_rl",
+            reached,
+            reached["bridge"].mean < reached["sft_rl"].mean,
+        )
+    )
+    return made
+
+
+def _first_at(run: Recorded, accuracy: float) -> float:
+    """The step of the first evaluation with that accuracy."""
+    points = run.curve("accuracy")
+    return next((float(step) for step, found in points if found >= accuracy), points[-1][0] + 1.0)
+
+
+#: A run on demonstrations alone, of as many steps and as many of them as BRIDGE learns; its end is what counts.
+_DEMONSTRATIONS = (
+    "algorithm=sft",
+    "data={path: data/quickstart_kinds/demonstrations.jsonl, solution_column: solution, max_prompt_tokens: 32}",
+    "batch={prompts: 32, tokens_per_microbatch: 4096}",
+    "adapter={}",
+    "evaluation={end: false}",
+)
+_WITHOUT = "data={path: data/quickstart_kinds/train.jsonl, max_prompt_tokens: 32}"
+_GRPO = ("algorithm={name: grpo, clip_high: 0.28}", _WITHOUT, "batch={prompts: 32, tokens_per_microbatch: 4096}")
+_ALTERNATING = "algorithm={name: bridge, shadow: none, rl_weight: 1, rl_weight_schedule: alternating, clip_high: 0.28}"
+_BRIDGE_ARMS = (
+    Arm("rl", "RL alone", "quickstart_bridge.yaml", (*_GRPO, "adapter={}")),
+    Arm("sft_rl", "SFT, then RL", "quickstart_bridge.yaml", (*_GRPO, "adapter={}"), _DEMONSTRATIONS),
+    Arm("alternating", "alternating", "quickstart_bridge.yaml", (_ALTERNATING, "adapter={}")),
+    Arm("bridge", "BRIDGE", "quickstart_bridge.yaml"),
+)
+_BRIDGE_PANELS = (
+    Panel("held-out accuracy", {"accuracy": "accuracy"}, tuple(arm.name for arm in _BRIDGE_ARMS)),
+    Panel("training reward", {"reward_mean": "reward"}, tuple(arm.name for arm in _BRIDGE_ARMS)),
+    Panel("cooperative gain, BRIDGE", {"cooperative_gain": "gain"}, ("bridge",)),
+)
+
+BRIDGE = Experiment(
+    name="bridge",
+    title="BRIDGE: demonstrations of one kind of problem in three",
+    start=inputs.KINDS,
+    arms=_BRIDGE_ARMS,
+    claims=bridge_claims,
+    panels=_BRIDGE_PANELS,
+)
+
+BRIDGE_FLIPPED = Experiment(
+    name="bridge_flipped",
+    title="BRIDGE, where a fifth of the rewards are flipped",
+    start=inputs.KINDS,
+    arms=tuple(
+        replace(arm, overrides=(*arm.overrides, "reward.kind=compare.noise:flipped", "evaluation.reward={kind: boxed}"))
+        for arm in _BRIDGE_ARMS
+    ),
+    claims=bridge_claims,
+    panels=_BRIDGE_PANELS,
+)
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (NFT, EXP_GRPO, START, BRIDGE, BRIDGE_FLIPPED)}

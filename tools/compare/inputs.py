@@ -19,7 +19,7 @@ import make_arithmetic
 import make_tiny_model
 import train_tokenizer
 
-from compare import calls, hints, runs, shortcut
+from compare import calls, hints, kinds, runs, shortcut
 
 WARMUP_CONFIG = "quickstart_warmup.yaml"
 
@@ -57,6 +57,7 @@ def make_plain(folder: Path, warmup_rows: int, _: int, heldout_rows: int) -> Non
 PLAIN = Inputs("quickstart", make_plain, "arithmetic/train.jsonl", 20000, 600)
 HINTS = Inputs("quickstart_hints", hints.make, "warmup.jsonl", 12000, 800, hints.MARKERS)
 SHORTCUT = Inputs("quickstart_shortcut", shortcut.make, "warmup.jsonl", 12000, 800, shortcut.MARKERS)
+KINDS = Inputs("quickstart_kinds", kinds.make, "warmup.jsonl", 12000, 800)
 TOOLS = Inputs("quickstart_tools", calls.make, "warmup.jsonl", 12000, 800, calls.MARKERS)
 
 
