@@ -128,6 +128,19 @@ def test_a_run_does_not_go_on_as_another(folder: Path, override: str, said: str)
         assert errors.splitlines()[-1].startswith(f"megarl: {said}")
 
 
+def test_a_run_does_not_go_on_with_other_demonstrations(folder: Path) -> None:
+    file = folder / "data" / "shown.jsonl"
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("+", "-"))
+        code, _, errors = call(folder, "train", "run.yaml", "name=whole", "steps=6")
+    finally:
+        file.write_text(before)
+    assert code == 2
+    said = "megarl: data.demonstrations of 12 prompts with resume=auto: has other rows than those that "
+    assert errors.splitlines()[-1].startswith(said)
+
+
 def test_a_checkpoint_of_both_is_nothing_for_a_run_without_an_adapter(folder: Path) -> None:
     plain = ("algorithm=grpo", "adapter={}", "data.demonstrations=null", "batch.demonstrations=null")
     code, _, errors = call(folder, "check", "run.yaml", "name=new", "model.weights=runs/whole", *plain)

@@ -81,10 +81,9 @@ def forgotten(states: Mapping[str, Any], anew: Mapping[str, str]) -> str | None:
 
 def _of_the_run(session: Session) -> dict[str, Any]:
     """What a checkpoint keeps of the run, to be known by what continues from it."""
-    found = {"config": session.config.model_dump(mode="json"), "data": session.data.rows}
-    return (
-        found if session.data.demonstrations is None else found | {"demonstrations": session.data.demonstrations.rows}
-    )
+    demonstrations = session.data.demonstrations
+    beside = {} if demonstrations is None else {DEMONSTRATIONS: demonstrations.rows}
+    return {"config": session.config.model_dump(mode="json"), "data": session.data.rows} | beside
 
 
 def _compare(session: Session, saved: dict[str, Any]) -> None:
