@@ -149,7 +149,9 @@ def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome
             weights=parity.exported(policy, folder / "hf"),
             frozen=all(torch.equal(base[name], one) and one.grad is None for name, one in policy.named_parameters()),
             elements=(
-                sum(b.numel for w in network.wrapped for b in (*w.buffers, *w.expert_parallel_buffers)),
+                sum(
+                    b.numel for w in policy.trained["policy"].wrapped for b in (*w.buffers, *w.expert_parallel_buffers)
+                ),
                 sum(one.numel() for one in network.adapter.parameters()),
             ),
         )
@@ -535,7 +537,7 @@ def test_a_checkpoint_of_an_adapter_is_of_its_settings_and_its_base(continued: l
         open_parameters(saved_in, folder / "qwen3-moe")
     progress = checkpoint_folder.read_progress(saved_in)
     settings = AdapterSettings(rank=4, alpha=6.0, targets=WITH_HEAD)
-    checkpoint_folder.check_adapter(saved_in, progress, settings, resumes=True)
+    checkpoint_folder.check_adapter(saved_in, progress, settings, True, resumes=True)
     for field, value, said in (
         ("rank", 5, "adapter.rank=5: differs from 4"),
         ("alpha", 6.5, "adapter.alpha=6.5: differs from 6"),
@@ -543,7 +545,7 @@ def test_a_checkpoint_of_an_adapter_is_of_its_settings_and_its_base(continued: l
     ):
         with pytest.raises(Refusal, match=f"^{said}, with which {saved_in} was trained. Fix: set it back, or"):
             checkpoint_folder.check_adapter(
-                saved_in, progress, settings.model_copy(update={field: value}), resumes=True
+                saved_in, progress, settings.model_copy(update={field: value}), True, resumes=True
             )
 
 

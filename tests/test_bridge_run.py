@@ -145,7 +145,7 @@ def test_a_checkpoint_of_both_is_nothing_for_a_run_without_an_adapter(folder: Pa
     plain = ("algorithm=grpo", "adapter={}", "data.demonstrations=null", "batch.demonstrations=null")
     code, _, errors = call(folder, "check", "run.yaml", "name=new", "model.weights=runs/whole", *plain)
     assert code == 2
-    last = errors.splitlines()[-1]
-    assert last.startswith(
-        "megarl: parameters=policy: cannot use runs/whole/checkpoints/step_000004, which holds a base"
+    assert errors.splitlines()[-1].startswith(
+        "megarl: runs/whole/checkpoints/step_000004: holds a base and an adapter that are one policy together, and "
+        "this run has no adapter. Fix: "
     )

@@ -146,7 +146,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         ("algorithm=bridge", SHOWN, "parameters=adapter"),
-        "parameters=adapter: trains an adapter alone, and algorithm.name=bridge trains the base too. Fix: remove it, "
+        "parameters=adapter: trains one adapter, and algorithm.name=bridge trains its base too. Fix: remove it, "
         "or use an algorithm that trains the policy alone.",
     ),
     (

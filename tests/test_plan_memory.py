@@ -121,8 +121,8 @@ def test_passes_without_gradient_stand_apart_where_they_are_needed() -> None:
     assert plan("algorithm.kl_coefficient=0.01").host.used > plan().host.used
 
 
-def test_a_set_that_trains_beside_the_policy_is_there_in_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much as the policy again: all of it where something trains, the weights beside a push."""
+def test_a_set_that_trains_beside_the_policy_is_on_a_gpu_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as the policy again: one of the two at a time where something trains, both where they are saved."""
     alone = plan()
     monkeypatch.setattr(Implied, "parameter_sets", (ParameterSet("namer", trains=True),))
     config = load_config(
@@ -132,9 +132,33 @@ def test_a_set_that_trains_beside_the_policy_is_there_in_every_phase(monkeypatch
     both = build_report(config, read_model_shape(config.model.path), read_cluster("h100"), 64)
     found = {phase.phase: phase for phase in both.phases if phase.stage == 0}
     states = ("policy weights", "gradients", "optimizer")
-    assert found["train"].of("set namer") == sum(found["train"].of(name) for name in states)
-    assert found["push"].of("set namer") == found["push"].of("policy weights") and found["rollout"].of("set namer") == 0
+    assert found["train"] == next(one for one in alone.phases if (one.phase, one.stage) == ("train", 0))
+    assert found["train beside"].of("set namer") == sum(found["train"].of(name) for name in states)
+    assert found["train beside"].of("policy weights") == 0
+    assert found["save"].of("set namer") == found["save"].of("policy weights") + found["save"].of("optimizer")
+    assert found["push"].of("set namer") == found["rollout"].of("set namer") == 0
     assert both.host.used == 2 * alone.host.used
+
+
+@pytest.mark.parametrize("shadow", ["persistent", "rebuilt"])
+def test_a_step_of_bridge_takes_no_more_than_one_set_beside_the_policy(shadow: str) -> None:
+    config = load_config(
+        CONFIGS / "bridge_qwen2.5_32b.yaml",
+        [f"model.path={CONFIGS}/models/qwen2.5_32b", "parallel.processes=64", f"algorithm.shadow={shadow}"],
+    )
+    report = build_report(config, read_model_shape(config.model.path), read_cluster("h100"), 64)
+    found = {phase.phase: phase for phase in report.phases}
+    train = found["train"]
+    own = sum(train.of(name) for name in ("policy weights", "adapter", "gradients", "optimizer"))
+    beside = sum(train.of(name) for name in ("set shadow", "gradients set aside"))
+    assert 0 < train.of("gradients set aside") < train.of("gradients") and beside < own
+    assert train.of("adapter") > 0 and (train.of("set shadow") > 0) == (shadow == "rebuilt")
+    # The shadow's turn has it in the policy's place.
+    assert found["train beside"].used <= own + beside + sum(train.of(n) for n in ("reserved", *WORK))
+
+
+#: What passes with a gradient take beside what trains.
+WORK = ("merged weights", "activations", "backward pass", "micro-batches")
 
 
 def test_work_of_an_update() -> None:

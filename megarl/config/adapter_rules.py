@@ -36,12 +36,13 @@ def refusals(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     yield from _rank(config.adapter, shape)
     yield from _experts(config.adapter, shape)
     if implied.base_is_frozen:
-        optimizer = config.algorithm.adapter_optimizer(config)
-        beside = ("the base", *implied.trained_sets) if optimizer is not None else implied.trained_sets
+        beside = [f"the parameter set {name}" for name in implied.trained_sets]
+        if config.algorithm.adapter_optimizer(config) is not None:
+            beside.insert(0, "its base")
         if beside:
             yield Refusal(
                 "parameters=adapter",
-                f"trains an adapter alone, and algorithm.name={config.algorithm.name} trains {beside[0]} too",
+                f"trains one adapter, and algorithm.name={config.algorithm.name} trains {beside[0]} too",
                 "remove it, or use an algorithm that trains the policy alone",
             )
     if config.megatron.get("gradient_accumulation_fusion"):

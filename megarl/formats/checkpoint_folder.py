@@ -151,19 +151,31 @@ def check_adapter(
     """
     saved = progress.get("adapter", progress.get("beside"))
     if saved is None:
+        if adapter is not None and resumes and alone:
+            raise Refusal(
+                "parameters=adapter",
+                f"trains an adapter alone, and {directory} was saved by a run that trains all weights",
+                "set parameters=policy, or start a new run with model.weights set to it",
+            )
         if adapter is not None and resumes:
             raise Refusal(
-                "parameters=adapter" if alone else "the run's adapter",
-                f"trains {'alone' if alone else 'beside all weights'}, and {directory} was saved by a run that trains "
-                "all weights and no adapter",
+                str(directory),
+                "was saved by a run without an adapter, and this one trains an adapter beside all weights",
                 "set back what trained without one, or start a new run with model.weights set to it",
             )
         return
-    if adapter is None or alone != ("adapter" in progress):
+    if "adapter" in progress and not alone:
         raise Refusal(
-            "parameters=adapter" if alone else "parameters=policy",
-            f"cannot use {directory}, which holds {'an adapter alone' if 'adapter' in progress else _BOTH}",
-            "use the settings that it was trained with, or the run's merged model (hf/) as model.path",
+            "parameters=policy",
+            f"needs all weights, and {directory} holds an adapter alone",
+            "set parameters=adapter and the adapter's settings, or use the run's merged model (hf/) as model.path",
+        )
+    if adapter is None or ("beside" in progress and alone):
+        raise Refusal(
+            str(directory),
+            "holds a base and an adapter that are one policy together, and this run "
+            + ("trains an adapter alone" if alone else "has no adapter"),
+            "use the run's merged model (hf/, or converted) as model.path",
         )
     for name, value in adapter_facts(adapter).items():
         if saved[name] != value:
@@ -172,10 +184,6 @@ def check_adapter(
                 f"differs from {_shown(saved[name])}, with which {directory} was trained",
                 "set it back, or start a new run under another name",
             )
-
-
-#: What a policy is whose adapter trains beside its base.
-_BOTH = "a base and an adapter that are one policy together"
 
 
 def _shown(value: Any) -> str:
