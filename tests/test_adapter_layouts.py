@@ -18,7 +18,8 @@ import torch
 from test_policy_parity import TEMPERATURES, UPDATES, token_losses
 
 from megarl.config.adapters import AdapterSettings
-from megarl.conversion.to_hf import open_parameters
+from megarl.conversion import compare, to_hf
+from megarl.conversion.ranks import Ranks
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 
@@ -518,6 +519,29 @@ def test_a_kept_set_is_the_base_with_the_adapter_of_its_time(continued: list[Con
         assert all(np.array_equal(*pair) for pair in zip(then, kept, strict=True))
 
 
+def test_a_checkpoint_of_an_adapter_is_converted_merged(continued: list[Continued], folder: Path, tmp_path: Path):
+    """With the base that it was trained beside, and no other."""
+    saved_in, base = folder / "saved" / "step_000002", folder / "qwen3-moe"
+    to_hf.convert(saved_in, tmp_path / "merged", Ranks(), hf_config=base)
+    found, plain = (parity.read_checkpoint(one) for one in (tmp_path / "merged", base))
+    wanted = continued[0].weights or {}
+    assert found.keys() == wanted.keys() == plain.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value, wanted[name], rtol=0, atol=1e-6, err_msg=name)
+    assert sum(not np.array_equal(found[name], plain[name]) for name in found) > 20
+    compared = compare.compare(tmp_path / "merged", saved_in)
+    assert compared.problems == [] and compared.different == []
+    file = next(iter(sorted(base.glob("*.safetensors"))))
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before[:-4] + b"\0\0\x80?")
+        with pytest.raises(Refusal, match=rf"holds an adapter of a base with the digest \w+, and {base} has another"):
+            to_hf.convert(saved_in, tmp_path / "other", Ranks(), hf_config=base)
+    finally:
+        file.write_bytes(before)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_checkpoint_of_an_adapter_is_of_its_settings_and_its_base(continued: list[Continued], folder: Path):
     rank = continued[0]
     facts = rank.progress["adapter"]
@@ -533,8 +557,6 @@ def test_a_checkpoint_of_an_adapter_is_of_its_settings_and_its_base(continued: l
         "set parameters=policy, or start a new run with model.weights set to it."
     )
     assert third.startswith(f"{saved_in} of an adapter: must be used with the weights that it was trained beside")
-    with pytest.raises(Refusal, match=r"continue its run with checkpoint\.export_hf=true"):
-        open_parameters(saved_in, folder / "qwen3-moe")
     progress = checkpoint_folder.read_progress(saved_in)
     settings = AdapterSettings(rank=4, alpha=6.0, targets=WITH_HEAD)
     checkpoint_folder.check_adapter(saved_in, progress, settings, True, resumes=True)

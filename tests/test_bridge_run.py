@@ -10,9 +10,16 @@ from typing import Any
 import arithmetic_run
 import numpy as np
 import pytest
+import torch
 from parity import read_checkpoint
 from test_resume import lines
 from test_runs import call, run
+
+from megarl.config.model_shape import read_model_shape
+from megarl.conversion import to_hf
+from megarl.conversion.parameters import ParameterReader
+from megarl.conversion.ranks import Ranks
+from megarl.formats.megatron import DistributedCheckpoint
 
 RUN: dict[str, Any] = {
     "resume": "auto",
@@ -107,6 +114,18 @@ def test_a_checkpoint_is_evaluated_with_its_adapter(folder: Path) -> None:
     answers = (folder / printed["answers"]).read_bytes()
     assert answers == (folder / f"runs/whole/evaluations/step_00000{STEPS}.jsonl").read_bytes()
     assert not (folder / "runs/whole/adapter").exists()
+
+
+def test_a_checkpoint_is_converted_with_its_adapter(folder: Path) -> None:
+    to_hf.convert(folder / "runs" / "whole", folder / "converted", Ranks(), hf_config=folder / "model")
+    found, wanted = (read_checkpoint(folder / one) for one in ("converted", "runs/whole/hf"))
+    assert found.keys() == wanted.keys()
+    assert all(np.abs(found[name] - value).max() < 1e-6 for name, value in wanted.items())
+    base = to_hf.open_weights(folder / f"runs/whole/checkpoints/step_00000{STEPS}", folder / "model")
+    plain = ParameterReader(DistributedCheckpoint(base.path), read_model_shape(folder / "model"))
+    changed = [one for one in base.parameters if not torch.equal(plain.read(one)[:1], next(base.regions(one))[1][:1])]
+    # All linear layers, and nothing else.
+    assert len(changed) == 2 * 4
 
 
 @pytest.mark.parametrize(

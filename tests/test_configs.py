@@ -24,6 +24,9 @@ PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int, int]] = {
     "Qwen2.5-32B": ("qwen2", 5120, 64, 40, 8, 27648, 152064, 131072),
     "Qwen2.5-72B": ("qwen2", 8192, 80, 64, 8, 29568, 152064, 131072),
     "Qwen2.5-3B-Instruct": ("qwen2", 2048, 36, 16, 2, 11008, 151936, 32768),
+    "Qwen2.5-3B": ("qwen2", 2048, 36, 16, 2, 11008, 151936, 32768),
+    "Llama-3.2-3B-Instruct": ("llama", 3072, 28, 24, 8, 8192, 128256, 131072),
+    "Qwen3-8B-Base": ("qwen3", 4096, 36, 32, 8, 12288, 151936, 32768),
     "Qwen3-8B": ("qwen3", 4096, 36, 32, 8, 12288, 151936, 40960),
     "Qwen3-32B": ("qwen3", 5120, 64, 64, 8, 25600, 151936, 40960),
     "Qwen3-30B-A3B": ("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, 40960),
@@ -45,6 +48,10 @@ PROCESSES = {
     "exp_grpo_qwen2.5_3b_instruct": 8,
     "start_qwen3_8b": 16,
     "start_qwen3_32b": 64,
+    "bridge_qwen2.5_3b": 4,
+    "bridge_llama3.2_3b": 4,
+    "bridge_qwen3_8b": 8,
+    "bridge_qwen2.5_32b": 64,
     "grpo_qwen3_30b_a3b": 32,
     "grpo_qwen2.5_32b_16k": 64,
     "grpo_qwen2.5_72b": 128,
@@ -81,7 +88,8 @@ def write_files(config: RunConfig) -> None:
     write_model(path, PUBLISHED.get(path.name) or LAPTOP_MODELS.get(str(path), TINY))
     for folder in Implied(config).checkpoints.values():
         Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in (config.data.path, config.evaluation.path, config.model.tokenizer):
+    demonstrations = None if config.data.demonstrations is None else config.data.demonstrations.path
+    for name in (config.data.path, demonstrations, config.evaluation.path, config.model.tokenizer):
         if name is not None and name.endswith((*DATA_SUFFIXES, ".model")):
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_text("{}")

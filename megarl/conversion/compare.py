@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from megarl.config.model_shape import read_model_shape
+from megarl.conversion.adapted import Weights
 from megarl.conversion.source import open_source
-from megarl.conversion.to_hf import ParameterReader
 from megarl.formats import checkpoint_folder
-from megarl.formats.megatron import DistributedCheckpoint
 from megarl.reshard.boxes import whole
 from megarl.reshard.weight_map import hf_problems, hf_tensors
 
@@ -67,17 +66,17 @@ def compare(
     """
     shape = read_model_shape(hf)
     source = open_source(hf, allow_pickle=allow_pickle)
-    reader = ParameterReader(DistributedCheckpoint(checkpoint_folder.newest(megatron)), shape)
+    weights = Weights(checkpoint_folder.newest(megatron), shape)
     expected = hf_tensors(shape)
     problems = [str(refusal) for refusal in hf_problems(shape, source.shapes, str(hf))]
-    problems += [str(refusal) for refusal in reader.problems()]
+    problems += [str(refusal) for refusal in weights.problems()]
     kinds: dict[str, Kind] = {}
     done, total = 0, sum(map(prod, expected.values()))
-    for parameter in reader.parameters:
+    for parameter in weights.parameters:
         names = dict.fromkeys(region.hf_name for region in parameter.tensor.regions)
         fits = all(name in source.tensors and source.tensors[name].shape == expected[name] for name in names)
-        if fits and reader.has(parameter):
-            for name, ours in reader.read_hf(parameter).items():
+        if fits and weights.has(parameter):
+            for name, ours in weights.read_hf(parameter).items():
                 theirs = source.read(name, whole(expected[name]))
                 _note(_kind(kinds, name), name, theirs if dtype is None else theirs.to(dtype), ours)
         done += sum(prod(expected[name]) for name in names)

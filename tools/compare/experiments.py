@@ -315,20 +315,15 @@ def _first_at(run: Recorded, accuracy: float) -> float:
     return next((float(step) for step, found in points if found >= accuracy), points[-1][0] + 1.0)
 
 
-#: A run on demonstrations alone, of as many steps and as many of them as BRIDGE learns; its end is what counts.
-_DEMONSTRATIONS = (
-    "algorithm=sft",
-    "data={path: data/quickstart_kinds/demonstrations.jsonl, solution_column: solution, max_prompt_tokens: 32}",
-    "batch={prompts: 32, tokens_per_microbatch: 4096}",
-    "adapter={}",
-    "evaluation={end: false}",
-)
-_WITHOUT = "data={path: data/quickstart_kinds/train.jsonl, max_prompt_tokens: 32}"
-_GRPO = ("algorithm={name: grpo, clip_high: 0.28}", _WITHOUT, "batch={prompts: 32, tokens_per_microbatch: 4096}")
+#: Without what only BRIDGE has.
+_PLAIN = ("data.demonstrations=null", "batch.demonstrations=null", "adapter={}")
+_GRPO = ("algorithm={name: grpo, clip_high: 0.28}", *_PLAIN)
+#: As many steps, with as many demonstrations each, as BRIDGE makes.
+_SFT = ("algorithm=sft", "data.path=data/quickstart_kinds/demonstrations.jsonl", *_PLAIN)
 _ALTERNATING = "algorithm={name: bridge, shadow: none, rl_weight: 1, rl_weight_schedule: alternating, clip_high: 0.28}"
 _BRIDGE_ARMS = (
-    Arm("rl", "RL alone", "quickstart_bridge.yaml", (*_GRPO, "adapter={}")),
-    Arm("sft_rl", "SFT, then RL", "quickstart_bridge.yaml", (*_GRPO, "adapter={}"), _DEMONSTRATIONS),
+    Arm("rl", "RL alone", "quickstart_bridge.yaml", _GRPO),
+    Arm("sft_rl", "SFT, then RL", "quickstart_bridge.yaml", _GRPO, _SFT),
     Arm("alternating", "alternating", "quickstart_bridge.yaml", (_ALTERNATING, "adapter={}")),
     Arm("bridge", "BRIDGE", "quickstart_bridge.yaml"),
 )
@@ -340,7 +335,7 @@ _BRIDGE_PANELS = (
 
 BRIDGE = Experiment(
     name="bridge",
-    title="BRIDGE: demonstrations of one kind of problem in three",
+    title="BRIDGE: demonstrations of two kinds of problems in three",
     start=inputs.KINDS,
     arms=_BRIDGE_ARMS,
     claims=bridge_claims,

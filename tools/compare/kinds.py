@@ -1,4 +1,4 @@
-r"""Data of the BRIDGE miniature: problems of three kinds, of which the demonstrations cover one.
+r"""Data of the BRIDGE miniature: problems of three kinds, of which the demonstrations cover two.
 
 The kinds are problems of two, three and four steps; an answer is the last result and the number of steps. The warm-up
 shows problems of two steps with their whole chain, and the others given up after two steps, but for a few:
@@ -6,14 +6,14 @@ shows problems of two steps with their whole chain, and the others given up afte
     12+7-5=        12+7=19, 19-5=14: 14:2
     40-3+8-9=      40-3=37, 37+8=45: 45:2
 
-so that the start seldom goes on where it should. Demonstrations are right solutions of problems of three steps alone.
-Rollouts ask, and evaluations too, problems of all kinds, a third each.
+so that the start seldom goes on where it should. Demonstrations are right solutions of problems of two and of three
+steps, half each. Rollouts ask, and evaluations too, problems of all kinds, a third each.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from make_arithmetic import Level, Problem, solution_text
@@ -23,10 +23,10 @@ from compare.files import write_rows
 
 #: By number of steps; small numbers, which the tiny policy calculates well.
 KINDS = {steps: Level(steps, first=30, operand=9, most=39) for steps in (2, 3, 4)}
-#: The kind that demonstrations cover.
-DEMONSTRATED = 3
+#: The kinds that demonstrations cover.
+DEMONSTRATED = (2, 3)
 #: Share of the warm-up's longer problems that are shown whole.
-WHOLE = 0.04
+WHOLE = 0.1
 
 
 def row(problem: Problem, steps: int | None = None) -> dict[str, object]:
@@ -35,12 +35,14 @@ def row(problem: Problem, steps: int | None = None) -> dict[str, object]:
     return found | {"data_source": f"{problem.level} steps"}
 
 
-def rows(count: int, source: random.Random, taken: set[str]) -> list[dict[str, object]]:
-    """Whole problems of all kinds in turn, shuffled."""
+def rows(
+    count: int, source: random.Random, taken: set[str], kinds: Sequence[int] = (*KINDS,)
+) -> list[dict[str, object]]:
+    """Whole problems of these kinds, as many of each, shuffled."""
     found = [
         row(problem)
-        for number, level in enumerate(KINDS.values())
-        for problem in hints.draw(level, (count + number) // len(KINDS), source, taken)
+        for number, steps in enumerate(kinds)
+        for problem in hints.draw(KINDS[steps], (count + number) // len(kinds), source, taken)
     ]
     source.shuffle(found)
     return found
@@ -59,7 +61,7 @@ def make(out: Path, warmup: int, train: int, heldout: int, seed: int = 0) -> Non
     source = random.Random(f"kinds {seed}")
     taken: set[str] = set()
     evaluated, asked = rows(heldout, source, taken), rows(train, source, taken)
-    demonstrations = [row(problem) for problem in hints.draw(KINDS[DEMONSTRATED], train, source, taken)]
+    demonstrations = rows(train, source, taken, DEMONSTRATED)
     shown = list(warmup_rows(warmup, source, taken))
     source.shuffle(shown)
     out.mkdir(parents=True, exist_ok=True)
