@@ -40,6 +40,8 @@ PROCESSES = frozenset(
         "test_algorithms_parity.py",
         "test_bench_reshard.py",
         "test_bootstrap_join.py",
+        "test_bridge.py",
+        "test_bridge_run.py",
         "test_conversion_peer.py",
         "test_conversion_policy.py",
         "test_cpu_platform.py",

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from megarl.config.model_shape import model_shape_from_hf
+from megarl.config.rules import broken_setting_rules
 from megarl.rewards.extraction import boxed
 from megarl.rewards.math import boxed_equals
 
@@ -22,6 +24,8 @@ TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 
 hints = importlib.import_module("compare.hints")
+kinds = importlib.import_module("compare.kinds")
+noise = importlib.import_module("compare.noise")
 shortcut = importlib.import_module("compare.shortcut")
 claims = importlib.import_module("compare.claims")
 experiments = importlib.import_module("compare.experiments")
@@ -289,6 +293,69 @@ def test_pass_at_k_counts_problems_with_a_right_answer(tmp_path: Path) -> None:
     files.write_rows(tmp_path / "rollouts" / "step_000001.rank_0001.jsonl", samples[9:])
     solved = pass_at._solved(tmp_path, 4)
     assert solved == {"problems": 4, "samples": 16, "right_samples": 2, "solved_share": 0.25}
+
+
+def test_the_rules_on_bridge() -> None:
+    def of(bridge: float, sft_rl: float, rl: float, course: float = 0.0) -> dict[str, bool]:
+        ends = {"rl": rl, "sft_rl": sft_rl, "alternating": rl, "bridge": bridge}
+        made = {
+            arm: [recorded([0.1, course if arm == "bridge" else 0.0, end + shift]) for shift in (-0.01, 0.01)]
+            for arm, end in ends.items()
+        }
+        return verdicts(experiments.bridge_claims(made, None))
+
+    assert all(of(0.8, 0.7, 0.6, course=0.75).values())
+    # Two standard errors of the difference are 0.0283.
+    assert of(0.73, 0.7, 0.6)["bridge_sft_rl"] and not of(0.72, 0.7, 0.6)["bridge_sft_rl"]
+    assert not of(0.8, 0.7, 0.8)["bridge_rl"] and not of(0.8, 0.7, 0.8)["bridge_alternating"]
+    # It comes to 0.7 at the second evaluation or at the third, as the other does in one run of two.
+    assert of(0.8, 0.7, 0.6, course=0.7)["bridge_sooner"]
+    assert not of(0.6, 0.7, 0.6)["bridge_sooner"]
+
+
+def test_demonstrations_cover_some_kinds_alone(tmp_path: Path) -> None:
+    kinds.make(tmp_path, 300, 60, 30)
+    found = {name: files.read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "heldout", "demonstrations")}
+    levels = {name: sorted({row["level"] for row in rows}) for name, rows in found.items()}
+    assert levels == {"train": [2, 3, 4], "heldout": [2, 3, 4], "demonstrations": [2, 3]}
+    for rows in found.values():
+        counts = [sum(row["level"] == level for row in rows) for level in {row["level"] for row in rows}]
+        assert max(counts) - min(counts) <= 1
+    questions = [row["prompt"] for rows in found.values() for row in rows]
+    warmup = files.read_rows(tmp_path / "warmup.jsonl")
+    assert len({*questions, *(row["prompt"] for row in warmup)}) == len(questions) + len(warmup) == 450
+    # The warm-up gives most longer problems up after two steps, the others go on to their end.
+    for row in (one for rows in found.values() for one in rows):
+        assert boxed_equals(row["solution"], row["answer"]) and row["solution"].count("=") == row["level"]
+    longer = [row for row in warmup if row["level"] > 2]
+    whole = [row for row in longer if boxed_equals(row["solution"], row["answer"])]
+    assert 0.03 < len(whole) / len(longer) < 0.2
+    assert all(row["solution"].count("=") == 2 for row in longer if row not in whole)
+
+
+def test_a_fifth_of_the_rewards_is_flipped() -> None:
+    texts = [f"<think>{number}</think>\\boxed{{{number % 2}}}" for number in range(2000)]
+    given = [noise.flipped(text, "1", "") for text in texts]
+    assert given == [noise.flipped(text, "1", "") for text in texts]
+    right = [float(number % 2) for number in range(2000)]
+    assert 0.17 < sum(one != other for one, other in zip(given, right, strict=True)) / 2000 < 0.23
+
+
+@pytest.mark.parametrize("name", ["bridge", "bridge_flipped"])
+def test_every_arm_of_bridge_is_a_run(name: str) -> None:
+    """With as many rollouts of the same problems, and no setting without effect."""
+    fields = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"model_type": "qwen2", "intermediate_size": 384, "vocab_size": 320, "max_position_embeddings": 2048}
+    shape = model_shape_from_hf(fields | sizes)
+    for arm in experiments.EXPERIMENTS[name].arms:
+        configs = [schema.load_config(TOOLS.parent / "configs" / arm.config, [*arm.overrides])]
+        if arm.before:
+            configs.append(schema.load_config(TOOLS.parent / "configs" / arm.config, [*arm.before]))
+            assert configs[1].algorithm.name == "sft" and str(configs[1].data.path).endswith("demonstrations.jsonl")
+        assert (configs[0].steps, configs[0].batch.prompts, configs[0].rollout.group_size) == (40, 32, 8)
+        for config in configs:
+            assert [str(refusal) for refusal in broken_setting_rules(config, shape)] == [], arm.name
+        assert (configs[0].reward.kind == "compare.noise:flipped") == (name == "bridge_flipped")
 
 
 def test_a_tiny_comparison_from_nothing_to_the_claims(tmp_path: Path) -> None:
