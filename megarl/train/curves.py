@@ -13,6 +13,8 @@ _PANELS = (
     ("accuracy", "accuracy"),
     ("cross_accuracy", "cross-accuracy"),
     ("loss", "loss"),
+    ("sft_loss", "loss on demonstrations"),
+    ("cooperative_gain", "cooperative gain"),
     ("grad_norm", "gradient norm"),
     ("lr", "learning rate"),
     ("entropy", "entropy (nats)"),
