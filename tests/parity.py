@@ -299,6 +299,20 @@ def update(policy: Any, algorithm: Any, batch: Sequences[Sequence]) -> Any:
     return SimpleNamespace(**asdict(found), **asdict(policy.step()["policy"]))
 
 
+def rounds_of(
+    policy: Any, objectives: Sequences[Any], mine: Sequences[Sequence], counts: Any, *, current: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The passes and steps of one update, round by round as the loop makes it, on this rank's share."""
+    from megarl.algorithms.objective import rounds
+
+    passes, steps = {}, {}
+    for part in rounds(objectives):
+        options = {"old_is_current": current, "hands_on_old": part.hands_on_old}
+        passes |= policy.accumulate(mine, part.objectives, counts, **options)
+        steps |= policy.step(part.steps)
+    return passes, steps
+
+
 def exported(policy: Any, folder: Path) -> dict[str, np.ndarray] | None:
     """The policy's weights by Hugging Face name, on rank 0; written to `folder` on the way."""
     from megarl.weights.export import export_hf

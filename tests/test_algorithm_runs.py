@@ -119,14 +119,13 @@ def learn(made: Any, batches: list[Any], totals: list[Any]) -> list[Any]:
     from megarl.algorithms.objective import first_pass_is_old
     from megarl.train import trust
 
-    found, objectives = [], made.algorithm.objectives
+    found, objectives = [], made.algorithm.objectives_of(made.progress.step + 1)
     current = first_pass_is_old(objectives, len(batches))
     for batch, total in zip(batches, totals, strict=True):
-        passes = made.policy.accumulate(batch, objectives, total, old_is_current=current)
+        passes, _ = parity.rounds_of(made.policy, objectives, batch, total, current=current)
         found.append(passes["policy"])
         if current:
             trust.check_pass(made, made.progress.step + 1, passes)
-        made.policy.step()
         current = False
     return found
 

@@ -16,7 +16,7 @@ from megarl.config.rules import broken_rules
 from megarl.config.schema import RunConfig
 from megarl.data.preview import data_refusals
 from megarl.errors import Refusal, TrainingStopped
-from megarl.train import run_data
+from megarl.train import differences, run_data
 
 ROWS = [
     {"q": "a", "long": "1+1=2"},
@@ -71,10 +71,19 @@ def test_the_order_goes_on_where_a_state_says(tmp_path: Path) -> None:
     assert first.draw(3) == again.draw(3)
 
 
-def test_responses_that_never_fit_end_the_run(tmp_path: Path) -> None:
-    found = demonstrations(config_of(tmp_path, max_tokens=1))
-    with pytest.raises(TrainingStopped, match=r"every response of data\.demonstrations has more than 1 tokens\. Fix: "):
-        found.draw(1)
+def test_fewer_responses_that_fit_than_a_step_learns_end_the_run(tmp_path: Path) -> None:
+    """Not sooner: as long as enough may fit, those that do not are passed over, however many come in a row."""
+    found = demonstrations(config_of(tmp_path, max_tokens=4))
+    for _ in range(3):
+        drawn, _ = found.draw(2)
+        assert {prompt.text for prompt, _ in drawn} == {"d", "f"}
+    again = demonstrations(config_of(tmp_path, max_tokens=4))
+    with pytest.raises(TrainingStopped) as caught:
+        again.draw(3)
+    assert str(caught.value) == (
+        "fewer than the 3 responses that a step learns are left of data.demonstrations: 2 of its 4 rows have one of "
+        "more than 4 tokens. Fix: raise data.demonstrations.max_tokens, or give more rows"
+    )
 
 
 def test_fewer_rows_than_a_step_learns_are_refused(tmp_path: Path) -> None:
@@ -169,6 +178,20 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "steps in place of epochs.",
     ),
     (
+        ("algorithm={name: bridge, shadow: none, rl_weight: 0, sft_weight: 0}", SHOWN),
+        "algorithm.sft_weight=0: and algorithm.rl_weight=0 leave nothing to learn. Fix: raise one of the two.",
+    ),
+    (
+        ("algorithm=bridge", SHOWN, "batch.demonstrations=2", "batch.updates=3"),
+        "batch.demonstrations=2: gives an update 0, fewer than the 1 data-parallel ranks. Fix: use more "
+        "demonstrations, fewer updates or fewer processes.",
+    ),
+    (
+        ("algorithm=bridge", SHOWN, "batch.demonstrations=3", "parallel.processes=4"),
+        "batch.demonstrations=3: gives an update 3, fewer than the 4 data-parallel ranks. Fix: use more "
+        "demonstrations, fewer updates or fewer processes.",
+    ),
+    (
         ("algorithm=bridge", SHOWN, "megatron.use_precision_aware_optimizer=true"),
         "megatron.use_precision_aware_optimizer=true: keeps gradients where several passes' cannot be put together. "
         "Fix: remove it.",
@@ -192,3 +215,19 @@ def test_bridge_breaks_no_rule(run_file: Path) -> None:
     for algorithm in ("bridge", "{name: bridge, shadow: rebuilt}", "{name: bridge, shadow: none, sft_weight: 1}"):
         assert [*broken_rules(load_config(run_file, [f"algorithm={algorithm}", SHOWN]))] == []
     assert [*broken_rules(load_config(run_file, ["algorithm=bridge", SHOWN, "adapter.rank=4"]))] == []
+
+
+def test_a_run_that_goes_on_has_its_schedule_of_weights(run_file: Path) -> None:
+    def changed(schedule: str, **changes: Any) -> list[str]:
+        table = f"algorithm={{name: bridge, rl_weight_schedule: {schedule}, rl_weight: 0.5}}"
+        config = load_config(run_file, [table, SHOWN])
+        before = config.model_dump(mode="json")
+        algorithm = before["algorithm"] | changes.pop("algorithm", {})
+        saved = before | changes | {"algorithm": algorithm}
+        return [refusal.value for refusal in differences.changed_parts(config, saved, Path("step"))]
+
+    assert changed("constant", steps=5) == []
+    # A linear one goes over the steps.
+    assert changed("linear", steps=5) == ["steps=3 with resume=auto"]
+    assert changed("linear", algorithm={"rl_weight": 0.25}) == ["algorithm.rl_weight=0.5 with resume=auto"]
+    assert changed("constant", algorithm={"clip_low": 0.1}) == []

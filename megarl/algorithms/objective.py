@@ -255,7 +255,7 @@ def rounds(objectives: Sequence[Objective]) -> list[Round]:
         given = [one for one in objectives if one not in later]
         ready = dict.fromkeys(name for one in given for name, factor in one.gradient_goes_to.items() if factor)
         done = {name for before in found for name in before.steps}
-        steps = tuple(name for name in ready if name not in waiting | done)
+        steps = tuple(sorted((name for name in ready if name not in waiting | done), key=lambda name: name != POLICY))
         found.append(Round(mine, steps, hands_on_old=any(one.old for one in later)))
     return found
 

@@ -192,6 +192,13 @@ def _batch(config: RunConfig, world: int) -> Iterator[Refusal]:
             f"gives an update {sequences} sequence(s), fewer than the {data_parallel} data-parallel ranks",
             "use more prompts, fewer updates or fewer processes",
         )
+    demonstrations = Implied(config).demonstrations
+    if 0 < demonstrations // batch.updates < data_parallel or 0 < demonstrations < batch.updates:
+        yield Refusal(
+            f"batch.demonstrations={demonstrations}",
+            f"gives an update {demonstrations // batch.updates}, fewer than the {data_parallel} data-parallel ranks",
+            "use more demonstrations, fewer updates or fewer processes",
+        )
 
 
 def _reward(config: RunConfig) -> Iterator[Refusal]:

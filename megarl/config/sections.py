@@ -250,8 +250,8 @@ class CheckpointSettings(Settings):
     )
     export_hf: bool = Field(
         default=False,
-        description="At the end also write the weights as a Hugging Face checkpoint (hf/), those of a run that trains "
-        "an adapter merged with it, and the adapter in PEFT's format (adapter/).",
+        description="At the end also write the weights as a Hugging Face checkpoint (hf/), with "
+        "an adapter merged; one that trains alone also in PEFT's format (adapter/).",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megarl.formats import checkpoint_folder
 from megarl.formats.huggingface import PRECISIONS, HfCheckpoint
 from megarl.formats.megatron import DistributedCheckpoint
 from megarl.ops.bits import sum_of_bits
+from megarl.reshard.adapter_map import adapters_of
 from megarl.reshard.boxes import Box, Region
 from megarl.reshard.weight_map import StoredParameter, hf_problems, hf_tensors, stored_parameters
 
@@ -40,7 +41,8 @@ class Weights:
         self._dtype: torch.dtype | None = None
         if facts is not None:
             alone = "adapter" in progress
-            self._adapter = _Factors(own, facts, ALONE if alone else BESIDE)
+            layers = adapters_of(shape, facts["targets"])
+            self._adapter = _Factors(own, facts, ALONE if alone else BESIDE, layers)
             if alone:
                 self._base, self._dtype = _base_of(checkpoint, progress, shape), PRECISIONS[facts["precision"]]
                 self.base_bits = facts["base"]
@@ -72,6 +74,19 @@ class Weights:
         """Each region of a parameter with its values, merged in fp32 and rounded once to `dtype`."""
         for region, part in self._of_base(parameter):
             yield region, part if self._adapter is None else self._adapter.merged(region.hf_name, region.hf_box, part)
+
+    def check_base(self, parameters: Iterable[StoredParameter], total: Callable[[int], int]) -> None:
+        """Raise `Refusal` where an adapter's base is not the one that it was trained beside. `parameters` are this
+        process's share of all; `total` adds up the numbers of all processes."""
+        if self.base_bits is None:
+            return
+        found = total(sum(self.bits(parameter) for parameter in parameters))
+        if f"{found % (1 << 64):016x}" != self.base_bits:
+            raise Refusal(
+                str(self.path),
+                f"holds an adapter of a base with the digest {self.base_bits}, and {self.base} has another",
+                "bring back what it was trained beside, or continue its run with checkpoint.export_hf=true",
+            )
 
     def has(self, parameter: StoredParameter) -> bool:
         """Whether a parameter is there in the shape it should have."""
@@ -106,22 +121,29 @@ class Weights:
 class _Factors:
     """The factors of an adapter, under names that begin with `prefix`."""
 
-    def __init__(self, source: DistributedCheckpoint, facts: Mapping[str, Any], prefix: str) -> None:
-        self._source, self._prefix = source, prefix
+    def __init__(
+        self, source: DistributedCheckpoint, facts: Mapping[str, Any], prefix: str, layers: Collection[str]
+    ) -> None:
+        self._source, self._prefix, self._layers = source, prefix, layers
         self._scale = facts["alpha"] / facts["rank"]
 
     def _key(self, hf_name: str, factor: str) -> str:
         return f"{self._prefix}{hf_name.removesuffix('.weight')}.{factor}"
 
     def problems(self) -> Iterator[Refusal]:
-        """What is incomplete."""
+        """What is missing or incomplete."""
+        keys = [self._key(f"{layer}.weight", factor) for layer in self._layers for factor in ("lora_A", "lora_B")]
+        for key in keys:
+            if key not in self._source.tensors:
+                rule = "must hold every factor of its adapter"
+                yield Refusal(f"{self._source.path} without {key}", rule, "copy the checkpoint again")
         yield from self._source.damages({key for key in self._source.tensors if key.startswith(self._prefix)})
 
     def merged(self, hf_name: str, box: Box, base: torch.Tensor) -> torch.Tensor:
         """A box of a weight with its change, where it has one."""
-        a, b = (self._key(hf_name, factor) for factor in ("lora_A", "lora_B"))
-        if a not in self._source.tensors:
+        if hf_name.removesuffix(".weight") not in self._layers:
             return base
+        a, b = (self._key(hf_name, factor) for factor in ("lora_A", "lora_B"))
         (rank, _), _ = self._source.tensors[a]
         rows, columns = box
         change = self._source.read(b, (rows, (0, rank))).float() @ self._source.read(a, ((0, rank), columns)).float()
@@ -138,9 +160,10 @@ def _base_of(checkpoint: Path, progress: Mapping[str, Any], shape: ModelShape) -
     again = "bring it back, or continue the run with checkpoint.export_hf=true, which writes the merged model to hf/"
     if model["random_init"]:
         raise Refusal(str(checkpoint), "holds an adapter of a model that was drawn at random, and not that", again)
-    weights = None if model["weights"] is None else checkpoint_folder.find(model["weights"])
-    if model["weights"] is not None and weights is None:
-        raise Refusal(str(checkpoint), f"was trained beside {model['weights']}, which is no checkpoint", again)
+    noted = progress.get("weights_path", model["weights"])
+    weights = None if noted is None else checkpoint_folder.find(noted)
+    if noted is not None and weights is None:
+        raise Refusal(str(checkpoint), f"was trained beside {noted}, which is no checkpoint", again)
     # That of another adapter has no base of its own.
     if weights is not None and "adapter" not in _progress(weights):
         return ParameterReader(DistributedCheckpoint(weights), shape)

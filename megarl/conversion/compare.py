@@ -70,6 +70,8 @@ def compare(
     expected = hf_tensors(shape)
     problems = [str(refusal) for refusal in hf_problems(shape, source.shapes, str(hf))]
     problems += [str(refusal) for refusal in weights.problems()]
+    if not problems:
+        weights.check_base(weights.parameters, lambda own: own)
     kinds: dict[str, Kind] = {}
     done, total = 0, sum(map(prod, expected.values()))
     for parameter in weights.parameters:

@@ -12,7 +12,6 @@ from megarl.config.model_shape import read_model_shape
 from megarl.conversion.adapted import Weights
 from megarl.conversion.ranks import Ranks
 from megarl.conversion.source import check_finite, identity
-from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
@@ -52,8 +51,7 @@ def convert(
     step, config_path, written = ranks.once(check)
     shape = read_model_shape(config_path)
     weights = Weights(step, shape)
-    if weights.base_bits is not None:
-        _check_base(weights, ranks)
+    weights.check_base(ranks.share(weights.parameters), ranks.sum)
     files = HfFiles(hf_tensors(shape), written, file_bytes)
     sources = {file.name for file in step.iterdir() if file.is_file()}
     options = {"config": str(config_path.resolve()), "dtype": str(written), "file_bytes": file_bytes}
@@ -99,17 +97,6 @@ def open_weights(checkpoint: Path, hf_config: Path) -> Weights:
     for refusal in weights.problems():
         raise refusal
     return weights
-
-
-def _check_base(weights: Weights, ranks: Ranks) -> None:
-    """Raise `Refusal` where an adapter's base is not the one that it was trained beside. Of all processes together."""
-    found = ranks.sum(sum(weights.bits(parameter) for parameter in ranks.share(weights.parameters)))
-    if f"{found % (1 << 64):016x}" != weights.base_bits:
-        raise Refusal(
-            str(weights.path),
-            f"holds an adapter of a base with the digest {weights.base_bits}, and {weights.base} has another",
-            "bring back what it was trained beside, or continue its run with checkpoint.export_hf=true",
-        )
 
 
 def _write(weights: Weights, parameter: StoredParameter, files: HfFiles, directory: Path) -> None:

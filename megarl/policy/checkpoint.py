@@ -72,7 +72,9 @@ def save(
     mine = checksums.share(written, policy.world.rank, policy.world.size)
     parts = gather_all({name: checksums.measure(partial / name) for name in mine})
     if policy.world.is_first:
-        facts["model_path"] = str(Path(policy.config.model.path).resolve())
+        model = policy.config.model
+        facts["model_path"] = str(Path(model.path).resolve())
+        facts["weights_path"] = None if model.weights is None else str(Path(model.weights).resolve())
         measured = {name: stored for part in parts for name, stored in part.items()}
         checkpoint_folder.write_progress(partial, policy.shape, progress | facts, measured)
         checkpoint_folder.publish(partial, final, keep=keep, keep_every=keep_every)

@@ -33,6 +33,7 @@ class Experts:
     ) -> None:
         sparse = [layer for layer in range(shape.num_layers) if shape.is_sparse(layer)]
         self._shape, self._grid, self._coefficient = shape, grid, coefficient
+        self._balances = False
         modules: list[Any] = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
         # Megatron counts layers from 1, over the whole model.
         self._routers = [_Router(module, sparse.index(module.layer_number - 1), replay) for module in modules]
@@ -40,13 +41,14 @@ class Experts:
     def begin(self, batches: Sequence[MicroBatch], sequence_parallel: int, *, training: bool) -> None:
         """Called by all ranks before each pass over micro-batches; `training` ones are those with a backward pass."""
         coefficient = 0.0
-        if training and self._coefficient:
+        get_moe_layer_wise_logging_tracker().clear()
+        self._balances = bool(training and self._coefficient)
+        if self._balances:
             grid = self._grid
             counts = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.pipeline_rank == 0
             tokens = sum(gather_all(sum(batch.real_tokens for batch in batches) if counts else 0))
             # Megatron multiplies the loss of a micro-batch by its tokens; the mini-batch's is their mean.
             coefficient = self._coefficient / max(tokens, 1)
-            get_moe_layer_wise_logging_tracker().clear()
         parts = [_Part(batch, self._grid.tensor_rank, sequence_parallel) for batch in batches]
         for router in self._routers:
             router.begin(parts, coefficient)
@@ -61,7 +63,7 @@ class Experts:
         own = {router.number: router.load.cpu().numpy() for router in self._routers}
         compared = np.sum([router.compared.cpu().numpy() for router in self._routers] or [np.zeros(2)], axis=0)
         tracked = get_moe_layer_wise_logging_tracker().get("load_balancing_loss")
-        aux = float(tracked["values"].sum()) if tracked and self._coefficient else 0.0
+        aux = float(tracked["values"].sum()) if tracked and self._balances else 0.0
         found = gather_all((own, compared, aux, micro_batches if self._grid.reports else 0))
         loads = np.zeros((sum(self._shape.sparse_layers), self._shape.num_experts))
         for load, *_ in found:
@@ -74,7 +76,7 @@ class Experts:
         differing, total = np.sum([one for _, one, _, _ in found], axis=0)
         if total:
             report["routing_differs"] = float(differing / total)
-        if self._coefficient:
+        if self._balances:
             passes = sum(count for *_, count in found) * len(loads)
             report["router_aux_loss"] = sum(aux for _, _, aux, _ in found) / max(passes, 1)
         return report

@@ -23,11 +23,15 @@ def what_is_not(policy: Policy, probe: Sequence) -> str | None:
     `probe` is a sequence with two tokens or more, the same on all ranks, that the log-probs are of: weights may be
     finite and too large to compute with. Collective, with the same answer on all ranks.
     """
+    found: str | None = None
     for name, trained in policy.trained.items():
+        policy.bring(name)
         words = _not_finite(trained, policy, name, probe)
         if words is not None:
-            return words if name == POLICY else f"of the parameter set {name} {words}"
-    return None
+            found = words if name == POLICY else f"of the parameter set {name} {words}"
+            break
+    policy.bring(POLICY)
+    return found
 
 
 def _not_finite(trained: TrainedSet, policy: Policy, set_name: str, probe: Sequence) -> str | None:
@@ -41,7 +45,7 @@ def _not_finite(trained: TrainedSet, policy: Policy, set_name: str, probe: Seque
     log_probs = policy.measure([probe], set_name)
     if all(gather_all(log_probs is None or all(np.isfinite(values).all() for values in log_probs))):
         return None
-    size, name = max(gather_all(max((size, name) for name, size in largest.items())))
+    size, name = max(gather_all(max(((size, name) for name, size in largest.items()), default=(0.0, ""))))
     return f"the log-probs are not finite, though the weights are; the largest is {size:.2g}, in {name}"
 
 

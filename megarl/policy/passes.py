@@ -94,12 +94,12 @@ class Passes:
         With `by_group` the sequences of a group share a micro-batch.
         """
         plan = self._plan(sequences, by_group)
-        if not plan:
-            return Work(0, 0, 0)
         packed, device = self.config.batch.packed, self.world.device
         batches = [lay_out([sequences[i] for i in part], packed=packed, cut=self.cut, device=device) for part in plan]
         if self.experts is not None:
             self.experts.begin(batches, self.cut.sequence_parallel, training=not forward_only)
+        if not plan:
+            return Work(0, 0, 0)
 
         def forward_step(queue: Iterator[tuple[MicroBatch, list[int]]], model: Any) -> tuple[torch.Tensor, Any]:
             progress.tick()

@@ -7,7 +7,7 @@ only; the numbers returned for a whole mini-batch are the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -62,6 +62,8 @@ class Policy:
         if implied.adapter_optimizer is not None:
             own = config.model_copy(update={"optimizer": implied.adapter_optimizer})
             self.trained[ADAPTER] = TrainedSet(own, network, step_budget, of_adapter=True)
+        for one in self.trained.values() if trains else ():
+            one.put_away()
         for one in trains:
             other = Network(config, shape, world, grid, network.adapter)
             self.trained[one.name] = TrainedSet(config, other, step_budget)
@@ -169,7 +171,7 @@ class Policy:
         `sequences` are those of this data-parallel rank. None on all but the last pipeline stage.
         """
         trained = self.trained.get(parameters, self.trained[POLICY])
-        self._bring(trained.network, "compute log-probs")
+        self._bring(parameters if parameters in self.trained else POLICY, "compute log-probs")
         with nullcontext() if parameters in self.trained else self.using(parameters):
             found = trained.network.measure(sequences)
         return found if self.grid.is_last_stage else None
@@ -200,22 +202,20 @@ class Policy:
             for name in {one.parameters, *one.gradient_goes_to} - self.trained.keys():
                 known = ", ".join(self.trained)
                 raise ValueError(f"an objective trains {name!r}, which must be a parameter set that trains: {known}")
-        return {
-            name: self._pass(
-                _sequences_of(name, by_pass, sequences),
-                mine,
-                totals,
-                old_is_current and mine[0].parameters == POLICY,
-                hands_on_old,
-            )
-            for name, mine in by_pass.items()
-        }
+        found: dict[str, Pass] = {}
+        for name, mine in by_pass.items():
+            kinds = _kinds_of(name, by_pass)
+            own = [one for one in sequences if kinds(one.kind)]
+            counted = BatchTotals.of({kind: counts for kind, counts in totals.by_kind.items() if kinds(kind)})
+            current = old_is_current and mine[0].parameters == POLICY
+            found[name] = self._pass(own, mine, counted, current, hands_on_old)
+        return found
 
     def _pass(
         self,
         sequences: Sequences[Sequence],
         objectives: Sequences[Objective],
-        totals: BatchTotals,
+        counted: BatchTotals,
         old_is_current: bool,
         hands_on_old: bool,
     ) -> Pass:
@@ -223,13 +223,13 @@ class Policy:
         goes_to = objectives[0].gradient_goes_to
         facts = look_over(sequences, objectives, old_is_current=old_is_current, last_stage=self.grid.is_last_stage)
         keeps_old = old_is_current and hands_on_old
-        stage = LossStage(objectives, totals, facts, old_is_current=old_is_current, keeps_old=keeps_old)
+        stage = LossStage(objectives, counted, facts, old_is_current=old_is_current, keeps_old=keeps_old)
         together = any(objective.together for objective in objectives)
         filled = {name: one for name, one in self.trained.items() if one.is_filled_by(network)}
         # A gradient that is one set's alone, as it is, stays in the buffers until the step.
-        apart = goes_to != dict.fromkeys(filled, 1.0)
+        apart = any(one.goes_to is not None for one in objectives)
         backward = any(goes_to.values())
-        self._bring(network, "update the policy")
+        self._bring(objectives[0].parameters, "update the policy")
         for one in filled.values() if backward else ():
             one.pass_begins(apart=apart)
         found = network.learn(sequences, stage, by_group=together, backward=backward)
@@ -262,7 +262,7 @@ class Policy:
         """Apply what the named sets have accumulated: see `TrainedSet.step`."""
         found: dict[str, StepResult] = {}
         for name in names:
-            self._bring(self.trained[name].network, "update the policy")
+            self._bring(name, "update the policy")
             found[name] = self.trained[name].step()
         return found
 
@@ -280,19 +280,28 @@ class Policy:
 
     # One model at a time is on the device, with what trains it: the others' memory is away until they are used.
 
-    def _bring(self, network: Network, action: str) -> None:
-        """Have what trains of a model on the device, and that of others away, unless it waits for its step.
+    def bring(self, name: str) -> None:
+        """Have a set that trains on the device, and with a base its adapter."""
+        self._bring(name, "look at the policy")
+
+    def _bring(self, name: str, action: str) -> None:
+        """Have a set that trains on the device, with a base its adapter, and other bases away, unless they wait for
+        their step.
 
         Raises:
             PhaseError: the memory is given to the engine; `action` is what cannot be done.
         """
         if self._given_away:
             raise PhaseError(f"cannot {action} while the policy's memory is given to the engine: the phase is generate")
+        wanted = self.trained[name]
+        if wanted.of_adapter and not wanted.network.base_is_frozen:
+            wanted.onload()
+            return
         for one in self.trained.values():
-            if not (one.is_filled_by(network) or one.has_gradient):
+            if not (one.is_filled_by(wanted.network) or one.has_gradient):
                 one.put_away()
         for one in self.trained.values():
-            if one.is_filled_by(network):
+            if one.is_filled_by(wanted.network):
                 one.onload()
 
     def bring_state(self) -> None:
@@ -337,17 +346,11 @@ class Policy:
             self.trained[name].onload()
 
 
-def _sequences_of(
-    name: str, by_pass: Mapping[str, Sequences[Objective]], sequences: Sequences[Sequence]
-) -> Sequences[Sequence]:
-    """What the pass of that name goes through: what its objectives train; the policy's own goes through all that no
-    other of its passes does, as its numbers are those of the step."""
+def _kinds_of(name: str, by_pass: Mapping[str, Sequences[Objective]]) -> Callable[[str], bool]:
+    """Which kinds the pass of that name goes through: what its objectives train; the policy's own goes through all that
+    no other of its passes does, as its numbers are those of the step."""
+    mine = by_pass[name]
     if name != POLICY:
-        return [one for one in sequences if any(objective.trains(one.kind) for objective in by_pass[name])]
-    others = [one for mine in by_pass.values() for one in mine if one.parameters == POLICY and one.apart]
-    return [
-        one
-        for one in sequences
-        if any(objective.trains(one.kind) for objective in by_pass[name])
-        or not any(objective.trains(one.kind) for objective in others)
-    ]
+        return lambda kind: any(one.trains(kind) for one in mine)
+    others = [one for some in by_pass.values() for one in some if one.parameters == POLICY and one.apart]
+    return lambda kind: any(one.trains(kind) for one in mine) or not any(one.trains(kind) for one in others)

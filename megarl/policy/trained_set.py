@@ -138,7 +138,14 @@ class TrainedSet:
             grad_norm = self._make_ready()
         self._losses.clear()
         lr = float(self.optimizer.param_groups[0]["lr"])
-        if not (finite and math.isfinite(grad_norm)):
+        result = self._apply(grad_norm, lr, skipped=not (finite and math.isfinite(grad_norm)))
+        # What was set aside is the gradient now, and nobody's buffer: it would stay.
+        for parameter in self._main_parameters():
+            parameter.grad = None
+        return result
+
+    def _apply(self, grad_norm: float, lr: float, *, skipped: bool) -> StepResult:
+        if skipped:
             self.skipped_in_a_row += 1
             return StepResult(grad_norm, lr, skipped=True)
         self.skipped_in_a_row = 0
@@ -188,7 +195,10 @@ class TrainedSet:
         with torch.no_grad():
             for (_, own), (_, values) in zip(self.named_parameters(), other.named_parameters(), strict=True):
                 own.copy_(values)
-        self.weights_changed()
+            self.weights_changed()
+            # The optimizer's own weights are finer than the model's where these are bf16.
+            for own, values in zip(self._main_parameters(), other._main_parameters(), strict=True):
+                own.copy_(values)
 
     # --- whose the memory is ----------------------------------------------------------------------------------------
 

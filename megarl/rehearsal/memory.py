@@ -84,7 +84,9 @@ def _train(run: Run, shard: Shard) -> Iterator[Amount]:
     yield from _trained(run, shard)
     if any(one.apart for one in run.algorithm.objectives):
         # This rank's part of the gradients of one pass, while the next one fills the buffers.
-        yield Amount("gradients set aside", _shards_in_fp32(shard.buffers + shard.adapter_buffers), True)
+        rebuilt = sum(one.rebuilt for one in run.implied.parameter_sets)
+        aside = _shards_in_fp32(shard.trained) + rebuilt * _shards_in_fp32(shard.buffers)
+        yield Amount("gradients set aside", aside, True)
     for one in run.implied.parameter_sets:
         if one.rebuilt:
             yield Amount(f"set {one.name}", weights(shard.buffers) + optimizer(shard.buffers), True)

@@ -32,14 +32,15 @@ _FREE = (
 def changed_parts(config: RunConfig, before: Mapping[str, Any], checkpoint: Path) -> Iterator[Refusal]:
     """Refusals of a seed, a model or data, and of settings that the algorithm wants kept, that differ from those
     `before`, of a checkpoint's configuration."""
-    kept = {f"algorithm.{name}" for name in config.algorithm.kept_on_resume}
-    for key, old, new in _differences(config, before):
-        if key in kept:
+    now = json.loads(json.dumps(config.model_dump(mode="json")))
+    for key, old, new in _both(before, now):
+        if key in config.algorithm.kept_on_resume and new != old:
             yield Refusal(
                 f"{key}={_shown(new)} with resume={config.resume}",
                 f"differs from {_shown(old)}, with which {checkpoint} was trained",
                 "set it back, or begin a new run under another name",
             )
+    for key, old, new in _differences(config, before):
         part = key.partition(".")[0]
         if part in PARTS and part not in config.resume_changes:
             yield Refusal(

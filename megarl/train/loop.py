@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.algorithms.objective import first_pass_is_old, rounds
+from megarl.policy.losses import Pass
+from megarl.policy.trained_set import StepResult
 from megarl.train import divergence, gauges, trust
 from megarl.train.evaluation import evaluate_now
 from megarl.train.measure import StepRecord
@@ -58,13 +60,15 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     current = first_pass_is_old(objectives, len(batches))
     for batch, total in zip(batches, totals, strict=True):
         with session.clock.phase("update"):
+            passes, steps = dict[str, Pass](), dict[str, StepResult]()
             for part in rounds(objectives):
-                passes = session.policy.accumulate(
+                passes |= session.policy.accumulate(
                     batch, part.objectives, total, old_is_current=current, hands_on_old=part.hands_on_old
                 )
                 if current:
                     trust.check_pass(session, step, passes)
-                record.update(passes, session.policy.step(part.steps))
+                steps |= session.policy.step(part.steps)
+            record.update(passes, steps)
         current = False
         divergence.stop_if_stuck(session)
     session.progress.step = step

@@ -95,6 +95,8 @@ def assign(
         units = _units(groups, together=together)
         if len(units) < data_parallel:
             counters["updates_without_data"] += 1
+            for one in (beside[place] for place in other):
+                counters[f"{one.group.heads[0].key.kind}s_not_trained"] += 1
             continue
         more = [beside[place] for place in other]
         placed = [

@@ -66,6 +66,8 @@ class Demonstrations:
     def __init__(self, data: LoadedPrompts, stream: PromptStream | MixedStream, tokenizer: Tokenizer, longest: int):
         self.data, self.stream = data, stream
         self._tokenizer, self._longest = tokenizer, longest
+        # Rows that were found to be.
+        self._too_long: set[int] = set()
 
     @classmethod
     def load(cls, config: RunConfig, tokenizer: Tokenizer, per_step: int) -> Demonstrations:
@@ -82,23 +84,25 @@ class Demonstrations:
     def draw(self, count: int) -> tuple[list[tuple[Prompt, tuple[int, ...]]], dict[str, int]]:
         """The next `count` with their responses' ids, and how many were passed over as too long.
 
-        Raises `TrainingStopped` where a whole round of the rows has none that fits.
+        Raises `TrainingStopped` where fewer rows than that are left that may fit.
         """
         found: list[tuple[Prompt, tuple[int, ...]]] = []
-        passed_over = in_a_row = 0
+        passed_over = 0
         while len(found) < count:
-            prompt = self.data.prompts[self.stream.take(1)[0]]
+            place = self.stream.take(1)[0]
+            prompt = self.data.prompts[place]
             assert prompt.solution is not None
             ids = response_ids(self._tokenizer, prompt.solution)
             if len(ids) <= self._longest:
                 found.append((prompt, tuple(ids)))
-                in_a_row = 0
                 continue
-            passed_over, in_a_row = passed_over + 1, in_a_row + 1
-            if in_a_row >= len(self.data.prompts):
+            passed_over += 1
+            self._too_long.add(place)
+            if len(self.data.prompts) - len(self._too_long) < count:
                 raise TrainingStopped(
-                    f"every response of {DEMONSTRATIONS} has more than {self._longest} tokens. Fix: raise "
-                    f"{DEMONSTRATIONS}.max_tokens"
+                    f"fewer than the {count} responses that a step learns are left of {DEMONSTRATIONS}: "
+                    f"{len(self._too_long)} of its {len(self.data.prompts)} rows have one of more than {self._longest} "
+                    f"tokens. Fix: raise {DEMONSTRATIONS}.max_tokens, or give more rows"
                 )
         return found, {"demonstrations_too_long": passed_over}
 

@@ -58,6 +58,8 @@ def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSou
     mover = Mover(
         plan, dtype=dtype, device=world.device, time_limit=policy.config.weights.time_limit, occasion="export"
     )
+    # With further models that train, the policy may be away.
+    policy.onload_weights()
     mover.run(source or PolicyWeights(policy), mine)
     files = HfFiles(shapes, dtype, FILE_BYTES)
     with whole_folder(directory, files.create) as partial:

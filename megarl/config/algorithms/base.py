@@ -26,8 +26,6 @@ class AlgorithmSettings(Settings):
     takes_turns: ClassVar[bool] = True
     #: Whether it learns demonstrations, of a data set of their own, beside what is generated.
     learns_demonstrations: ClassVar[bool] = False
-    #: Settings without which a run is another one: a run that goes on must have them as they were.
-    kept_on_resume: ClassVar[tuple[str, ...]] = ()
 
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
 
@@ -41,6 +39,12 @@ class AlgorithmSettings(Settings):
         """Whether it learns the data set's worked solutions, without which a row is left out; by default where nothing
         is generated."""
         return not self.generates
+
+    @property
+    def kept_on_resume(self) -> tuple[str, ...]:
+        """Keys of the run's settings that make it what it is: a run that goes on must have them as they were; none by
+        default."""
+        return ()
 
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
@@ -77,6 +81,11 @@ def unusable(settings: AlgorithmSettings, run: RunSettings) -> Iterator[Refusal]
     asked: dict[str, tuple[Callable[[], Any], Callable[[Any], bool], str]] = {
         "answers_in_parts": (lambda: settings.answers_in_parts, lambda found: isinstance(found, bool), "a bool"),
         "learns_solutions": (lambda: settings.learns_solutions, lambda found: isinstance(found, bool), "a bool"),
+        "kept_on_resume": (
+            lambda: settings.kept_on_resume,
+            lambda found: all_of(str, found),
+            "a tuple of texts",
+        ),
         "longest_prompt": (lambda: settings.longest_prompt(run), lambda found: isinstance(found, int), "an int"),
         "sequences_per_prompt": (
             lambda: settings.sequences_per_prompt(run),

@@ -22,7 +22,6 @@ class BridgeSettings(GroupRelativeSettings):
     """
 
     learns_demonstrations: ClassVar[bool] = True
-    kept_on_resume: ClassVar[tuple[str, ...]] = ("rl_weight", "rl_weight_schedule", "sft_weight", "shadow")
 
     name: Literal["bridge"] = "bridge"
     rl_weight: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -53,6 +52,13 @@ class BridgeSettings(GroupRelativeSettings):
         description="β, the adapter's peak learning rate; default optimizer.lr (our choice). Its schedule is the "
         "optimizer's, its weight decay 0.",
     )
+
+    @property
+    def kept_on_resume(self) -> tuple[str, ...]:
+        names = ("rl_weight", "rl_weight_schedule", "sft_weight", "shadow")
+        # A linear schedule goes over all of them.
+        steps = ("steps",) if self.rl_weight_schedule == "linear" else ()
+        return (*(f"algorithm.{name}" for name in names), *steps)
 
     def adapter_optimizer(self, run: RunSettings) -> OptimizerSettings | None:
         if self.shadow == "none":
@@ -95,6 +101,9 @@ class BridgeSettings(GroupRelativeSettings):
                 f"contradicts algorithm.shadow={self.shadow}: BRIDGE's weights are λ and 1 - λ",
                 "remove it, or set algorithm.shadow=none",
             )
+        if self.shadow == "none" and self.rl_weight == 0 and self.sft_weight == 0:
+            rule = "and algorithm.rl_weight=0 leave nothing to learn"
+            yield Refusal("algorithm.sft_weight=0", rule, "raise one of the two")
         for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
             if run.megatron.get(name):
                 yield Refusal(
