@@ -220,7 +220,7 @@ def test_bridge_breaks_no_rule(run_file: Path) -> None:
 def test_a_run_that_goes_on_has_its_schedule_of_weights(run_file: Path) -> None:
     def changed(schedule: str, **changes: Any) -> list[str]:
         table = f"algorithm={{name: bridge, rl_weight_schedule: {schedule}, rl_weight: 0.5}}"
-        config = load_config(run_file, [table, SHOWN])
+        config = load_config(run_file, [table, SHOWN, "resume=auto"])
         before = config.model_dump(mode="json")
         algorithm = before["algorithm"] | changes.pop("algorithm", {})
         saved = before | changes | {"algorithm": algorithm}

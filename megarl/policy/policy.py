@@ -60,14 +60,17 @@ class Policy:
         alone = network.base_is_frozen
         self.trained = {POLICY: TrainedSet(config, network, step_budget, of_adapter=alone)}
         if implied.adapter_optimizer is not None:
-            own = config.model_copy(update={"optimizer": implied.adapter_optimizer})
-            self.trained[ADAPTER] = TrainedSet(own, network, step_budget, of_adapter=True)
-        for one in self.trained.values() if trains else ():
+            beside = config.model_copy(update={"optimizer": implied.adapter_optimizer})
+            self.trained[ADAPTER] = TrainedSet(beside, network, step_budget, of_adapter=True)
+        own = [*self.trained.values()]
+        for one in own if trains else ():
             one.put_away()
         for one in trains:
             other = Network(config, shape, world, grid, network.adapter)
             self.trained[one.name] = TrainedSet(config, other, step_budget)
             self.trained[one.name].put_away()
+        for one in own:
+            one.onload()
         self._rebuilt = {one.name for one in trains if one.rebuilt}
         self._by_name = dict(self.network.named_parameters())
         self._given_away = False

@@ -32,9 +32,8 @@ _FREE = (
 def changed_parts(config: RunConfig, before: Mapping[str, Any], checkpoint: Path) -> Iterator[Refusal]:
     """Refusals of a seed, a model or data, and of settings that the algorithm wants kept, that differ from those
     `before`, of a checkpoint's configuration."""
-    now = json.loads(json.dumps(config.model_dump(mode="json")))
-    for key, old, new in _both(before, now):
-        if key in config.algorithm.kept_on_resume and new != old:
+    for key, old, new in _all_differences(config, before):
+        if key in config.algorithm.kept_on_resume:
             yield Refusal(
                 f"{key}={_shown(new)} with resume={config.resume}",
                 f"differs from {_shown(old)}, with which {checkpoint} was trained",
@@ -96,11 +95,15 @@ def begun_anew(config: RunConfig, before: Mapping[str, Any], *, other_rows: bool
 
 
 def _differences(config: RunConfig, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys that both configurations have, with the old and the new value."""
+    """Keys that both configurations have and that are not free to differ, with the old and the new value."""
+    return (found for found in _all_differences(config, before) if not _is_free(found[0]))
+
+
+def _all_differences(config: RunConfig, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     # As it will be read from JSON again.
     now = json.loads(json.dumps(config.model_dump(mode="json")))
     for key, old, new in _both(before, now):
-        if new != old and not _same_place(key, old, new) and not _is_free(key):
+        if new != old and not _same_place(key, old, new):
             yield key, old, new
 
 
