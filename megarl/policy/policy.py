@@ -309,8 +309,9 @@ class Policy:
 
     def bring_state(self) -> None:
         """Have the weights and optimizers of all that trains on the device at once, to be saved or loaded."""
-        for one in self.trained.values():
-            if len(self.own_sets) < len(self.trained):
+        if len(self.own_sets) < len(self.trained):
+            # Without the gradients of the one that was used last.
+            for one in self.trained.values():
                 one.put_away()
         for one in self.trained.values():
             one.onload_state()
