@@ -142,7 +142,7 @@ def test_a_checkpoint_is_converted_with_its_adapter(folder: Path) -> None:
 )
 def test_a_run_does_not_go_on_as_another(folder: Path, override: str, said: str) -> None:
     for command in ("check", "train"):
-        code, _, errors = call(folder, command, "run.yaml", "name=whole", "steps=6", override)
+        code, _, errors = call(folder, command, "run.yaml", "name=whole", f"steps={STEPS}", override)
         assert code == 2 and "Traceback" not in errors
         assert errors.splitlines()[-1].startswith(f"megarl: {said}")
 
