@@ -40,7 +40,7 @@ CASES = [(processes, *case) for processes, cases in LAYOUTS.items() for case in 
 
 def config_of(path: Path, *, optimizer: dict[str, Any] | None = None, **settings: Any) -> Any:
     """A run's configuration; `settings` are the algorithm's, or sections."""
-    sections = {name: settings.pop(name) for name in ("parallel", "moe") if name in settings}
+    sections = {name: settings.pop(name) for name in ("parallel", "moe", "precision") if name in settings}
     algorithm = parity.ALGORITHM | {"name": "bridge"} | settings
     return parity.run_config(
         path,
@@ -235,11 +235,29 @@ def identities(world: Any, path: Path, batches: list[list[Any]]) -> dict[str, An
         found[f"linear {name}"] = course(world, chosen, batches[:1])
     spoiled = [[replace(s, advantages=s.advantages * np.nan) if s.kind == "answer" else s for s in batches[0]]]
     found["spoiled"] = course(world, config_of(path), [*spoiled, batches[0]])
+    found["finer"] = finer(world, config_of(path, shadow="rebuilt", precision="bf16"), batches[0])
     for weight in (0.25, 0.75):
         found[f"linear update {weight}"] = course(
             world, config_of(path, rl_weight=weight, optimizer=LINEAR), batches[:1]
         )
     return found
+
+
+def finer(world: Any, config: Any, batch: list[Any]) -> dict[str, tuple[bool, bool]]:
+    """After an update, by set: whether the optimizer's own weights are the policy's, and whether they are all bf16's,
+    once the shadow is built anew."""
+    with bridge(config, world) as (policy, algorithm):
+        update(policy, algorithm, fresh(batch))
+        policy.trained["shadow"].copy(policy.trained["policy"])
+        own = policy.trained["policy"]._main_parameters()
+        return {
+            name: (
+                all(torch.equal(one, other) for one, other in zip(found, own, strict=True)),
+                all(torch.equal(one, one.bfloat16().float()) for one in found),
+            )
+            for name in ("policy", "shadow")
+            for found in [policy.trained[name]._main_parameters()]
+        }
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +416,10 @@ def test_a_rebuilt_shadow_is_the_base_with_one_update_by_rollouts(seen: dict[str
         for name, other in (("base", rebuilt.weights[1]["policy"]), ("shadow", rebuilt.weights[1]["shadow"]))
     }
     assert distance["base"] < distance["shadow"]
+
+
+def test_a_rebuilt_shadow_has_what_bf16_weights_do_not_show(seen: dict[str, Any]):
+    assert seen["finer"] == {"policy": (True, False), "shadow": (True, False)}
 
 
 def test_weights_of_the_two_follow_their_schedule(seen: dict[str, Any]):
