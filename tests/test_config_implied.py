@@ -15,7 +15,7 @@ from megarl.algorithms.objective import sets_read
 from megarl.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings
 from megarl.config.implied import Implied
 from megarl.config.model_shape import model_shape_from_hf
-from megarl.config.parameter_sets import CONSUMER, POLICY, REFERENCE, ParameterSet, ServedSet, united
+from megarl.config.parameter_sets import CONSUMER, POLICY, REFERENCE, SHADOW, ParameterSet, ServedSet, united
 from megarl.config.rules import broken_setting_rules
 from megarl.config.schema import RunConfig
 from megarl.config.sections import RunSettings
@@ -114,6 +114,13 @@ SETS: list[tuple[str | dict[str, Any], dict[str, Any], tuple[ParameterSet, ...]]
     ),
     ({"name": "opd", "teacher": {"checkpoint": "there"}}, {}, (TAUGHT,)),
     (SERVED, {}, ()),
+    ("bridge", {}, (ParameterSet(SHADOW, trains=True),)),
+    ({"name": "bridge", "shadow": "none"}, {}, ()),
+    (
+        {"name": "bridge", "shadow": "rebuilt", "kl_coefficient": 0.1},
+        {},
+        (MEASURED, ParameterSet(SHADOW, trains=True, rebuilt=True)),
+    ),
     ("grpo", {"consumer": "initial"}, (WRITES,)),
     (
         {"name": "grpo", "kl_coefficient": 0.1},

@@ -61,10 +61,9 @@ class Carry:
         return dict(self._states)
 
     def restore(self, states: Mapping[str, Any], *, anew: Collection[str] = ()) -> None:
-        """Give every owner the state that was saved, but for those `anew`, or that the run that saved did not have,
-        which begin as in a new run."""
+        """Give every owner the state that was saved, but for those `anew`, which begin as in a new run."""
         for name, owner in self._owners.items():
-            if name not in anew and name in states:
+            if name not in anew:
                 owner.restore(states[name])
         self.step_ends()
 

@@ -66,6 +66,8 @@ def resume(session: Session) -> bool:
     _compare(session, saved)
     session.progress.restore(saved)
     anew = differences.begun_anew(config, saved["config"], other_rows=session.data.rows != saved["data"])
+    if session.data.demonstrations is not None and DEMONSTRATIONS not in saved:
+        anew["demonstrations"] = "the run had none"
     session.carry.restore(saved["states"], anew=anew)
     if (sentence := forgotten(saved["states"], anew)) is not None:
         session.recorder.status(sentence)
@@ -75,7 +77,7 @@ def resume(session: Session) -> bool:
 
 def forgotten(states: Mapping[str, Any], anew: Mapping[str, str]) -> str | None:
     """A sentence about the saved states that hold something and are not taken up, `anew` as `begun_anew` says."""
-    lost = [f"{name} ({why})" for name, why in anew.items() if states[name]]
+    lost = [f"{name} ({why})" for name, why in anew.items() if states.get(name)]
     return f"begins anew what the checkpoint carries of {', '.join(lost)}" if lost else None
 
 
