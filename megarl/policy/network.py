@@ -19,6 +19,7 @@ from megarl.parallel.bootstrap import World
 from megarl.policy import digest
 from megarl.policy.adapter import Adapter, Attachment
 from megarl.policy.batch import MicroBatch
+from megarl.policy.influence import InfluenceTap
 from megarl.policy.losses import LossStage, Pass, joined
 from megarl.policy.megatron_config import transformer_config
 from megarl.policy.model import build_model, wrap_data_parallel
@@ -82,6 +83,21 @@ class Network:
         with torch.no_grad():
             self.passes.run(sequences, collect, forward_only=True)
         return collect.found
+
+    def influences(
+        self, sequences: Sequence[records.Sequence], starts: Sequence[np.ndarray], *, distance: int = 4, block: int = 64
+    ) -> list[np.ndarray]:
+        """How much later steps look at each step of the sequences, float32 (S,) each: see `megarl.policy.influence`.
+        `starts`: where the steps begin, the prompt being the first. On all ranks of the replica. Collective."""
+        config = self.megatron_config
+        scale = config.softmax_scale or config.kv_channels**-0.5
+        lengths = [one.length for one in sequences]
+        tap = InfluenceTap(starts, lengths, self.passes.cut, scale, distance=distance, block=block)
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad(), tap.listening(self.chunks):
+            self.passes.run(sequences, _Collect(sequences), forward_only=True, tap=tap)
+        return tap.gather(self.passes.world.device)
 
     def learn(
         self, sequences: Sequence[records.Sequence], stage: LossStage, *, by_group: bool, backward: bool = True

@@ -27,6 +27,7 @@ from megarl.policy.adapter import Attachment
 from megarl.policy.batch import Cut, MicroBatch, lay_out
 from megarl.policy.experts import Experts
 from megarl.policy.forward import ForwardArguments
+from megarl.policy.influence import InfluenceTap
 from megarl.records import Sequence
 
 
@@ -88,10 +89,11 @@ class Passes:
         *,
         forward_only: bool,
         by_group: bool = False,
+        tap: InfluenceTap | None = None,
     ) -> Work:
         """One pass. Collective.
 
-        With `by_group` the sequences of a group share a micro-batch.
+        With `by_group` the sequences of a group share a micro-batch. `tap` is told which one the layers see.
         """
         plan = self._plan(sequences, by_group)
         packed, device = self.config.batch.packed, self.world.device
@@ -104,6 +106,8 @@ class Passes:
         def forward_step(queue: Iterator[tuple[MicroBatch, list[int]]], model: Any) -> tuple[torch.Tensor, Any]:
             progress.tick()
             batch, members = next(queue)
+            if tap is not None:
+                tap.now(batch, members)
             output = model(**self.forward_arguments.of(batch))
 
             def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
