@@ -10,6 +10,8 @@ import parity
 import pytest
 import torch
 
+from megarl.config.influence import InfluenceSettings
+
 SP = {"tensor": 2, "sequence": True}
 #: Grouped queries, norms of queries and keys, a mixture.
 MODELS = ("qwen2-tied", "qwen3-untied", "qwen3-moe")
@@ -48,9 +50,8 @@ def measured(world: Any, folder: Path, cases: list[Any], batch: list[Any]) -> li
         with parity.policy_of(config, world) as policy:
             mine = parity.share(batch, policy.grid)
             starts = starts_of(batch)
-            values = policy.network.influences(
-                [batch[i] for i in mine], [starts[i] for i in mine], distance=DISTANCE, block=block
-            )
+            settings = InfluenceSettings(distance=DISTANCE, query_block=block)
+            values = policy.network.survey([batch[i] for i in mine], [starts[i] for i in mine], settings).influences
             found.append(dict(zip(mine, values, strict=True)))
     return found
 

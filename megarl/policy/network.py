@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megarl import records
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.implied import Implied
+from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
@@ -25,6 +27,20 @@ from megarl.policy.megatron_config import transformer_config
 from megarl.policy.model import build_model, wrap_data_parallel
 from megarl.policy.passes import Passes
 from megarl.reshard.weight_map import chunk_prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a pass without a gradient finds of each sequence.
+
+    log_probs, entropies: of its trained tokens, float32 (T,), in nats; of nothing but on the last pipeline stage.
+    influences: of its steps, float32 (S,), on all ranks of the replica (see `megarl.policy.influence`); empty where no
+    steps were given.
+    """
+
+    log_probs: list[np.ndarray]
+    entropies: list[np.ndarray]
+    influences: list[np.ndarray]
 
 
 class Network:
@@ -40,8 +56,8 @@ class Network:
         implied = Implied(config)
         # Each has a record of its own: Megatron keeps in it how an optimizer scales losses.
         self.megatron_config: Any = transformer_config(config, shape)
-        stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
-        self.chunks = build_model(self.megatron_config, shape, stages)
+        self._stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
+        self.chunks = build_model(self.megatron_config, shape, self._stages)
         if adapter is None and implied.adapter is not None:
             adapter = Adapter(implied.adapter, shape, config.parallel, grid, self.chunks, config.seed)
         self.adapter = adapter
@@ -77,27 +93,35 @@ class Network:
 
     def measure(self, sequences: Sequence[records.Sequence]) -> list[np.ndarray]:
         """Log-probs of each sequence's trained tokens, float32 (T,) each; of nothing but on the last pipeline stage."""
-        collect = _Collect(sequences)
+        return self.survey(sequences).log_probs
+
+    def survey(
+        self,
+        sequences: Sequence[records.Sequence],
+        steps: Sequence[np.ndarray] | None = None,
+        influence: InfluenceSettings | None = None,
+    ) -> Survey:
+        """One pass without a gradient. `steps`: of each sequence where its steps begin, the prompt being the first, for
+        which the attention is measured as `influence` says, by default as its paper does. Collective.
+
+        Raises `ValueError` for steps that do not begin at 0 and ascend within their sequence."""
+        collect, tap = _Collect(sequences), None
+        if steps is not None:
+            tap = self._tap(sequences, steps, influence or InfluenceSettings())
         for chunk in self.chunks:
             chunk.eval()
-        with torch.no_grad():
-            self.passes.run(sequences, collect, forward_only=True)
-        return collect.found
+        listening = nullcontext() if tap is None else tap.listening(self.chunks, self._stages)
+        with torch.no_grad(), listening:
+            self.passes.run(sequences, collect, forward_only=True, tap=tap)
+        return Survey(collect.log_probs, collect.entropies, [] if tap is None else tap.gather())
 
-    def influences(
-        self, sequences: Sequence[records.Sequence], starts: Sequence[np.ndarray], *, distance: int = 4, block: int = 64
-    ) -> list[np.ndarray]:
-        """How much later steps look at each step of the sequences, float32 (S,) each: see `megarl.policy.influence`.
-        `starts`: where the steps begin, the prompt being the first. On all ranks of the replica. Collective."""
-        config = self.megatron_config
+    def _tap(
+        self, sequences: Sequence[records.Sequence], steps: Sequence[np.ndarray], settings: InfluenceSettings
+    ) -> InfluenceTap:
+        config, passes = self.megatron_config, self.passes
         scale = config.softmax_scale or config.kv_channels**-0.5
         lengths = [one.length for one in sequences]
-        tap = InfluenceTap(starts, lengths, self.passes.cut, scale, distance=distance, block=block)
-        for chunk in self.chunks:
-            chunk.eval()
-        with torch.no_grad(), tap.listening(self.chunks):
-            self.passes.run(sequences, _Collect(sequences), forward_only=True, tap=tap)
-        return tap.gather(self.passes.world.device)
+        return InfluenceTap(settings, steps, lengths, passes.grid, passes.shape.num_heads, scale, passes.world.device)
 
     def learn(
         self, sequences: Sequence[records.Sequence], stage: LossStage, *, by_group: bool, backward: bool = True
@@ -114,18 +138,20 @@ class Network:
 
 
 class _Collect:
-    """Keeps each sequence's log-probs."""
+    """Keeps each sequence's log-probs and entropies."""
 
     entropy_gradient = False
 
     def __init__(self, sequences: Sequence[records.Sequence]) -> None:
-        self.found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+        self.log_probs: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+        self.entropies = list(self.log_probs)
 
     def __call__(
         self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
     ) -> torch.Tensor:
-        for index, part in zip(members, batch.apart(log_probs), strict=True):
-            self.found[index] = part
+        for kept, values in ((self.log_probs, log_probs), (self.entropies, entropy)):
+            for index, part in zip(members, batch.apart(values), strict=True):
+                kept[index] = part
         return log_probs.new_zeros(())
 
 

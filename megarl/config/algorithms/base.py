@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megarl.config.base import Settings, without_effect
+from megarl.config.influence import InfluenceSettings
 from megarl.config.parameter_sets import ParameterSet, ServedSet
 from megarl.config.sections import OptimizerSettings, RunSettings
 from megarl.errors import Refusal
@@ -45,6 +46,12 @@ class AlgorithmSettings(Settings):
         """Keys of the run's settings that make it what it is: a run that goes on must have them as they were; none by
         default."""
         return ()
+
+    @property
+    def influence(self) -> InfluenceSettings | None:
+        """How the algorithm measures what a sequence's later steps look at, in the pass for log-probs; None, the
+        default: it does not."""
+        return None
 
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
@@ -85,6 +92,11 @@ def unusable(settings: AlgorithmSettings, run: RunSettings) -> Iterator[Refusal]
             lambda: settings.kept_on_resume,
             lambda found: all_of(str, found),
             "a tuple of texts",
+        ),
+        "influence": (
+            lambda: settings.influence,
+            lambda found: isinstance(found, InfluenceSettings | None),
+            "InfluenceSettings or None",
         ),
         "longest_prompt": (lambda: settings.longest_prompt(run), lambda found: isinstance(found, int), "an int"),
         "sequences_per_prompt": (
