@@ -113,11 +113,12 @@ class InfluenceTap:
         Collective."""
         if not self._starts:
             return []
-        for group in (
-            parallel_state.get_tensor_model_parallel_group(),
-            parallel_state.get_pipeline_model_parallel_group(),
+        for size, group in (
+            (self._grid.tensor, parallel_state.get_tensor_model_parallel_group),
+            (self._grid.pipeline, parallel_state.get_pipeline_model_parallel_group),
         ):
-            dist.all_reduce(self._found, op=dist.ReduceOp.MAX, group=group)
+            if size > 1:
+                dist.all_reduce(self._found, op=dist.ReduceOp.MAX, group=group())
         return np.split(self._found.cpu().numpy(), self._offsets[1:-1])
 
     def _hear(self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
