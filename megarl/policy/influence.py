@@ -173,20 +173,21 @@ class InfluenceTap:
         """What this rank's queries (tokens, heads, D) look at the steps of a sequence, (chosen heads, S) fp32: weights
         on a step's keys (tokens of all ranks, kv heads, D) are added up, and those of a step's queries averaged."""
         group = query.shape[1] // key.shape[1]
-        query, key = query[torch.from_numpy(row.own).to(query.device)], key[row.start : row.start + row.length]
+        keys = key[row.start : row.start + row.length].transpose(0, 1)
         if self._heads is not None:
             # Chosen heads need not be equally many of each key's.
-            query, key, group = query[:, self._heads], key[:, self._heads // group], 1
-        keys = key.transpose(0, 1).float().contiguous()
-        worth = keys.new_zeros(query.shape[1], row.length)
+            keys, group = keys[self._heads // group], 1
+        keys = keys.float()
+        worth = keys.new_zeros(len(keys) * group, row.length)
         columns = torch.arange(row.length, device=keys.device)
-        on_device = [torch.from_numpy(one).to(keys.device) for one in (row.places, row.reach, row.weights)]
+        on_device = [torch.from_numpy(one).to(keys.device) for one in (row.own, row.places, row.reach, row.weights)]
         for first in range(0, len(row.own), self._settings.query_block):
             part = slice(first, first + self._settings.query_block)
+            own, places, reach, weights = (one[part] for one in on_device)
+            queries = query[own] if self._heads is None else query[own][:, self._heads]
             # (kv heads, queries of their heads end to end, D)
-            queries = query[part].float().unflatten(1, (len(keys), group)).permute(1, 2, 0, 3).flatten(1, 2)
+            queries = queries.float().unflatten(1, (len(keys), group)).permute(1, 2, 0, 3).flatten(1, 2)
             queries = queries * self._scale
-            places, reach, weights = (one[part] for one in on_device)
             last, near, far = int(row.places[part][-1]) + 1, int(row.reach[part][0]), int(row.reach[part][-1])
             seen = (queries @ keys[:, :last].mT).view(len(worth), -1, last)
             # All of them may look at the keys up to the first one's, and all count at those before `near`.
