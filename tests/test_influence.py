@@ -168,6 +168,7 @@ def found(folder: Path) -> dict[int, list[list[Found]]]:
     }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes, number", [(n, i) for n, cases in CASES.items() for i in range(len(cases))])
 def test_a_survey_finds_what_a_direct_softmax_does(
     found: dict[int, Any], direct: dict[str, list[Direct]], processes: int, number: int
@@ -211,11 +212,19 @@ class Heard(NamedTuple):
     key: torch.Tensor
 
 
-def heard(length: int, steps: np.ndarray, settings: InfluenceSettings, heads: int, kv_heads: int, width: int) -> Heard:
+def heard(
+    length: int,
+    steps: np.ndarray,
+    settings: InfluenceSettings,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+) -> Heard:
     torch.manual_seed(length)
-    query, key = (torch.randn(length, 1, number, width) for number in (heads, kv_heads))
+    query, key = (torch.randn(length, 1, number, width, dtype=dtype) for number in (heads, kv_heads))
     batch = lay_out([Sequence(tokens=np.zeros(length, np.int32), positions=from_place(1, length))], packed=True)
-    packing = cpu_packing(batch, torch.rand(width // 2), 1.0, torch.float32)
+    packing = cpu_packing(batch, torch.rand(width // 2), 1.0, dtype)
     core = _Core()
     layer = SimpleNamespace(self_attention=SimpleNamespace(core_attention=core))
     tap = InfluenceTap(settings, [steps], [length], Grid(), heads, width**-0.5)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from live_bytes import LiveBytes
+from test_influence import heard
 from test_plan_shards import MODELS
 
+from megarl.config.algorithms.grpo import GrpoSettings
 from megarl.config.cluster import GIB, read_cluster
+from megarl.config.grid import Chunk
 from megarl.config.implied import Implied
+from megarl.config.influence import InfluenceSettings
 from megarl.config.load import load_config
 from megarl.config.model_shape import model_shape_from_hf, read_model_shape
 from megarl.config.parameter_sets import ParameterSet
@@ -24,7 +29,7 @@ from megarl.policy.batch import lay_out
 from megarl.records import Sequence, from_place
 from megarl.rehearsal.activations import head_bytes, layer_terms
 from megarl.rehearsal.build import build_report
-from megarl.rehearsal.memory import micro_batch_bytes, work_of
+from megarl.rehearsal.memory import micro_batch_bytes, score_bytes, work_of
 from megarl.rehearsal.report import Report
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -119,6 +124,54 @@ def test_passes_without_gradient_stand_apart_where_they_are_needed() -> None:
     assert reference.of("weight set") == pytest.approx(reference.of("policy weights"), rel=1e-4)
     assert several.of("weight set") == 0
     assert plan("algorithm.kl_coefficient=0.01").host.used > plan().host.used
+
+
+class Attentive(GrpoSettings):
+    """GRPO that measures what attention says of its steps."""
+
+    attention: InfluenceSettings = InfluenceSettings()
+
+    @property
+    def influence(self) -> InfluenceSettings | None:
+        return self.attention
+
+
+def test_attention_that_is_measured_stands_in_the_passes_for_log_probs() -> None:
+    def scores(**settings: Any) -> list[int]:
+        config = load_config(
+            CONFIGS / "grpo_qwen2.5_32b_16k.yaml",
+            [f"model.path={CONFIGS}/models/qwen2.5_32b", "parallel.processes=64"],
+        )
+        algorithm = Attentive(attention=InfluenceSettings(**settings))
+        config = config.model_copy(update={"algorithm": algorithm})
+        report = build_report(config, read_model_shape(config.model.path), read_cluster("h100"), 64)
+        return [phase.of("attention scores") for phase in report.phases if phase.phase == "log-probs"]
+
+    assert plan().busiest("log-probs") is None
+    # Each of 4 tensor-parallel ranks has 10 of 40 heads and 2 of 8 key-value heads, of 128; blocks of 64 queries, by
+    # default. Context parallelism gathers the keys of all tokens in bf16.
+    length, gathered, queries = 2048 + 16384, 2 * 20480 * 2 * 128, 4 * 64 * 10 * 128
+    usual = gathered + queries + 4 * length * (2 * 128 + 2 * 10 * 64 + 2 * 10)
+    assert scores() == [usual] * 4
+    assert scores(query_block=128) == [usual + queries + 4 * length * 2 * 10 * 64] * 4
+    assert scores(layers=(63,)) == [0, 0, 0, usual]
+    chosen = gathered + queries // 5 + 4 * length * (2 * 128 + 2 * 2 * 64 + 2 * 2)
+    assert scores(heads=(3, 4)) == [chosen] * 4
+
+
+@pytest.mark.parametrize("heads", [None, (0, 1, 5)])
+def test_attention_takes_what_the_formula_says(heads: tuple[int, ...] | None) -> None:
+    """Of one layer, where every token is a step; queries and keys themselves are the layer's."""
+    shape = model_shape_from_hf(
+        MODELS["llama"] | {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 128}
+    )
+    settings = InfluenceSettings(query_block=64, heads=heads)
+    # Whole blocks of queries behind the first four, which have no step far enough before them.
+    lengths = {"rollout": {"max_tokens": 500}, "data": {"path": "unused", "max_prompt_tokens": 16}}
+    made = heard(516, np.arange(516), settings, 8, 2, 16, torch.bfloat16)
+    layers = SimpleNamespace(chunks=(Chunk(range(2), True, True),))
+    computed = score_bytes(run_of(precision="bf16", **lengths), shape, cast(Any, layers), settings)
+    assert made.bytes == pytest.approx(computed + made.query.nbytes + made.key.nbytes, rel=0.02)
 
 
 def test_a_set_that_trains_beside_the_policy_is_on_a_gpu_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from megarl.algorithms.base import Algorithm
 from megarl.algorithms.objective import first_pass_is_old
 from megarl.config.cluster import Cluster
 from megarl.config.implied import Implied
+from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.rehearsal import activations
@@ -66,7 +67,8 @@ def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
     found: list[PhaseMemory] = []
     for shard in shards:
         amounts: dict[PhaseName, Iterator[Amount]] = {"train": _train(run, shard)}
-        if _is_measured(run) or not first_pass_is_old(run.algorithm.objectives, run.config.batch.updates):
+        measures = _is_measured(run) or run.config.algorithm.influence is not None
+        if measures or not first_pass_is_old(run.algorithm.objectives, run.config.batch.updates):
             amounts["log-probs"] = _log_probs(run, shard)
         if run.implied.trained_sets:
             amounts |= {"train beside": _train_beside(run, shard), "save": _save(run, shard)}
@@ -147,9 +149,33 @@ def _log_probs(run: Run, shard: Shard) -> Iterator[Amount]:
     if _is_measured(run):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("forward pass", int(max(layer, head)), False)
+    if config.algorithm.influence is not None:
+        yield Amount("attention scores", score_bytes(config, run.shape, shard, config.algorithm.influence), False)
     yield Amount(
         "micro-batches", micro_batch_bytes(config, run.shape, run.work.sequences * config.batch.updates), False
     )
+
+
+def score_bytes(config: RunConfig, shape: ModelShape, shard: Shard, settings: InfluenceSettings) -> int:
+    """What `megarl.policy.influence` takes at its peak, of the longest sequence in one layer.
+
+    In fp32 the keys, a block of queries with their logits and what the softmax makes of these, and twice what every key
+    is worth. Under context parallelism there are beside these the keys of all tokens of the micro-batch in the layers'
+    type, and three times, alone, while they are put in order.
+    """
+    layers = {layer for chunk in shard.chunks for layer in chunk.layers}
+    if settings.layers is not None and layers.isdisjoint(settings.layers):
+        return 0
+    e, width = ELEMENT_BYTES[config.precision], shape.head_dim
+    heads, keys = shape.num_heads // config.parallel.tensor, max(1, shape.num_kv_heads // config.parallel.tensor)
+    gathered = e * config.batch.tokens_per_microbatch * keys * width if config.parallel.context > 1 else 0
+    if settings.heads is not None:
+        # Of the rank that has most of them, each with keys of its own.
+        heads = keys = min(heads, len(settings.heads))
+    length = Implied(config).longest_trained_sequence
+    block = min(settings.query_block, length)
+    of_block = heads * block * (width + 2 * length)
+    return max(3 * gathered, gathered + 4 * (of_block + length * (keys * width + 2 * heads)))
 
 
 def _is_measured(run: Run) -> bool:
