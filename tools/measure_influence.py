@@ -5,10 +5,11 @@ meanwhile (PyTorch's profiler, memory inside operations included): what a pass t
 same for steps of --step tokens each, `worst` where every token is a step; both must grow as the tokens do.
 
 `time` makes passes for log-probs of one sequence over a random model of Qwen2.5-1.5B's shape, with and without
-listening, in turns, and reports the median of the ratios. With fewer --layers the vocabulary is as much smaller, so
-that the head's share of a pass stays that of all 28. --divide makes hidden size, width of heads, MLP and vocabulary
-that much smaller: the linear layers' work falls with its square, the logits' in proportion, the softmax's not at all,
-so that --divide 1 alone has the real share. Shares of the work are of multiplications, by formula.
+listening, in turns, and reports processor time, of all threads together, and the median of the ratios. With fewer
+--layers the vocabulary is as much smaller, so that the head's share of a pass stays that of all 28. --divide makes
+hidden size, width of heads, MLP and vocabulary that much smaller: the linear layers' work falls with its square, the
+logits' in proportion, the softmax's not at all, so that --divide 1 alone has the real share. Shares of the work are of
+multiplications, by formula.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def share_of_logits(by: int, tokens: int) -> float:
 
 
 def timed(options: dict[str, Any]) -> list[tuple[float, float]]:
-    """Seconds of passes without and with listening, by round. In a process of its own."""
+    """Processor time of passes without and with listening, by round, in seconds. In a process of its own."""
     import torch
 
     from megarl.config.influence import InfluenceSettings
@@ -152,9 +153,9 @@ def timed(options: dict[str, Any]) -> list[tuple[float, float]]:
     for number in range(options["rounds"] + 1):
         seconds: list[float] = []
         for given in (None, [steps]):
-            start = time.perf_counter()
+            start = time.process_time()
             network.survey([sequence], given, InfluenceSettings(query_block=options["block"]))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         if number:  # the first round warms caches
             found.append((seconds[0], seconds[1]))
     bootstrap.leave()
@@ -162,7 +163,7 @@ def timed(options: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def duration(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds, the listening's share of the time without it, and of the work."""
+    """Processor time in seconds, the listening's share of the time without it, and of the work."""
     from megarl.parallel.launch import launch
 
     found = launch(timed, (vars(options),), 1)
