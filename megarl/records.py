@@ -83,7 +83,9 @@ class Head:
     `reward` is None where none could be found or was asked for; `reward_terms`: of a reward that is a sum, what each
     term gave, without its weight. `marks` are places in the response by name, as numbers of tokens before them, such as
     the end of the thinking. `measured` are the numbers that the algorithm's probes found, by probe. `prompt_length` is
-    that of `Body.prompt_ids` in tokens, None where the response follows the data's prompt.
+    that of `Body.prompt_ids` in tokens, None where the response follows the data's prompt. `fork`: where the trajectory
+    goes on from another, its `parent`, so many of its first tokens are the parent's. `old_known`: of so many of its
+    first tokens the body has `old_log_probs`.
     """
 
     key: Key
@@ -95,6 +97,13 @@ class Head:
     marks: Mapping[str, int] = field(default_factory=dict)
     measured: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     prompt_length: int | None = None
+    fork: int = 0
+    old_known: int = 0
+
+    @property
+    def parent(self) -> Key | None:
+        """The key of the trajectory that it goes on from; None where it begins at the prompt."""
+        return self.key._replace(branch=self.key.branch[:-1]) if self.key.branch else None
 
     @property
     def length(self) -> int:
@@ -115,7 +124,9 @@ class Body:
     engine's log-probs of these ids in nats under the sampling distribution, NaN where an environment put them, empty
     where no engine made any; `seed` the sample's own seed, see `rollout.seeds`. `counters`: what was counted when it
     was made and graded. `prompt_ids` are the prompt's where an environment asked something of its own; `texts` those of
-    the stretches, where an environment answered. `routed_experts`: see `Sequence`; not saved.
+    the stretches, where an environment answered. `routed_experts`: see `Sequence`; not saved. `old_log_probs`
+    (`Head.old_known`,) are those under the policy's weights that wrote the tokens, measured before these changed; NaN
+    at tokens that nobody trains.
     """
 
     token_ids: tuple[int, ...]
@@ -126,6 +137,7 @@ class Body:
     prompt_ids: tuple[int, ...] | None = None
     texts: tuple[str, ...] = ()
     routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    old_log_probs: tuple[float, ...] = ()
 
 
 class Trajectory(NamedTuple):
@@ -144,8 +156,10 @@ class Sequence:
     has put there.
     The values are float32 (T,), None where not known: `advantages`; `rollout_log_probs`, the engine's;
     `old_log_probs`, of the policy before the step's first update, and `log_probs_under`, by the name of a parameter
-    set, which the policy measures where an objective needs them (on the last pipeline stage only). `current`: these
-    weights of the policy have written all that is trained of it. `kind` says what the sequence is:
+    set, which the policy measures where an objective needs them (on the last pipeline stage only). Old log-probs of
+    tokens that an earlier step's weights have written may be known from that step, on all ranks; then they are NaN at
+    the others until the policy is measured. `old_wrote`: the weights of the old log-probs have written all that is
+    trained of it. `kind` says what the sequence is:
     an "answer", an "explanation", a "solution", or whatever an algorithm calls its own. `temperature` is that of the
     distribution that its log-probs are of. `group` is shared by the sequences of a prompt; `signals` are further
     numbers of a sampled answer, by name. `routed_experts` int16 (N, sparse layers, k), N <= L: the experts that the
@@ -161,7 +175,7 @@ class Sequence:
     rollout_log_probs: np.ndarray | None = None
     old_log_probs: np.ndarray | None = None
     log_probs_under: dict[str, np.ndarray] = field(default_factory=dict)
-    current: bool = False
+    old_wrote: bool = False
     kind: str = "answer"
     temperature: float = 1.0
     group: int = 0

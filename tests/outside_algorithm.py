@@ -72,8 +72,8 @@ class Outside(Algorithm):
     def probes(self, step: int) -> tuple[Probe, ...]:
         per_token = self.context.max_tokens
         return (
-            Probe("surprise", lambda log_probs_T: (-log_probs_T).tolist(), REFERENCE, most=per_token),
-            Probe("by_namer", lambda log_probs_T: [float(log_probs_T.mean())], NAMER),
+            Probe("surprise", lambda log_probs_T, _: (-log_probs_T).tolist(), REFERENCE, most=per_token),
+            Probe("by_namer", lambda log_probs_T, _: [float(log_probs_T.mean())], NAMER),
         )
 
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:

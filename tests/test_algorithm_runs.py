@@ -325,7 +325,7 @@ def test_old_log_probs_and_the_gap_are_a_matter_of_who_wrote_a_sequence(alone: d
     for updates in (1, 2):
         first, second = alone[f"{updates} updates"][0]["steps"]
         for seen in (first, second):
-            assert {(s.kind, s.current) for s in seen["sequences"]} == {("answer", True), ("other", False)}
+            assert {(s.kind, s.old_wrote) for s in seen["sequences"]} == {("answer", True), ("other", False)}
             # Of both kinds old is the policy before its update, so that the first ratios are 1.
             assert seen["means"][0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
             assert 0 < seen["means"][0]["logprob_gap_mean"] < 1e-5

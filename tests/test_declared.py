@@ -100,7 +100,7 @@ def said(
 
 
 def probe(parameters: str) -> Probe:
-    return Probe("doubt", np.ndarray.tolist, parameters)
+    return Probe("doubt", lambda log_probs_T, _: log_probs_T.tolist(), parameters)
 
 
 def test_what_is_declared_may_be_asked_for() -> None:

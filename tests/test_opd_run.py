@@ -87,7 +87,7 @@ def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]
     found = made.policy.accumulate(batches[0], made.algorithm.objectives, totals[0], old_is_current=True)["policy"]
     made.policy.step()
     kept = [s for batch in batches for s in batch]
-    opinion = Probe("opinion", lambda log_probs_T: [log_probs_T.sum(), len(log_probs_T)], "teacher", most=2)
+    opinion = Probe("opinion", lambda log_probs_T, _: [log_probs_T.sum(), len(log_probs_T)], "teacher", most=2)
     with mock.patch.object(made.algorithm, "probes", lambda step: (opinion, replace(opinion, name="again"))):
         measured = probed(made, rollouts, 1).kept
     with mock.patch.object(made.algorithm, "probes", lambda step: (replace(opinion, most=1),)):

@@ -4,8 +4,9 @@ The loop asks it, in this order per step:
 
     plan -> (texts are made and graded) -> drop_reason -> probes -> (measured) -> credit -> objectives
 
-All work on what every rank knows, whole groups and `credit` on all of a step's, so every rank computes the same and no
-algorithm contains parallel code. What a step is asked for: `megarl.algorithms.plan`; the losses:
+and where the plan grows, growth -> (continuations are made and graded) before credit. All work on what every rank
+knows, whole groups, `growth` and `credit` on all of a step's, so every rank computes the same and no algorithm contains
+parallel code. What a step is asked for: `megarl.algorithms.plan`; the losses:
 `megarl.algorithms.objective`.
 """
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from megarl.algorithms.objective import Objective
-from megarl.algorithms.plan import Gauge, Plan, Probe
+from megarl.algorithms.plan import Gauge, Growth, Plan, Probe
 from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.data import DataSettings
 from megarl.config.implied import Implied
@@ -152,7 +153,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Credit:
-    """What of a group is trained; nothing where it is `left_out`, the name of a counter that says why.
+    """What of a group is trained; nothing where it is `left_out`, the name of a counter that says why. `counters`: what
+    is counted of it besides.
 
     Raises:
         ValueError: a trajectory is there twice: its spans belong together.
@@ -160,6 +162,7 @@ class Credit:
 
     trained: tuple[Trained, ...]
     left_out: str | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         keys = [one.head.key for one in self.trained]
@@ -205,8 +208,16 @@ class Algorithm(ABC):
         return None
 
     def probes(self, step: int) -> tuple[Probe, ...]:
-        """What to measure of the kept groups before `credit`; by default nothing."""
+        """What to measure of the kept groups before `growth` and `credit`; by default nothing."""
         return ()
+
+    def growth(self, step: int, groups: Sequence[Group]) -> list[Growth]:
+        """Which trajectories of each of the kept groups are gone on with, and from where; asked where `Plan.grows`.
+
+        The continuations are further heads of the group, of their parents' kind, and `Head.fork` says where they leave
+        these. `step` is the one that began the groups: under `rollout.ahead` they grow and are trained in the next.
+        """
+        return [Growth() for _ in groups]
 
     @abstractmethod
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:

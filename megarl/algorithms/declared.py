@@ -62,6 +62,12 @@ def of_plan(plan: Plan, config: RunConfig) -> Iterator[Refusal]:
     if plan.generations and not settings.generates:
         rule = "plans generations, for which its settings ask no engine"
         yield _refused(config, rule, "set generates=True in its settings")
+    if plan.grows and not settings.grows:
+        rule = "plans to grow, for which its settings do not ask"
+        yield _refused(config, rule, "set grows=True in its settings")
+    if (plan.prompts or 0) > settings.most_prompts(config):
+        rule = f"plans {plan.prompts} prompts, and its settings' most_prompts are {settings.most_prompts(config)}"
+        yield _refused(config, rule, "return the most that a step asks from most_prompts")
     if plan.demonstrations > implied.demonstrations:
         rule = f"plans {plan.demonstrations} demonstrations, and its settings and batch.demonstrations make "
         yield _refused(config, f"{rule}{implied.demonstrations}", "set learns_demonstrations=True in its settings")
@@ -88,6 +94,9 @@ def of_plan(plan: Plan, config: RunConfig) -> Iterator[Refusal]:
 def of_probes(probes: Sequence[Probe], config: RunConfig) -> Iterator[Refusal]:
     """What of a step's probes goes beyond the settings."""
     for probe in probes:
+        if probe.measures != "log_probs" and probe.parameters != POLICY:
+            rule = f"wants more than log-probs under the parameter set {probe.parameters!r} (Probe {probe.name!r})"
+            yield _refused(config, rule, "measure these under the policy's own weights")
         yield from _unmeasured(config, probe.parameters, f"Probe {probe.name!r}")
 
 

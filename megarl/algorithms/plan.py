@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from megarl.config.influence import InfluenceSettings
 from megarl.config.parameter_sets import POLICY
-from megarl.records import DEMONSTRATION, SOLUTION, Prompt, Trajectory
+from megarl.records import DEMONSTRATION, SOLUTION, Key, Prompt, Trajectory
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Plan:
     their own, of which neither `drop_reason` nor `credit` is asked."""
     gauged: int = 0
     """Of so many kept groups, the first ones, `Algorithm.gauges` is asked for."""
+    prompts: int | None = None
+    """Groups that are wanted to train on, in place of batch.prompts."""
+    grows: bool = False
+    """`Algorithm.growth` is asked of the kept groups, and they are trained with the continuations that it wants."""
 
     def __post_init__(self) -> None:
         kinds = [one.kind for one in self.generations]
@@ -95,13 +101,42 @@ class Plan:
             )
 
 
+class Fork(NamedTuple):
+    """`count` continuations of the trajectory `parent`, each after its first `place` tokens, as if it had stopped there."""
+
+    parent: Key
+    place: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a kept group goes on: its forks, one after the other; nothing of it where it is `left_out`, the name of a
+    counter that says why. `counters`: what is counted of it besides."""
+
+    forks: tuple[Fork, ...] = ()
+    left_out: str | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How much the later steps of a sample look at each of its steps: see `megarl.policy.influence`.
+
+    `steps` says where these begin, as numbers of the sample's own tokens before them, from 0 on, given the ids (T,).
+    """
+
+    steps: Callable[[np.ndarray], Sequence[int]]
+    settings: InfluenceSettings
+
+
 @dataclass(frozen=True)
 class Probe:
-    """A measurement of the kept groups' samples of one kind, made before credit.
+    """A measurement of the kept groups' samples of one kind, made before growth and credit.
 
-    The log-probs (T,) in nats of a sample's own tokens under the parameter set `parameters`, which may be one that
-    somebody serves, are reduced to a few numbers on the rank that finds them; every rank then has these as
-    `Head.measured[name]`, since credit is given to all groups at once. A number costs some 40 bytes on every rank: one
+    Numbers of a sample under the parameter set `parameters`, which may be one that somebody serves, are reduced to a
+    few on the rank that finds them; every rank then has these as `Head.measured[name]`, since credit is given to all
+    groups at once. A number costs some 40 bytes on every rank: one
     per token of 10,000 answers of 1,000 tokens would be 400 MB. So there may be `most` of a sample, such as one per
     step of its reasoning; more is refused. What a loss alone needs per token is better read there, by
     `Objective.under`, as it then stays on the ranks that train on the sample.
@@ -111,11 +146,16 @@ class Probe:
     """
 
     name: str
-    reduce: Callable[[np.ndarray], Sequence[float]]
+    reduce: Callable[[np.ndarray, np.ndarray], Sequence[float]]
+    """The few numbers, from what is measured of the sample's own tokens and their ids, (T,) each; of an influence from
+    that of each of their steps (S,), and the ids."""
     parameters: str = POLICY
     kind: str = "answer"
     most: int = 64
     """The most numbers of a sample. Our choice."""
+    measures: Literal["log_probs", "entropy"] | Influence = "log_probs"
+    """Log-probs in nats; the entropy in nats of the distribution that each token is of; or an influence. The latter two
+    are measured under the policy's own weights alone."""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Implied:
     def sequences_per_update(self) -> int:
         """The most sequences that an optimizer update trains on, over all replicas."""
         updates = self.config.batch.updates
-        made = self.config.batch.prompts // updates * self.config.algorithm.sequences_per_prompt(self.config)
+        algorithm = self.config.algorithm
+        made = algorithm.most_prompts(self.config) // updates * algorithm.sequences_per_prompt(self.config)
         return made + -(-self.demonstrations // updates)
 
     @property

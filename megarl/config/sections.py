@@ -156,6 +156,11 @@ class RolloutSettings(Settings):
         description="Keep what the engines make until a checkpoint has the step (unfinished/, 8 bytes a token): a run "
         "that was killed does not make it again. Not with moe.routing_replay, nor what rollout.environment answers.",
     )
+    ahead: Literal[0, 1] = Field(
+        default=0,
+        description="1: a step asks the prompts that the next step learns from, and learns from what the step before has "
+        "asked (one-step off-policy); the first step only asks. What earlier weights wrote keeps their log-probs as old.",
+    )
     replay: PathText | None = Field(
         default=None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."
     )

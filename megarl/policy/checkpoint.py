@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -38,9 +38,19 @@ from megarl.policy.trained_set import TrainedSet
 
 
 def save(
-    policy: Policy, root: Path, step: int, progress: dict[str, Any], *, optimizer: bool, keep: int, keep_every: int = 0
+    policy: Policy,
+    root: Path,
+    step: int,
+    progress: dict[str, Any],
+    *,
+    optimizer: bool,
+    keep: int,
+    keep_every: int = 0,
+    beside: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Save under `root/step_XXXXXX` and point `root/latest` at it; older ones go as in `checkpoint_folder.publish`.
+
+    `beside` writes further files of this rank.
 
     Collective. With nothing written, raises on all ranks `Refusal` where the disk has no room for it, and
     `TrainingStopped` where updates were made and have left no trace in it.
@@ -66,6 +76,7 @@ def save(
     writers._results_queue = writers._results_queue or queue.Queue()
     with _causes_named():
         dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
+    beside(partial)
     facts = {"step": step, "optimizer": optimizer} | _facts(found, optimizer=optimizer) | _of_adapter(policy)
     dist.barrier()
     written = from_first(checkpoint_folder.file_names(partial) if policy.world.is_first else [])

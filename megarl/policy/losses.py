@@ -25,8 +25,8 @@ class Pass:
     """One pass with gradients over a mini-batch, the same on all ranks.
 
     `means` are the objectives' means over the mini-batch, and beside them what the pass knows of all tokens that an
-    engine made (or of all tokens, where it made none): `entropy`; of the kinds that the current weights wrote,
-    `logprob_gap_mean` and `logprob_k3`, the gap between the old log-probs and the engine's; and what `Experts.report`
+    engine made (or of all tokens, where it made none): `entropy`; of the kinds that the weights of the old log-probs
+    wrote, `logprob_gap_mean` and `logprob_k3`, the gap between the old log-probs and the engine's; and what `Experts.report`
     says. `gap_max` is the largest gap. `loss_seconds` is the longest time that a rank spent in the objectives' losses
     (the backward pass, and work that a GPU has queued, left out).
     """
@@ -44,7 +44,7 @@ class Pass:
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What all ranks know of a mini-batch's sequences before a pass: kinds that an engine made, and which of them the
-    policy's current weights wrote throughout and have old log-probs of: there engine and policy must agree."""
+    weights of their old log-probs wrote throughout: there engine and policy must agree."""
 
     made: frozenset[str]
     compared: frozenset[str]
@@ -63,7 +63,7 @@ def look_over(
         lacking = next((found for o in objectives for s in sequences if (found := _lacks(s, o, old_is_current))), None)
     made = [s for s in sequences if s.rollout_log_probs is not None]
     unknown = last_stage and not old_is_current
-    others = {s.kind for s in made if not s.current or (unknown and s.old_log_probs is None)}
+    others = {s.kind for s in made if not s.old_wrote or (unknown and s.old_log_probs is None)}
     parts = gather_all((lacking, {s.kind for s in made}, others))
     for words, *_ in parts:
         if words is not None:
@@ -112,7 +112,10 @@ class LossStage:
     def __call__(
         self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
     ) -> torch.Tensor:
-        old = log_probs.detach() if self.old_is_current else _filled(batch.old_log_probs, log_probs)
+        old = _filled(batch.old_log_probs, log_probs)
+        if self.old_is_current:
+            # But for tokens that an earlier step's weights wrote.
+            old = torch.where(old.isnan(), log_probs.detach(), old)
         rollout = _filled(batch.rollout_log_probs, log_probs)
         if self._old is not None:
             self._old |= dict(zip(members, batch.apart(old), strict=True))

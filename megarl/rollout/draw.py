@@ -38,6 +38,20 @@ class FixedAssignment:
         return mine if mine else None
 
 
+class OwnFirst:
+    """Work of this replica alone, before what `rest` gives it: the indices `own` of a call, its requests after those
+    that `rest` deals out."""
+
+    def __init__(self, own: Sequence[int], rest: WorkSource) -> None:
+        self._own: Sequence[int] | None = own
+        self._rest = rest
+
+    def draw(self) -> Sequence[int] | None:
+        """All of the replica's own at the first call."""
+        own, self._own = self._own, None
+        return own or self._rest.draw()
+
+
 class SharedCounter:
     """Chunks of consecutive indices, drawn by whichever replica asks first.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 Value = TypeVar("Value")
@@ -20,6 +21,22 @@ class Stateful(Protocol):
 
     def restore(self, state: Any) -> None:
         """Be as when `state` was returned."""
+        ...
+
+
+class Sharded(Protocol):
+    """Owner of a state that is too large for every rank to have: each has a part, in files of a checkpoint."""
+
+    def state(self) -> Any:
+        """This rank's part, None where no rank has any; later steps leave what was returned as it is."""
+        ...
+
+    def write(self, state: Any, folder: Path) -> None:
+        """Write what `state` has returned, under names of the owner's own."""
+        ...
+
+    def read(self, folder: Path) -> None:
+        """Be as when what is in `folder` was written, by these ranks or by others."""
         ...
 
 
@@ -47,24 +64,35 @@ class Carry:
     be asked to stop there, leaves no trace, and is made again.
     """
 
-    def __init__(self, owners: Mapping[str, Stateful]) -> None:
-        self._owners = dict(owners)
+    def __init__(self, owners: Mapping[str, Stateful], sharded: Mapping[str, Sharded] | None = None) -> None:
+        self._owners, self._sharded = dict(owners), dict(sharded or {})
         self._states: dict[str, Any] = {}
+        self._parts: dict[str, Any] = {}
         self.step_ends()
 
     def step_ends(self) -> None:
         """Take the states as they are now for those that are saved."""
         self._states = {name: owner.state() for name, owner in self._owners.items()}
+        self._parts = {name: owner.state() for name, owner in self._sharded.items()}
 
     def states(self) -> dict[str, Any]:
-        """What a checkpoint keeps, by name."""
-        return dict(self._states)
+        """What a checkpoint keeps, by name; of what is sharded, whether there is anything."""
+        return self._states | {name: part is not None for name, part in self._parts.items()}
 
-    def restore(self, states: Mapping[str, Any], *, anew: Collection[str] = ()) -> None:
-        """Give every owner the state that was saved, but for those `anew`, which begin as in a new run."""
+    def write(self, folder: Path) -> None:
+        """Write this rank's part of the states that are sharded."""
+        for name, owner in self._sharded.items():
+            owner.write(self._parts[name], folder)
+
+    def restore(self, states: Mapping[str, Any], folder: Path | None = None, *, anew: Collection[str] = ()) -> None:
+        """Give every owner the state that was saved, in `states` or `folder`, but for those `anew`, which begin as in
+        a new run."""
         for name, owner in self._owners.items():
             if name not in anew:
                 owner.restore(states[name])
+        for name, owner in self._sharded.items():
+            if name not in anew and folder is not None:
+                owner.read(folder)
         self.step_ends()
 
 

@@ -88,9 +88,9 @@ def begun_anew(config: RunConfig, before: Mapping[str, Any], *, other_rows: bool
     # They are known by their prompts' places in the data, and made of the model's tokens.
     for part in ("data", "model"):
         if part in changed:
-            anew["texts"] = f"the {part} changed"
+            anew |= dict.fromkeys(("texts", "waiting"), f"the {part} changed")
     if before["algorithm"]["name"] != config.algorithm.name:
-        anew |= dict.fromkeys(("algorithm", "texts"), "the algorithm changed")
+        anew |= dict.fromkeys(("algorithm", "texts", "waiting"), "the algorithm changed")
     return anew
 
 

@@ -1,52 +1,66 @@
-"""What stands between generation and training: rollouts that were made and are not learned from yet."""
+"""What stands between generation and training: groups that a step has begun and the next one learns from."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from megarl.algorithms.base import Group
+from megarl.config.schema import RunConfig
 from megarl.errors import MegarlError
-from megarl.train.groups import Rollouts
+from megarl.parallel.bootstrap import World
+from megarl.records import Prompt
+from megarl.train import waiting
+from megarl.train.groups import Begun
 
 
 class Feed:
-    """Hands out the rollouts of each step of a run of `steps` steps.
+    """Holds what waits, at most the groups of one step, by `rollout.ahead`: 0, where every step learns from what it has
+    made itself, or 1. What waits is a state of the run (`megarl.train.carry.Sharded`)."""
 
-    `staleness` bounds how many steps may have learned since the weights that made a token: 0, as in every run today,
-    means that a step learns only from what its own start has made. With n, rollouts are made up to n steps ahead, but
-    none for a step that the run does not make. What waits is no state of the run: a checkpoint is saved where nothing
-    does, see `require_empty`.
-    """
+    def __init__(self, config: RunConfig, world: World, prompts: Iterable[Prompt]) -> None:
+        self.ahead = config.rollout.ahead
+        self._place = waiting.Place.of(world.rank, world.size, config.rollout.tensor)
+        self._prompts = prompts
+        self._waiting: Begun | None = None
 
-    def __init__(self, steps: int, staleness: int = 0) -> None:
-        self.steps, self.staleness = steps, staleness
-        self._waiting: deque[Rollouts] = deque()
+    def exchange(self, begun: Begun | None) -> Begun | None:
+        """Let `begun` wait for the next step; what has waited until now."""
+        waited, self._waiting = self._waiting, begun
+        return waited
 
-    def take(self, step: int, make: Callable[[int], Rollouts]) -> Rollouts:
-        """The rollouts that step `step` learns from; `make` makes those of a step with the weights as they are now.
+    @property
+    def waiting(self) -> Begun | None:
+        """What waits."""
+        return self._waiting
 
-        Raises `MegarlError` where tokens are older than `staleness` allows.
-        """
-        last = max(step, min(step + self.staleness, self.steps))
-        for ahead in range(step + len(self._waiting), last + 1):
-            self._waiting.append(make(ahead))
-        rollouts = self._waiting.popleft()
-        oldest = min((v for v in map(_oldest_version, rollouts.kept.groups) if v is not None), default=None)
-        if oldest is not None and step - 1 - oldest > self.staleness:
+    def require_fresh(self, step: int, groups: Iterable[Group]) -> None:
+        """Raise `MegarlError` where step `step` would learn from tokens of weights that are older than `ahead` allows."""
+        oldest = min((version for group in groups for version in _versions(group)), default=step - 1)
+        if step - 1 - oldest > self.ahead:
             raise MegarlError(
                 f"step {step} would learn from tokens that the weights after step {oldest} made, {step - 1 - oldest} "
-                f"steps before it: the bound is {self.staleness}"
+                f"steps before it: the bound is {self.ahead}"
             )
-        return rollouts
 
-    def require_empty(self) -> None:
-        """Raise `MegarlError` where rollouts wait, which no checkpoint can hold."""
-        if self._waiting:
-            raise MegarlError(f"{len(self._waiting)} steps' rollouts wait in the feed, which no checkpoint can hold")
+    # --- a state of the run -----------------------------------------------------------------------------------------
+
+    def state(self) -> Begun | None:
+        """What waits; a value that later steps do not change."""
+        return self._waiting
+
+    def write(self, state: Begun | None, folder: Path) -> None:
+        """This rank's part of what waited when `state` was returned."""
+        if state is not None:
+            waiting.write(state, folder, self._place)
+
+    def read(self, folder: Path) -> None:
+        """Let what was saved wait again, whatever the ranks that saved it."""
+        by_index: Mapping[int, Prompt] = {prompt.index: prompt for prompt in self._prompts}
+        self._waiting = waiting.read(folder, self._place, by_index)
 
 
-def _oldest_version(group: Group) -> int | None:
-    """The oldest version of the policy's weights that wrote in a group; None where none is known."""
+def _versions(group: Group) -> Iterable[int]:
+    """The known versions of the policy's weights that wrote in a group."""
     stretches = (stretch for head in group.heads for stretch in head.stretches if stretch.source == "policy")
-    return min((stretch.version for stretch in stretches if stretch.version is not None), default=None)
+    return (stretch.version for stretch in stretches if stretch.version is not None)

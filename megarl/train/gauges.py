@@ -23,7 +23,7 @@ def measure(session: Session, plan: Plan, rollouts: Rollouts) -> dict[str, float
         found = [
             (place, gauge)
             for place, group in enumerate(groups)
-            for gauge in session.algorithm.gauges(group, rollouts.made.held(group, session.world.rank))
+            for gauge in session.algorithm.gauges(group, rollouts.held(group, session.world.rank))
         ]
         # Every rank needs the few of its replica's share; which those are does not matter.
         parts = gather_all([(place, gauge) for place, gauge in found if not gauge.common])

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 from megarl.algorithms import declared
 from megarl.algorithms.base import Group
-from megarl.algorithms.plan import Generation, Plan, Responder
+from megarl.algorithms.plan import Fork, Generation, Plan, Responder
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
 from megarl.parallel.cpu_platform import has_cuda
-from megarl.records import Key, Stretch
+from megarl.records import Body, Head, Key, Stretch
+from megarl.rollout.draw import OwnFirst
 from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.play import Task
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
-from megarl.train.groups import added
+from megarl.train.groups import Begun, added
 from megarl.train.inference import Inference
 from megarl.train.journal import Entries, Journal
 from megarl.train.outputs import Output
@@ -29,13 +32,15 @@ from megarl.train.session import Session
 class Job:
     """One sample to generate for group `group` of the step.
 
-    `request.index` is the job's position in the list of jobs that are made together.
+    `request.index` is the job's position in the list of jobs that are made together. `fork`: where it goes on from what
+    is there, how; then the request's prompt is the group's alone until the holder's replica makes it.
     """
 
     key: Key
     group: Group
     generation: Generation
     request: Request
+    fork: Fork | None = None
 
 
 def jobs(
@@ -66,10 +71,41 @@ def jobs(
     return made, counters
 
 
-def outputs(session: Session, step: int, batch: int, asked: Sequence[Job], journal: Journal | None) -> list[Output]:
-    """What this rank's replica makes of the jobs. Those for the same writers go to the engine in one call; those
-    that an environment answers are played. Collective: the engine may change its weights. Raises as `play_outputs`."""
+def continuations(config: RunConfig, plan: Plan, step: int, begun: Begun, start: int) -> list[Job]:
+    """The continuations that the groups that were begun want, as jobs from position `start` on."""
+    by_kind = {one.kind: one for one in plan.generations}
+    made: list[Job] = []
+    for group, growth in zip(begun.groups, begun.growths, strict=True):
+        written: Counter[Key] = Counter()
+        for fork in growth.forks:
+            generation = by_kind[fork.parent.kind]
+            for _ in range(fork.count):
+                key = fork.parent._replace(branch=(*fork.parent.branch, written[fork.parent]))
+                written[fork.parent] += 1
+                seed = None
+                if _seeded(config, generation.weights):
+                    place = (key.prompt, key.draw, key.number, *key.branch)
+                    seed = hash_seed(f"{key.kind} goes on", config.seed, step, *place)
+                most = (generation.max_tokens or config.rollout.max_tokens) - fork.place
+                request = Request(group.prompt.token_ids, start + len(made), seed, most)
+                made.append(Job(key, group, generation, request, fork))
+    return made
+
+
+def outputs(
+    session: Session,
+    step: int,
+    batch: int,
+    asked: Sequence[Job],
+    journal: Journal | None,
+    bodies: Mapping[Key, Body] | None = None,
+) -> list[Output]:
+    """What this rank's replica makes of the jobs. Those for the same writers go to the engine in one call, and with
+    them what goes on from the `bodies` that the replica holds; those that an environment answers are played.
+    Collective: the engine may change its weights. Raises as `play_outputs`."""
     found: list[Output] = []
+    if bodies is not None:
+        return _with_continuations(session, step, batch, asked, journal, bodies)
     for played, some in groupby(asked, key=lambda job: is_played(session, job.generation)):
         if played:
             found += _played(session, step, batch, list(some))
@@ -128,6 +164,80 @@ def _outputs(
     inference, end = session.inference, session.thinking_end.require_token()
     thinkings = think(inference, end, requests, sampling, entries(" thinking"))
     return respond(inference, end, Thinkings(thinkings, requests, weights), sampling, responder, entries(" response"))
+
+
+def _with_continuations(
+    session: Session,
+    step: int,
+    batch: int,
+    asked: Sequence[Job],
+    journal: Journal | None,
+    bodies: Mapping[Key, Body],
+) -> list[Output]:
+    """New samples and continuations of the samples that this replica holds, in one call of the engine.
+
+    A replica goes on with its own samples: no prefix travels to another, and the engine computes one that several
+    continuations share once, as far as it finds it in its cache.
+    """
+    engine, weights = session.inference.running_engine, asked[0].generation.weights
+    first = engine.replica * session.config.rollout.tensor
+    own = [job for job in asked if job.fork is not None and _holder(job) == first]
+    prefixes: dict[int, Prefix] = engine.told({job.request.index: _prefix(job, bodies) for job in own} if engine.speaks else {})
+    new = [job for job in asked if job.fork is None]
+    keys = {job.request.index: job.key for job in (*new, *own)}
+    entries = None if journal is None else Entries(journal, keys)
+    requests = [
+        replace(job.request, prompt_token_ids=(*job.request.prompt_token_ids, *prefixes[job.request.index].token_ids))
+        for job in own
+    ]
+    session.inference.use(weights)
+    left, known = _split([job.request for job in new], entries)
+    left_own, known_own = _split(requests, entries)
+    work = OwnFirst(range(len(left), len(left) + len(left_own)), session.inference.work(len(left)))
+    sampling = sampling_of(session.config, step, batch, weights)
+    made = engine.generate([*left, *left_own], sampling, work, _added_to(entries))
+    known = [*known[engine.replica :: engine.num_replicas], *known_own]
+    return [
+        _after(prefixes.get(one.index), one, weights) for one in _together(made, known, entries)
+    ]
+
+
+class Prefix(NamedTuple):
+    """What a continuation keeps of the trajectory that it goes on from."""
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    stretches: tuple[Stretch, ...]
+    old_log_probs: tuple[float, ...]
+
+
+def _holder(job: Job) -> int | None:
+    assert job.fork is not None
+    return head_of(job).holder
+
+
+def head_of(job: Job) -> Head:
+    """The head of the trajectory that a continuation goes on from."""
+    return next(head for head in job.group.heads if job.fork is not None and head.key == job.fork.parent)
+
+
+def _prefix(job: Job, bodies: Mapping[Key, Body]) -> Prefix:
+    assert job.fork is not None
+    place, head, body = job.fork.place, head_of(job), bodies[job.fork.parent]
+    stretches = tuple(one._replace(end=min(one.end, place)) for one in head.stretches if one.start < place)
+    return Prefix(body.token_ids[:place], body.log_probs[:place], stretches, body.old_log_probs[:place])
+
+
+def _after(prefix: Prefix | None, written: Completion, weights: str) -> Output:
+    """What was written, after what is kept of an earlier trajectory."""
+    if prefix is None:
+        return Output(written, stretches=_stretches((written, weights)))
+    kept = len(prefix.token_ids)
+    own = (one._replace(start=one.start + kept, end=one.end + kept) for one in _stretches((written, weights)))
+    whole = replace(
+        written, token_ids=prefix.token_ids + written.token_ids, log_probs=prefix.log_probs + written.log_probs
+    )
+    return Output(whole, stretches=(*prefix.stretches, *own), kept=kept, old_log_probs=prefix.old_log_probs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megarl.algorithms.base import Group
-from megarl.algorithms.plan import Probe
+from megarl.algorithms.plan import Growth, Probe
 from megarl.records import Body, Head, Key, Prompt, Trajectory
 
 
@@ -33,8 +33,9 @@ class Made:
 
     On all ranks: `groups` with their heads; `shown`, the first few answers with their texts, each with its prompt;
     `counters`; `generated_tokens` that were made, by kind, and `engine_tokens`, those that the engines have counted;
-    `reward_failure`, how the reward failed on an answer, where a rank saw that for the first time. On this rank:
-    `bodies` of the trajectories that it holds, and `written`, what its engine wrote, as it was written.
+    `reward_failure`, how the reward failed on an answer, where a rank saw that for the first time; `continuations` of
+    trajectories that were there before. On this rank: `bodies` of the trajectories that it holds, and `written`, what
+    its engine wrote, as it was written.
     """
 
     groups: tuple[Group, ...] = ()
@@ -45,6 +46,7 @@ class Made:
     reward_failure: str | None = None
     bodies: Mapping[Key, Body] = field(default_factory=dict)
     written: tuple[Trajectory, ...] = ()
+    continuations: tuple[Head, ...] = ()
 
     def __add__(self, later: Made) -> Made:
         """What two generation batches of a step have made."""
@@ -57,17 +59,13 @@ class Made:
             self.reward_failure or later.reward_failure,
             {**self.bodies, **later.bodies},
             self.written + later.written,
+            self.continuations + later.continuations,
         )
 
     @cached_property
     def answers(self) -> tuple[tuple[Prompt, Head], ...]:
-        """All answers with their prompts."""
-        return tuple((group.prompt, head) for group in self.groups for head in group.answers)
-
-    def held(self, group: Group, rank: int) -> list[Trajectory]:
-        """Those of a group's trajectories that rank `rank`, this one, answers for; the first for what all hold."""
-        held = (head for head in group.heads if head.holder == rank or (head.holder is None and rank == 0))
-        return [Trajectory(head, self.bodies[head.key]) for head in held]
+        """All answers with their prompts, but for continuations."""
+        return tuple((group.prompt, head) for group in self.groups for head in group.answers if head.parent is None)
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,47 @@ class Kept:
         return Kept(tuple(groups), added(self.counters, counters, lost))
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Groups whose prompts were answered and that are trained when they have grown, or in a later step, with this rank's
+    `bodies` of them."""
+
+    groups: tuple[Group, ...]
+    growths: tuple[Growth, ...]
+    bodies: Mapping[Key, Body]
+
+    def completed(self, made: Made) -> tuple[tuple[Group, ...], dict[Key, Body]]:
+        """The groups with their continuations, which `made` has, after the other heads; and this rank's bodies of all."""
+        by_draw: dict[tuple[int, int], list[Head]] = {}
+        for head in made.continuations:
+            by_draw.setdefault(head.key[:2], []).append(head)
+        groups = tuple(
+            dataclasses.replace(group, heads=group.heads + tuple(by_draw.get((group.prompt.index, group.draw), ())))
+            for group in self.groups
+        )
+        bodies = {head.key: made.bodies[head.key] for head in made.continuations if head.key in made.bodies}
+        return groups, {**self.bodies, **bodies}
+
+
 class Rollouts(NamedTuple):
-    """What a step has made, what of it is kept to train on, and the groups of its demonstrations, which every rank
-    holds (`made` has their bodies)."""
+    """What a step has made, what is kept to train on, and the groups of its demonstrations, which every rank holds.
+    `bodies` are this rank's of both."""
 
     made: Made
     kept: Kept
     demonstrations: tuple[Group, ...] = ()
+    earlier: Mapping[Key, Body] | None = None
+    """This rank's bodies of the kept groups, where an earlier step has begun these."""
+
+    @property
+    def bodies(self) -> Mapping[Key, Body]:
+        """This rank's bodies of what is kept."""
+        return self.made.bodies if self.earlier is None else self.earlier
+
+    def held(self, group: Group, rank: int) -> list[Trajectory]:
+        """Those of a group's trajectories that rank `rank`, this one, answers for; the first for what all hold."""
+        held = (head for head in group.heads if head.holder == rank or (head.holder is None and rank == 0))
+        return [Trajectory(head, self.bodies[head.key]) for head in held]
 
 
 def added(*counters: Mapping[str, int]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The training loop: one function, the same on every rank, for every algorithm.
 
-plan → draw, generate, score → keep groups → credit → log-probs → accumulate, step → push weights → evaluate, save
+plan → draw, generate, score → keep groups → measure, grow → credit → log-probs → accumulate, step → push weights → evaluate, save
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from megarl.policy.losses import Pass
 from megarl.policy.trained_set import StepResult
 from megarl.train import divergence, gauges, trust
 from megarl.train.evaluation import evaluate_now
+from megarl.train.growing import rollouts_of
 from megarl.train.measure import StepRecord
-from megarl.train.probes import probed
-from megarl.train.rollouts import roll_out
 from megarl.train.saving import save_checkpoint
 from megarl.train.selection import trainable
 from megarl.train.session import Session
@@ -48,8 +47,7 @@ def run_step(session: Session, step: int) -> dict[str, Any]:
     session.stops.step_begins()
     record = StepRecord(session, step)
     plan = session.algorithm.plan(step)
-    rollouts = session.feed.take(step, lambda ahead: roll_out(session, session.algorithm.plan(ahead), ahead))
-    rollouts = probed(session, rollouts, step)
+    rollouts = rollouts_of(session, plan, step)
     record.rollouts(rollouts)
     record.add(gauges.measure(session, plan, rollouts))
     batches, totals, counters, groups = trainable(session, rollouts, step)

@@ -33,9 +33,9 @@ def _saved(sample: Trajectory) -> dict[str, Any]:
     head, body = sample
     fields = dataclasses.asdict(dataclasses.replace(head, holder=None))
     fields |= dataclasses.asdict(dataclasses.replace(body, routed_experts=None))
-    for name in ("holder", "measured", "routed_experts"):
+    for name in ("holder", "measured", "routed_experts", "old_known", "old_log_probs"):
         del fields[name]
-    for name in ("prompt_length", "prompt_ids", "texts"):
+    for name in ("prompt_length", "prompt_ids", "texts", "fork"):
         if not fields[name]:
             del fields[name]
     # JSON has no NaN, which stands at an environment's tokens.

@@ -22,7 +22,7 @@ from megarl.records import DEMONSTRATION, Body, Head, Key, Prompt, Trajectory
 from megarl.rollout.play import Played
 from megarl.train import generation, replay, texts, trust
 from megarl.train.generation import Job
-from megarl.train.groups import Kept, Made, Rollouts, added, draw
+from megarl.train.groups import Begun, Kept, Made, Rollouts, added, draw
 from megarl.train.journal import Journal
 from megarl.train.outputs import Output
 from megarl.train.saving import save_rollouts
@@ -30,8 +30,13 @@ from megarl.train.scoring import Grading
 from megarl.train.session import Session, unfinished_directory
 
 
-def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
+def roll_out(
+    session: Session, plan: Plan, step: int, begun: Begun | None = None, *, draws: bool = True, call: int = 0
+) -> Rollouts:
     """The step's groups, saved where that is asked for; the engine is awake while they are generated. Collective.
+
+    The continuations of what was `begun` are made beside, in the first call of the engine; without `draws` they alone,
+    and there are no groups. `call`: how often the engine was awake in the step before.
 
     Where the rewards cannot be found any more, or the plan or a text goes beyond what the settings declare, all ranks
     raise `TrainingStopped` with the policy's memory back; where the run was asked to stop and the step would not end in
@@ -41,12 +46,14 @@ def roll_out(session: Session, plan: Plan, step: int) -> Rollouts:
     if not plan.generations:
         return make_rollouts(session, plan, step)
     with trust.discarding(session, step), session.inference.awake(plan.generations[0].weights):
-        rollouts = make_rollouts(session, plan, step)
+        rollouts = make_rollouts(session, plan, step, begun, draws=draws, call=call)
     save_rollouts(session.config, session.world, step, rollouts.made)
     return rollouts
 
 
-def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:
+def make_rollouts(
+    session: Session, plan: Plan, step: int, begun: Begun | None = None, *, draws: bool = True, call: int = 0
+) -> Rollouts:
     """Draw, generate and grade until there are enough groups to train on, or the plan's bound is reached.
 
     What an attempt at this step that was cut short has made already is taken from its journal. Collective. The engine
@@ -54,15 +61,15 @@ def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:
     the rewards cannot be found any more, `StopAsked` where the run was asked to stop and the step would not end in
     time.
     """
-    wanted = session.config.batch.prompts
+    wanted = plan.prompts or session.config.batch.prompts
     size = (session.config.batch.generation_prompts or wanted) if plan.batches > 1 else wanted
-    if session.grading is not None:
+    if session.grading is not None and not call:
         session.grading.scoring.begin_step()
-    journal = _journal(session, plan, step)
+    journal = _journal(session, plan, step, say=not call)
     made, kept = Made(), Kept()
     for batch in range(plan.batches):
-        groups = draw(session.data.draw(size), made.groups)
-        new = _make_batch(session, plan, step, batch, groups, journal)
+        groups = draw(session.data.draw(size) if draws else (), made.groups)
+        new = _make_batch(session, plan, step, batch + call, groups, journal, None if batch else begun)
         made += new
         kept = keep(session.algorithm, plan, kept, new.groups)
         # Where nothing gets a reward any more, such as after the judge's cost cap, more answers would not either.
@@ -71,7 +78,7 @@ def make_rollouts(session: Session, plan: Plan, step: int) -> Rollouts:
     if journal is not None:
         journal.close()
     surplus = {"groups_surplus": max(0, len(kept.groups) - wanted)}
-    made, demonstrations = _with_demonstrations(session, plan, made)
+    made, demonstrations = _with_demonstrations(session, plan, made) if draws else (made, ())
     return Rollouts(made, Kept(kept.groups[:wanted], added(kept.counters, surplus)), demonstrations)
 
 
@@ -111,7 +118,7 @@ def is_unscored(plan: Plan, group: Group) -> bool:
     return needed and any(head.reward is None for head in group.answers)
 
 
-def _journal(session: Session, plan: Plan, step: int) -> Journal | None:
+def _journal(session: Session, plan: Plan, step: int, *, say: bool) -> Journal | None:
     """The journal of the step's completions; None where none are made, or they come with what it does not keep."""
     config, engine = session.config, session.inference.engine
     if engine is None or not plan.generations:
@@ -119,18 +126,24 @@ def _journal(session: Session, plan: Plan, step: int) -> Journal | None:
     if config.rollout.replay is not None or config.moe.routing_replay != "off" or not config.rollout.keep_unfinished:
         return None
     journal = Journal(unfinished_directory(config), step, config, rank=session.world.rank, writes=engine.speaks)
-    if len(journal):
+    if say and len(journal):
         session.recorder.status(f"step {step}: {len(journal)} completions were made before")
     return journal
 
 
 def _make_batch(
-    session: Session, plan: Plan, step: int, batch: int, groups: tuple[Group, ...], journal: Journal | None
+    session: Session,
+    plan: Plan,
+    step: int,
+    batch: int,
+    groups: tuple[Group, ...],
+    journal: Journal | None,
+    begun: Begun | None,
 ) -> Made:
     """Generate for `groups`, grade what this rank holds, and tell everyone; then the texts that need no engine."""
     made = Made(groups)
     if plan.generations:
-        made = _generate_batch(session, plan, step, batch, groups, journal)
+        made = _generate_batch(session, plan, step, batch, groups, journal, begun)
     if plan.solutions:
         with session.clock.phase("data"):
             solutions, counters = texts.of_solutions(groups, session.tokenizer, session.config.rollout.max_tokens)
@@ -139,7 +152,13 @@ def _make_batch(
 
 
 def _generate_batch(
-    session: Session, plan: Plan, step: int, batch: int, groups: tuple[Group, ...], journal: Journal | None
+    session: Session,
+    plan: Plan,
+    step: int,
+    batch: int,
+    groups: tuple[Group, ...],
+    journal: Journal | None,
+    begun: Begun | None,
 ) -> Made:
     jobs, counters = generation.jobs(
         session.config,
@@ -148,6 +167,10 @@ def _generate_batch(
         groups,
         lambda one, group: session.texts.of(one, group.prompt.index, step) is not None,
     )
+    continued = [] if begun is None else generation.continuations(session.config, plan, step, begun, len(jobs))
+    kept = sum(job.fork.place for job in continued if job.fork is not None)
+    counters = added(counters, {"generation_calls": 1, "prefix_tokens_reused": kept} if plan.grows else {})
+    jobs += continued
     samples: dict[int, Trajectory] = {}
     tokens: dict[str, int] = {}
     engine, failure = session.inference.engine, None
@@ -156,7 +179,8 @@ def _generate_batch(
         samples = _replayed(session, step, jobs)
     else:
         with session.clock.phase("generate"):
-            outputs = generation.outputs(session, step, batch, jobs, journal)
+            bodies = begun.bodies if begun is not None and continued else None
+            outputs = generation.outputs(session, step, batch, jobs, journal, bodies)
             assert engine is not None
             session.stops.give_up_if(engine.interrupted or session.stops.too_late)
         if session.grading is not None:
@@ -166,7 +190,9 @@ def _generate_batch(
                 except ScoringStopped as error:
                     failure = str(error)
             for output in outputs:
-                tokens = added(tokens, {jobs[output.completion.index].key.kind: output.tokens_made})
+                job = jobs[output.completion.index]
+                name = job.key.kind if job.fork is None else "continuation"
+                tokens = added(tokens, {name: output.tokens_made})
     with session.clock.phase("score"):
         pumped = engine.tokens_generated - before if engine is not None and engine.speaks else 0
         made = _told(session, plan, step, groups, jobs, samples, tokens, pumped, failure)
@@ -186,9 +212,15 @@ def _samples(
         completion, played = output.completion, output.played
         job, one = jobs[completion.index], by_position.get(completion.index)
         head = Head(job.key, session.world.rank, output.stretches, completion.finish_reason)
+        old = ()
+        if job.fork is not None:
+            known = min(output.kept, generation.head_of(job).old_known)
+            head = dataclasses.replace(head, fork=output.kept, old_known=known)
+            old = output.old_log_probs[:known]
         text = session.tokenizer.decode(completion.token_ids) if one is None else one.text
         seed = job.request.seed or 0
-        body = Body(completion.token_ids, completion.log_probs, text, seed, routed_experts=completion.routed_experts)
+        routed = completion.routed_experts
+        body = Body(completion.token_ids, completion.log_probs, text, seed, routed_experts=routed, old_log_probs=old)
         if played is not None:
             head, body = _with_turns(session.tokenizer, job, played, Trajectory(head, body))
         elif job.generation.learn is None and job.generation.prompt is not None:
@@ -300,8 +332,10 @@ def _told(
     for key, text in sorted((pair for one in told for pair in one.kept), key=lambda pair: pair[0]):
         session.texts.keep(step, key, text)
     shown = {key: sample for one in told for key, sample in one.shown.items()}
+    heads = [head for one in told for head in one.heads]
     return Made(
-        groups=_with_heads(groups, plan, [head for one in told for head in one.heads]),
+        groups=_with_heads(groups, plan, [head for head in heads if head.parent is None]),
+        continuations=tuple(sorted((head for head in heads if head.parent is not None), key=lambda head: head.key)),
         shown=tuple((prompt, shown[key]) for key, prompt in to_show.items() if key in shown),
         counters=added(*(one.counters for one in told)),
         generated_tokens=added(*(one.tokens for one in told)),

@@ -162,15 +162,16 @@ def deliver(
             made[item.trained.head.key] = _sequence(item, array[start : start + size], routing, temperature)
             start += size
     for item in wanted_by_rank[world.rank]:
-        made[item.trained.head.key].current = version is not None and written_by(item.trained, version)
+        made[item.trained.head.key].old_wrote = version is not None and old_wrote(item.trained, version)
     data_rank = grid_of_rank(world.rank, world.size, config.parallel).data_rank
     return [[made[item.trained.head.key] for item in batch[data_rank]] for batch in batches]
 
 
-def written_by(trained: Trained, version: int) -> bool:
-    """Whether the policy's weights `version` wrote all that is trained of a trajectory."""
+def old_wrote(trained: Trained, version: int) -> bool:
+    """Whether the weights of the old log-probs wrote all that is trained of a trajectory: the policy's weights `version`,
+    or those of an earlier step, where these are known."""
     return all(
-        stretch.source == "policy" and stretch.version == version
+        stretch.source == "policy" and (stretch.version == version or stretch.end <= trained.head.old_known)
         for stretch in trained.head.stretches
         if any(span.start < stretch.end and stretch.start < span.end for span in trained.spans)
     )
@@ -204,10 +205,11 @@ def _routed_shape(item: Item, routing: Routing) -> tuple[int, int, int]:
 
 def _sent(item: Item, routing: Routing) -> int:
     """Numbers that travel: the tokens, and of a sample the prompt's where it is not the data's, the log-probs of the
-    trained ones, and the routing, in pairs."""
+    trained ones, those that an earlier step has measured, and the routing, in pairs."""
     if item.is_text:
         return item.end
-    return _own_prompt(item) + item.end + item.trained.tokens + -(-prod(_routed_shape(item, routing)) // 2)
+    values = item.trained.tokens + _old_known(item)
+    return _own_prompt(item) + item.end + values + -(-prod(_routed_shape(item, routing)) // 2)
 
 
 def _own_prompt(item: Item) -> int:
@@ -215,17 +217,24 @@ def _own_prompt(item: Item) -> int:
     return item.trained.head.prompt_length or 0
 
 
+def _old_known(item: Item) -> int:
+    """Trained tokens whose old log-probs are known, which are the first of them."""
+    known = item.trained.head.old_known
+    return sum(max(min(span.end, known) - span.start, 0) for span in item.trained.spans)
+
+
 def _pack(bodies: Mapping[Key, Body], items: Sequences[Item], routing: Routing) -> np.ndarray:
-    """Tokens, first those of a prompt of their own; then log-probs bit for bit, then the routing, of each item in turn,
-    as int32."""
+    """Tokens, first those of a prompt of their own; then the engine's log-probs and the old ones bit for bit, then the
+    routing, of each item in turn, as int32."""
     parts: list[np.ndarray] = []
     for item in items:
         body = bodies[item.trained.head.key]
         parts.append(np.array([*(body.prompt_ids or ()), *body.token_ids[: item.end]], np.int32))
         if item.is_text:
             continue
-        log_probs = [body.log_probs[span.start : span.end] for span in item.trained.spans]
-        parts.append(np.array([one for span in log_probs for one in span], np.float32).view(np.int32))
+        for values in (body.log_probs, body.old_log_probs):
+            trained = [one for span in item.trained.spans for one in values[span.start : span.end]]
+            parts.append(np.array(trained, np.float32).view(np.int32))
         shape = _routed_shape(item, routing)
         pairs = np.full(prod(shape) + prod(shape) % 2, -1, np.int16)
         if body.routed_experts is not None:
@@ -242,13 +251,17 @@ def _sequence(item: Item, payload: np.ndarray, routing: Routing, temperature: fl
     prompt = np.array([] if own else item.group.prompt.token_ids, np.int32)
     advantages = np.concatenate([np.full(one.end - one.start, one.advantage, np.float32) for one in spans])
     sent = own + item.end
-    tokens, log_probs, pairs = np.split(payload, [sent, sent + (0 if item.is_text else item.trained.tokens)])
+    made, known = (0, 0) if item.is_text else (item.trained.tokens, _old_known(item))
+    tokens, log_probs, measured, pairs = np.split(payload, np.cumsum([sent, made, known]))
+    old = np.full(made, np.nan, np.float32)
+    old[:known] = measured.view(np.float32)
     shape = _routed_shape(item, routing)
     return Sequence(
         tokens=np.concatenate([prompt, tokens]),
         positions=np.concatenate([from_place(before + one.start, before + one.end) for one in spans]),
         advantages=None if np.isnan(advantages).any() else advantages,
         rollout_log_probs=None if item.is_text else log_probs.view(np.float32).copy(),
+        old_log_probs=old if known else None,
         group=item.group.number,
         kind=item.kind,
         temperature=1.0 if item.kind in (SOLUTION, DEMONSTRATION) else temperature,

@@ -33,7 +33,6 @@ def save_checkpoint(session: Session) -> None:
     settings, start = session.config.checkpoint, time.monotonic()
     with session.clock.phase("save"):
         divergence.stop_if_found(session)
-        session.feed.require_empty()
         checkpoint.save(
             session.policy,
             run_directory(session.config) / "checkpoints",
@@ -43,6 +42,7 @@ def save_checkpoint(session: Session) -> None:
             # While updates are skipped, nobody knows what these weights are worth.
             keep=settings.keep if session.policy.skipped_in_a_row == 0 else sys.maxsize,
             keep_every=settings.keep_every,
+            beside=session.carry.write,
         )
         if session.world.is_first:
             journal.forget(unfinished_directory(session.config), session.progress.step)
@@ -68,7 +68,8 @@ def resume(session: Session) -> bool:
     anew = differences.begun_anew(config, saved["config"], other_rows=session.data.rows != saved["data"])
     if session.data.demonstrations is not None and DEMONSTRATIONS not in saved:
         anew["demonstrations"] = "the run had none"
-    session.carry.restore(saved["states"], anew=anew)
+    directory = run_directory(config) / "checkpoints" / f"step_{saved['step']:06d}"
+    session.carry.restore(saved["states"], directory, anew=anew)
     if (sentence := forgotten(saved["states"], anew)) is not None:
         session.recorder.status(sentence)
     session.saved_step = session.progress.step

@@ -39,7 +39,7 @@ def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
             credited, config.batch.updates, session.grid.data, together=together, beside=demonstrations
         )
         items, version = [batch.items for batch in batches], session.progress.step
-        sequences = deliver(rollouts.made.bodies, items, config, session.world, routing_of(session), version)
+        sequences = deliver(rollouts.bodies, items, config, session.world, routing_of(session), version)
     groups = sum(credit.left_out is None for credit in credits)
     return Trainable(sequences, [batch.totals for batch in batches], added(counters, more), groups)
 
@@ -52,6 +52,7 @@ def credited_groups(groups: Sequences[Group], credits: Sequences[Credit]) -> tup
         trained = tuple(one for one in credit.trained if one.spans)
         answers = sum(one.head.key.kind == "answer" for one in trained)
         counters["samples_not_trained"] += len(group.answers) - answers
+        counters.update(credit.counters)
         if credit.left_out is not None:
             counters[credit.left_out] += 1
             trained = ()

@@ -122,7 +122,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     if engine is not None and environment is not None:
         host = ReplicaHost(environment, tokenizer, engine, data.training.prompts[0])
     recorder.status("building the policy")
-    counters, texts, feed = Counters(), TextCache(), Feed(config.steps)
+    counters, texts, feed = Counters(), TextCache(), Feed(config, world, data.training.prompts)
     policy = Policy(
         config,
         shape,
@@ -153,7 +153,8 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         texts=texts,
         feed=feed,
         carry=Carry(
-            {"stream": data.stream, "counters": counters, "texts": texts, "algorithm": algorithm} | data.other_streams
+            {"stream": data.stream, "counters": counters, "texts": texts, "algorithm": algorithm} | data.other_streams,
+            {"waiting": feed},
         ),
         stops=stops,
         served=served,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
 
+import numpy as np
+
 from megarl.algorithms.objective import Objective, first_pass_is_old, sets_read
 from megarl.config.parameter_sets import POLICY
 from megarl.records import Sequence
@@ -24,7 +26,8 @@ def log_probs_under(session: Session, sequences: Sequences[Sequence], name: str)
 
 
 def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, int]:
-    """Old log-probs, and those under other parameter sets, where an objective needs them. Collective.
+    """Old log-probs, but for those that are known from an earlier step, and those under other parameter sets, where an
+    objective needs them. Collective.
 
     With one update per step the old log-probs are those of the update's own forward pass, so that no pass of
     their own is spent on them. Sequences of which a server gives no log-probs are taken out of `batches`; what was
@@ -36,7 +39,8 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, 
     if not first_pass_is_old(objectives, len(batches)):
         own = [s for s in sequences if any(one.old and one.trains(s.kind) for one in objectives)]
         for sequence, values in zip(own, log_probs_under(session, own, POLICY).values, strict=False):
-            sequence.old_log_probs = values
+            known = sequence.old_log_probs
+            sequence.old_log_probs = values if known is None else np.where(np.isnan(known), values, known)
     for name in sets_read(objectives) if batches else ():
         own = [s for s in sequences if any(name in one.under and one.trains(s.kind) for one in objectives)]
         found = log_probs_under(session, own, name)

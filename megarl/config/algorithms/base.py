@@ -28,6 +28,11 @@ class AlgorithmSettings(Settings):
     #: Whether it learns demonstrations, of a data set of their own, beside what is generated.
     learns_demonstrations: ClassVar[bool] = False
 
+    #: Whether it may learn from what the weights of the step before wrote (`rollout.ahead`).
+    learns_late: ClassVar[bool] = False
+    #: Whether it goes on with samples from their midst (`Plan.grows`).
+    grows: ClassVar[bool] = False
+
     name: str = Field(description="Name in the algorithm table, or an import path `package.module:Class`.")
 
     @property
@@ -56,6 +61,10 @@ class AlgorithmSettings(Settings):
     def longest_prompt(self, run: RunSettings) -> int:
         """Tokens of the longest prompt that the engine is given."""
         return run.data.max_prompt_tokens
+
+    def most_prompts(self, run: RunSettings) -> int:
+        """The most prompts that a step asks, where it does not ask always batch.prompts."""
+        return run.batch.prompts
 
     def sequences_per_prompt(self, run: RunSettings) -> int:
         """The most sequences of a prompt that are trained."""
@@ -99,6 +108,7 @@ def unusable(settings: AlgorithmSettings, run: RunSettings) -> Iterator[Refusal]
             "InfluenceSettings or None",
         ),
         "longest_prompt": (lambda: settings.longest_prompt(run), lambda found: isinstance(found, int), "an int"),
+        "most_prompts": (lambda: settings.most_prompts(run), lambda found: isinstance(found, int), "an int"),
         "sequences_per_prompt": (
             lambda: settings.sequences_per_prompt(run),
             lambda found: isinstance(found, int),

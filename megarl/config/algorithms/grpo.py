@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -156,6 +156,8 @@ class GroupRelativeSettings(AlgorithmSettings):
 
 class GrpoSettings(GroupRelativeSettings):
     """GRPO and its family. The defaults are GRPO's advantage with DAPO's token mean, without a KL term."""
+
+    learns_late: ClassVar[bool] = True
 
     name: Literal["grpo"] = "grpo"
 
