@@ -6,6 +6,7 @@ row: `algorithm.name` may be an import path `package.module:Class` of a subclass
 
 from __future__ import annotations
 
+from megarl.algorithms.attnrl import Attnrl
 from megarl.algorithms.base import Algorithm, AlgorithmContext
 from megarl.algorithms.bridge import Bridge
 from megarl.algorithms.expo import ExpDpo, ExpGrpo
@@ -27,6 +28,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "start": Start,
     "opd": Opd,
     "bridge": Bridge,
+    "attnrl": Attnrl,
 }
 
 

@@ -25,6 +25,7 @@ from megarl.config.data import DataSettings
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
+from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal
 from megarl.records import NEVER_TRAINED, Head, Prompt, Trajectory
@@ -38,6 +39,8 @@ class AlgorithmContext:
     """rollout.max_tokens: longest response in tokens."""
     group_size: int = 1
     """rollout.group_size: samples per prompt."""
+    prompts: int = 0
+    """batch.prompts: prompts of a step."""
     steps: int = 0
     """Steps of the run; 0 where epochs are given in their place."""
     demonstrations: int = 0
@@ -51,6 +54,10 @@ class AlgorithmContext:
     tokenizer: Tokenizer | None = None
     data: DataSettings | None = None
     """How questions are put to the model; with the tokenizer, for texts of the algorithm's own."""
+    thinking_end: ThinkingEnd | None = None
+    """What ends the thinking of a response."""
+    seed: int = 0
+    """Of the run, for what the algorithm draws."""
     stop_ids: frozenset[int] = frozenset()
     """Token ids that end a response."""
 
@@ -61,6 +68,7 @@ class AlgorithmContext:
         return cls(
             max_tokens=config.rollout.max_tokens,
             group_size=config.rollout.group_size,
+            prompts=config.batch.prompts,
             steps=config.steps,
             demonstrations=Implied(config).demonstrations,
             reward_low=low,
@@ -68,6 +76,8 @@ class AlgorithmContext:
             reward_judges=config.reward.kind in ("math", "boxed"),
             tokenizer=tokenizer,
             data=config.data,
+            thinking_end=ThinkingEnd(tokenizer, config.rollout.thinking_end),
+            seed=config.seed,
             stop_ids=frozenset((tokenizer.eos_token_id, *shape.eos_token_ids, *config.rollout.stop_token_ids)),
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 from megarl.config.influence import InfluenceSettings
 from megarl.config.parameter_sets import POLICY
 from megarl.records import DEMONSTRATION, SOLUTION, Key, Prompt, Trajectory
+from megarl.records import Sequence as TrainingSequence
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Plan:
 
 
 class Fork(NamedTuple):
-    """`count` continuations of the trajectory `parent`, each after its first `place` tokens, as if it had stopped there."""
+    """`count` continuations of the trajectory `parent`, each after its first `place` tokens."""
 
     parent: Key
     place: int
@@ -123,10 +124,10 @@ class Growth:
 class Influence:
     """How much the later steps of a sample look at each of its steps: see `megarl.policy.influence`.
 
-    `steps` says where these begin, as numbers of the sample's own tokens before them, from 0 on, given the ids (T,).
+    `steps` says where these begin, in the sequence, the first at its first position; what is before is a step too.
     """
 
-    steps: Callable[[np.ndarray], Sequence[int]]
+    steps: Callable[[TrainingSequence], Sequence[int]]
     settings: InfluenceSettings
 
 
@@ -146,9 +147,9 @@ class Probe:
     """
 
     name: str
-    reduce: Callable[[np.ndarray, np.ndarray], Sequence[float]]
-    """The few numbers, from what is measured of the sample's own tokens and their ids, (T,) each; of an influence from
-    that of each of their steps (S,), and the ids."""
+    reduce: Callable[[np.ndarray, TrainingSequence], Sequence[float]]
+    """The few numbers, from what is measured of the sample's own tokens (T,), those at the sequence's positions, or of
+    their steps (S,)."""
     parameters: str = POLICY
     kind: str = "answer"
     most: int = 64

@@ -1,12 +1,14 @@
-"""A response as steps of reasoning, how much later steps look at each, and where it is worth to branch.
+"""A response as steps of reasoning, and where it is worth to branch.
 
-AttnRL (arXiv 2509.26628). Pure functions of token texts and numbers; what the policy measures comes in as scores.
+AttnRL (arXiv 2509.26628), as the authors' released code has it. Pure functions of token texts and numbers; what the
+policy measures comes in as scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,43 +47,65 @@ def _ends(pieces: Sequence[str], separator: str) -> list[int]:
     return found
 
 
-def influence(scores: np.ndarray, distance: int = 4) -> np.ndarray:
-    """(S,) how much the steps from `distance` on behind each step look at it, by one layer and head's mean attention
-    `scores` (S, S) of query steps (rows) to key steps: the forward context influence before its maximum over layers
-    and heads."""
-    return np.tril(scores, -distance).sum(axis=0)
+def scored(influences: np.ndarray, starts: Sequence[int], length: int, thought: int | None) -> np.ndarray:
+    """(S,) the influences of a response's steps as scores: 0 for the first step, and from the one on in which the
+    thinking ends, after `thought` of the response's `length` tokens; None: it has no end."""
+    scores = np.array(influences, np.float64)
+    scores[:1] = 0
+    if thought is not None:
+        ends = np.array([*starts[1:], length])
+        scores[ends >= thought] = 0
+    return scores
+
+
+class BranchPoints(NamedTuple):
+    """Where a response is gone on with anew: `places`, tokens before them, ascending, one as often as it was chosen;
+    `by_score` of them were chosen by score."""
+
+    places: tuple[int, ...]
+    by_score: int
 
 
 def branch_points(
-    influences: Sequence[float],
+    scores: Sequence[float] | np.ndarray,
     starts: Sequence[int],
     *,
     count: int = 2,
     quantile: float = 0.8,
     gap: int = 512,
-    end: int | None = None,
-) -> tuple[tuple[int, ...], int]:
-    """The steps before which a response is continued anew, ascending, and how many of them were chosen by score.
+    before: int = 0,
+) -> BranchPoints:
+    """The places of `count` steps that are made anew.
 
-    Step k begins at token `starts[k]` of the response, and step 0 is never chosen. Chosen are the earliest steps with
-    an influence at or above the response's `quantile`, then the earliest others, each `gap` tokens or more from the
-    beginning and from every other one chosen. From step `end` on, where the thinking ends, steps have no score and
-    serve to fill. At most `count`, fewer where there are not so many.
+    Step k begins at token `starts[k]` of the response, which has `before` tokens before it; step 0 is never chosen. By
+    score come the earliest steps of a score above 0 and at or above the steps' `quantile` (of the least score above 0,
+    where that is 0), which begin `gap` tokens or more after the sequence does, and are as far from the nearer end of
+    every step chosen before. Where they are too few the earliest others fill, wherever they stand, and where there are
+    too few steps the earliest are chosen again. None where there is one step.
     """
-    scores = np.asarray(influences, np.float64)
+    scores = np.asarray(scores, np.float64)
     if len(scores) < 2:
-        return (), 0
-    last = len(scores) if end is None else min(end, len(scores))
-    threshold = float(np.quantile(scores, quantile))
+        return BranchPoints((), 0)
+    threshold = float(np.quantile(scores, quantile)) or min(scores[scores > 0], default=0.0)
     chosen: list[int] = []
-
-    def take(steps: Sequence[int]) -> None:
-        for step in steps:
-            far = all(abs(starts[step] - starts[other]) >= gap for other in chosen)
-            if len(chosen) < count and step not in chosen and starts[step] >= gap and far:
-                chosen.append(step)
-
-    take([step for step in range(1, last) if scores[step] > 0 and scores[step] >= threshold])
+    for step in range(1, len(scores)):
+        if len(chosen) == count:
+            break
+        near = any(starts[step] - starts[other + 1] < gap for other in chosen)
+        if scores[step] > 0 and scores[step] >= threshold and before + starts[step] >= gap and not near:
+            chosen.append(step)
     by_score = len(chosen)
-    take(range(1, len(scores)))
-    return tuple(sorted(chosen)), by_score
+    chosen += [step for step in range(1, len(scores)) if step not in chosen][: count - by_score]
+    while len(chosen) < count:
+        chosen += range(1, min(len(scores), 1 + count - len(chosen)))
+    return BranchPoints(tuple(sorted(starts[step] for step in chosen)), by_score)
+
+
+def highest(values: Iterable[float], count: int) -> tuple[int, ...]:
+    """The places of the `count` highest values, ascending; of equal ones the earliest.
+
+    >>> highest([0.5, 2.0, 1.0, 2.0], 2)
+    (1, 3)
+    """
+    ordered = sorted(enumerate(values), key=lambda one: (-one[1], one[0]))
+    return tuple(sorted(place for place, _ in ordered[:count]))

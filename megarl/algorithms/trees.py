@@ -60,17 +60,19 @@ def valued(parents: Sequence[int], rewards: Mapping[int, float]) -> tuple[list[V
     return found, root
 
 
-def expanded(right: Sequence[bool], easy: bool, draw: random.Random) -> tuple[int, ...]:
-    """Which of a problem's first samples become trees, ascending.
+def trees_wanted(right: Sequence[bool]) -> int:
+    """How many of a problem's n first samples become trees: ceil(n exp(-z)), of which a share z is right.
 
-    Of n samples of which a share z is right, ceil(n exp(-z)) do: all where none is right; where all are, those many
-    unless the problem is `easy`, and then none; else all of the smaller class, and some of the other, drawn.
+    >>> [trees_wanted([True] * count + [False] * (6 - count)) for count in range(7)]
+    [6, 6, 5, 4, 4, 3, 3]
     """
-    share = sum(right) / len(right)
-    if share == 1 and easy:
-        return ()
-    wanted = math.ceil(len(right) * math.exp(-share))
-    classes = [[number for number, one in enumerate(right) if one is kind] for kind in (True, False)]
+    return math.ceil(len(right) * math.exp(-sum(right) / len(right)))
+
+
+def expanded(right: Sequence[bool], wanted: int, draw: random.Random) -> tuple[int, ...]:
+    """Which `wanted` of a problem's first samples become trees, ascending: all of the smaller class, of the wrong ones
+    where both are of one size, and some of the other, drawn."""
+    classes = [[number for number, one in enumerate(right) if one is kind] for kind in (False, True)]
     few, many = sorted(classes, key=len)
     few = few[:wanted]
     return tuple(sorted([*few, *draw.sample(many, min(wanted - len(few), len(many)))]))

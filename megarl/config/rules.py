@@ -79,7 +79,9 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
     yield from chain(
         config.algorithm.refusals(config), _reward(config), _schedule(config), _sampling(config, shape), _texts(config)
     )
-    yield from chain(_consumer(config), _environment(config), _parameter_sets(config))
+    yield from chain(_consumer(config), _environment(config), _parameter_sets(config), _ahead(config))
+    if config.algorithm.influence is not None:
+        yield from config.algorithm.influence.refusals("algorithm.attention", shape.num_layers, shape.num_heads)
     yield from adapter_rules.refusals(config, shape)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from _packages(config)
@@ -264,6 +266,24 @@ def _judge(name: str, judge: JudgeSettings) -> Iterator[Refusal]:
             "needs prices to count by",
             f"set {name}.input_price and {name}.output_price",
         )
+
+
+def _ahead(config: RunConfig) -> Iterator[Refusal]:
+    """What goes on with samples that are there, from their midst or a step later."""
+    rollout, algorithm, late = config.rollout, config.algorithm, config.rollout.ahead == 1
+    if late and not algorithm.learns_late:
+        rule = f"is not for algorithm.name={algorithm.name}, which learns from what the step's own weights wrote"
+        yield Refusal("rollout.ahead=1", rule, "remove it")
+    what = "rollout.ahead=1" if late else f"algorithm.name={algorithm.name}"
+    if late and config.steps == 1 and config.epochs is None:
+        yield Refusal("steps=1", "learns nothing with rollout.ahead=1, whose first step only asks", "make it 2 or more")
+    if (late or algorithm.grows) and rollout.replay is not None:
+        yield Refusal(
+            f"rollout.replay={rollout.replay}", f"cannot be with {what}, which goes on with samples", "remove it"
+        )
+    if late and config.moe.routing_replay != "off":
+        rule = "cannot be with rollout.ahead=1, since no checkpoint keeps what the engine chose"
+        yield Refusal(f"moe.routing_replay={config.moe.routing_replay}", rule, "set it to off, or remove rollout.ahead")
 
 
 def _parameter_sets(config: RunConfig) -> Iterator[Refusal]:

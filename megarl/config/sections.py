@@ -158,8 +158,8 @@ class RolloutSettings(Settings):
     )
     ahead: Literal[0, 1] = Field(
         default=0,
-        description="1: a step asks the prompts that the next step learns from, and learns from what the step before has "
-        "asked (one-step off-policy); the first step only asks. What earlier weights wrote keeps their log-probs as old.",
+        description="1: a step asks the prompts that the next step learns from, and learns from what the step before "
+        "has asked (one-step off-policy); the first step only asks. Old log-probs are those of who wrote a token.",
     )
     replay: PathText | None = Field(
         default=None, description="Train from saved rollouts (a file, or a rollouts/ folder) instead of generating."

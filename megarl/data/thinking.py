@@ -51,6 +51,15 @@ class ThinkingEnd:
             return "thinking_unanswered"
         return length
 
+    def last(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens there are up to the end of the last marker; None without any."""
+        if self.token_id is not None:
+            places = [place for place, token_id in enumerate(token_ids) if token_id == self.token_id]
+            return places[-1] + 1 if places else None
+        text = self._tokenizer.decode(token_ids)
+        start = text.rfind(self.marker)
+        return None if start < 0 else tokens_until(self._tokenizer, token_ids, text[: start + len(self.marker)])
+
     def _by_token(self, token_ids: Sequence[int], marker: int) -> tuple[str, int] | str:
         """The text before the marker, and the number of tokens up to its end."""
         places = [place for place, token_id in enumerate(token_ids) if token_id == marker]

@@ -26,9 +26,9 @@ class Pass:
 
     `means` are the objectives' means over the mini-batch, and beside them what the pass knows of all tokens that an
     engine made (or of all tokens, where it made none): `entropy`; of the kinds that the weights of the old log-probs
-    wrote, `logprob_gap_mean` and `logprob_k3`, the gap between the old log-probs and the engine's; and what `Experts.report`
-    says. `gap_max` is the largest gap. `loss_seconds` is the longest time that a rank spent in the objectives' losses
-    (the backward pass, and work that a GPU has queued, left out).
+    wrote, `logprob_gap_mean` and `logprob_k3`, the gap between the old log-probs and the engine's; and what
+    `Experts.report` says. `gap_max` is the largest gap. `loss_seconds` is the longest time that a rank spent in the
+    objectives' losses (the backward pass, and work that a GPU has queued, left out).
     """
 
     loss: float

@@ -20,6 +20,7 @@ from megarl.algorithms.objective import BatchTotals, Objective
 from megarl.config import gpu_rules
 from megarl.config.grid import Grid
 from megarl.config.implied import Implied
+from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
 from megarl.config.parameter_sets import ADAPTER, POLICY, ParameterSet
 from megarl.config.schema import RunConfig
@@ -28,7 +29,7 @@ from megarl.parallel.bootstrap import World
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.adapter import Merged
 from megarl.policy.losses import LossStage, Pass, look_over
-from megarl.policy.network import Network
+from megarl.policy.network import Network, Survey
 from megarl.policy.passes import Passes
 from megarl.policy.trained_set import StepResult, TrainedSet
 from megarl.records import Sequence
@@ -178,6 +179,16 @@ class Policy:
         with nullcontext() if parameters in self.trained else self.using(parameters):
             found = trained.network.measure(sequences)
         return found if self.grid.is_last_stage else None
+
+    def survey(
+        self,
+        sequences: Sequences[Sequence],
+        steps: Sequences[np.ndarray] | None = None,
+        influence: InfluenceSettings | None = None,
+    ) -> Survey:
+        """Log-probs, entropies and the influence of steps under the policy's own weights: `Network.survey`."""
+        self._bring(POLICY, "compute log-probs")
+        return self.network.survey(sequences, steps, influence)
 
     def accumulate(
         self,

@@ -35,7 +35,7 @@ class Feed:
         return self._waiting
 
     def require_fresh(self, step: int, groups: Iterable[Group]) -> None:
-        """Raise `MegarlError` where step `step` would learn from tokens of weights that are older than `ahead` allows."""
+        """Raise `MegarlError` where step `step` would learn from tokens of older weights than `ahead` allows."""
         oldest = min((version for group in groups for version in _versions(group)), default=step - 1)
         if step - 1 - oldest > self.ahead:
             raise MegarlError(

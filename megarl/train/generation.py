@@ -182,7 +182,9 @@ def _with_continuations(
     engine, weights = session.inference.running_engine, asked[0].generation.weights
     first = engine.replica * session.config.rollout.tensor
     own = [job for job in asked if job.fork is not None and _holder(job) == first]
-    prefixes: dict[int, Prefix] = engine.told({job.request.index: _prefix(job, bodies) for job in own} if engine.speaks else {})
+    prefixes: dict[int, Prefix] = engine.told(
+        {job.request.index: _prefix(job, bodies) for job in own} if engine.speaks else {}
+    )
     new = [job for job in asked if job.fork is None]
     keys = {job.request.index: job.key for job in (*new, *own)}
     entries = None if journal is None else Entries(journal, keys)
@@ -197,9 +199,7 @@ def _with_continuations(
     sampling = sampling_of(session.config, step, batch, weights)
     made = engine.generate([*left, *left_own], sampling, work, _added_to(entries))
     known = [*known[engine.replica :: engine.num_replicas], *known_own]
-    return [
-        _after(prefixes.get(one.index), one, weights) for one in _together(made, known, entries)
-    ]
+    return [_after(prefixes.get(one.index), one, weights) for one in _together(made, known, entries)]
 
 
 class Prefix(NamedTuple):

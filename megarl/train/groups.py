@@ -90,15 +90,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Begun:
-    """Groups whose prompts were answered and that are trained when they have grown, or in a later step, with this rank's
-    `bodies` of them."""
+    """Groups whose prompts were answered, and that are trained when they have grown, or in a later step; `bodies` of
+    them on this rank."""
 
     groups: tuple[Group, ...]
     growths: tuple[Growth, ...]
     bodies: Mapping[Key, Body]
 
     def completed(self, made: Made) -> tuple[tuple[Group, ...], dict[Key, Body]]:
-        """The groups with their continuations, which `made` has, after the other heads; and this rank's bodies of all."""
+        """The groups with their continuations, which `made` has, behind the other heads; and this rank's bodies."""
         by_draw: dict[tuple[int, int], list[Head]] = {}
         for head in made.continuations:
             by_draw.setdefault(head.key[:2], []).append(head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megarl.algorithms.plan import Growth, Plan
+from megarl.algorithms.plan import Plan
 from megarl.train.groups import Begun, Kept, Rollouts, added
 from megarl.train.probes import probed
 from megarl.train.rollouts import roll_out

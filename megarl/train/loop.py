@@ -1,6 +1,7 @@
 """The training loop: one function, the same on every rank, for every algorithm.
 
-plan → draw, generate, score → keep groups → measure, grow → credit → log-probs → accumulate, step → push weights → evaluate, save
+plan → draw, generate, score → keep groups → measure, grow → credit → log-probs → accumulate, step → push weights →
+evaluate, save
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What an algorithm wants to know of the kept groups before they grow and get credit, measured where the samples' tokens
-are; and old log-probs of what a later step is to learn."""
+"""What an algorithm wants to know of the kept groups before they grow and get credit, measured where the samples'
+tokens are; and old log-probs of what a later step is to learn."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from megarl.train.values import log_probs_under
 
 
 class _Pass(NamedTuple):
-    """A pass over the samples of one kind under one parameter set: the probes that it serves, the influence among these,
-    and whether the log-probs are kept as old ones."""
+    """A pass over the samples of one kind under one parameter set: the probes that it serves, the influence among
+    these, and whether the log-probs are kept as old ones."""
 
     parameters: str
     kind: str
@@ -72,7 +72,9 @@ def probed(session: Session, rollouts: Rollouts, step: int, *, keeps_old: bool =
     probes = session.algorithm.probes(step)
     declared.stop_at(declared.of_probes(probes, session.config))
     kinds = {head.key.kind for group in rollouts.kept.groups for head in group.heads}
-    wanted = {kind for kind in sorted(kinds) if any(one.old and one.trains(kind) for one in session.algorithm.objectives)}
+    wanted = {
+        kind for kind in sorted(kinds) if any(one.old and one.trains(kind) for one in session.algorithm.objectives)
+    }
     for one in _passes(probes, sorted(wanted) if keeps_old else ()):
         with session.clock.phase("probes" if one.probes else "old_log_probs"):
             rollouts = _with_pass(session, rollouts, one)
@@ -109,8 +111,7 @@ def _with_pass(session: Session, rollouts: Rollouts, asked: _Pass) -> Rollouts:
         for number, item in enumerate(placed[session.grid.data_rank] if session.grid.reports else ()):
             one = values.of(probe, number)
             if one is not None:
-                ids = sequences[number].tokens[sequences[number].positions]
-                numbers[item.trained.head.key] = tuple(float(found) for found in probe.reduce(one, ids))
+                numbers[item.trained.head.key] = tuple(map(float, probe.reduce(one, sequences[number])))
         rollouts = rollouts._replace(kept=_told(probe, rollouts.kept, numbers, counters))
         counters = {}
     if not asked.keeps_old:
@@ -125,15 +126,9 @@ def _measured(session: Session, sequences: Sequence[records.Sequence], asked: _P
         return _Values(served.values), served.counters
     steps, influence = None, asked.influence
     if influence is not None:
-        steps = [_starts(one, influence) for one in sequences]
+        steps = [np.array([0, *influence.steps(one)]) for one in sequences]
     found = session.policy.survey(sequences, steps, None if influence is None else influence.settings)
     return _Values(found.log_probs, found.entropies, found.influences), {}
-
-
-def _starts(sequence: records.Sequence, influence: Influence) -> np.ndarray:
-    """Where the steps of a sequence begin, the prompt being the first."""
-    starts = influence.steps(sequence.tokens[sequence.positions])
-    return np.concatenate([[0], sequence.positions[np.asarray(starts, np.int64)]])
 
 
 def _told(probe: Probe, kept: Kept, mine: dict[Key, tuple[float, ...]], counters: dict[str, int]) -> Kept:
@@ -187,7 +182,9 @@ def _with_old(rollouts: Rollouts, kind: str, old: Mapping[Key, np.ndarray]) -> R
     """The rollouts whose trajectories of a kind have old log-probs, `old` of those that this rank holds."""
     bodies, groups = dict(rollouts.bodies), []
     for group in rollouts.kept.groups:
-        heads = [head if head.key.kind != kind else dataclasses.replace(head, old_known=head.length) for head in group.heads]
+        heads = [
+            head if head.key.kind != kind else dataclasses.replace(head, old_known=head.length) for head in group.heads
+        ]
         groups.append(dataclasses.replace(group, heads=tuple(heads)))
         for head in heads:
             if head.key in old:

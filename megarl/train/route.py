@@ -168,8 +168,8 @@ def deliver(
 
 
 def old_wrote(trained: Trained, version: int) -> bool:
-    """Whether the weights of the old log-probs wrote all that is trained of a trajectory: the policy's weights `version`,
-    or those of an earlier step, where these are known."""
+    """Whether the weights of the old log-probs wrote all that is trained of a trajectory: the policy's weights
+    `version`, or those of an earlier step, where these log-probs are known."""
     return all(
         stretch.source == "policy" and (stretch.version == version or stretch.end <= trained.head.old_known)
         for stretch in trained.head.stretches

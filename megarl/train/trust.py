@@ -41,8 +41,8 @@ def _discard(session: Session, step: int) -> None:
 
 def check_before(session: Session, step: int, batches: Sequence[Sequence[records.Sequence]]) -> None:
     """Raise `TrainingStopped` on all ranks where the engine's log-probs are no numbers, or, where the old log-probs are
-    measured, their gap exceeds `health.gap_limit`. Sequences are looked at that the weights of their old log-probs wrote;
-    of others the policy may think what it likes. Collective."""
+    measured, their gap exceeds `health.gap_limit`. Sequences are looked at that the weights of their old log-probs
+    wrote; of others the policy may think what it likes. Collective."""
     if session.config.health.gap_limit is None or not Implied(session.config).makes_rollouts:
         return
     own = [sequence for batch in batches for sequence in batch if sequence.old_wrote]

@@ -40,6 +40,7 @@ def add_log_probs(session: Session, batches: list[list[Sequence]]) -> dict[str, 
         own = [s for s in sequences if any(one.old and one.trains(s.kind) for one in objectives)]
         for sequence, values in zip(own, log_probs_under(session, own, POLICY).values, strict=False):
             known = sequence.old_log_probs
+            assert values is not None
             sequence.old_log_probs = values if known is None else np.where(np.isnan(known), values, known)
     for name in sets_read(objectives) if batches else ():
         own = [s for s in sequences if any(name in one.under and one.trains(s.kind) for one in objectives)]

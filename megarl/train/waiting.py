@@ -94,7 +94,7 @@ def _read_bodies(file: Path) -> dict[Key, Body]:
     with np.load(file) as arrays:
         values, starts = {name: arrays[name] for name in _VALUES}, dict.fromkeys(_VALUES, 0)
         for key, sizes, seed, text, prompt_ids, texts in json.loads(arrays["rest"].tobytes()):
-            own: dict[str, tuple[Any, ...]] = {}
+            own: dict[str, Any] = {}
             for name, size in zip(_VALUES, sizes, strict=True):
                 own[name] = tuple(values[name][starts[name] : starts[name] + size].tolist())
                 starts[name] += size

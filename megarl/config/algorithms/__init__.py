@@ -3,10 +3,11 @@
 Torch-free, so that a wrong setting is refused on a login node at once.
 """
 
+from megarl.config.algorithms.attnrl import AttnrlSettings
 from megarl.config.algorithms.base import AlgorithmSettings, ExplanationSettings
 from megarl.config.algorithms.bridge import BridgeSettings
 from megarl.config.algorithms.expo import ExpDpoSettings, ExpGrpoSettings
-from megarl.config.algorithms.grpo import GroupRelativeSettings, GrpoSettings
+from megarl.config.algorithms.grpo import ClippedSettings, GroupRelativeSettings, GrpoSettings
 from megarl.config.algorithms.nft import NftSettings
 from megarl.config.algorithms.opd import OpdSettings
 from megarl.config.algorithms.sft import SftSettings
@@ -22,12 +23,15 @@ ALGORITHM_SETTINGS: dict[str, type[AlgorithmSettings]] = {
     "start": StartSettings,
     "opd": OpdSettings,
     "bridge": BridgeSettings,
+    "attnrl": AttnrlSettings,
 }
 
 __all__ = [
     "ALGORITHM_SETTINGS",
     "AlgorithmSettings",
+    "AttnrlSettings",
     "BridgeSettings",
+    "ClippedSettings",
     "ExpDpoSettings",
     "ExpGrpoSettings",
     "ExplanationSettings",

@@ -14,33 +14,10 @@ from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
 
-class GroupRelativeSettings(AlgorithmSettings):
-    """Group-relative advantages and the clipped objective (arXiv 2402.03300; Dr. GRPO 2503.20783, DAPO 2503.14476,
-    GSPO 2507.18071)."""
+class ClippedSettings(AlgorithmSettings):
+    """The clipped ratio objective, with the corrections and terms that go with it (arXiv 2402.03300; Dr. GRPO
+    2503.20783, DAPO 2503.14476, GSPO 2507.18071)."""
 
-    advantage: Literal["grpo", "rloo", "opo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k", "pass_at_k_loo"] = (
-        Field(
-            default="grpo",
-            description="grpo: reward less the group's mean; rloo: less the others' mean (2402.14740); opo: less the "
-            "mean weighted by length (2505.23585); reinforce_pp: the reward, normalised over the step; "
-            "reinforce_pp_baseline: less the group's mean, then so (2501.03262); pass_at_k: the greatest reward of "
-            "the sets of pass_k samples that hold it, less that of all sets (2508.10751); pass_at_k_loo: what it adds "
-            "to pass_k - 1 others (2505.15201).",
-        )
-    )
-    pass_k: PositiveInt | None = Field(default=None, description="k of pass_at_k and pass_at_k_loo.")
-    normalize_std: bool | None = Field(
-        default=None,
-        description="Divide advantages by the group's standard deviation: with grpo and pass_at_k by default yes, and "
-        "no is Dr. GRPO; with pass_at_k_loo by default no. The others have no such choice.",
-    )
-    std_estimator: Literal["population", "sample"] = Field(
-        default="population", description="Divide the squared deviations by n (population) or n-1 (sample)."
-    )
-    std_epsilon: Annotated[float, Field(ge=0)] = Field(default=1e-6, description="Added to the standard deviation.")
-    singleton_advantage: Literal["zero", "reward"] = Field(
-        default="zero", description="Advantage of a group with one member: 0, or its raw reward."
-    )
     aggregation: Literal["token_mean", "sequence_mean", "constant", "token_sum"] = Field(
         default="token_mean",
         description="token_mean: sum over all tokens of the mini-batch / their count (DAPO); sequence_mean: mean per "
@@ -102,6 +79,42 @@ class GroupRelativeSettings(AlgorithmSettings):
         description="What is compared with rejection_bounds: each token's ratio, or, for an answer as a whole, the "
         "product of its tokens' ratios, their geometric mean, or each of them.",
     )
+
+    def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
+        return (ParameterSet(REFERENCE, measures=True),) if self.kl_coefficient > 0 else ()
+
+    def refusals(self, run: RunSettings) -> Iterator[Refusal]:
+        yield from _unused(self)
+        yield from _mismatch_refusals(self)
+
+
+class GroupRelativeSettings(ClippedSettings):
+    """Group-relative advantages and the clipped objective (arXiv 2402.03300; Dr. GRPO 2503.20783, DAPO 2503.14476,
+    GSPO 2507.18071)."""
+
+    advantage: Literal["grpo", "rloo", "opo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k", "pass_at_k_loo"] = (
+        Field(
+            default="grpo",
+            description="grpo: reward less the group's mean; rloo: less the others' mean (2402.14740); opo: less the "
+            "mean weighted by length (2505.23585); reinforce_pp: the reward, normalised over the step; "
+            "reinforce_pp_baseline: less the group's mean, then so (2501.03262); pass_at_k: the greatest reward of "
+            "the sets of pass_k samples that hold it, less that of all sets (2508.10751); pass_at_k_loo: what it adds "
+            "to pass_k - 1 others (2505.15201).",
+        )
+    )
+    pass_k: PositiveInt | None = Field(default=None, description="k of pass_at_k and pass_at_k_loo.")
+    normalize_std: bool | None = Field(
+        default=None,
+        description="Divide advantages by the group's standard deviation: with grpo and pass_at_k by default yes, and "
+        "no is Dr. GRPO; with pass_at_k_loo by default no. The others have no such choice.",
+    )
+    std_estimator: Literal["population", "sample"] = Field(
+        default="population", description="Divide the squared deviations by n (population) or n-1 (sample)."
+    )
+    std_epsilon: Annotated[float, Field(ge=0)] = Field(default=1e-6, description="Added to the standard deviation.")
+    singleton_advantage: Literal["zero", "reward"] = Field(
+        default="zero", description="Advantage of a group with one member: 0, or its raw reward."
+    )
     overlong_buffer: PositiveInt | None = Field(
         default=None,
         description="DAPO's soft overlong penalty over the last that many tokens before rollout.max_tokens.",
@@ -123,11 +136,11 @@ class GroupRelativeSettings(AlgorithmSettings):
             return self.normalize_std
         return self.advantage not in ("rloo", "opo", "pass_at_k_loo")
 
-    def parameter_sets(self, run: RunSettings) -> tuple[ParameterSet, ...]:
-        return (ParameterSet(REFERENCE, measures=True),) if self.kl_coefficient > 0 else ()
-
     def refusals(self, run: RunSettings) -> Iterator[Refusal]:
-        yield from _unused(self)
+        yield from super().refusals(run)
+        if self.overlong_buffer is None:
+            cause, fix = "without algorithm.overlong_buffer", "set algorithm.overlong_buffer or remove it"
+            yield from without_effect(self, "algorithm", ("overlong_penalty",), cause, fix)
         if not self.dynamic_sampling:
             yield from undropped_refusals(self, run)
         if self.overlong_buffer is not None and self.overlong_buffer >= run.rollout.max_tokens:
@@ -137,7 +150,6 @@ class GroupRelativeSettings(AlgorithmSettings):
                 "shorten the buffer or allow longer responses",
             )
         yield from _advantage_refusals(self, run.rollout.group_size)
-        yield from _mismatch_refusals(self)
         if run.rollout.group_size > 1:
             return
         if self.dynamic_sampling:
@@ -171,7 +183,7 @@ _UNUSED = {
 }
 
 
-def _unused(settings: GroupRelativeSettings) -> Iterator[Refusal]:
+def _unused(settings: ClippedSettings) -> Iterator[Refusal]:
     """Settings of what another one leaves out."""
     if settings.aggregation != "constant":
         cause = f"with algorithm.aggregation={settings.aggregation}"
@@ -180,9 +192,6 @@ def _unused(settings: GroupRelativeSettings) -> Iterator[Refusal]:
     if settings.kl_coefficient == 0:
         cause, fix = "with algorithm.kl_coefficient=0", "set algorithm.kl_coefficient or remove it"
         yield from without_effect(settings, "algorithm", ("kl_kind", "kl_cap"), cause, fix)
-    if settings.overlong_buffer is None:
-        cause, fix = "without algorithm.overlong_buffer", "set algorithm.overlong_buffer or remove it"
-        yield from without_effect(settings, "algorithm", ("overlong_penalty",), cause, fix)
 
 
 def _advantage_refusals(settings: GroupRelativeSettings, group_size: int) -> Iterator[Refusal]:
@@ -212,7 +221,7 @@ def _advantage_refusals(settings: GroupRelativeSettings, group_size: int) -> Ite
         )
 
 
-def _mismatch_refusals(settings: GroupRelativeSettings) -> Iterator[Refusal]:
+def _mismatch_refusals(settings: ClippedSettings) -> Iterator[Refusal]:
     """Importance weights and rejection that cannot do what they say. Where policy and engine agree every ratio is 1."""
     cap, floor = settings.importance_cap, settings.importance_floor
     if cap is None:
