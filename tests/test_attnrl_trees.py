@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarl.algorithms.steps import branch_points, influence, step_starts
-from megarl.algorithms.trees import ROOT, expanded, next_prompts, valued
+from megarl.algorithms.steps import branch_points, scored, step_starts
+from megarl.algorithms.trees import ROOT, expanded, next_prompts, trees_wanted, valued
 
 
 @pytest.mark.parametrize(
@@ -39,33 +39,50 @@ def test_steps_cover_a_response_however_it_is_cut_into_tokens(pieces: list[str])
     assert starts[0] == 0 and list(starts) == sorted(set(starts)) and starts[-1] < len(pieces)
 
 
-def test_influence_counts_what_comes_far_enough_behind():
-    scores = np.arange(36.0).reshape(6, 6)
-    # Of step 0 rows 4 and 5, of step 1 row 5.
-    assert influence(scores).tolist() == [24 + 30, 31, 0, 0, 0, 0]
-    assert influence(scores, distance=1)[0] == 6 + 12 + 18 + 24 + 30
+def test_scores_of_the_first_step_and_of_what_comes_behind_the_thinking_are_none():
+    values, starts = np.array([5.0, 1.0, 2.0, 3.0]), [0, 10, 20, 30]
+    assert scored(values, starts, 40, None).tolist() == [0, 1, 2, 3]
+    # The thinking ends in step 2, in its midst and with its last token; and in the last one.
+    for thought in (21, 30):
+        assert scored(values, starts, 40, thought).tolist() == [0, 1, 0, 0]
+    assert scored(values, starts, 40, 31).tolist() == [0, 1, 2, 0]
+    assert scored(np.array([]), [], 0, None).tolist() == []
 
 
 def test_branch_points_are_the_earliest_of_the_highest():
     starts = [0, 600, 700, 1300, 1900, 2500]
     scores = [0.0, 1.0, 9.0, 3.0, 9.0, 0.0]
-    assert branch_points(scores, starts) == ((2, 4), 2)
-    # One by score; the other fills: step 1 is too near to it.
-    assert branch_points([0.0, 1.0, 9.0, 3.0, 2.0, 0.0], starts, quantile=0.9) == ((2, 3), 1)
-    assert branch_points(scores, starts, count=1) == ((2,), 1)
-    # None is far enough from the beginning and from the others.
-    assert branch_points(scores, starts, gap=5000) == ((), 0)
-    assert branch_points(scores, starts, gap=2000) == ((5,), 0)
+    assert branch_points(scores, starts) == ((700, 1900), 2)
+    assert branch_points(scores, starts, count=1) == ((700,), 1)
+    # One by score; the earliest other step fills, as near as it may be.
+    assert branch_points([0.0, 1.0, 9.0, 3.0, 2.0, 0.0], starts, quantile=0.9) == ((600, 700), 1)
+    # What is before the response counts for the distance from the beginning, not for that of two steps.
+    near = [0, 100, 700, 1250, 1800]
+    assert branch_points([0.0, 9.0, 9.0, 9.0, 9.0], near, quantile=0.0).places == (700, 1800)
+    assert branch_points([0.0, 9.0, 9.0, 9.0, 9.0], near, quantile=0.0, before=500).places == (100, 1250)
+    # None by score is far enough.
+    assert branch_points(scores, starts, gap=5000) == ((600, 700), 0)
+
+
+def test_where_most_scores_are_nothing_the_least_of_the_others_is_enough():
+    starts = list(range(0, 1000, 100))
+    scores = [0.0] * 8 + [1.0, 2.0]
+    assert branch_points(scores, starts, gap=0, quantile=0.5) == ((800, 900), 2)
+    assert branch_points([0.0] * 10, starts, gap=0) == ((100, 200), 0)
 
 
 def test_a6_no_step_behind_the_thinking_is_chosen_by_score():
-    starts, scores = [0, 600, 1200, 1800], [0.0, 1.0, 0.5, 9.0]
-    assert branch_points(scores, starts, end=3, quantile=0.5) == ((1, 2), 1)
-    assert branch_points([0.0, 0.0, 0.0, 9.0], starts, end=3) == ((1, 2), 0)
+    starts, values = [0, 600, 1200, 1800], np.array([0.0, 1.0, 0.5, 9.0])
+    scores = scored(values, starts, 2400, 1801)
+    assert branch_points(scores, starts, quantile=0.5, gap=0) == ((600, 1200), 2)
+    # They serve to fill.
+    assert branch_points(scored(values, starts, 2400, 601), starts, count=3) == ((600, 1200, 1800), 0)
 
 
-def test_a_response_of_one_step_has_no_branch():
+def test_a_response_of_few_steps_branches_there_again_and_of_one_nowhere():
     assert branch_points([0.0], [0]) == branch_points([], []) == ((), 0)
+    assert branch_points([0.0, 0.0], [0, 7]) == ((7, 7), 0)
+    assert branch_points([0.0, 0.0, 1.0], [0, 7, 9], count=5, gap=0) == ((7, 7, 7, 9, 9), 1)
 
 
 #: Two first samples; the first is continued twice before each of two steps: segments 0, 1 and 2 are its own path.
@@ -131,20 +148,15 @@ def test_what_is_no_tree_is_an_error():
         valued([ROOT, 0], {0: 1.0, 1: 1.0})
 
 
-@pytest.mark.parametrize(("right", "trees_of"), [(0, 6), (1, 6), (2, 5), (3, 4), (4, 4), (5, 3), (6, 3)])
-def test_fewer_trees_grow_where_more_is_right(right: int, trees_of: int):
+@pytest.mark.parametrize(("right", "wanted"), [(0, 6), (1, 6), (2, 5), (3, 4), (4, 4), (5, 3), (6, 3)])
+def test_fewer_trees_grow_where_more_is_right(right: int, wanted: int):
     samples = [number < right for number in range(6)]
-    found = expanded(samples, False, random.Random(0))
-    assert len(found) == trees_of and list(found) == sorted(set(found))
-    # All of the smaller class are among them.
-    few = [number for number in range(6) if samples[number] == (right <= 3)]
-    if 0 < right < 6 and right != 3:
-        assert set(few) <= set(found)
-
-
-def test_an_easy_problem_is_left_alone():
-    assert expanded([True] * 6, True, random.Random(0)) == ()
-    assert len(expanded([True] * 5 + [False], True, random.Random(0))) == 3
+    assert trees_wanted(samples) == wanted
+    found = expanded(samples, wanted, random.Random(0))
+    assert len(found) == wanted and list(found) == sorted(set(found))
+    # All of the smaller class are among them, of the wrong ones where both are of one size.
+    few = [number for number in range(6) if samples[number] == (right < 3)]
+    assert right in (0, 6) or set(few) <= set(found)
 
 
 def test_a8_a_step_with_as_many_as_wanted_keeps_its_size():

@@ -124,7 +124,7 @@ class Attnrl(ClippedRatio):
                 counters["branch_points_by_filling"] += len(places) - by_score
             times = Counter(places)
             forks += [Fork(head.key, place, settings.continuations * times[place]) for place in sorted(times)]
-        return Growth(tuple(forks), counters=counters)
+        return Growth(tuple(forks), counters=+counters)
 
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
         """One sequence for every path to a leaf of a tree, each segment with its advantage."""

@@ -278,9 +278,8 @@ def _ahead(config: RunConfig) -> Iterator[Refusal]:
     if late and config.steps == 1 and config.epochs is None:
         yield Refusal("steps=1", "learns nothing with rollout.ahead=1, whose first step only asks", "make it 2 or more")
     if (late or algorithm.grows) and rollout.replay is not None:
-        yield Refusal(
-            f"rollout.replay={rollout.replay}", f"cannot be with {what}, which goes on with samples", "remove it"
-        )
+        rule = f"cannot be with {what}, which goes on with samples that it has made"
+        yield Refusal(f"rollout.replay={rollout.replay}", rule, "remove it")
     if late and config.moe.routing_replay != "off":
         rule = "cannot be with rollout.ahead=1, since no checkpoint keeps what the engine chose"
         yield Refusal(f"moe.routing_replay={config.moe.routing_replay}", rule, "set it to off, or remove rollout.ahead")

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megarl.algorithms.base import Group
-from megarl.config.schema import RunConfig
 from megarl.errors import MegarlError
-from megarl.parallel.bootstrap import World
 from megarl.records import Prompt
 from megarl.train import waiting
 from megarl.train.groups import Begun
@@ -18,10 +16,8 @@ class Feed:
     """Holds what waits, at most the groups of one step, by `rollout.ahead`: 0, where every step learns from what it has
     made itself, or 1. What waits is a state of the run (`megarl.train.carry.Sharded`)."""
 
-    def __init__(self, config: RunConfig, world: World, prompts: Iterable[Prompt]) -> None:
-        self.ahead = config.rollout.ahead
-        self._place = waiting.Place.of(world.rank, world.size, config.rollout.tensor)
-        self._prompts = prompts
+    def __init__(self, ahead: int, place: waiting.Place, prompts: Iterable[Prompt]) -> None:
+        self.ahead, self._place, self._prompts = ahead, place, prompts
         self._waiting: Begun | None = None
 
     def exchange(self, begun: Begun | None) -> Begun | None:

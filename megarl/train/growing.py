@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from megarl.algorithms.plan import Plan
-from megarl.train.groups import Begun, Kept, Rollouts, added
+from megarl.train.groups import Begun, Kept, Made, Rollouts, added
 from megarl.train.probes import probed
 from megarl.train.rollouts import roll_out
 from megarl.train.session import Session
@@ -32,7 +32,10 @@ def rollouts_of(session: Session, plan: Plan, step: int) -> Rollouts:
 
 def _of_step_before(session: Session, plan: Plan, step: int) -> Rollouts:
     waited, last = session.feed.waiting, step == session.config.steps
-    new = roll_out(session, plan, step, waited, draws=not last)
+    if last and not (waited and any(growth.forks for growth in waited.growths)):
+        new = Rollouts(Made(), Kept())
+    else:
+        new = roll_out(session, plan, step, waited, draws=not last)
     begun, new = _begun(session, probed(session, new, step, keeps_old=True), step)
     session.feed.exchange(None if last else begun)
     groups, bodies = ((), {}) if waited is None else waited.completed(new.made)

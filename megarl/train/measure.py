@@ -166,7 +166,9 @@ def put(values: dict[str, Any], further: Mapping[str, Any]) -> None:
 def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:
     answers = [head for _, head in rollouts.made.answers] if rollouts is not None else []
     if rollouts is None or not answers:
-        return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean"))
+        made = {} if rollouts is None else rollouts.made.generated_tokens
+        further = {"generated_tokens": sum(made.values()), "groups_trained": groups} if made else {}
+        return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean")) | further
     rewards = [head.reward for head in answers if head.reward is not None]
     terms = term_means(head.reward_terms for head in answers)
     return ({"reward_terms": terms} if terms else {}) | {

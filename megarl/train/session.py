@@ -44,6 +44,7 @@ from megarl.train.run_data import RunData
 from megarl.train.scoring import Grading
 from megarl.train.stops import Stops
 from megarl.train.text_cache import TextCache
+from megarl.train.waiting import Place
 
 
 @dataclass
@@ -122,7 +123,9 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     if engine is not None and environment is not None:
         host = ReplicaHost(environment, tokenizer, engine, data.training.prompts[0])
     recorder.status("building the policy")
-    counters, texts, feed = Counters(), TextCache(), Feed(config, world, data.training.prompts)
+    counters, texts = Counters(), TextCache()
+    place = Place.of(world.rank, world.size, config.rollout.tensor)
+    feed = Feed(config.rollout.ahead, place, data.training.prompts)
     policy = Policy(
         config,
         shape,
