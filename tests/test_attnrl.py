@@ -138,7 +138,7 @@ def test_what_has_no_signal_is_left_out_and_moves_the_next_step() -> None:
     (credit,) = algorithm.credit(1, [right])
     assert credit.left_out == "groups_without_variance" and not credit.trained
     # Where nothing carried a signal the most are asked: twice batch.prompts.
-    assert algorithm.plan(2).prompts == 8 and algorithm.numbers({}) == {"batch_prompts": 4, "signal_share": 0.0}
+    assert algorithm.plan(2).prompts == 8 and algorithm.numbers({}) == {"batch_prompts": 4}
     # A step that learns nothing yet moves nothing.
     fresh = attnrl()
     assert fresh.credit(1, []) == [] and fresh.plan(2).prompts is None

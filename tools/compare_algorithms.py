@@ -3,7 +3,8 @@
 Experiments on generated arithmetic with a tiny policy: `nft` (NFT against RFT and GRPO), `exp_grpo` (ExP-GRPO and
 ExP-DPO against GRPO where the start solves nothing), `start` (START against GRPO where the reward has a shortcut),
 `bridge` and `bridge_flipped` (BRIDGE against other ways to learn demonstrations and from rollouts, where the former
-cover two kinds of problems in three; and where a fifth of the rewards are flipped).
+cover two kinds of problems in three; and where a fifth of the rewards are flipped), `attnrl` (AttnRL against GRPO and
+TreeRL on chains in which the start slips, and without each of its parts).
 Every arm of an experiment starts from the same warmed-up policy. What they show and do not show: docs/claims.md.
 
 --out gets claims.json, claims.md, claims.png, and a folder per run. Finished runs are not repeated, and an interrupted

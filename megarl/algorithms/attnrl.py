@@ -50,7 +50,7 @@ class Attnrl(ClippedRatio):
         self._prompts: int | None = None
         # Of problems that were all right: how many, and the mean of their mean influences.
         self._easy, self._easy_mean = 0, 0.0
-        self._said: dict[str, float] = {}
+        self._asked = context.prompts
 
     def plan(self, step: int) -> Plan:
         """First samples, which grow."""
@@ -130,10 +130,7 @@ class Attnrl(ClippedRatio):
         """One sequence for every path to a leaf of a tree, each segment with its advantage."""
         found = [self._of_group(group) for group in groups]
         leaves = sum(len(one.trained) for one in found)
-        signal = sum(one.left_out is None for one in found)
-        self._said = {"batch_prompts": self._prompts or self.context.prompts}
-        if groups:
-            self._said["signal_share"] = signal / len(groups)
+        self._asked = self._prompts or self.context.prompts
         if groups and self.settings.adapt > 0:
             self._adapt(leaves)
         return found
@@ -163,8 +160,8 @@ class Attnrl(ClippedRatio):
         return Credit(trained, counters=counters | {"leaves": len(trained)})
 
     def numbers(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """`batch_prompts` that the step asked, and `signal_share` of the groups that it learned from."""
-        return self._said
+        """`batch_prompts` that the step asked."""
+        return {"batch_prompts": self._asked}
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -170,6 +170,7 @@ def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:
         further = {"generated_tokens": sum(made.values()), "groups_trained": groups} if made else {}
         return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean")) | further
     rewards = [head.reward for head in answers if head.reward is not None]
+    signal = [len({head.reward for head in group.answers}) > 1 for group in rollouts.kept.groups]
     terms = term_means(head.reward_terms for head in answers)
     return ({"reward_terms": terms} if terms else {}) | {
         "reward_mean": statistics.fmean(rewards) if rewards else None,
@@ -179,6 +180,7 @@ def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:
         "generated_tokens": sum(rollouts.made.generated_tokens.values()) or sum(head.length for head in answers),
         "groups": len(rollouts.made.groups),
         "groups_trained": groups,
+        "signal_share": statistics.fmean(signal) if signal else None,
     }
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from compare import inputs
 from compare.claims import Claim, Figure, above, at_least, figure
-from compare.runs import Recorded
+from compare.runs import TOKENS, Recorded
 
 #: Runs of an experiment: by arm, then in the order of the seeds.
 Runs = Mapping[str, Sequence[Recorded]]
@@ -347,6 +348,7 @@ BRIDGE = Experiment(
     panels=_BRIDGE_PANELS,
 )
 
+# placeholder
 BRIDGE_FLIPPED = Experiment(
     name="bridge_flipped",
     title="BRIDGE, where a fifth of the rewards are flipped",
@@ -359,4 +361,118 @@ BRIDGE_FLIPPED = Experiment(
     panels=_BRIDGE_PANELS,
 )
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (NFT, EXP_GRPO, START, BRIDGE, BRIDGE_FLIPPED)}
+
+def attnrl_claims(runs: Runs, _: float | None) -> list[Claim]:
+    """AttnRL against GRPO and TreeRL after as many generated tokens, and against itself without each of its parts."""
+    source = "AttnRL, arXiv 2509.26628"
+    budget = min(run.by_tokens("accuracy")[-1][0] for several in runs.values() for run in several)
+    ends = {arm: figure([_at_tokens(run, budget) for run in several]) for arm, several in runs.items()}
+    made = [
+        Claim(
+            f"attnrl_{other}",
+            source,
+            f"After as many generated tokens ({budget / 1e6:.2f} million) AttnRL has a higher held-out accuracy than "
+            f"{words}.",
+            ABOVE.format("attnrl", other),
+            {"attnrl": ends["attnrl"], other: ends[other]},
+            above(ends["attnrl"], ends[other]),
+        )
+        for other, words in (
+            ("grpo", "GRPO"),
+            ("treerl", "TreeRL"),
+            ("entropy", "with branch points by entropy"),
+            ("unfiltered", "without leaving easy problems out"),
+            ("uniform", "with all first samples expanded"),
+        )
+    ]
+    goal = min(ends["grpo"].mean, ends["treerl"].mean)
+    spent = {arm: figure([_tokens_to(run, goal) / 1e6 for run in runs[arm]]) for arm in ("attnrl", "treerl", "grpo")}
+    made.append(
+        Claim(
+            "attnrl_sooner",
+            source,
+            f"AttnRL comes with fewer generated tokens (millions) to an accuracy of {goal:.2f}, that of the lower of "
+            "GRPO and TreeRL at the end.",
+            "mean of attnrl < mean of treerl, and of grpo",
+            spent,
+            spent["attnrl"].mean < min(spent["treerl"].mean, spent["grpo"].mean),
+        )
+    )
+    shares = {arm: means(runs, arm, "signal_share") for arm in ("attnrl", "treerl", "grpo")}
+    made.append(
+        Claim(
+            "attnrl_signal",
+            source,
+            "More of the groups that AttnRL learns from have unlike rewards, in the mean over the run.",
+            ABOVE.format("attnrl", "treerl") + ", and grpo's",
+            shares,
+            above(shares["attnrl"], shares["treerl"]) and above(shares["attnrl"], shares["grpo"]),
+        )
+    )
+    return made
+
+
+def _at_tokens(run: Recorded, tokens: float) -> float:
+    """Accuracy when so many tokens were generated, on the line between two evaluations."""
+    points = run.by_tokens("accuracy")
+    for (before, low), (after, high) in pairwise(points):
+        if before <= tokens <= after and after > before:
+            return low + (high - low) * (tokens - before) / (after - before)
+    return points[-1][1]
+
+
+def _tokens_to(run: Recorded, accuracy: float) -> float:
+    """Generated tokens up to the first evaluation with that accuracy; all where there is none."""
+    points = run.by_tokens("accuracy")
+    return next((tokens for tokens, found in points if found >= accuracy), points[-1][0])
+
+
+def _attnrl(**changes: object) -> str:
+    """The algorithm of configs/quickstart_attnrl.yaml, changed."""
+    table = {"name": "attnrl", "gap": 4, "attention": "{distance: 1}", "kl_coefficient": 0.0} | changes
+    words = (f"{name}: {str(value).lower() if isinstance(value, bool) else value}" for name, value in table.items())
+    return f"algorithm={{{', '.join(words)}}}"
+
+
+#: Without what only branching by attention has.
+_ENTROPY = "algorithm={{name: attnrl, branching: entropy, kl_coefficient: 0.0{}}}"
+_CONFIG = "quickstart_attnrl.yaml"
+_ATTNRL_ARMS = (
+    # As many samples of a prompt as make the tokens of a tree.
+    Arm(
+        "grpo",
+        "GRPO",
+        _CONFIG,
+        ("algorithm={name: grpo, clip_high: 0.28, dual_clip: 3.0}", "rollout.group_size=16", "rollout.ahead=0"),
+    ),
+    Arm(
+        "treerl",
+        "TreeRL",
+        _CONFIG,
+        (_ENTROPY.format(", expansion: all, drop_easy: false, adapt: 0"), "rollout.ahead=0"),
+    ),
+    Arm("entropy", "by entropy", _CONFIG, (_ENTROPY.format(", attention: {distance: 1}"),)),
+    Arm("unfiltered", "no filter", _CONFIG, (_attnrl(drop_easy=False),)),
+    Arm("uniform", "all expanded", _CONFIG, (_attnrl(expansion="all"),)),
+    Arm("attnrl", "AttnRL", _CONFIG),
+)
+
+ATTNRL = Experiment(
+    name="attnrl",
+    title="AttnRL: slips in long chains",
+    start=inputs.SLIPS,
+    arms=_ATTNRL_ARMS,
+    claims=attnrl_claims,
+    panels=(
+        Panel("held-out accuracy", {"accuracy": "accuracy"}, ("grpo", "treerl", "attnrl"), over=TOKENS),
+        Panel("share of groups with a signal", {"signal_share": "share"}, ("grpo", "treerl", "attnrl")),
+        Panel(
+            "held-out accuracy without a part",
+            {"accuracy": "accuracy"},
+            ("entropy", "unfiltered", "uniform", "attnrl"),
+            over=TOKENS,
+        ),
+    ),
+)
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (NFT, EXP_GRPO, START, BRIDGE, BRIDGE_FLIPPED, ATTNRL)}

@@ -19,7 +19,7 @@ import make_arithmetic
 import make_tiny_model
 import train_tokenizer
 
-from compare import calls, hints, kinds, runs, shortcut
+from compare import calls, hints, kinds, runs, shortcut, slips
 
 WARMUP_CONFIG = "quickstart_warmup.yaml"
 
@@ -38,7 +38,8 @@ class Sizes:
 class Inputs:
     """One start: its folder is data/<name>/, its warm-up runs/<name>_warmup/.
 
-    `make(folder, warmup_rows, train_rows, heldout_rows)` writes its data, of which `warmup` is the warm-up's file.
+    `make(folder, warmup_rows, train_rows, heldout_rows)` writes its data, of which `warmup` is the warm-up's file;
+    `overrides` are further settings of the warm-up.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Inputs:
     rows: int
     steps: int
     markers: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
 
 def make_plain(folder: Path, warmup_rows: int, _: int, heldout_rows: int) -> None:
@@ -58,6 +60,7 @@ PLAIN = Inputs("quickstart", make_plain, "arithmetic/train.jsonl", 20000, 600)
 HINTS = Inputs("quickstart_hints", hints.make, "warmup.jsonl", 12000, 800, hints.MARKERS)
 SHORTCUT = Inputs("quickstart_shortcut", shortcut.make, "warmup.jsonl", 12000, 800, shortcut.MARKERS)
 KINDS = Inputs("quickstart_kinds", kinds.make, "warmup.jsonl", 12000, 800)
+SLIPS = Inputs("quickstart_slips", slips.make, "warmup.jsonl", 12000, 800, overrides=("rollout.max_tokens=96",))
 TOOLS = Inputs("quickstart_tools", calls.make, "warmup.jsonl", 12000, 800, calls.MARKERS)
 
 
@@ -95,6 +98,7 @@ def prepare(inputs: Inputs, root: Path, sizes: Sizes) -> None:
         f"steps={sizes.warmup_steps or inputs.steps}",
         f"model.path=data/{inputs.name}/model",
         f"data.path=data/{inputs.name}/{inputs.warmup}",
+        *inputs.overrides,
     ]
     runs.train(warmed, WARMUP_CONFIG, overrides, root, made)
 

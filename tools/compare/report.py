@@ -9,7 +9,7 @@ from typing import Any
 from compare.claims import Claim, Figure
 from compare.experiments import Experiment, Panel, Runs
 from compare.files import read_json, write_json
-from compare.runs import Recorded
+from compare.runs import TOKENS
 
 
 def write(out: Path, done: Sequence[tuple[Experiment, Runs, list[Claim]]], seeds: Sequence[int]) -> None:
@@ -76,8 +76,10 @@ def _draw_panel(axis: Any, experiment: Experiment, panel: Panel, runs: Runs) -> 
             name = label if len(panel.arms) == 1 else labels[arm]
             if panel.over == "step":
                 _band(axis, [run.curve(metric) for run in runs[arm]], name)
+            elif panel.over == TOKENS:
+                _trace(axis, [run.by_tokens(metric) for run in runs[arm]], name)
             else:
-                _trace(axis, runs[arm], panel.over, metric, name)
+                _trace(axis, [run.paired(metric, panel.over) for run in runs[arm]], name)
     axis.set_title(f"{experiment.title}\n{panel.title}", fontsize=9)
     axis.set_xlabel(panel.over)
     axis.grid(alpha=0.3)
@@ -94,11 +96,9 @@ def _band(axis: Any, curves: Sequence[Sequence[tuple[int, float]]], label: str) 
     axis.fill_between(steps, least, greatest, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def _trace(axis: Any, runs: Sequence[Recorded], over: str, metric: str, label: str) -> None:
-    """`metric` of each evaluation over the mean of `over` in the steps since the one before; one line per seed."""
+def _trace(axis: Any, curves: Sequence[Sequence[tuple[float, float]]], label: str) -> None:
+    """One line per seed."""
     color = None
-    for run in runs:
-        (line,) = axis.plot(
-            *zip(*run.paired(metric, over), strict=True), marker="o", markersize=3, color=color, label=label
-        )
+    for points in curves:
+        (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=label)
         color, label = line.get_color(), "_nolegend_"

@@ -17,6 +17,10 @@ TOOLS = Path(__file__).resolve().parents[1]
 ROOT = TOOLS.parent
 
 
+#: What a curve may be drawn over, beside steps and metrics: all tokens that were generated until then.
+TOKENS = "generated tokens"
+
+
 class RunFailed(Exception):
     """A run of `megarl` that ended with an error; the message names its log and shows the end of it."""
 
@@ -47,6 +51,11 @@ class Recorded:
             if between:
                 points.append((sum(between) / len(between), value))
         return points
+
+    def by_tokens(self, name: str) -> list[tuple[float, float]]:
+        """(tokens generated in all steps until then, `name`) of every evaluation."""
+        made = [(int(line["step"]), float(line.get("generated_tokens") or 0)) for line in self.steps]
+        return [(sum(tokens for at, tokens in made if at <= step), value) for step, value in self.curve(name)]
 
     def mean(self, name: str, last: int | None = None) -> float:
         """Mean of a curve, or of its `last` points."""
