@@ -84,6 +84,9 @@ def test_lengths() -> None:
         ("exp_dpo", 10),
         ("exp_grpo", 25),
         ({"name": "exp_grpo", "explanation_weight": 0.0}, 20),
+        # A first sample and four continuations of each, of twice as many prompts at most.
+        ("attnrl", 2 * 5 * 20),
+        ({"name": "attnrl", "adapt": 0, "branching": "none"}, 20),
     ],
 )
 def test_sequences_of_an_update(algorithm: str | dict[str, Any], sequences: int) -> None:
@@ -116,6 +119,8 @@ SETS: list[tuple[str | dict[str, Any], dict[str, Any], tuple[ParameterSet, ...]]
     (SERVED, {}, ()),
     ("bridge", {}, (ParameterSet(SHADOW, trains=True),)),
     ({"name": "bridge", "shadow": "none"}, {}, ()),
+    ("attnrl", {}, (MEASURED,)),
+    ({"name": "attnrl", "kl_coefficient": 0.0}, {}, ()),
     (
         {"name": "bridge", "shadow": "rebuilt", "kl_coefficient": 0.1},
         {},
