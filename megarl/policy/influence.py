@@ -8,6 +8,7 @@ every key is worth: nothing is kept that is a sequence long and wide, however ma
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class InfluenceTap:
             chosen = sorted(set(settings.heads) & set(mine))
             self._heads = torch.tensor([head - mine.start for head in chosen], dtype=torch.int64, device=device)
         self._now: tuple[MicroBatch, list[int]] | None = None
+        #: Spent in listening; on a GPU in queueing its work.
+        self.seconds = 0.0
         # By the micro-batch's first sequence: the chunks of a stage see micro-batches in turns.
         self._rows: dict[int, list[_Row]] = {}
 
@@ -126,10 +129,18 @@ class InfluenceTap:
         batch, members = self._now
         if not members:
             return
+        began = time.perf_counter()
+        self._listen(batch, members, arguments[0], arguments[1], keywords.get("packed_seq_params"))
+        self.seconds += time.perf_counter() - began
+
+    def _listen(
+        self, batch: MicroBatch, members: list[int], query: torch.Tensor, key: torch.Tensor, packing: Any
+    ) -> None:
+        """Take up what a layer attends to. Collective over the context-parallel group."""
         if members[0] not in self._rows:
             self._rows[members[0]] = self._rows_of(batch, members)
         rows = self._rows[members[0]]
-        query, key = _rotated(arguments[0], arguments[1], keywords.get("packed_seq_params"))
+        query, key = _rotated(query, key, packing)
         key = self._whole(key, batch)
         # A sum over the ranks that share the queries, and only then a maximum over heads.
         sums = torch.cat([self._sums(query, key, row) for row in rows], dim=1)

@@ -41,6 +41,8 @@ class Survey:
     log_probs: list[np.ndarray]
     entropies: list[np.ndarray]
     influences: list[np.ndarray]
+    influence_seconds: float = 0.0
+    """This rank's time in listening to attention."""
 
 
 class Network:
@@ -113,7 +115,9 @@ class Network:
         listening = nullcontext() if tap is None else tap.listening(self.chunks, self._stages)
         with torch.no_grad(), listening:
             self.passes.run(sequences, collect, forward_only=True, tap=tap)
-        return Survey(collect.log_probs, collect.entropies, [] if tap is None else tap.gather())
+        if tap is None:
+            return Survey(collect.log_probs, collect.entropies, [])
+        return Survey(collect.log_probs, collect.entropies, tap.gather(), tap.seconds)
 
     def _tap(
         self, sequences: Sequence[records.Sequence], steps: Sequence[np.ndarray], settings: InfluenceSettings

@@ -38,6 +38,11 @@ class Clock:
             self._names.pop()
             progress.enter(self._names[-1])
 
+    def count(self, name: str, seconds: float) -> None:
+        """Count a part of the present phase's time under another name."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self._inside[-1] += seconds
+
     def take(self) -> dict[str, float]:
         """The seconds counted since the last call, by phase."""
         seconds, self._seconds = self._seconds, {}

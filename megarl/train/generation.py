@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import NamedTuple
 
 from megarl.algorithms import declared
 from megarl.algorithms.base import Group
@@ -15,12 +13,11 @@ from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
 from megarl.parallel.cpu_platform import has_cuda
-from megarl.records import Body, Head, Key, Stretch
-from megarl.rollout.draw import OwnFirst
+from megarl.records import Key, Stretch
 from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.play import Task
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
-from megarl.train.groups import Begun, added
+from megarl.train.groups import added
 from megarl.train.inference import Inference
 from megarl.train.journal import Entries, Journal
 from megarl.train.outputs import Output
@@ -65,53 +62,22 @@ def jobs(
                 declared.stop_at(declared.of_prompt(generation, ids, config))
             for number in range(generation.count):
                 key = Key(group.prompt.index, group.draw, number, generation.kind)
-                seed = _seed(config, step, key, generation) if _seeded(config, generation.weights) else None
+                seed = _seed(config, step, key, generation) if is_seeded(config, generation.weights) else None
                 request = Request(tuple(ids), len(made), seed, generation.max_tokens)
                 made.append(Job(key, group, generation, request))
     return made, counters
 
 
-def continuations(config: RunConfig, plan: Plan, step: int, begun: Begun, start: int) -> list[Job]:
-    """The continuations that the groups that were begun want, as jobs from position `start` on."""
-    by_kind = {one.kind: one for one in plan.generations}
-    made: list[Job] = []
-    for group, growth in zip(begun.groups, begun.growths, strict=True):
-        written: Counter[Key] = Counter()
-        for fork in growth.forks:
-            generation = by_kind[fork.parent.kind]
-            for _ in range(fork.count):
-                key = fork.parent._replace(branch=(*fork.parent.branch, written[fork.parent]))
-                written[fork.parent] += 1
-                seed = None
-                if _seeded(config, generation.weights):
-                    place = (key.prompt, key.draw, key.number, *key.branch)
-                    seed = hash_seed(f"{key.kind} goes on", config.seed, step, *place)
-                most = (generation.max_tokens or config.rollout.max_tokens) - fork.place
-                request = Request(group.prompt.token_ids, start + len(made), seed, most)
-                made.append(Job(key, group, generation, request, fork))
-    return made
-
-
-def outputs(
-    session: Session,
-    step: int,
-    batch: int,
-    asked: Sequence[Job],
-    journal: Journal | None,
-    bodies: Mapping[Key, Body] | None = None,
-) -> list[Output]:
-    """What this rank's replica makes of the jobs. Those for the same writers go to the engine in one call, and with
-    them what goes on from the `bodies` that the replica holds; those that an environment answers are played.
-    Collective: the engine may change its weights. Raises as `play_outputs`."""
+def outputs(session: Session, step: int, batch: int, asked: Sequence[Job], journal: Journal | None) -> list[Output]:
+    """What this rank's replica makes of the jobs. Those for the same writers go to the engine in one call; those
+    that an environment answers are played. Collective: the engine may change its weights. Raises as `play_outputs`."""
     found: list[Output] = []
-    if bodies is not None:
-        return _with_continuations(session, step, batch, asked, journal, bodies)
     for played, some in groupby(asked, key=lambda job: is_played(session, job.generation)):
         if played:
             found += _played(session, step, batch, list(some))
             continue
-        for writers, together in groupby(some, key=lambda job: (job.generation.weights, job.generation.responder)):
-            found += _outputs(session, step, batch, list(together), *writers, journal)
+        for writers, some_of in groupby(some, key=lambda job: (job.generation.weights, job.generation.responder)):
+            found += _outputs(session, step, batch, list(some_of), *writers, journal)
     return found
 
 
@@ -160,84 +126,10 @@ def _outputs(
     session.inference.use(weights)
     if responder is None:
         made = generate(session.inference, requests, sampling, entries())
-        return [Output(one, stretches=_stretches((one, weights))) for one in made]
+        return [Output(one, stretches=stretches_of((one, weights))) for one in made]
     inference, end = session.inference, session.thinking_end.require_token()
     thinkings = think(inference, end, requests, sampling, entries(" thinking"))
     return respond(inference, end, Thinkings(thinkings, requests, weights), sampling, responder, entries(" response"))
-
-
-def _with_continuations(
-    session: Session,
-    step: int,
-    batch: int,
-    asked: Sequence[Job],
-    journal: Journal | None,
-    bodies: Mapping[Key, Body],
-) -> list[Output]:
-    """New samples and continuations of the samples that this replica holds, in one call of the engine.
-
-    A replica goes on with its own samples: no prefix travels to another, and the engine computes one that several
-    continuations share once, as far as it finds it in its cache.
-    """
-    engine, weights = session.inference.running_engine, asked[0].generation.weights
-    first = engine.replica * session.config.rollout.tensor
-    own = [job for job in asked if job.fork is not None and _holder(job) == first]
-    prefixes: dict[int, Prefix] = engine.told(
-        {job.request.index: _prefix(job, bodies) for job in own} if engine.speaks else {}
-    )
-    new = [job for job in asked if job.fork is None]
-    keys = {job.request.index: job.key for job in (*new, *own)}
-    entries = None if journal is None else Entries(journal, keys)
-    requests = [
-        replace(job.request, prompt_token_ids=(*job.request.prompt_token_ids, *prefixes[job.request.index].token_ids))
-        for job in own
-    ]
-    session.inference.use(weights)
-    left, known = _split([job.request for job in new], entries)
-    left_own, known_own = _split(requests, entries)
-    work = OwnFirst(range(len(left), len(left) + len(left_own)), session.inference.work(len(left)))
-    sampling = sampling_of(session.config, step, batch, weights)
-    made = engine.generate([*left, *left_own], sampling, work, _added_to(entries))
-    known = [*known[engine.replica :: engine.num_replicas], *known_own]
-    return [_after(prefixes.get(one.index), one, weights) for one in _together(made, known, entries)]
-
-
-class Prefix(NamedTuple):
-    """What a continuation keeps of the trajectory that it goes on from."""
-
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    stretches: tuple[Stretch, ...]
-    old_log_probs: tuple[float, ...]
-
-
-def _holder(job: Job) -> int | None:
-    assert job.fork is not None
-    return head_of(job).holder
-
-
-def head_of(job: Job) -> Head:
-    """The head of the trajectory that a continuation goes on from."""
-    return next(head for head in job.group.heads if job.fork is not None and head.key == job.fork.parent)
-
-
-def _prefix(job: Job, bodies: Mapping[Key, Body]) -> Prefix:
-    assert job.fork is not None
-    place, head, body = job.fork.place, head_of(job), bodies[job.fork.parent]
-    stretches = tuple(one._replace(end=min(one.end, place)) for one in head.stretches if one.start < place)
-    return Prefix(body.token_ids[:place], body.log_probs[:place], stretches, body.old_log_probs[:place])
-
-
-def _after(prefix: Prefix | None, written: Completion, weights: str) -> Output:
-    """What was written, after what is kept of an earlier trajectory."""
-    if prefix is None:
-        return Output(written, stretches=_stretches((written, weights)))
-    kept = len(prefix.token_ids)
-    own = (one._replace(start=one.start + kept, end=one.end + kept) for one in _stretches((written, weights)))
-    whole = replace(
-        written, token_ids=prefix.token_ids + written.token_ids, log_probs=prefix.log_probs + written.log_probs
-    )
-    return Output(whole, stretches=(*prefix.stretches, *own), kept=kept, old_log_probs=prefix.old_log_probs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +141,7 @@ class Thinkings:
     weights: str = POLICY
 
 
-def _stretches(*parts: tuple[Completion, str]) -> tuple[Stretch, ...]:
+def stretches_of(*parts: tuple[Completion, str]) -> tuple[Stretch, ...]:
     """Consecutive parts of a response, each with the parameter set that wrote it."""
     found: list[Stretch] = []
     for part, weights in parts:
@@ -281,9 +173,9 @@ def generate(
     With `entries`, those that were made before are not made again: the replicas take them in turns.
     """
     engine = inference.running_engine
-    left, known = _split(requests, entries)
-    made = engine.generate(left, sampling, inference.work(len(left)), _added_to(entries))
-    return _together(made, known[engine.replica :: engine.num_replicas], entries)
+    left, known = split(requests, entries)
+    made = engine.generate(left, sampling, inference.work(len(left)), added_to(entries))
+    return together(made, known[engine.replica :: engine.num_replicas], entries)
 
 
 def think(
@@ -329,11 +221,11 @@ def respond(
     if entries is not None:
         keys = {i: entries.keys[z.index]._replace(branch=(number,)) for i, (z, number) in enumerate(parts)}
         entries = Entries(entries.journal, keys)
-    left, known = _split(continued, entries)
+    left, known = split(continued, entries)
     # Every replica answers its own thinkings, so no token travels; the call itself is made by all.
     # With a seed of their own, for engines that draw unseeded requests from one generator.
     own = replace(sampling, seed=hash_seed("response", sampling.seed))
-    written = _together(inference.running_engine.generate(left, own, None, _added_to(entries)), known, entries)
+    written = together(inference.running_engine.generate(left, own, None, added_to(entries)), known, entries)
     answers: dict[int, list[Completion]] = {}
     for one in written:
         answers.setdefault(parts[one.index][0].index, []).append(one)
@@ -344,16 +236,16 @@ def respond(
 def _joined(thinking: Completion, responses: tuple[Completion, ...], writers: tuple[str, str]) -> Output:
     """A thinking with its responses, the first of which stands in the output."""
     if not responses:
-        return Output(thinking, stretches=_stretches((thinking, writers[0])))
+        return Output(thinking, stretches=stretches_of((thinking, writers[0])))
     first = responses[0]
-    stretches = _stretches((thinking, writers[0]), (first, writers[1]))
+    stretches = stretches_of((thinking, writers[0]), (first, writers[1]))
     tokens, log_probs = thinking.token_ids + first.token_ids, thinking.log_probs + first.log_probs
     # The record of the response has the thinking before it too; one of other weights says nothing about the policy.
     routed = first.routed_experts if writers[0] == writers[1] else thinking.routed_experts
     return Output(Completion(thinking.index, tokens, log_probs, first.finish_reason, routed), responses, stretches)
 
 
-def _split(requests: Sequence[Request], entries: Entries | None) -> tuple[list[Request], list[Request]]:
+def split(requests: Sequence[Request], entries: Entries | None) -> tuple[list[Request], list[Request]]:
     """The requests that are left to make, and those whose completions are known."""
     if entries is None:
         return list(requests), []
@@ -362,12 +254,12 @@ def _split(requests: Sequence[Request], entries: Entries | None) -> tuple[list[R
     return [request for request in requests if request.index not in indices], known
 
 
-def _added_to(entries: Entries | None) -> Callable[[Completion], None] | None:
+def added_to(entries: Entries | None) -> Callable[[Completion], None] | None:
     """What is done with each completion as soon as it is made."""
     return None if entries is None else lambda one: entries.journal.add(entries.keys[one.index], one)
 
 
-def _together(made: list[Completion], known: Sequence[Request], entries: Entries | None) -> list[Completion]:
+def together(made: list[Completion], known: Sequence[Request], entries: Entries | None) -> list[Completion]:
     """What was made and what was made before, in the order of the requests."""
     if entries is not None:
         made = made + [entries.journal.take(entries.keys[request.index], request.index) for request in known]
@@ -384,7 +276,7 @@ def _response_seed(seed: int | None, number: int) -> int | None:
     return None if seed is None else hash_seed("response", seed, number)
 
 
-def _seeded(config: RunConfig, weights: str) -> bool:
+def is_seeded(config: RunConfig, weights: str) -> bool:
     seeded = config.rollout.seeded
     if _stays(config, weights):
         return True

@@ -128,6 +128,8 @@ def _measured(session: Session, sequences: Sequence[records.Sequence], asked: _P
     if influence is not None:
         steps = [np.array([0, *influence.steps(one)]) for one in sequences]
     found = session.policy.survey(sequences, steps, None if influence is None else influence.settings)
+    if found.influence_seconds:
+        session.clock.count("influence", found.influence_seconds)
     return _Values(found.log_probs, found.entropies, found.influences), {}
 
 

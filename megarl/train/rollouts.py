@@ -20,7 +20,7 @@ from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all
 from megarl.records import DEMONSTRATION, Body, Head, Key, Prompt, Trajectory
 from megarl.rollout.play import Played
-from megarl.train import generation, replay, texts, trust
+from megarl.train import continuing, generation, replay, texts, trust
 from megarl.train.generation import Job
 from megarl.train.groups import Begun, Kept, Made, Rollouts, added, draw
 from megarl.train.journal import Journal
@@ -167,7 +167,7 @@ def _generate_batch(
         groups,
         lambda one, group: session.texts.of(one, group.prompt.index, step) is not None,
     )
-    continued = [] if begun is None else generation.continuations(session.config, plan, step, begun, len(jobs))
+    continued = [] if begun is None else continuing.jobs(session.config, plan, step, begun, len(jobs))
     kept = sum(job.fork.place for job in continued if job.fork is not None)
     counters = added(counters, {"generation_calls": 1, "prefix_tokens_reused": kept} if plan.grows else {})
     jobs += continued
@@ -179,8 +179,10 @@ def _generate_batch(
         samples = _replayed(session, step, jobs)
     else:
         with session.clock.phase("generate"):
-            bodies = begun.bodies if begun is not None and continued else None
-            outputs = generation.outputs(session, step, batch, jobs, journal, bodies)
+            if begun is not None and continued:
+                outputs = continuing.outputs(session, step, batch, jobs, journal, begun.bodies)
+            else:
+                outputs = generation.outputs(session, step, batch, jobs, journal)
             assert engine is not None
             session.stops.give_up_if(engine.interrupted or session.stops.too_late)
         if session.grading is not None:
@@ -214,7 +216,7 @@ def _samples(
         head = Head(job.key, session.world.rank, output.stretches, completion.finish_reason)
         old = ()
         if job.fork is not None:
-            known = min(output.kept, generation.head_of(job).old_known)
+            known = min(output.kept, continuing.head_of(job).old_known)
             head = dataclasses.replace(head, fork=output.kept, old_known=known)
             old = output.old_log_probs[:known]
         text = session.tokenizer.decode(completion.token_ids) if one is None else one.text
