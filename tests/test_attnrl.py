@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from group_case import group_of
-from tokenizer_case import Characters
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_case import KINDS, Characters, byte_ids, choose, load_all
 
-from megarl.algorithms.attnrl import Attnrl
+from megarl.algorithms.attnrl import Attnrl, pieces_of
 from megarl.algorithms.base import AlgorithmContext, Group
 from megarl.algorithms.plan import Influence
+from megarl.algorithms.steps import step_starts
 from megarl.config.algorithms import AttnrlSettings
 from megarl.data.thinking import ThinkingEnd
+from megarl.data.tokenizer import Tokenizer
 from megarl.records import Head, Key, Sequence, Stretch, from_place
 
 LENGTH = 100
@@ -196,3 +200,32 @@ def test_branch_points_are_measured_in_the_response() -> None:
     values[[4, 20, len(text) - 1]] = [1.0, 2.0, 3.0]
     # The last token is none.
     assert entropy.reduce(values, sequence) == [4, 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    return load_all(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_steps_are_those_of_the_text_whatever_the_tokenizer(
+    tokenizers: dict[str, Tokenizer], kind: str, data: st.DataObject
+) -> None:
+    """Against a look at every prefix: in words and in single bytes, with separators within tokens and over several."""
+    tokenizer = choose(tokenizers, kind)
+    ids: list[int] = []
+    for text in data.draw(st.lists(st.sampled_from(["x is 12,", "\n\n", "\n", "答案 ", "4</think>\n\n"]), min_size=1)):
+        ids += byte_ids(tokenizer, kind, text) if data.draw(st.booleans()) else tokenizer.encode(text)
+    starts = step_starts(pieces_of(tokenizer, np.array(ids)))
+    seen = [tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
+    for separator in ("\n\n", "\n"):
+        counts = [text.count(separator) for text in seen]
+        # Some decoders show nothing of bytes, line breaks too, before the character at their end is whole.
+        ends = [place for place in range(1, len(ids)) if counts[place] > max(counts[:place])]
+        if ends:
+            break
+    else:
+        ends = list(range(1, len(ids)))
+    assert starts == (0, *ends)

@@ -69,7 +69,7 @@ class Attnrl(ClippedRatio):
 
     def _starts(self, sequence: records.Sequence) -> Sequence[int]:
         ids = sequence.tokens[sequence.positions]
-        return [int(sequence.positions[start]) for start in step_starts(_pieces(self._tokenizer, ids))]
+        return [int(sequence.positions[start]) for start in step_starts(pieces_of(self._tokenizer, ids))]
 
     def _by_influence(self, influences: np.ndarray, sequence: records.Sequence) -> list[float]:
         """The mean score of a response's steps, how many branch points were chosen by score, and their places."""
@@ -223,7 +223,10 @@ def _first(head: Head, probe: str) -> float:
     return next(iter(head.measured.get(probe, ())), 0.0)
 
 
-def _pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """The texts of tokens, each by itself."""
-    texts = {int(one): tokenizer.decode([int(one)]) for one in np.unique(ids)}
-    return [texts[int(one)] for one in ids]
+def pieces_of(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
+    """The texts of tokens, each by itself, blanks included."""
+    # Behind another token, as what begins a text may lose its blank.
+    before = tokenizer.encode("a")[-1:]
+    start = len(tokenizer.decode(before))
+    texts = {one: tokenizer.decode([*before, one])[start:] for one in np.unique(ids).tolist()}
+    return [texts[one] for one in ids.tolist()]

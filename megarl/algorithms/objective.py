@@ -153,7 +153,8 @@ class Objective:
     old: bool = False
     """Needs the log-probs of the policy before the step's first update: PPO's old policy (arXiv 1707.06347, Eq. 6),
     which the ratio and its clip are taken to. Of what the policy itself wrote for the step these are the weights that
-    generated. Of what others wrote (other weights, an earlier version, a replayed run) they are not: the samples are
+    generated; so they are of what the step before has made for this one (`rollout.ahead`), whose old log-probs are
+    of the weights of that time. Of what others wrote (other weights, a replayed run) they are not: the samples are
     off-policy, old is the proximal policy of arXiv 2110.00641, and what corrects for who wrote them is the ratio of
     `old` to `rollout`, as with GRPO's `importance_cap`."""
     rollout: bool = False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
+
+import numpy as np
 
 from megarl.algorithms.plan import Plan
 from megarl.config.schema import RunConfig
@@ -62,7 +65,8 @@ def outputs(
         {job.request.index: _prefix(job, bodies) for job in own} if engine.speaks else {}
     )
     new = [job for job in asked if job.fork is None]
-    keys = {job.request.index: job.key for job in (*new, *own)}
+    keys = {job.request.index: job.key for job in new}
+    keys |= {job.request.index: _journal_key(job, prefixes[job.request.index]) for job in own}
     entries = None if journal is None else Entries(journal, keys)
     requests = [
         replace(job.request, prompt_token_ids=(*job.request.prompt_token_ids, *prefixes[job.request.index].token_ids))
@@ -102,6 +106,12 @@ def _prefix(job: Job, bodies: Mapping[Key, Body]) -> Prefix:
     place, head, body = job.fork.place, head_of(job), bodies[job.fork.parent]
     stretches = tuple(one._replace(end=min(one.end, place)) for one in head.stretches if one.start < place)
     return Prefix(body.token_ids[:place], body.log_probs[:place], stretches, body.old_log_probs[:place])
+
+
+def _journal_key(job: Job, prefix: Prefix) -> Key:
+    """A name that another prefix would not have: a step that is made again may have grown its trees otherwise."""
+    digest = hashlib.blake2b(np.array(prefix.token_ids, np.int32).tobytes(), digest_size=8).hexdigest()
+    return job.key._replace(kind=f"{job.key.kind} after {digest}")
 
 
 def _after(prefix: Prefix | None, written: Completion, weights: str) -> Output:
