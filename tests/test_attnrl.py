@@ -27,8 +27,9 @@ from megarl.records import Head, Key, Sequence, Stretch, from_place
 LENGTH = 100
 
 
-def attnrl(**settings: Any) -> Attnrl:
-    return Attnrl(AttnrlSettings(**settings), AlgorithmContext(200, group_size=6, prompts=4, seed=1))
+def attnrl(ahead: int = 0, **settings: Any) -> Attnrl:
+    context = AlgorithmContext(200, group_size=6, prompts=4, ahead=ahead, seed=1)
+    return Attnrl(AttnrlSettings(**settings), context)
 
 
 def begun(
@@ -136,19 +137,47 @@ def test_easy_problems_are_left_out_below_the_mean_of_their_kind() -> None:
 
 
 def test_what_has_no_signal_is_left_out_and_moves_the_next_step() -> None:
-    algorithm = attnrl()
-    assert algorithm.plan(1).prompts is None
-    right = begun([1.0] * 6)
+    algorithm, right = attnrl(), begun([1.0] * 6)
+    assert algorithm.plan(1).prompts == 4
+    algorithm.growth(1, [right])
     (credit,) = algorithm.credit(1, [right])
     assert credit.left_out == "groups_without_variance" and not credit.trained
-    # Where nothing carried a signal the most are asked: twice batch.prompts.
-    assert algorithm.plan(2).prompts == 8 and algorithm.numbers({}) == {"batch_prompts": 4}
-    # A step that learns nothing yet moves nothing.
-    fresh = attnrl()
-    assert fresh.credit(1, []) == [] and fresh.plan(2).prompts is None
+    # Where nothing carried a signal the most are asked: twice batch.prompts. So too where nothing was left to train.
+    assert algorithm.plan(2).prompts == 8
+    assert algorithm.numbers({}) == {"batch_prompts": 4} and algorithm.numbers({}) == {}
+    easy = attnrl()
+    assert [one.left_out for one in easy.growth(1, [right])] == ["problems_dropped_easy"]
+    easy.credit(1, [])
+    assert easy.plan(2).prompts == 8
     still = attnrl(adapt=0)
+    still.growth(1, [right])
     still.credit(1, [right])
-    assert still.plan(2).prompts is None
+    assert still.plan(2).prompts == 4
+
+
+def test_a_step_that_is_ahead_moves_by_the_step_that_asked_what_it_learns() -> None:
+    algorithm = attnrl(ahead=1, adapt=0.5, prompts_most=100)
+    group = begun([1.0] + [0.0] * 5)
+    asked = []
+    for step in range(1, 5):
+        asked.append(algorithm.plan(step).prompts)
+        (growth,) = algorithm.growth(step, [group])
+        # In the first step there is nothing to learn from; later 20 sequences of a prompt's 30 where 4 x 30 are wanted.
+        waited = grown(group, growth.forks[:8], lambda key: float(key.branch[0] % 2))
+        assert all(one.counters["leaves"] == 20 for one in algorithm.credit(step, [waited] if step > 1 else []))
+        # As it comes back from a checkpoint.
+        again = attnrl(ahead=1, adapt=0.5, prompts_most=100)
+        again.restore(json.loads(json.dumps(algorithm.state())))
+        algorithm = again
+    second = round(0.5 * 4 + 0.5 * 120 / 20 * 4)
+    assert asked == [4, 4, second, round(0.5 * second + 0.5 * 120 / 20 * 4)]
+    # A run that goes on with narrower bounds keeps them; so does one that ended, whose last step asked nothing.
+    narrow = attnrl(ahead=1, prompts_most=6)
+    narrow.restore(algorithm.state())
+    assert narrow.plan(5).prompts == 6
+    ended = algorithm.plan(5).prompts
+    algorithm.credit(7, [])
+    assert algorithm.plan(8).prompts == ended
 
 
 def test_samples_without_a_place_to_branch_are_counted() -> None:
@@ -218,7 +247,7 @@ def test_steps_are_those_of_the_text_whatever_the_tokenizer(
     ids: list[int] = []
     for text in data.draw(st.lists(st.sampled_from(["x is 12,", "\n\n", "\n", "答案 ", "4</think>\n\n"]), min_size=1)):
         ids += byte_ids(tokenizer, kind, text) if data.draw(st.booleans()) else tokenizer.encode(text)
-    starts = step_starts(pieces_of(tokenizer, np.array(ids)))
+    starts = step_starts(pieces_of(tokenizer, ids))
     seen = [tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
     for separator in ("\n\n", "\n"):
         counts = [text.count(separator) for text in seen]

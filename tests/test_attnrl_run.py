@@ -23,9 +23,18 @@ TREERL = {key: value for key, value in TREERL.items() if key not in ("gap", "att
 ROLLOUT = {"group_size": 4, "max_tokens": 16, "kv_cache_gib": 0.02}
 #: Name, processes, and what differs from the table of `tables`.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "attnrl": (4, {"parallel": {"tensor": 2}, "rollout": ROLLOUT | {"ahead": 1, "tensor": 2}}),
+    "attnrl": (4, {"parallel": {"tensor": 2}, "rollout": ROLLOUT | {"ahead": 1, "tensor": 2, "deterministic": False}}),
     "split": (2, {"parallel": {"pipeline": 2}, "rollout": ROLLOUT | {"ahead": 1}}),
-    "treerl": (2, {"algorithm": TREERL, "parallel": {"context": 2}, "rollout": ROLLOUT}),
+    "treerl": (2, {"algorithm": TREERL, "parallel": {"context": 2}, "rollout": ROLLOUT | {"save": True}}),
+    # Its old log-probs come from the update's own pass, but for those of the step before.
+    "moving": (
+        2,
+        {
+            "rollout": ROLLOUT | {"ahead": 1},
+            "batch": {"prompts": 6, "tokens_per_microbatch": 192},
+            "optimizer": {"lr": 1e-2, "clip_grad": 0.0},
+        },
+    ),
     "grpo": (2, {"algorithm": {"name": "grpo"}, "rollout": ROLLOUT | {"ahead": 1}}),
 }
 STEPS = 4
@@ -73,7 +82,9 @@ def stepped(world: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
     def loss(inputs: Any) -> Any:
         counted_T = inputs.mask_T > 0
         away_T = (inputs.log_probs_T - inputs.old_log_probs_T).detach()
-        seen["away"] = max(seen["away"], float(zero_masked(counted_T, away_T).abs().max()))
+        away_T = zero_masked(counted_T, away_T).abs()
+        seen["away"] = max(seen["away"], float(away_T.max()))
+        seen["equal"] += int((away_T[counted_T] == 0).sum())
         return objective.loss(inputs)
 
     engine.generate = counted
@@ -87,7 +98,7 @@ def stepped(world: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
     loop.rollouts_of = kept
     for step in range(1, STEPS + 1):
-        seen |= {"calls": 0, "away": 0.0}
+        seen |= {"calls": 0, "away": 0.0, "equal": 0}
         before = engine.tokens_generated
         line = run_step(made, step)
         rollouts = seen["rollouts"]
@@ -96,6 +107,7 @@ def stepped(world: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
                 "line": line,
                 "calls": seen["calls"],
                 "away": seen["away"],
+                "equal": seen["equal"],
                 "tokens": engine.tokens_generated - before if engine.speaks else 0,
                 "groups": rollouts.kept.groups,
                 "bodies": dict(rollouts.bodies),
@@ -121,13 +133,43 @@ def ranks(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+#: Those whose learning rate is 0.
+STILL = [name for name in CASES if name != "moving"]
+
+
+@pytest.mark.parametrize("name", STILL)
 def test_with_a_learning_rate_of_zero_all_ratios_are_one(ranks: dict[str, Any], name: str) -> None:
     """A9."""
     learned = [step for rank in ranks[name] for step in rank if step["line"]["tokens"]]
     assert learned and all(step["away"] < 1e-5 for step in learned)
     # The engine's log-probs are compared with those of the weights that wrote, also of the step before.
     assert all(step["line"]["logprob_gap_max"] < 1e-4 for step in learned)
+
+
+def test_only_what_the_step_before_wrote_has_moved_away(ranks: dict[str, Any]) -> None:
+    for rank in ranks["moving"]:
+        first, second, *later = rank
+        assert first["line"]["tokens"] == 0 and second["away"] < 1e-5
+        for step in later:
+            known = sum(min(h.old_known, h.length) for g in step["groups"] for h in g.heads if h.holder is not None)
+            assert step["away"] > 1e-3 and known
+            # Of its own continuations' tokens the update's pass is the old one, bit for bit.
+            assert step["equal"] > 50
+            assert step["line"]["ratio_mean"] != 1
+    # Compared with the engine that wrote them, which had the weights of that time.
+    assert all(step["line"]["logprob_gap_max"] < 1e-3 for step in ranks["moving"][0][1:])
+
+
+def test_what_is_saved_of_a_step_has_first_samples_and_continuations(ranks: dict[str, Any], folder: Path) -> None:
+    assert ranks["treerl"]
+    for step in range(1, STEPS + 1):
+        rows = [
+            json.loads(line)
+            for file in sorted((folder / "runs/treerl/rollouts").glob(f"step_{step:06d}.*"))
+            for line in file.open()
+        ]
+        branches = [row["key"]["branch"] for row in rows]
+        assert branches.count([]) == 6 * ROLLOUT["group_size"] and len(branches) > 2 * branches.count([])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -201,19 +243,24 @@ RUN: dict[str, Any] = {
     "reward": {"kind": "arithmetic_run:even_length", "time_limit": 60.0, "workers": 1},
     "batch": {"prompts": 6, "tokens_per_microbatch": 192, "updates": 2},
     "checkpoint": {"every": 2},
+    # While what was asked waits.
+    "evaluation": {"path": "data/heldout.jsonl", "every": 1, "rows": 4},
 }
 
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> Path:
-    """A whole run, and one that was killed in its fourth step, while trees of its checkpoint were half grown, and went
-    on."""
+    """A whole run, and one that was killed in its third step, while trees of its checkpoint grew, and went on."""
     arithmetic_run.write_run(folder, **RUN)
     run(folder, "train", "run.yaml", "name=whole", f"steps={STEPS}")
     process = arithmetic_run.start(folder, "train", "run.yaml", "name=broken", f"steps={STEPS}")
-    metrics = folder / "runs" / "broken" / "metrics.jsonl"
-    arithmetic_run.kill_when(process, lambda: len(lines(metrics)) == 3)
+    unfinished = folder / "runs" / "broken" / "unfinished"
+    # While continuations are made, before anything is trained on them: some are kept, and others are not.
+    arithmetic_run.kill_when(
+        process, lambda: any(b" after " in file.read_bytes() for file in unfinished.glob("step_000003.*"))
+    )
     shutil.copytree(folder / "runs" / "broken", folder / "runs" / "pipelined")
+    shutil.rmtree(folder / "runs" / "pipelined" / "unfinished")
     run(folder, "train", "run.yaml", "name=broken", f"steps={STEPS}")
     return folder
 
@@ -225,7 +272,8 @@ def steps_of(folder: Path, name: str) -> list[dict[str, Any]]:
 def test_a_killed_run_goes_on_with_its_half_grown_trees(runs: Path) -> None:
     whole, broken = steps_of(runs, "whole"), steps_of(runs, "broken")
     assert len(whole) == STEPS and whole == broken
-    assert len({step["batch_prompts"] for step in whole}) > 1
+    # The last step asks nothing.
+    assert len({step["batch_prompts"] for step in whole[:-1]}) > 1 and "batch_prompts" not in whole[-1]
     saved = runs / "runs/broken/checkpoints/step_000002"
     assert (saved / "waiting.json").exists() and len(list(saved.glob("waiting.replica_*.npz"))) == 4
     # Nothing waits at the end.

@@ -160,8 +160,11 @@ def test_fewer_trees_grow_where_more_is_right(right: int, wanted: int):
 
 
 def test_a8_a_step_with_as_many_as_wanted_keeps_its_size():
-    assert next_prompts(64, 1920, 1920, 16, 256) == 64
-    assert next_prompts(64, 1920, 960, 16, 256) == round(0.9 * 64 + 0.1 * 2 * 64) == 70
-    assert next_prompts(64, 1920, 10, 16, 256) == 256 and next_prompts(16, 1920, 9600, 16, 256) == 16
-    # Where nothing had a signal, the most.
-    assert next_prompts(64, 1920, 0, 16, 256) == 256
+    assert next_prompts(64, 64, 1920, 1920, 16, 256) == 64
+    assert next_prompts(64, 64, 1920, 960, 16, 256) == round(0.9 * 64 + 0.1 * 2 * 64) == 70
+    # What gave them was asked when there were fewer.
+    assert next_prompts(80, 64, 1920, 960, 16, 256) == round(0.9 * 80 + 0.1 * 2 * 64)
+    assert next_prompts(64, 64, 1920, 10, 16, 256) == 256 and next_prompts(16, 16, 1920, 9600, 16, 256) == 16
+    # Where nothing had a signal, the most; where nothing is to move, what there is.
+    assert next_prompts(64, 64, 1920, 0, 16, 256) == 256
+    assert next_prompts(64, 64, 1920, 0, 64, 64, rate=0.0) == 64

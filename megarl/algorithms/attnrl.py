@@ -46,15 +46,23 @@ class Attnrl(ClippedRatio):
     def __init__(self, settings: AttnrlSettings, context: AlgorithmContext) -> None:
         super().__init__(settings, context)
         self.settings: AttnrlSettings = settings
-        # Prompts of the next step; None: batch.prompts.
-        self._prompts: int | None = None
+        # Prompts of the next step, and of those whose groups had no credit yet, by step.
+        self._prompts = context.prompts
+        self._asked: dict[int, int] = {}
         # Of problems that were all right: how many, and the mean of their mean influences.
         self._easy, self._easy_mean = 0, 0.0
-        self._asked = context.prompts
+        self._logged: dict[str, float] = {}
+        # Of tokens.
+        self._texts: dict[int, str] = {}
 
     def plan(self, step: int) -> Plan:
         """First samples, which grow."""
-        return Plan((Generation(self.context.group_size),), prompts=self._prompts, grows=True)
+        return Plan((Generation(self.context.group_size),), prompts=self._bounded(self._prompts), grows=True)
+
+    def _bounded(self, prompts: int) -> int:
+        """Within bounds, which a run that goes on may have changed."""
+        least, most = self.settings.prompt_bounds(self.context.prompts)
+        return min(max(prompts, least), most)
 
     def probes(self, step: int) -> tuple[Probe, ...]:
         """The influence of steps, or the entropy of tokens, as places of branch points."""
@@ -69,7 +77,12 @@ class Attnrl(ClippedRatio):
 
     def _starts(self, sequence: records.Sequence) -> Sequence[int]:
         ids = sequence.tokens[sequence.positions]
-        return [int(sequence.positions[start]) for start in step_starts(pieces_of(self._tokenizer, ids))]
+        return [int(sequence.positions[start]) for start in step_starts(self._pieces(ids.tolist()))]
+
+    def _pieces(self, ids: Sequence[int]) -> list[str]:
+        unknown = sorted(set(ids) - self._texts.keys())
+        self._texts |= zip(unknown, pieces_of(self._tokenizer, unknown), strict=True)
+        return [self._texts[one] for one in ids]
 
     def _by_influence(self, influences: np.ndarray, sequence: records.Sequence) -> list[float]:
         """The mean score of a response's steps, how many branch points were chosen by score, and their places."""
@@ -92,6 +105,7 @@ class Attnrl(ClippedRatio):
 
     def growth(self, step: int, groups: Sequence[Group]) -> list[Growth]:
         """By difficulty, which first samples of each group become trees; easy ones are left out."""
+        self._asked[step] = self._logged["batch_prompts"] = self._bounded(self._prompts)
         rights = [[reward >= self.context.reward_high for reward in group.rewards] for group in groups]
         means = [fmean(_first(head, _INFLUENCE) for head in group.answers) for group in groups]
         for right, mean in zip(rights, means, strict=True):
@@ -129,17 +143,17 @@ class Attnrl(ClippedRatio):
     def credit(self, step: int, groups: Sequence[Group]) -> list[Credit]:
         """One sequence for every path to a leaf of a tree, each segment with its advantage."""
         found = [self._of_group(group) for group in groups]
-        leaves = sum(len(one.trained) for one in found)
-        self._asked = self._prompts or self.context.prompts
-        if groups and self.settings.adapt > 0:
-            self._adapt(leaves)
+        # The first step of a run that is ahead has nothing to learn from.
+        asked = self._asked.pop(step - self.context.ahead, None)
+        if asked is not None:
+            self._adapt(asked, sum(len(one.trained) for one in found))
         return found
 
-    def _adapt(self, with_signal: int) -> None:
+    def _adapt(self, asked: int, with_signal: int) -> None:
         settings, prompts = self.settings, self.context.prompts
         wanted = prompts * self.context.group_size * settings.leaves_per_sample
-        now = self._prompts or prompts
-        self._prompts = next_prompts(now, wanted, with_signal, *settings.prompt_bounds(prompts), settings.adapt)
+        now, bounds = self._bounded(self._prompts), settings.prompt_bounds(prompts)
+        self._prompts = next_prompts(now, asked, wanted, with_signal, *bounds, settings.adapt)
 
     def _of_group(self, group: Group) -> Credit:
         unscored = sum(head.reward is None for head in group.answers)
@@ -160,8 +174,9 @@ class Attnrl(ClippedRatio):
         return Credit(trained, counters=counters | {"leaves": len(trained)})
 
     def numbers(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """`batch_prompts` that the step asked."""
-        return {"batch_prompts": self._asked}
+        """`batch_prompts` that the step asked, where it asked any."""
+        logged, self._logged = self._logged, {}
+        return logged
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -169,12 +184,14 @@ class Attnrl(ClippedRatio):
         return self.context.tokenizer
 
     def state(self) -> dict[str, Any]:
-        """Prompts of the next step, and the running mean of easy problems."""
-        return {"prompts": self._prompts, "easy": self._easy, "easy_mean": self._easy_mean}
+        """Prompts of the next step and of those before that still grow, and the running mean of easy problems."""
+        asked = {str(step): prompts for step, prompts in self._asked.items()}
+        return {"prompts": self._prompts, "asked": asked, "easy": self._easy, "easy_mean": self._easy_mean}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` had returned."""
         self._prompts, self._easy, self._easy_mean = state["prompts"], state["easy"], state["easy_mean"]
+        self._asked = {int(step): prompts for step, prompts in state["asked"].items()}
 
 
 def _segments(heads: Sequence[Head]) -> tuple[list[tuple[Head, list[_Segment]]], list[int], dict[int, float]]:
@@ -223,10 +240,9 @@ def _first(head: Head, probe: str) -> float:
     return next(iter(head.measured.get(probe, ())), 0.0)
 
 
-def pieces_of(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
+def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The texts of tokens, each by itself, blanks included."""
     # Behind another token, as what begins a text may lose its blank.
     before = tokenizer.encode("a")[-1:]
     start = len(tokenizer.decode(before))
-    texts = {one: tokenizer.decode([*before, one])[start:] for one in np.unique(ids).tolist()}
-    return [texts[one] for one in ids.tolist()]
+    return [tokenizer.decode([*before, one])[start:] for one in ids]

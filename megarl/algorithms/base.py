@@ -41,6 +41,8 @@ class AlgorithmContext:
     """rollout.group_size: samples per prompt."""
     prompts: int = 0
     """batch.prompts: prompts of a step."""
+    ahead: int = 0
+    """rollout.ahead: how many steps before they are learned from groups are begun."""
     steps: int = 0
     """Steps of the run; 0 where epochs are given in their place."""
     demonstrations: int = 0
@@ -69,6 +71,7 @@ class AlgorithmContext:
             max_tokens=config.rollout.max_tokens,
             group_size=config.rollout.group_size,
             prompts=config.batch.prompts,
+            ahead=config.rollout.ahead,
             steps=config.steps,
             demonstrations=Implied(config).demonstrations,
             reward_low=low,

@@ -23,13 +23,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from megarl.algorithms.base import AlgorithmContext
 from megarl.algorithms.grpo import Grpo
-from megarl.algorithms.objective import LossInputs, LossTerms, Objective
+from megarl.algorithms.objective import LossInputs, LossTerms, Objective, likelihood_loss
 from megarl.algorithms.plan import Plan
 from megarl.config.algorithms import BridgeSettings
 from megarl.config.parameter_sets import ADAPTER, POLICY, SHADOW
-from megarl.ops.masking import zero_masked
 from megarl.records import DEMONSTRATION
 
 #: The pass that demonstrations have to themselves.
@@ -72,13 +73,7 @@ class Bridge(Grpo):
 
     def sft_loss(self, inputs: LossInputs) -> LossTerms:
         """-(1 / N) sum over the mini-batch's N tokens of demonstrations of weight x log p(token)."""
-        counted_T = inputs.mask_T > 0
-        log_probs_T = zero_masked(counted_T, inputs.log_probs_T)
-        weights_T = inputs.weights("token_mean", counted_T)
-        if self.bridge.sft_token_weights == "chord":
-            probs_T = log_probs_T.detach().exp()
-            weights_T = weights_T * probs_T * (1 - probs_T)
-        return LossTerms(-(weights_T * log_probs_T).sum())
+        return likelihood_loss(inputs, _chord if self.bridge.sft_token_weights == "chord" else None)
 
     def numbers(self, losses: Mapping[str, float]) -> dict[str, float]:
         """`sft_loss`, and `cooperative_gain`: J_RL(θ, w) - J_RL(θ̂, w) on the step's rollouts, J_RL being minus GRPO's
@@ -87,3 +82,9 @@ class Bridge(Grpo):
         if SHADOW in losses:
             found["cooperative_gain"] = losses[SHADOW] - losses[POLICY]
         return found
+
+
+def _chord(log_probs_T: Tensor) -> Tensor:
+    """[T] p (1 - p) of each token: CHORD, arXiv 2508.11408."""
+    probs_T = log_probs_T.exp()
+    return probs_T * (1 - probs_T)

@@ -65,6 +65,10 @@ def of_plan(plan: Plan, config: RunConfig) -> Iterator[Refusal]:
     if plan.grows and not settings.grows:
         rule = "plans to grow, for which its settings do not ask"
         yield _refused(config, rule, "set grows=True in its settings")
+    several = {one.weights for one in plan.generations} != {POLICY}
+    if plan.grows and (several or any(one.responder or one.learn for one in plan.generations)):
+        rule = "plans to grow beside samples of other weights, of responders, or of which texts are made"
+        yield _refused(config, rule, "let the policy write what grows, in one part, and learn it as it is")
     if (plan.prompts or 0) > settings.most_prompts(config):
         rule = f"plans {plan.prompts} prompts, and its settings' most_prompts are {settings.most_prompts(config)}"
         yield _refused(config, rule, "return the most that a step asks from most_prompts")

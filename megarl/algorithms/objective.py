@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megarl.config.parameter_sets import POLICY
 from megarl.ops.aggregate import Aggregation, token_weights
+from megarl.ops.masking import zero_masked
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,17 @@ class Objective:
             lengths_S=inputs.lengths_S * own_S,
             totals=BatchTotals.of(counts),
         )
+
+
+def likelihood_loss(inputs: LossInputs, weigh: Callable[[Tensor], Tensor] | None = None) -> LossTerms:
+    """-(1 / N) sum over the mini-batch's N counted tokens of w log p(token); w is 1, or what `weigh` makes of log p as
+    constants. Logs nothing: the loss says it."""
+    counted_T = inputs.mask_T > 0
+    log_probs_T = zero_masked(counted_T, inputs.log_probs_T)
+    weights_T = inputs.weights("token_mean", counted_T)
+    if weigh is not None:
+        weights_T = weights_T * weigh(log_probs_T.detach())
+    return LossTerms(-(weights_T * log_probs_T).sum())
 
 
 def total(objectives: Sequence[Objective], inputs: LossInputs) -> LossTerms:

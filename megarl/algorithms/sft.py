@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megarl.algorithms.base import Algorithm, AlgorithmContext, Credit, Group, Trained, whole
-from megarl.algorithms.objective import LossInputs, LossTerms, Objective
+from megarl.algorithms.objective import LossInputs, LossTerms, Objective, likelihood_loss
 from megarl.algorithms.plan import Plan
 from megarl.config.algorithms import SftSettings
-from megarl.ops.masking import zero_masked
 from megarl.records import SOLUTION
 
 
@@ -31,7 +30,4 @@ class Sft(Algorithm):
 
     def loss(self, inputs: LossInputs) -> LossTerms:
         """The objective on all texts. Logs nothing: the loss says it."""
-        counted_T = inputs.mask_T > 0
-        weights_T = inputs.weights("token_mean", counted_T)
-        loss = -(weights_T * zero_masked(counted_T, inputs.log_probs_T)).sum()
-        return LossTerms(loss)
+        return likelihood_loss(inputs)

@@ -78,9 +78,11 @@ def expanded(right: Sequence[bool], wanted: int, draw: random.Random) -> tuple[i
     return tuple(sorted([*few, *draw.sample(many, min(wanted - len(few), len(many)))]))
 
 
-def next_prompts(prompts: int, wanted: int, with_signal: int, least: int, most: int, rate: float = 0.1) -> int:
-    """Prompts of the next step, after one of `prompts` gave `with_signal` sequences to learn from where `wanted` were:
-    (1 - rate) of these, and `rate` of those that would have given so many; within bounds (ours)."""
+def next_prompts(
+    prompts: int, asked: int, wanted: int, with_signal: int, least: int, most: int, rate: float = 0.1
+) -> int:
+    """Prompts of the next step after one of `prompts`, where `asked` gave `with_signal` sequences to learn from and
+    `wanted` were: (1 - rate) of `prompts`, and `rate` of as many as would have given so many; within bounds (ours)."""
     if not with_signal:
-        return most
-    return min(max(round((1 - rate) * prompts + rate * wanted / with_signal * prompts), least), most)
+        return most if rate else prompts
+    return min(max(round((1 - rate) * prompts + rate * wanted / with_signal * asked), least), most)

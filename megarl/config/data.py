@@ -10,6 +10,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from megarl.config.base import PathText, Settings
 from megarl.errors import Refusal
 
+#: The section that names the demonstrations' files.
+DEMONSTRATIONS = "data.demonstrations"
 #: Endings of the files that can be read; any other name is looked for on the hub.
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megarl.config.data import DATA_SUFFIXES, each_source
+from megarl.config.data import DATA_SUFFIXES, DEMONSTRATIONS, each_source
 from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -47,7 +47,7 @@ def _refusals(config: RunConfig) -> Iterator[Refusal]:
     )
     sources = [*each_source(config.data), *each_source(evaluation, "evaluation")]
     if (demonstrations := config.data.of_demonstrations()) is not None:
-        sources += each_source(demonstrations, "data.demonstrations")
+        sources += each_source(demonstrations, DEMONSTRATIONS)
     for source in sources:
         path = source.settings.path
         if path is not None and path.lower().endswith(DATA_SUFFIXES):

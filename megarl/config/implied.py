@@ -112,7 +112,7 @@ class Implied:
         """The most sequences that an optimizer update trains on, over all replicas."""
         updates = self.config.batch.updates
         algorithm = self.config.algorithm
-        made = algorithm.most_prompts(self.config) // updates * algorithm.sequences_per_prompt(self.config)
+        made = -(-algorithm.most_prompts(self.config) // updates) * algorithm.sequences_per_prompt(self.config)
         return made + -(-self.demonstrations // updates)
 
     @property

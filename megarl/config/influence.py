@@ -34,7 +34,7 @@ class InfluenceSettings(Settings):
 
     def refusals(self, key: str, num_layers: int, num_heads: int) -> Iterator[Refusal]:
         """What a model of `num_layers` layers with `num_heads` query heads each does not have; `key` is that of these
-        settings, such as algorithm.influence."""
+        settings, such as algorithm.attention."""
         for name, chosen, number in (("layers", self.layers, num_layers), ("heads", self.heads, num_heads)):
             if chosen is None:
                 continue

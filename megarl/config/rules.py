@@ -16,7 +16,7 @@ from pathlib import Path
 from megarl.config import adapter_rules, environments, files, layout_rules, user_code, vendor_fields
 from megarl.config.algorithms.base import unusable as unusable_settings
 from megarl.config.base import without_effect
-from megarl.config.data import each_source, source_refusals
+from megarl.config.data import DEMONSTRATIONS, each_source, source_refusals
 from megarl.config.grid import sequence_multiple
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
@@ -123,17 +123,17 @@ def _demonstrations(config: RunConfig) -> Iterator[Refusal]:
         fix = "remove it, or choose an algorithm that learns demonstrations"
         rule = f"has no effect with algorithm.name={name}, which learns none"
         if settings is not None:
-            yield Refusal("data.demonstrations", rule, fix)
+            yield Refusal(DEMONSTRATIONS, rule, fix)
         if config.batch.demonstrations is not None:
             yield Refusal(f"batch.demonstrations={config.batch.demonstrations}", rule, fix)
     elif settings is None:
         fix = "set data.demonstrations.path, and data.demonstrations.solution_column to the responses' column"
-        yield Refusal("data.demonstrations", f"must be given: algorithm.name={name} learns demonstrations", fix)
+        yield Refusal(DEMONSTRATIONS, f"must be given: algorithm.name={name} learns demonstrations", fix)
     else:
         if settings.path is None and not settings.sources:
             rule = "names no data, and data.demonstrations.sources neither"
             yield Refusal("data.demonstrations.path=null", rule, "give a file or a hub name")
-        yield from source_refusals("data.demonstrations", settings.path, settings.sources)
+        yield from source_refusals(DEMONSTRATIONS, settings.path, settings.sources)
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megarl.config.data import DataSettings, OneSource, each_source
+from megarl.config.data import DEMONSTRATIONS, DataSettings, OneSource, each_source
 from megarl.config.schema import RunConfig
 from megarl.data.cells import NoText, lookup, names_at, native, text_of
 from megarl.data.chat_template import TemplateRefusal, TurnLost
@@ -33,8 +33,6 @@ REASONS = {
 }
 #: Counters that are there even where they are 0.
 _ALWAYS: tuple[str, ...] = ("rows", "no_prompt", "no_answer", "too_long", "no_solution", "kept")
-#: The section that names the demonstrations' files.
-DEMONSTRATIONS = "data.demonstrations"
 #: Share of rows that may be skipped before it is worth a warning. Our choice.
 SKIPPED_SHARE = 0.1
 #: Most names of sources that metrics are told apart by. Our choice: with more of them they name something else.

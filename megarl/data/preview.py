@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from megarl.config.data import OneSource, each_source
+from megarl.config.data import DEMONSTRATIONS, OneSource, each_source
 from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
-from megarl.data.dataset import DEMONSTRATIONS, SourceReader, evaluation_key, evaluation_settings
+from megarl.data.dataset import SourceReader, evaluation_key, evaluation_settings
 from megarl.data.tables import is_hub_name
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal

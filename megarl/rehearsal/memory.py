@@ -67,7 +67,8 @@ def phases_of(run: Run, shards: list[Shard]) -> list[PhaseMemory]:
     found: list[PhaseMemory] = []
     for shard in shards:
         amounts: dict[PhaseName, Iterator[Amount]] = {"train": _train(run, shard)}
-        measures = _is_measured(run) or run.config.algorithm.influence is not None
+        late = run.config.rollout.ahead > 0
+        measures = _is_measured(run) or late or run.config.algorithm.influence is not None
         if measures or not first_pass_is_old(run.algorithm.objectives, run.config.batch.updates):
             amounts["log-probs"] = _log_probs(run, shard)
         if run.implied.trained_sets:

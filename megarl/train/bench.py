@@ -41,11 +41,12 @@ def bench_step(config: RunConfig) -> dict[str, Any]:
         session.recorder.open()
         lines: list[dict[str, Any]] = []
         walls: list[float] = []
-        for step in range(1, WARM_UP_STEPS + config.steps + 1):
+        first = _warm_up(config)
+        for step in range(1, first + config.steps + 1):
             start = time.perf_counter()
             lines.append(run_step(session, step))
             walls.append(time.perf_counter() - start)
-        return _report(lines[WARM_UP_STEPS:], walls[WARM_UP_STEPS:], session.world.size)
+        return _report(lines[first:], walls[first:], session.world.size)
 
 
 def _report(lines: list[dict[str, Any]], walls: list[float], processes: int) -> dict[str, Any]:
@@ -126,7 +127,14 @@ def bench_rollout(config: RunConfig) -> dict[str, Any]:
 def _recorded_in(folder: str, config: RunConfig) -> RunConfig:
     """The configuration of a measurement: recorded in `folder` alone, and with the steps of the warm-up too."""
     logging = config.logging.model_copy(update={"wandb": None})
-    return config.model_copy(update={"runs_dir": folder, "logging": logging, "steps": WARM_UP_STEPS + config.steps})
+    # The last step of a run that is ahead of its learning asks nothing, as no measured one should.
+    steps = _warm_up(config) + config.steps + config.rollout.ahead
+    return config.model_copy(update={"runs_dir": folder, "logging": logging, "steps": steps})
+
+
+def _warm_up(config: RunConfig) -> int:
+    """Steps before the measured ones, of which at least one has learned."""
+    return WARM_UP_STEPS + config.rollout.ahead
 
 
 def _together(work: Callable[[], T]) -> tuple[float, T]:

@@ -61,16 +61,14 @@ def outputs(
     engine, weights = session.inference.running_engine, asked[0].generation.weights
     first = engine.replica * session.config.rollout.tensor
     own = [job for job in asked if job.fork is not None and _holder(job) == first]
-    prefixes: dict[int, Prefix] = engine.told(
-        {job.request.index: _prefix(job, bodies) for job in own} if engine.speaks else {}
-    )
+    prefixes = {job.request.index: _prefix(job, bodies) for job in own} if engine.speaks else {}
+    kept: dict[int, tuple[int, ...]] = engine.told({index: one.token_ids for index, one in prefixes.items()})
     new = [job for job in asked if job.fork is None]
     keys = {job.request.index: job.key for job in new}
-    keys |= {job.request.index: _journal_key(job, prefixes[job.request.index]) for job in own}
+    keys |= {job.request.index: _journal_key(job, kept[job.request.index]) for job in own}
     entries = None if journal is None else Entries(journal, keys)
     requests = [
-        replace(job.request, prompt_token_ids=(*job.request.prompt_token_ids, *prefixes[job.request.index].token_ids))
-        for job in own
+        replace(job.request, prompt_token_ids=(*job.request.prompt_token_ids, *kept[job.request.index])) for job in own
     ]
     session.inference.use(weights)
     left, known = generation.split([job.request for job in new], entries)
@@ -108,9 +106,9 @@ def _prefix(job: Job, bodies: Mapping[Key, Body]) -> Prefix:
     return Prefix(body.token_ids[:place], body.log_probs[:place], stretches, body.old_log_probs[:place])
 
 
-def _journal_key(job: Job, prefix: Prefix) -> Key:
+def _journal_key(job: Job, prefix: tuple[int, ...]) -> Key:
     """A name that another prefix would not have: a step that is made again may have grown its trees otherwise."""
-    digest = hashlib.blake2b(np.array(prefix.token_ids, np.int32).tobytes(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(np.array(prefix, np.int32).tobytes(), digest_size=8).hexdigest()
     return job.key._replace(kind=f"{job.key.kind} after {digest}")
 
 

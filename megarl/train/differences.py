@@ -89,6 +89,8 @@ def begun_anew(config: RunConfig, before: Mapping[str, Any], *, other_rows: bool
     for part in ("data", "model"):
         if part in changed:
             anew |= dict.fromkeys(("texts", "waiting"), f"the {part} changed")
+    if config.rollout.ahead == 0:
+        anew["waiting"] = "rollout.ahead is 0"
     if before["algorithm"]["name"] != config.algorithm.name:
         anew |= dict.fromkeys(("algorithm", "texts", "waiting"), "the algorithm changed")
     return anew

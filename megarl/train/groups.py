@@ -97,6 +97,11 @@ class Begun:
     growths: tuple[Growth, ...]
     bodies: Mapping[Key, Body]
 
+    @property
+    def grows(self) -> bool:
+        """Whether anything goes on."""
+        return any(growth.forks for growth in self.growths)
+
     def completed(self, made: Made) -> tuple[tuple[Group, ...], dict[Key, Body]]:
         """The groups with their continuations, which `made` has, behind the other heads; and this rank's bodies."""
         by_draw: dict[tuple[int, int], list[Head]] = {}

@@ -9,22 +9,30 @@ from megarl.algorithms.plan import Plan
 from megarl.train.groups import Begun, Kept, Made, Rollouts, added
 from megarl.train.probes import probed
 from megarl.train.rollouts import roll_out
+from megarl.train.saving import save_rollouts
 from megarl.train.session import Session
 
 
 def rollouts_of(session: Session, plan: Plan, step: int) -> Rollouts:
-    """The rollouts that the step learns from, measured and grown. Collective; raises as `roll_out` and `probed`.
+    """The rollouts that the step learns from, measured and grown, saved where that is asked for. Collective; raises as
+    `roll_out` and `probed`.
 
     Under `rollout.ahead` the kept groups are those that the step before has begun, and everything else is of this
     step's one call of the engine, which begins the next step's groups.
     """
-    if session.config.rollout.ahead:
-        return _of_step_before(session, plan, step)
+    rollouts = (_of_step_before if session.config.rollout.ahead else _of_this_step)(session, plan, step)
+    save_rollouts(session.config, session.world, step, rollouts.made)
+    return rollouts
+
+
+def _of_this_step(session: Session, plan: Plan, step: int) -> Rollouts:
     rollouts = probed(session, roll_out(session, plan, step), step)
     if not plan.grows:
         return rollouts
     begun, rollouts = _begun(session, rollouts, step)
-    more = roll_out(session, plan, step, begun, draws=False, call=plan.batches)
+    if not begun.grows:
+        return rollouts
+    more = roll_out(session, plan, step, begun, draws=False, first_batch=plan.batches)
     groups, bodies = begun.completed(more.made)
     kept = dataclasses.replace(rollouts.kept, groups=groups)
     return rollouts._replace(made=rollouts.made + more.made, kept=kept, earlier=bodies)
@@ -32,12 +40,13 @@ def rollouts_of(session: Session, plan: Plan, step: int) -> Rollouts:
 
 def _of_step_before(session: Session, plan: Plan, step: int) -> Rollouts:
     waited, last = session.feed.waiting, step == session.config.steps
-    if last and not (waited and any(growth.forks for growth in waited.growths)):
-        new = Rollouts(Made(), Kept())
+    if last:
+        begun, grows = None, waited is not None and waited.grows
+        new = roll_out(session, plan, step, waited, draws=False) if grows else Rollouts(Made(), Kept())
     else:
-        new = roll_out(session, plan, step, waited, draws=not last)
-    begun, new = _begun(session, probed(session, new, step, keeps_old=True), step)
-    session.feed.exchange(None if last else begun)
+        new = roll_out(session, plan, step, waited)
+        begun, new = _begun(session, probed(session, new, step, keeps_old=True), step)
+    session.feed.exchange(begun)
     groups, bodies = ((), {}) if waited is None else waited.completed(new.made)
     session.feed.require_fresh(step, groups)
     return new._replace(kept=Kept(groups, new.kept.counters), earlier=bodies)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megarl.algorithms.base import Group
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import LoadedPrompts
@@ -166,11 +167,13 @@ def put(values: dict[str, Any], further: Mapping[str, Any]) -> None:
 def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:
     answers = [head for _, head in rollouts.made.answers] if rollouts is not None else []
     if rollouts is None or not answers:
-        made = {} if rollouts is None else rollouts.made.generated_tokens
-        further = {"generated_tokens": sum(made.values()), "groups_trained": groups} if made else {}
-        return dict.fromkeys(("reward_mean", "reward_std", "response_length_mean")) | further
+        found: dict[str, Any] = dict.fromkeys(("reward_mean", "reward_std", "response_length_mean"))
+        if rollouts is not None and rollouts.earlier is not None:
+            # The last step of a run that is ahead: it asks nothing.
+            tokens = sum(rollouts.made.generated_tokens.values())
+            found |= {"generated_tokens": tokens, "groups_trained": groups} | _signal(rollouts.kept.groups)
+        return found
     rewards = [head.reward for head in answers if head.reward is not None]
-    signal = [len({head.reward for head in group.answers}) > 1 for group in rollouts.kept.groups]
     terms = term_means(head.reward_terms for head in answers)
     return ({"reward_terms": terms} if terms else {}) | {
         "reward_mean": statistics.fmean(rewards) if rewards else None,
@@ -180,8 +183,14 @@ def _of_rollouts(rollouts: Rollouts | None, groups: int) -> dict[str, Any]:
         "generated_tokens": sum(rollouts.made.generated_tokens.values()) or sum(head.length for head in answers),
         "groups": len(rollouts.made.groups),
         "groups_trained": groups,
-        "signal_share": statistics.fmean(signal) if signal else None,
+        **_signal(rollouts.kept.groups),
     }
+
+
+def _signal(groups: Sequence[Group]) -> dict[str, float]:
+    """The share of groups whose rewards are not all one."""
+    rewards = [{head.reward for head in group.answers} - {None} for group in groups]
+    return {"signal_share": statistics.fmean(len(one) > 1 for one in rewards)} if rewards else {}
 
 
 def _of_turns(config: RunConfig, rollouts: Rollouts | None) -> dict[str, Any]:

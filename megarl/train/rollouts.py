@@ -25,18 +25,17 @@ from megarl.train.generation import Job
 from megarl.train.groups import Begun, Kept, Made, Rollouts, added, draw
 from megarl.train.journal import Journal
 from megarl.train.outputs import Output
-from megarl.train.saving import save_rollouts
 from megarl.train.scoring import Grading
 from megarl.train.session import Session, unfinished_directory
 
 
 def roll_out(
-    session: Session, plan: Plan, step: int, begun: Begun | None = None, *, draws: bool = True, call: int = 0
+    session: Session, plan: Plan, step: int, begun: Begun | None = None, *, draws: bool = True, first_batch: int = 0
 ) -> Rollouts:
-    """The step's groups, saved where that is asked for; the engine is awake while they are generated. Collective.
+    """The step's groups; the engine is awake while they are generated. Collective.
 
     The continuations of what was `begun` are made beside, in the first call of the engine; without `draws` they alone,
-    and there are no groups. `call`: how often the engine was awake in the step before.
+    and there are no groups. `first_batch`: the number of the first generation batch within the step.
 
     Where the rewards cannot be found any more, or the plan or a text goes beyond what the settings declare, all ranks
     raise `TrainingStopped` with the policy's memory back; where the run was asked to stop and the step would not end in
@@ -46,13 +45,11 @@ def roll_out(
     if not plan.generations:
         return make_rollouts(session, plan, step)
     with trust.discarding(session, step), session.inference.awake(plan.generations[0].weights):
-        rollouts = make_rollouts(session, plan, step, begun, draws=draws, call=call)
-    save_rollouts(session.config, session.world, step, rollouts.made)
-    return rollouts
+        return make_rollouts(session, plan, step, begun, draws=draws, first_batch=first_batch)
 
 
 def make_rollouts(
-    session: Session, plan: Plan, step: int, begun: Begun | None = None, *, draws: bool = True, call: int = 0
+    session: Session, plan: Plan, step: int, begun: Begun | None = None, *, draws: bool = True, first_batch: int = 0
 ) -> Rollouts:
     """Draw, generate and grade until there are enough groups to train on, or the plan's bound is reached.
 
@@ -63,13 +60,13 @@ def make_rollouts(
     """
     wanted = plan.prompts or session.config.batch.prompts
     size = (session.config.batch.generation_prompts or wanted) if plan.batches > 1 else wanted
-    if session.grading is not None and not call:
+    if session.grading is not None and not first_batch:
         session.grading.scoring.begin_step()
-    journal = _journal(session, plan, step, say=not call)
+    journal = _journal(session, plan, step, say=not first_batch)
     made, kept = Made(), Kept()
     for batch in range(plan.batches):
         groups = draw(session.data.draw(size) if draws else (), made.groups)
-        new = _make_batch(session, plan, step, batch + call, groups, journal, None if batch else begun)
+        new = _make_batch(session, plan, step, first_batch + batch, groups, journal, None if batch else begun)
         made += new
         kept = keep(session.algorithm, plan, kept, new.groups)
         # Where nothing gets a reward any more, such as after the judge's cost cap, more answers would not either.

@@ -34,7 +34,7 @@ from megarl.train.loop import run_steps
 from megarl.train.measure import peak_memory_bytes
 from megarl.train.past import run_directory
 from megarl.train.rollouts import roll_out
-from megarl.train.saving import resume, save_checkpoint
+from megarl.train.saving import resume, save_checkpoint, save_rollouts
 from megarl.train.session import Session, build
 from megarl.train.stops import StopAsked, Stops
 from megarl.weights.export import export_hf
@@ -206,13 +206,15 @@ def evaluate(config: RunConfig, checkpoint_path: str | None = None) -> dict[str,
 
 
 def generate(config: RunConfig) -> dict[str, Any]:
-    """Make and save the rollouts of every step, without training."""
+    """Make and save the rollouts of every step, without training: of trees the first samples."""
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save": True})})
     with session_of(config, writes=True) as session:
         progress.enter("step")
         rewards: list[float] = []
         for step in range(1, session.config.steps + 1):
-            answers = roll_out(session, session.algorithm.plan(step), step).made.answers
+            made = roll_out(session, session.algorithm.plan(step), step).made
+            save_rollouts(session.config, session.world, step, made)
+            answers = made.answers
             rewards += [head.reward for _, head in answers if head.reward is not None]
             session.recorder.status(f"step {step}: {len(answers)} samples")
         return {

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megarl.config.data import DEMONSTRATIONS
 from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
-from megarl.data.dataset import DEMONSTRATIONS, LoadedPrompts, demonstration_data, evaluation_data, training_data
+from megarl.data.dataset import LoadedPrompts, demonstration_data, evaluation_data, training_data
 from megarl.data.sampler import MixedStream, PromptStream
 from megarl.data.tokenizer import Tokenizer, response_ids
 from megarl.errors import Refusal, TrainingStopped

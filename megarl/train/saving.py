@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megarl.config.data import DEMONSTRATIONS
 from megarl.config.schema import RunConfig
-from megarl.data.dataset import DEMONSTRATIONS
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.parallel.bootstrap import World

@@ -14,11 +14,12 @@ import torch
 
 from megarl import algorithms
 from megarl.algorithms.base import Algorithm, AlgorithmContext
+from megarl.config.data import DEMONSTRATIONS
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.parameter_sets import ParameterSet
 from megarl.config.schema import RunConfig
-from megarl.data.dataset import DEMONSTRATIONS, SKIPPED_SHARE, LoadedPrompts
+from megarl.data.dataset import SKIPPED_SHARE, LoadedPrompts
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megarl.formats import checkpoint_folder
@@ -216,10 +217,11 @@ def _gradings(
 
 
 def _with_steps(config: RunConfig, data: LoadedPrompts) -> RunConfig:
-    """`config` with the number of steps that its epochs take, the last of them begun if not whole."""
+    """`config` with the number of steps that its epochs take, the last of them begun if not whole; under rollout.ahead
+    one more, which asks nothing."""
     if config.epochs is None:
         return config
-    steps = math.ceil(config.epochs * len(data.prompts) / config.batch.prompts)
+    steps = math.ceil(config.epochs * len(data.prompts) / config.batch.prompts) + config.rollout.ahead
     return config.model_copy(update={"steps": steps, "epochs": None})
 
 

@@ -70,13 +70,18 @@ def _all_finite(sequences: Sequence[records.Sequence]) -> bool:
 def _mean_gap(grid: Grid, sequences: Sequence[records.Sequence]) -> float | None:
     """Mean absolute difference, in nats per token, over these; None without any."""
     gaps = [
-        np.abs(sequence.old_log_probs - sequence.rollout_log_probs)
+        # Not known yet are those of the current weights, where the update's own pass finds them.
+        _known(np.abs(sequence.old_log_probs - sequence.rollout_log_probs), sequence.old_log_probs)
         for sequence in sequences
         if sequence.old_log_probs is not None and sequence.rollout_log_probs is not None
     ]
     mine = (float(sum(gap.sum() for gap in gaps)), sum(len(gap) for gap in gaps)) if grid.reports else (0.0, 0)
     sums, tokens = zip(*gather_all(mine), strict=True)
     return sum(sums) / sum(tokens) if sum(tokens) else None
+
+
+def _known(gap: np.ndarray, old: np.ndarray) -> np.ndarray:
+    return gap[~np.isnan(old)]
 
 
 def _stop_above(session: Session, step: int, gap: float | None) -> None:

@@ -348,7 +348,6 @@ BRIDGE = Experiment(
     panels=_BRIDGE_PANELS,
 )
 
-# placeholder
 BRIDGE_FLIPPED = Experiment(
     name="bridge_flipped",
     title="BRIDGE, where a fifth of the rewards are flipped",

@@ -13,8 +13,8 @@ from megarl.config.influence import InfluenceSettings
 from megarl.config.sections import RunSettings
 from megarl.errors import Refusal
 
-#: What decides how trees grow: a run that goes on must have it as it was, since trees may be half grown.
-_OF_TREES = ("branching", "points", "continuations", "expansion", "drop_easy", "quantile", "gap", "attention")
+#: What decides how trees grow: in a run that goes on all of them grow alike.
+_OF_TREES = ("branching", "points", "continuations", "expansion", "drop_easy", "quantile", "gap")
 
 
 class AttnrlSettings(ClippedSettings):
@@ -83,9 +83,10 @@ class AttnrlSettings(ClippedSettings):
 
     @property
     def kept_on_resume(self) -> tuple[str, ...]:
-        own = tuple(f"algorithm.{name}" for name in _OF_TREES if name != "attention")
-        of_attention = tuple(f"algorithm.attention.{name}" for name in InfluenceSettings.model_fields)
-        return (*own, *of_attention, "rollout.ahead", "rollout.group_size")
+        own = tuple(f"algorithm.{name}" for name in _OF_TREES)
+        of_attention = tuple(f"algorithm.attention.{name}" for name in ("distance", "layers", "heads"))
+        # Half-grown trees have as many first samples, and branch points within this length.
+        return (*own, *of_attention, "rollout.ahead", "rollout.group_size", "rollout.max_tokens")
 
     @property
     def leaves_per_sample(self) -> int:
@@ -130,6 +131,9 @@ class AttnrlSettings(ClippedSettings):
         if self.branching != "attention":
             cause = f"with algorithm.branching={self.branching}"
             yield from without_effect(self, "algorithm", ("quantile", "gap"), cause)
+        if self.influence is None and self.attention != InfluenceSettings():
+            rule = f"has no effect with algorithm.branching={self.branching} and algorithm.drop_easy=false"
+            yield Refusal("algorithm.attention", rule, "remove it")
         if self.adapt == 0:
             names = ("prompts_least", "prompts_most")
             cause, fix = "with algorithm.adapt=0", "set algorithm.adapt or remove it"
