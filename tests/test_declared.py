@@ -102,6 +102,55 @@ def probe(parameters: str) -> Probe:
     return Probe("doubt", lambda log_probs_T, _: log_probs_T.tolist(), parameters)
 
 
+class GrowingSettings(AskingSettings):
+    """One that goes on with its samples, and may ask more prompts than the run says."""
+
+    grows: ClassVar[bool] = True
+
+    def most_prompts(self, run: RunSettings) -> int:
+        return 2 * run.batch.prompts
+
+
+GROWING = run_of(GrowingSettings())
+
+
+def test_growth_and_prompts_are_declared() -> None:
+    grows = Plan((Generation(4),), grows=True, prompts=128)
+    assert said(grows, config=GROWING) == []
+    more, undeclared = said(replace(grows, prompts=129), config=GROWING), said(grows)
+    assert more == [
+        "algorithm.name=test_declared:Asking: plans 129 prompts, and its settings' most_prompts are 128. Fix: return "
+        "the most that a step asks from most_prompts."
+    ]
+    assert [one.split(": ", 1)[1] for one in undeclared] == [
+        "plans to grow, for which its settings do not ask. Fix: set grows=True in its settings.",
+        "plans 128 prompts, and its settings' most_prompts are 64. Fix: return the most that a step asks from "
+        "most_prompts.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [Generation(1, "old", "elder"), Generation(1, "text", learn=learn), Generation(1, "two", responder=Responder())],
+)
+def test_what_grows_is_the_policys_own_in_one_part(beside: Generation) -> None:
+    (found,) = [one for one in said(Plan((Generation(4), beside), grows=True), config=GROWING) if "grow" in one]
+    assert found == (
+        "algorithm.name=test_declared:Asking: plans to grow beside samples of other weights, of responders, or of "
+        "which texts are made. Fix: let the policy write what grows, in one part, and learn it as it is."
+    )
+
+
+def test_entropies_and_influences_are_the_policys_own() -> None:
+    own = Probe("doubt", lambda found, _: [float(found.mean())], measures="entropy")
+    assert said(probes=(own,)) == []
+    (found,) = said(probes=(replace(own, parameters=REFERENCE),))
+    assert found == (
+        "algorithm.name=test_declared:Asking: wants more than log-probs under the parameter set 'reference' "
+        "(Probe 'doubt'). Fix: measure these under the policy's own weights."
+    )
+
+
 def test_what_is_declared_may_be_asked_for() -> None:
     hinted = Generation(1, "hint", prompt=lambda prompt: (5,) * 50, max_tokens=100)
     none = Generation(1, "none", prompt=lambda prompt: "not_asked")

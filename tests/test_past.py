@@ -16,6 +16,7 @@ from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.records import Prompt
 from megarl.train import differences, past
+from megarl.train.saving import forgotten
 
 CHECKPOINT = Path("runs/case/checkpoints/step_000002")
 
@@ -136,6 +137,23 @@ def test_carried_states_that_say_nothing_to_the_run_begin_anew(
     before = load_config(run_file).model_dump(mode="json")
     found = differences.begun_anew(load_config(run_file, overrides), before, other_rows=other_rows)
     assert found == anew
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ([], None),
+        (["rollout.ahead=0"], "rollout.ahead is 0"),
+        (["data.system=Be brief."], "the data changed"),
+        (["algorithm={name: attnrl}"], "the algorithm changed"),
+    ],
+)
+def test_groups_that_wait_say_nothing_to_another_run(run_file: Path, overrides: list[str], why: str | None) -> None:
+    before = load_config(run_file, ["rollout.ahead=1"]).model_dump(mode="json")
+    found = differences.begun_anew(load_config(run_file, ["rollout.ahead=1", *overrides]), before, other_rows=False)
+    assert found.get("waiting") == why
+    said = None if why is None else f"begins anew what the checkpoint carries of waiting ({why})"
+    assert forgotten({"waiting": True}, {"waiting": why} if why else {}) == said
 
 
 def test_a_checkpoint_that_cannot_be_continued_is_refused_before_the_start(run_file: Path) -> None:

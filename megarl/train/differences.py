@@ -85,14 +85,16 @@ def begun_anew(config: RunConfig, before: Mapping[str, Any], *, other_rows: bool
     changed = {key.partition(".")[0] for key, _, _ in _differences(config, before)} | (
         {"data"} if other_rows else set()
     )
+    # What waits, and texts that are used again.
+    made = ("waiting", "texts") if before["rollout"].get("ahead") else ("texts",)
     # They are known by their prompts' places in the data, and made of the model's tokens.
     for part in ("data", "model"):
         if part in changed:
-            anew |= dict.fromkeys(("texts", "waiting"), f"the {part} changed")
-    if config.rollout.ahead == 0:
+            anew |= dict.fromkeys(made, f"the {part} changed")
+    if "waiting" in made and config.rollout.ahead == 0:
         anew["waiting"] = "rollout.ahead is 0"
     if before["algorithm"]["name"] != config.algorithm.name:
-        anew |= dict.fromkeys(("algorithm", "texts", "waiting"), "the algorithm changed")
+        anew |= dict.fromkeys(("algorithm", *made), "the algorithm changed")
     return anew
 
 
