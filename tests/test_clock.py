@@ -27,3 +27,12 @@ def test_phases_inside_phases_are_counted_once() -> None:
     assert seconds["push"] >= 0.1 and seconds["generate"] >= 0.1
     assert sum(seconds.values()) == pytest.approx(passed, abs=0.01)
     assert clock.take() == {}
+
+
+def test_a_part_of_a_phase_is_counted_apart() -> None:
+    clock = Clock()
+    with clock.phase("probes"):
+        time.sleep(0.02)
+        clock.count("influence", 0.015)
+    seconds = clock.take()
+    assert seconds["influence"] == 0.015 and 0.004 < seconds["probes"] < 0.5
