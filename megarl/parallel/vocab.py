@@ -2,6 +2,9 @@
 
 Logits exist for one chunk of tokens at a time, in the forward and in the backward pass: the backward
 recomputes them from the saved log-normaliser. Two small all-reduces serve a whole micro-batch.
+
+Of bf16 weights logits come in fp32 all the same: rounded to bf16, whose step is 1/8 from 16 on, they would put the
+log-probs off by hundredths of a nat. The weight's gradient is added up in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -12,6 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Function
+
+#: Whether products of bf16 matrices can come in fp32, as they were added up. On the CPU no version of torch has them.
+_PRODUCTS_WIDEN = "dtype" in torch.ops.aten.mm.overloads()
+
+#: Least rows of the vocabulary whose part of the weight's gradient is added in one go, where it is added in fp32.
+_LEAST_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,8 @@ class _TokenLogProbs(Function):
             sums[1, part] = torch.linalg.vecdot(exponentials, logits)
             index, held = _local_targets(targets[part], shard)
             sums[2, part] = torch.where(held, logits.gather(1, index[:, None]).squeeze(1), 0.0)
+            # Names that stood while the next chunk's logits come would keep these.
+            del logits, exponentials
         if shard.group is not None and dist.get_world_size(shard.group) > 1:
             local_maximum = maximum.clone()
             dist.all_reduce(maximum, dist.ReduceOp.MAX, group=shard.group)
@@ -99,7 +110,7 @@ class _TokenLogProbs(Function):
         hidden, weight, targets, log_normaliser, entropy = ctx.saved_tensors
         shard: VocabularyShard = ctx.shard
         hidden_gradient = torch.zeros_like(hidden)
-        weight_gradient = torch.zeros_like(weight)
+        weight_gradient = torch.zeros_like(weight, dtype=_sum_type(weight)) if ctx.needs_input_grad[1] else None
         valid = slice(0, shard.valid)
         for part in _chunks(hidden.shape[0], ctx.chunk):
             if shard.valid == 0:
@@ -114,9 +125,15 @@ class _TokenLogProbs(Function):
             if ctx.entropy_gradient:
                 weighted = softmax * (log_softmax + entropy[part, None])
                 gradient -= entropy_gradient[part, None] * weighted
+                del weighted
             gradient = gradient.mul_(scale).to(hidden.dtype)
+            del log_softmax, softmax
             hidden_gradient[part] = gradient @ weight[valid]
-            weight_gradient[valid].addmm_(gradient.T, hidden[part])
+            if weight_gradient is not None:
+                _add_product(weight_gradient[valid], gradient.T, hidden[part])
+            del gradient
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.to(weight.dtype)
         return hidden_gradient, weight_gradient, None, None, None, None, None
 
 
@@ -140,8 +157,38 @@ def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, shard: VocabularyShard, scale: float | torch.Tensor
 ) -> torch.Tensor:
     """fp32 logits (r, valid) of this rank's real vocabulary rows; padding rows take no part in the softmax."""
-    logits = (hidden @ weight[: shard.valid].T).float()
+    logits = _product(hidden, weight[: shard.valid].T).float()
     return logits if isinstance(scale, float) and scale == 1.0 else logits.mul_(scale)
+
+
+def _sum_type(matrix: torch.Tensor) -> torch.dtype:
+    """The type in which products of such matrices are added up: fp32 of those with fewer bits."""
+    return torch.float32 if matrix.element_size() < 4 else matrix.dtype
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` as it was added up, not rounded to their type."""
+    wide = _sum_type(left)
+    if wide == left.dtype:
+        return left @ right
+    if _PRODUCTS_WIDEN and left.device.type != "cpu":
+        return torch.mm(left, right, out_dtype=wide)
+    return left.to(wide) @ right.to(wide)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left @ right` to `total`, which is of their type or wider.
+
+    To a wider one by rows, no more elements at a time than `left` has, where these are many: what adds to fp32 as it
+    multiplies bf16 is not in every version of torch.
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    step = max(_LEAST_ROWS, left.numel() // right.shape[1])
+    for start in range(0, len(total), step):
+        rows = slice(start, start + step)
+        total[rows].add_(_product(left[rows], right))
 
 
 def _local_targets(targets: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:

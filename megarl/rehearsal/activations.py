@@ -141,16 +141,20 @@ def forward_bytes(config: RunConfig, shape: ModelShape, chunk: Chunk) -> float:
 def head_bytes(config: RunConfig, shape: ModelShape, tokens: int, *, backward: bool, entropy_gradient: bool) -> int:
     """What turns `tokens` hidden states into log-probs (`megarl.parallel.vocab`) takes at its peak.
 
-    Four tensors in fp32 of one chunk of logits, the one before it included while its names still stand; two more with
+    Three tensors in fp32 of one chunk of logits, backward the last of them in the weight's type besides; two more with
     the entropy's gradient. Beside them the hidden states on every rank and the rows of them that predict; backward the
-    rows, the gradients of both, and that of the weight.
+    rows, their gradient, and that of the weight: added up in fp32, in the end in the weight's type besides; then, the
+    logits gone, the gradient of the hidden states.
     """
     e, h = ELEMENT_BYTES[config.precision], shape.hidden_size
     rows = -(-shape.vocab_size // config.parallel.tensor)
-    logits = 16 * min(config.batch.logprob_chunk, tokens) * rows
+    logits = min(config.batch.logprob_chunk, tokens) * rows
     if not backward:
-        return logits + tokens * 2 * e * h
-    return logits + (logits // 2 if entropy_gradient else 0) + tokens * 3 * e * h + rows * e * h
+        return 12 * logits + tokens * 2 * e * h
+    narrow = e if e < 4 else 0
+    within = (20 if entropy_gradient else 12 + narrow) * logits
+    weight = rows * h
+    return max(within + 4 * weight, (4 + narrow) * weight, e * (tokens * h + weight)) + tokens * 2 * e * h
 
 
 def _sequence_parallel(config: RunConfig) -> int:
