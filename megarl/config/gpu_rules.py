@@ -18,13 +18,20 @@ def refusals(config: RunConfig) -> Iterator[Refusal]:
 
 
 def of_policy(config: RunConfig) -> Iterator[Refusal]:
-    """What Transformer Engine's layers cannot do."""
-    if config.precision == "fp32" and config.batch.packed:
-        yield Refusal(
-            "precision=fp32 with batch.packed=true on a GPU",
-            "has no attention kernel in Transformer Engine",
-            "set precision=bf16 or batch.packed=false",
-        )
+    """What Transformer Engine's layers cannot do: its only attention in fp32 is that of whole sequences of one length,
+    all of them on one rank."""
+    context = config.parallel.context
+    settings = {
+        "batch.packed=true": "batch.packed=false" if config.batch.packed else None,
+        f"parallel.context={context}": "parallel.context=1" if context > 1 else None,
+    }
+    for setting, instead in settings.items():
+        if config.precision == "fp32" and instead is not None:
+            yield Refusal(
+                f"precision=fp32 with {setting} on a GPU",
+                "has no attention kernel in Transformer Engine",
+                f"set precision=bf16 or {instead}",
+            )
 
 
 def of_recorded_routing(engine_arguments: Mapping[str, Any]) -> Iterator[Refusal]:

@@ -33,7 +33,21 @@ OWNED: dict[str, dict[str, str]] = {
         "moe_aux_loss_coeff": "set moe.aux_loss_coefficient",
         "moe_router_dtype": "set moe.router_dtype",
         "moe_enable_routing_replay": "set moe.routing_replay",
-        **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype"), "set precision"),
+        **dict.fromkeys(
+            (
+                "bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype",
+                # FP8 and FP4, and what goes with them.
+                "fp8", "fp8_recipe", "fp8_param", "fp8_quantizer_factory", "fp8_margin", "fp8_interval",
+                "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad", "fp8_dot_product_attention",
+                "fp8_multi_head_attention", "fp8_param_gather", "fp4", "fp4_recipe", "fp4_param",
+                "fp4_quantizer_factory", "tp_only_amax_red", "first_last_layers_bf16", "num_layers_at_start_in_bf16",
+                "num_layers_at_end_in_bf16", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8",
+                "activation_func_fp8_input_store", "reuse_grad_buf_for_mxfp8_param_ag", "keep_fp8_transpose_cache",
+                "disable_parameter_transpose_cache", "quant_recipe", "use_kitchen", "use_kitchen_attention",
+                "kitchen_attention_backend",
+            ),
+            "set precision",
+        ),
         "lr": "set optimizer.lr",
         "min_lr": "set optimizer.min_lr",
         "weight_decay": "set optimizer.weight_decay",

@@ -154,7 +154,7 @@ def _notes(config: RunConfig, cluster: Cluster, world: int) -> Iterator[str]:
         yield f"{world} processes do not fill nodes of {cluster.gpus_per_node} GPUs"
     if cluster.gpus_per_node % config.rollout.tensor:
         yield f"an engine of {config.rollout.tensor} GPUs does not stay inside a node of {cluster.gpus_per_node}"
-    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload", "fp8", "fp4", "cpu_offloading"):
+    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload", "cpu_offloading"):
         if config.megatron.get(name):
             yield f"megatron.{name} changes what memory holds and is not modelled"
     for name in ("kv_cache_dtype", "cpu_offload_gb", "speculative_config"):

@@ -1,0 +1,51 @@
+"""What a run may ask for on the CPU and not on a GPU, with its exact message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megarl.config import gpu_rules
+from megarl.config.schema import RunConfig
+
+
+def config_with(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "test",
+            "steps": 1,
+            "model": {"path": "model"},
+            "algorithm": {"name": "grpo"},
+            "data": {"path": "unused", "max_prompt_tokens": 64},
+            "rollout": {"max_tokens": 64},
+        }
+        | sections
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "messages"),
+    [
+        ({"precision": "bf16", "batch": {"packed": True}, "parallel": {"context": 2}}, []),
+        ({"precision": "fp32", "batch": {"packed": False}}, []),
+        (
+            {"precision": "fp32", "batch": {"packed": False}, "parallel": {"context": 2}},
+            [
+                "precision=fp32 with parallel.context=2 on a GPU: has no attention kernel in Transformer Engine. "
+                "Fix: set precision=bf16 or parallel.context=1."
+            ],
+        ),
+        (
+            {"precision": "fp32", "batch": {"packed": True}, "parallel": {"context": 4}},
+            [
+                "precision=fp32 with batch.packed=true on a GPU: has no attention kernel in Transformer Engine. "
+                "Fix: set precision=bf16 or batch.packed=false.",
+                "precision=fp32 with parallel.context=4 on a GPU: has no attention kernel in Transformer Engine. "
+                "Fix: set precision=bf16 or parallel.context=1.",
+            ],
+        ),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused(sections: dict[str, Any], messages: list[str]) -> None:
+    assert [str(refusal) for refusal in gpu_rules.refusals(config_with(**sections))] == messages
