@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import parity
 import pytest
 
 from megarl.errors import Refusal, TrainingStopped
-from megarl.formats import checkpoint_folder
+from megarl.formats import checkpoint_folder, megatron
 
 SAVED_UNDER = {"tensor": 2}
 SAVED_MIXTURES_UNDER = {"tensor": 2, "sequence": True, "expert": 2}
@@ -62,6 +63,36 @@ def next_update(policy: Any, config: Any, batch: list, folder: Path) -> Update:
     return Update(result.loss, result.grad_norm, result.lr, parity.exported(policy, folder))
 
 
+@contextmanager
+def extra_states() -> Iterator[None]:
+    """Inside, mixtures' layers speak of extra states as Transformer Engine's do: to Megatron's checkpoints of one for
+    every expert, to PyTorch of one for all."""
+    from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+
+    from megarl.policy.cpu_layers import CpuGroupedLinear
+
+    of_weights = CpuGroupedLinear.sharded_state_dict
+
+    def of_all(self: Any, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        found = of_weights(self, prefix, sharded_offsets, metadata)
+        experts = self.groups.ep.size() * self.num_gemms
+        for index in range(self.num_gemms):
+            expert = self.groups.ep.rank() * self.num_gemms + index
+            found[f"{prefix}_extra_state{index or ''}"] = make_sharded_object_for_checkpoint(
+                b"history",
+                f"{prefix}_extra_state",
+                (*sharded_offsets, (len(sharded_offsets), expert, experts)),
+                (0, self.groups.expt_tp.rank(), self.groups.expt_dp.rank()),
+            )
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuGroupedLinear, "sharded_state_dict", of_all)
+        patch.setattr(CpuGroupedLinear, "get_extra_state", lambda self: b"history")
+        patch.setattr(CpuGroupedLinear, "set_extra_state", lambda self, state: None)
+        yield
+
+
 def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint, a third update. A scenario of `run_world`."""
     from megarl.policy import checkpoint
@@ -73,7 +104,8 @@ def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
         with parity.policy_of(config, world) as policy:
             for batch in batches[:2]:
                 parity.update(policy, parity.grpo(config), batch)
-            checkpoint.save(policy, folder / f"{model}-saved", 2, {"cursor": 7}, optimizer=True, keep=2)
+            with extra_states():
+                checkpoint.save(policy, folder / f"{model}-saved", 2, {"cursor": 7}, optimizer=True, keep=2)
             weights = parity.exported(policy, folder / f"{model}-hf")
             found[model] = weights, next_update(policy, config, batches[2], folder / f"{model}-hf")
     return found
@@ -91,7 +123,9 @@ def load_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
             config = config_for(folder / model, parallel)
             with parity.policy_of(config, world, weights=False) as policy:
                 saved = checkpoint_folder.require(folder / f"{model}-saved", "resume")
-                progress = checkpoint.load(policy, saved, optimizer=True)
+                # A GPU's checkpoint on the CPU, and back.
+                with extra_states() if number else nullcontext():
+                    progress = checkpoint.load(policy, saved, optimizer=True)
                 weights = parity.exported(policy, folder / f"{name}-hf")
                 checkpoint.save(policy, folder / f"{name}-again", 2, progress, optimizer=True, keep=2)
                 update = next_update(policy, config, made_batches(3)[2], folder / f"{name}-hf")
@@ -136,6 +170,13 @@ def loaded(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     for processes in LOADED_UNDER:
         found |= parity.run_world("test_policy_state", "load_and_go_on", processes, folder)[0]
     return found
+
+
+def test_extra_states_are_told_from_parameters_by_the_end_of_their_keys():
+    states = ("_extra_state", "decoder.layers.0.mlp.experts.linear_fc1._extra_state", "a.linear_fc2._extra_state127")
+    assert all(map(megatron.is_extra_state, states))
+    others = ("decoder.layers.0.mlp.experts.linear_fc1.weight1", "a._extra_state.weight", "a.no_extra_state")
+    assert not any(map(megatron.is_extra_state, others))
 
 
 def test_loaded_weights_are_bitwise_the_saved_ones(saved: dict, loaded: dict):

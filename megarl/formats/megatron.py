@@ -48,6 +48,12 @@ CONTENT = {
 }
 
 
+def is_extra_state(key: str) -> bool:
+    """Whether a key is of what Transformer Engine's layers keep beside their parameters, the history of FP8's scales:
+    `_extra_state`, and of a grouped layer's experts past its first `_extra_state1`, `_extra_state2`, ..."""
+    return key.rpartition(".")[2].startswith("_extra_state")
+
+
 class DistributedCheckpoint:
     """A checkpoint to be read. `tensors`: shape and type by key; what is not a tensor is left out.
 

@@ -268,9 +268,9 @@ def _load_models(modules: Sequence[Any], state: dict[str, Any]) -> None:
 
 
 def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Load every parameter. Transformer Engine's extra state (FP8 history) is not saved and may be missing."""
+    """Load every parameter. Transformer Engine's extra state is not saved and may be missing."""
     missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
+    missing = [name for name in missing if not megatron.is_extra_state(name)]
     if missing or unexpected:
         raise Refusal(
             f"a checkpoint with {len(missing)} parameters missing and {len(unexpected)} unexpected "
@@ -310,7 +310,7 @@ def _state(
         metadata = dict(content)
         for key, model in _by_key(parts).items():
             tensors = model.sharded_state_dict(metadata=metadata)
-            found[key] = {k: v for k, v in tensors.items() if not k.endswith("_extra_state")}
+            found[key] = {k: v for k, v in tensors.items() if not megatron.is_extra_state(k)}
         if name != POLICY:
             add_prefix_for_sharding(found, f"{checkpoint_folder.SETS}{name}.")
         if optimizer:
