@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megarl.config import accelerations
 from megarl.config.cluster import GIB
 from megarl.health.facts import installed, nccl_version, shared_memory_free
 
@@ -50,29 +51,40 @@ def _software() -> Iterator[Fact]:
 def _accelerations(cuda: bool) -> Iterator[Fact]:
     import torch
 
+    engine = installed("transformer-engine", "transformer_engine")
     if not cuda:
         yield Fact("CUDA", None, "policy and engines run on the CPU: small models, the same code")
+        if accelerations.has_transformer_engine():
+            yield _transformer_engine(engine)
         return
     names = sorted({torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())})
     memory = torch.cuda.get_device_properties(0).total_memory / GIB
     count = torch.cuda.device_count()
     yield Fact("CUDA", f"{torch.version.cuda}: {count} x {', '.join(names)}, {memory:.0f} GiB")
     yield Fact("NCCL", nccl_version())
-    engine = installed("transformer-engine", "transformer_engine")
-    yield Fact("Transformer Engine", engine, "" if engine else "policies on GPUs need it: install megarl[gpu]")
+    yield (found := _transformer_engine(engine))
     capability = torch.cuda.get_device_capability(0)
-    fp8 = engine and capability >= (8, 9)
+    fp8 = found.found and capability >= (8, 9)
     why = "needs Transformer Engine and a GPU of compute capability 8.9 or more (Ada, Hopper): layers stay BF16"
     yield Fact("FP8", f"compute capability {capability[0]}.{capability[1]}" if fp8 else None, "" if fp8 else why)
-    for name, why in (
-        ("flash-attn", "Transformer Engine takes cuDNN's fused attention instead"),
-        (
-            "apex",
-            "Transformer Engine's fused Adam is used; gradients of weights are added in a pass of their own",
-        ),
-    ):
-        found = installed(name)
-        yield Fact(name, found, "" if found else why)
+    attention = installed("flash-attn")
+    yield Fact("flash-attn", attention, "" if attention else "Transformer Engine takes cuDNN's fused attention instead")
+    yield _apex()
+
+
+def _transformer_engine(version: str | None) -> Fact:
+    if accelerations.has_transformer_engine() and not accelerations.has_extension():
+        return Fact("Transformer Engine", None, f"{accelerations.LACKS_EXTENSION}: {accelerations.BUILD_EXTENSION}")
+    return Fact("Transformer Engine", version, "" if version else "policies on GPUs need it: install megarl[gpu]")
+
+
+def _apex() -> Fact:
+    version = installed("apex")
+    if accelerations.has_apex():
+        return Fact("apex", version or "version unknown")
+    without = "Transformer Engine's fused Adam is used; gradients of weights are added in a pass of their own"
+    other = "" if version is None else f"apex {version} is not NVIDIA's, or was built without its kernels: "
+    return Fact("apex", None, f"{other}{without}")
 
 
 def _machine() -> Iterator[Fact]:
