@@ -16,4 +16,7 @@ export MEGARL_CPU_BIND="${MEGARL_CPU_BIND:-cores}"
 # export NCCL_DEBUG=WARN
 
 # vLLM's sleep mode cannot free memory in expandable segments.
-unset PYTORCH_CUDA_ALLOC_CONF
+unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
+
+# One queue of work to each GPU, so that Megatron's collectives begin in the order in which they were asked for.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

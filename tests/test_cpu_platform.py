@@ -31,6 +31,25 @@ def test_device_contexts_hold_for_the_redirected_factories() -> None:
     assert done.stdout.split("\n")[0] == "{'meta'} cpu", done.stderr
 
 
+@pytest.mark.parametrize("given", [None, "8"])
+def test_queues_are_in_order_before_cuda_is_asked_for(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megarl.parallel import bootstrap, cpu_platform
+
+    class Asked(Exception):
+        pass
+
+    def has_cuda() -> bool:
+        raise Asked(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    monkeypatch.setattr(cpu_platform, "has_cuda", has_cuda)
+    monkeypatch.setattr(bootstrap, "_meeting_place", lambda limit: None)
+    with pytest.raises(Asked, match=f"^{given or 1}$"):
+        bootstrap.join()
+
+
 def threads_of_an_update(world: Any, folder: Path) -> tuple[int, int]:
     """Threads of this process before and after an update of all weights by two threads. A scenario of `run_world`."""
     torch.set_num_threads(2)

@@ -36,6 +36,21 @@ def config_with(**sections: Any) -> RunConfig:
                 "Fix: set precision=bf16 or parallel.context=1."
             ],
         ),
+        ({"moe": {"routing_replay": "on"}}, []),
+        (
+            {"moe": {"routing_replay": "compare"}, "rollout": {"tensor": 4, "max_tokens": 64}},
+            [
+                "rollout.tensor=4 with recorded routing on a GPU: must be 1: vLLM keeps the record on the first rank "
+                "of an engine, and the others stop without it. Fix: set rollout.tensor=1 or moe.routing_replay=off."
+            ],
+        ),
+        (
+            {"moe": {"routing_replay": "on"}, "vllm": {"async_scheduling": True}},
+            [
+                "vllm.async_scheduling=true: must be off where routing is recorded: a step would still be under way "
+                "when prefixes are forgotten. Fix: remove it, or do not record the routing."
+            ],
+        ),
         (
             {"precision": "fp32", "batch": {"packed": True}, "parallel": {"context": 4}},
             [

@@ -224,6 +224,36 @@ def test_routing_is_asked_of_vllm_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch
                 config_with(), shape_with(**EXPERTS), load_weights=False, record_routing=recorded
             )
             assert arguments.get("enable_return_routed_experts", False) == (gpu and recorded)
+            # With a step under way, the reset of the prefix cache would find it outdated.
+            assert arguments.get("async_scheduling") == (False if gpu and recorded else None)
+
+
+def test_a_gpus_batches_are_those_of_an_offline_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+    def batch(**sections: object) -> int:
+        arguments = engine_arguments(config_with(**sections), shape_with(), load_weights=False)
+        return arguments["max_num_batched_tokens"]
+
+    assert batch() == 16384
+    assert batch(vllm={"max_num_batched_tokens": 4096}) == 4096
+    many = {"max_tokens": 64, "max_concurrent": 20000}
+    assert batch(rollout=many) == 20000
+    assert batch(rollout={"max_tokens": 19936}, vllm={"enable_chunked_prefill": False}) == 20000
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_refused_by_either_name(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    with pytest.raises(Refusal) as refusal:
+        engine_arguments(config_with(), shape_with(), load_weights=False)
+    assert str(refusal.value) == (
+        f"{name} with expandable_segments:True: vLLM's sleep mode cannot free memory held in expandable segments. "
+        "Fix: unset it."
+    )
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    engine_arguments(config_with(), shape_with(), load_weights=False)
 
 
 def test_every_family_has_a_class_of_vllm():

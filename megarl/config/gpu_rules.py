@@ -14,7 +14,7 @@ def refusals(config: RunConfig) -> Iterator[Refusal]:
     """What `config` asks for and a GPU cannot do."""
     yield from of_policy(config)
     if Implied(config).records_routing:
-        yield from of_recorded_routing(config.vllm)
+        yield from of_recorded_routing(config.vllm, config.rollout.tensor)
 
 
 def of_policy(config: RunConfig) -> Iterator[Refusal]:
@@ -34,8 +34,22 @@ def of_policy(config: RunConfig) -> Iterator[Refusal]:
             )
 
 
-def of_recorded_routing(engine_arguments: Mapping[str, Any]) -> Iterator[Refusal]:
-    """What stands in the way of recording the experts of every token; `engine_arguments`: fields of EngineArgs."""
+def of_recorded_routing(engine_arguments: Mapping[str, Any], tensor: int) -> Iterator[Refusal]:
+    """What stands in the way of recording the experts of every token, by an engine of `tensor` GPUs;
+    `engine_arguments`: fields of EngineArgs."""
+    if tensor > 1:
+        # Every rank has a scheduler, which asks for the record within its step; nothing can be handed on before.
+        yield Refusal(
+            f"rollout.tensor={tensor} with recorded routing on a GPU",
+            "must be 1: vLLM keeps the record on the first rank of an engine, and the others stop without it",
+            "set rollout.tensor=1 or moe.routing_replay=off",
+        )
+    if engine_arguments.get("async_scheduling"):
+        yield Refusal(
+            "vllm.async_scheduling=true",
+            "must be off where routing is recorded: a step would still be under way when prefixes are forgotten",
+            "remove it, or do not record the routing",
+        )
     if engine_arguments.get("enable_prefix_caching") is False:
         yield Refusal(
             "vllm.enable_prefix_caching=false",

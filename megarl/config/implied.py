@@ -11,6 +11,9 @@ from megarl.config.parameter_sets import CONSUMER, REFERENCE, ParameterSet, Serv
 from megarl.config.schema import RunConfig
 from megarl.config.sections import OptimizerSettings
 
+#: What vLLM takes for batches of prompts on an H100; to an engine that a process holds itself it would give 2,048.
+BATCHED_TOKENS = 16384
+
 
 @dataclass(frozen=True, slots=True)
 class Implied:
@@ -79,6 +82,16 @@ class Implied:
     def records_routing(self) -> bool:
         """Whether the engine's experts of every token are kept."""
         return self.config.moe.routing_replay != "off"
+
+    @property
+    def batched_tokens(self) -> int:
+        """Tokens that vLLM computes at a time at most, on a GPU: its max_num_batched_tokens."""
+        asked = self.config.vllm.get("max_num_batched_tokens")
+        if asked:
+            return int(asked)
+        # Without chunks a prompt must fit whole.
+        whole = self.longest_engine_sequence if self.config.vllm.get("enable_chunked_prefill") is False else 0
+        return max(BATCHED_TOKENS, self.config.rollout.max_concurrent, whole)
 
     @property
     def updates(self) -> int:

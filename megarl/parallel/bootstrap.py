@@ -59,6 +59,7 @@ def join(timeout_minutes: float = TIMEOUT_MINUTES, join_limit: float = JOIN_LIMI
     Raises `Refusal` where a launcher gave a rank but no address to meet at, a rank that two processes have, or a port
     that is taken; `Interrupted`, naming them, where ranks do not come or do not reach each other.
     """
+    cpu_platform.order_queues()
     place = _meeting_place(join_limit)
     cuda = cpu_platform.has_cuda()
     if cuda:

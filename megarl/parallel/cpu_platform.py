@@ -33,15 +33,19 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def order_queues() -> None:
+    """Have a GPU take up work in the order in which it was asked for, which Megatron's overlapping communication relies
+    on; to be called before CUDA starts, which reads it once. Without a GPU its absence is a warning per model."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def activate() -> None:
     """Redirect CUDA names to the CPU where there is no CUDA; idempotent."""
     global _active
     if _active or has_cuda():
         return
     _active = True
-    # Megatron refuses to build overlapping communicators without this variable on older devices; it has no
-    # meaning for gloo, but its absence is a warning per model.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    order_queues()
     # `with torch.device(...)` knows factory functions by identity, from a set made at its first use: of the originals,
     # which are what it meets. Made later it would hold the wrappers, and the device would be passed over in silence.
     _device_constructors()

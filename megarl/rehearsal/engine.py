@@ -15,8 +15,6 @@ from megarl.weights.push_plan import engine_tensors
 
 #: Tokens of a block of vLLM's cache on a GPU.
 BLOCK_TOKENS = 16
-#: vLLM's max_num_batched_tokens, where neither `vllm:` nor a larger max_num_seqs says otherwise.
-BATCHED_TOKENS = 2048
 
 
 def engine_weights(config: RunConfig, shape: ModelShape) -> int:
@@ -33,7 +31,7 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
     processed log-probs and probabilities in fp32. vLLM measures the real figure when it starts.
     """
     e, h, t = ELEMENT_BYTES[config.engine_precision], shape.hidden_size, config.rollout.tensor
-    tokens = int(config.vllm.get("max_num_batched_tokens") or max(BATCHED_TOKENS, config.rollout.max_concurrent))
+    tokens = Implied(config).batched_tokens
     attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / t
     dense = 0.0 if shape.is_moe and all(shape.sparse_layers) else 3 * shape.ffn_size / t
     # vLLM's two workspaces of experts, for all tokens on every rank; with expert parallelism of whole experts.

@@ -17,6 +17,8 @@ from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
 GIB = 1 << 30
+#: By which PyTorch's allocator is told its settings: its name of old, and that of today.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 CPU_KV_CACHE_GIB = 0.25
 #: Sizes that vLLM's CPU kernels for experts take; it pads the experts' own size, but not the model's.
 CPU_EXPERT_MULTIPLE = 32
@@ -67,9 +69,10 @@ def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str
             "leave the routing of a dense model alone",
         )
     if torch.cuda.is_available():
-        for refusal in gpu_rules.of_recorded_routing(arguments):
+        for refusal in gpu_rules.of_recorded_routing(arguments, arguments["tensor_parallel_size"]):
             raise refusal
-        return {"enable_return_routed_experts": True}
+        # With steps under way while the next is scheduled, the last one's record would come after a reset.
+        return {"enable_return_routed_experts": True, "async_scheduling": False}
     if not arguments["enforce_eager"]:
         raise Refusal(
             "vllm.enforce_eager=false",
@@ -111,15 +114,17 @@ def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[st
 
 
 def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
-    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        raise Refusal(
-            "PYTORCH_CUDA_ALLOC_CONF with expandable_segments:True",
-            "vLLM's sleep mode cannot free memory held in expandable segments",
-            "unset it",
-        )
+    for name in ALLOCATOR_VARIABLES:
+        if "expandable_segments:True" in os.environ.get(name, ""):
+            raise Refusal(
+                f"{name} with expandable_segments:True",
+                "vLLM's sleep mode cannot free memory held in expandable segments",
+                "unset it",
+            )
     gib = config.rollout.kv_cache_gib
     return {
         "enable_sleep_mode": True,
+        "max_num_batched_tokens": Implied(config).batched_tokens,
         "gpu_memory_utilization": config.rollout.gpu_memory_fraction,
         "kv_cache_memory_bytes": None if gib is None else int(gib * GIB),
     }
