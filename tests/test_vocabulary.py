@@ -29,12 +29,12 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, and the gradients of hidden states and weight."""
     hidden, weight, targets, upstream = case
-    leaves = [leaf.to(dtype).requires_grad_() for leaf in (hidden.clone(), weight.clone())]
+    of_hidden, of_weight = (leaf.clone().to(dtype).requires_grad_() for leaf in (hidden, weight))
     shard = vocabulary_shard(VOCABULARY, VOCABULARY, 0, None)
-    log_probs, _ = token_log_probs(*leaves, targets, shard, chunk=chunk)
+    log_probs, _ = token_log_probs(of_hidden, of_weight, targets, shard, chunk=chunk)
     log_probs.backward(upstream)
-    assert leaves[0].grad is not None and leaves[1].grad is not None
-    return log_probs.detach(), leaves[0].grad, leaves[1].grad
+    assert of_hidden.grad is not None and of_weight.grad is not None
+    return log_probs.detach(), of_hidden.grad, of_weight.grad
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
