@@ -19,14 +19,16 @@ TOKENS, INPUTS, OUTPUTS = 48, 512, 256
 NEWEST = AmaxHistory(length=1, choice="most_recent")
 
 Found = dict[str, torch.Tensor]
+#: Inputs, a weight, and the outputs' gradient.
+Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def scaling_of(recipe: str, group=None, history: AmaxHistory = NEWEST) -> Fp8Scaling:
     return Fp8Scaling(recipe, group, history if RECIPES[recipe].delayed else None)
 
 
-def matrices(seed: int = 0, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs, a weight, and the outputs' gradient, of sizes such as training has."""
+def matrices(seed: int = 0, tokens: int = TOKENS) -> Matrices:
+    """Of sizes such as training has."""
     drawn = torch.Generator().manual_seed(seed)
     inputs = torch.randn(tokens, INPUTS, generator=drawn)
     weight = torch.randn(OUTPUTS, INPUTS, generator=drawn) * 0.02
@@ -41,7 +43,7 @@ def passed(inputs: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, s
     return {"outputs": outputs.detach(), "of inputs": of_inputs, "of weight": of_weight}
 
 
-def settled(recipe: str, *known: torch.Tensor, group=None) -> Fp8Scaling:
+def settled(recipe: str, known: Matrices, group=None) -> Fp8Scaling:
     """A scaling; under the delayed recipe one that has seen these matrices in the step before."""
     scaling = scaling_of(recipe, group)
     if scaling.recipe.delayed:
@@ -55,8 +57,9 @@ def test_error_against_the_plain_product_is_that_of_rounding(recipe):
     """Of each operand at most u / sqrt(3) in the root mean square, u as in `fp8.ROUNDING`; of both the root of the
     squares' sum (`test_ops_fp8.py` has why). At least a third of it: it is FP8 that was computed.
     """
-    plain = passed(*(one.double() for one in matrices()), None)
-    found = passed(*matrices(), settled(recipe, *matrices()))
+    inputs, weight, gradient = (one.double() for one in matrices())
+    plain = passed(inputs, weight, gradient, None)
+    found = passed(*matrices(), settled(recipe, matrices()))
     of_gradient = fp8.ROUNDING[RECIPES[recipe].gradients]
     for name, other in [("outputs", fp8.ROUNDING[E4M3]), ("of inputs", of_gradient), ("of weight", of_gradient)]:
         bound = math.sqrt((fp8.ROUNDING[E4M3] ** 2 + other**2) / 3)
@@ -87,7 +90,7 @@ def test_products_are_of_the_matrices_quantised_for_them():
 def test_zeros_as_padding_change_nothing(recipe):
     known = matrices(2)
     padded = F.pad(known[0], (0, 0, 0, 96)), known[1], F.pad(known[2], (0, 0, 0, 96))
-    short, long = (passed(*one, settled(recipe, *one)) for one in (known, padded))
+    short, long = (passed(*one, settled(recipe, one)) for one in (known, padded))
     assert (long["outputs"][TOKENS:] == 0).all() and (long["of inputs"][TOKENS:] == 0).all()
     for name, found in short.items():
         # To fp32's rounding: the library sums in an order of its own for each size.
@@ -143,7 +146,7 @@ def test_delayed_scaling_takes_its_factors_from_the_steps_before():
 
 def test_measuring_records_nothing_and_recomputation_finds_the_same():
     inputs, weight, gradient = matrices(6)
-    plain, again = (settled("fp8-delayed", inputs / 2, weight, gradient) for _ in range(2))
+    plain, again = (settled("fp8-delayed", (inputs / 2, weight, gradient)) for _ in range(2))
     with torch.no_grad():
         fp8_linear(inputs * 9, weight, None, plain)
     assert plain.history[0].tolist() == [0.0, 0.0, 0.0]
@@ -151,7 +154,8 @@ def test_measuring_records_nothing_and_recomputation_finds_the_same():
     leaves = inputs.clone().requires_grad_(), weight.clone().requires_grad_()
     outputs = checkpoint(fp8_linear, *leaves, None, again, use_reentrant=True)
     torch.autograd.backward(outputs, gradient)
-    assert leaves[0].grad.equal(found["of inputs"]) and leaves[1].grad.equal(found["of weight"])
+    for leaf, name in zip(leaves, ("of inputs", "of weight"), strict=True):
+        assert leaf.grad is not None and leaf.grad.equal(found[name])
     assert again.history.equal(plain.history) and plain.history[0].tolist() != [0.0, 0.0, 0.0]
 
 
@@ -166,7 +170,8 @@ def test_delayed_scaling_goes_on_from_its_state():
     for step in steps[2:]:
         found = [passed(*step, one) for one in (whole, resumed)]
         assert all(found[0][name].equal(found[1][name]) for name in found[0])
-        whole.update(), resumed.update()
+        whole.update()
+        resumed.update()
     assert whole.history.equal(resumed.history) and whole.factors.equal(resumed.factors)
     assert not scaling_of("fp8-blockwise").state_dict()
 
@@ -179,11 +184,13 @@ def sharded(_world, recipe: str, split: str) -> Found:
         weight, gradient = weight.chunk(ranks)[rank], gradient.chunk(ranks, 1)[rank]
     else:
         inputs, weight = inputs.chunk(ranks, 1)[rank], weight.chunk(ranks, 1)[rank]
-    scaling = settled(recipe, inputs, weight, gradient, group=dist.group.WORLD)
-    return passed(inputs, weight, gradient, scaling) | dict(scaling.named_buffers())
+    scaling = settled(recipe, (inputs, weight, gradient), dist.group.WORLD)
+    found = passed(inputs, weight, gradient, scaling)
+    scaling.update()
+    return found | dict(scaling.named_buffers())
 
 
-def spiked() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def spiked() -> Matrices:
     """Matrices whose largest numbers are the first rank's alone, so that a factor of a shard's own amax differs."""
     inputs, weight, gradient = matrices(12)
     inputs[0, 0], weight[0, 0], gradient[0, 0] = 7.0, 0.13, 9e-4
@@ -198,13 +205,14 @@ def all_sharded(world) -> dict[tuple[str, str], Found]:
 def test_shards_are_scaled_as_the_whole():
     first, second = parity.run_world("test_fp8_linear", "all_sharded", 2)
     for recipe in RECIPES:
-        scaling = settled(recipe, *spiked())
+        scaling = settled(recipe, spiked())
         whole = passed(*spiked(), scaling)
+        scaling.update()
         for split, (outputs, of_inputs, of_weight) in {"column": (1, None, 0), "row": (None, 1, 1)}.items():
             of_ranks = [ranks[recipe, split] for ranks in (first, second)]
             for name, side in [("outputs", outputs), ("of inputs", of_inputs), ("of weight", of_weight)]:
                 parts = [one[name] for one in of_ranks]
-                found = sum(parts) if side is None else torch.cat(parts, side)
+                found = parts[0] + parts[1] if side is None else torch.cat(parts, side)
                 near = 1e-6 * float(whole[name].abs().max())
                 assert torch.allclose(found, whole[name], rtol=1e-5, atol=near), (recipe, split, name)
             for name, state in scaling.named_buffers():

@@ -114,7 +114,7 @@ def test_power_of_two_formulas_are_exact():
     factors = fp8.power_of_two_factor(torch.from_numpy(amax))
     np.testing.assert_array_equal(bits(factors), exact_factor(amax).view(np.int32))
     np.testing.assert_array_equal(fp8.power_of_two_scale(torch.from_numpy(amax)).numpy(), exact_scale(amax))
-    raised = torch.from_numpy(np.float32([0.0, 1e-30, 2.0, np.nan]))
+    raised = torch.tensor([0.0, 1e-30, 2.0, math.nan])
     assert fp8.power_of_two_factor(raised, least_amax=1.0).tolist() == [256.0, 256.0, 128.0, 1.0]
 
 
@@ -225,16 +225,15 @@ def test_parts_equal_the_whole_where_cuts_lie_on_multiples_of_128():
 
 
 def test_one_factor_for_the_whole_matrix():
-    f32 = np.float32
-    amax = f32([0.0, np.inf, np.nan, 1e-45, 1e-38, 3.0, 448.0, 3e38])
+    amax = np.array([0.0, np.inf, np.nan, 1e-45, 1e-38, 3.0, 448.0, 3e38], np.float32)
     for kind, largest in [(E4M3, 448.0), (E5M2, 57344.0)]:
         for margin in (0, 2):
             expected = [1.0, 1.0, 1.0]
             for one in amax[3:]:
                 quotient = largest * 2.0**-margin / float(one)
-                expected.append(min(quotient, float(np.finfo(f32).max)))
+                expected.append(min(quotient, float(np.finfo(np.float32).max)))
             found = fp8.amax_factor(torch.from_numpy(amax), kind, margin).numpy()
-            np.testing.assert_array_equal(found, np.array(expected).astype(f32))
+            np.testing.assert_array_equal(found, np.array(expected, np.float32))
     assert fp8.whole_amax(torch.tensor([[1.0, -3.0], [math.nan, 2.0]])) == 3.0
     assert fp8.whole_amax(torch.tensor([1.0, -math.inf])) == math.inf
     assert fp8.whole_amax(torch.zeros(0, 4)) == 0.0

@@ -6,7 +6,7 @@ values are multiplied by to get numbers back (`scale_inv` in Transformer Engine,
 checkpoints), `factor` is what numbers are multiplied by before the cast (`scale` in Transformer Engine).
 
 Sources, where a docstring names them: TE is Transformer Engine 2.11's Python and the CUDA files of its repository
-(common/recipe/ recipe_common.cuh, current_scaling.cu, delayed_scaling.cu,
+(common/recipe/recipe_common.cuh, current_scaling.cu, delayed_scaling.cu,
 common/transpose/quantize_transpose_square_blockwise.cu); vLLM is 0.32 (vllm/utils/deep_gemm.py: per_block_cast_to_fp8);
 CUDA is cuda_fp8.hpp.
 """
@@ -250,9 +250,10 @@ def product(a_MK: Quantised, b_NK: Quantised) -> Tensor:
     a_scales = a_MK.scales.repeat_interleave(a_MK.tile[0], 0)[: len(a_MK.values)]
     b_scales = b_NK.scales.repeat_interleave(b_NK.tile[0], 0)[: len(b_NK.values)]
     total = torch.zeros(len(a_MK.values), len(b_NK.values), device=a_scales.device)
-    a_parts, b_parts = a_MK.values.split(TILE_SIDE, 1), b_NK.values.split(TILE_SIDE, 1)
-    for index, (a_part, b_part) in enumerate(zip(a_parts, b_parts, strict=True)):
-        total += (a_part.float() @ b_part.float().T) * a_scales[:, index, None] * b_scales[:, index]
+    for index in range(a_scales.shape[1]):
+        columns = slice(index * TILE_SIDE, (index + 1) * TILE_SIDE)
+        part = a_MK.values[:, columns].float() @ b_NK.values[:, columns].float().T
+        total += part * a_scales[:, index, None] * b_scales[:, index]
     return total
 
 

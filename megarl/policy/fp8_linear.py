@@ -1,5 +1,4 @@
-"""A linear layer in FP8, computed on the CPU as Transformer Engine computes it on a GPU: `megarl.ops.fp8` in both
-passes.
+"""A linear layer in FP8 on the CPU, by Transformer Engine's recipes: `megarl.ops.fp8` in both passes.
 
 Three products of quantised matrices, with tokens T, inputs K, outputs N:
 
@@ -51,6 +50,7 @@ class Fp8Scaling(torch.nn.Module):
     have a factor for each rank's shard. Under delayed scaling nothing is exchanged but in `update`.
 
     Under delayed scaling the state is part of the module's: `history` (length, 3) and `factors` (3,) fp32, by `ROLES`.
+    After `update` it is the same on all ranks of the group.
     """
 
     history: torch.Tensor
