@@ -349,6 +349,11 @@ class RunSettings(Settings):
         return given
 
     @property
-    def engine_precision(self) -> Literal["fp32", "bf16"]:
-        """Type of the engine's weights."""
-        return self.rollout.precision or self.precision
+    def params_dtype(self) -> Literal["fp32", "bf16"]:
+        """Type of the policy's weights and of what goes from layer to layer, whatever its products are computed in."""
+        return self.precision
+
+    @property
+    def engine_dtype(self) -> Literal["fp32", "bf16"]:
+        """Type of the engine's weights that are not quantised, and of what goes from layer to layer there."""
+        return self.rollout.precision or self.params_dtype

@@ -160,14 +160,14 @@ def _of_adapter(policy: Policy) -> dict[str, Any]:
         return {}
     if not policy.network.base_is_frozen:
         return {"beside": checkpoint_folder.adapter_facts(adapter)}
-    base = {"base": policy.network.base_digest(), "precision": policy.config.precision}
+    base = {"base": policy.network.base_digest(), "precision": policy.config.params_dtype}
     return {"adapter": checkpoint_folder.adapter_facts(adapter) | base}
 
 
 def _check_base(policy: Policy, directory: Path, progress: Mapping[str, Any]) -> None:
     saved = progress.get("adapter")
     # The same weights have other bits in another precision.
-    if saved is not None and saved["precision"] == policy.config.precision:
+    if saved is not None and saved["precision"] == policy.config.params_dtype:
         found = policy.network.base_digest()
         if found != saved["base"]:
             raise Refusal(

@@ -21,7 +21,7 @@ from megarl.parallel.cpu_platform import has_cuda
 def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfig:
     """Megatron's configuration of a run; `config.megatron` may add fields, not change those set here."""
     parallel = config.parallel
-    dtype = PRECISIONS[config.precision]
+    dtype = PRECISIONS[config.params_dtype]
     fields: dict[str, Any] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -47,7 +47,7 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         **(_experts(config, shape) if shape.is_moe else {}),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        "bf16": config.precision == "bf16",
+        "bf16": config.params_dtype == "bf16",
         # Weights are read or drawn after building, the same under every layout.
         "perform_initialization": False,
         # Micro-batches are bounded in tokens, so their lengths differ; Megatron ties this to the all-to-all dispatcher.
@@ -138,8 +138,8 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         "adam_beta2": settings.betas[1],
         "adam_eps": settings.epsilon,
         "clip_grad": settings.clip_grad,
-        "bf16": config.precision == "bf16",
-        "params_dtype": PRECISIONS[config.precision],
+        "bf16": config.params_dtype == "bf16",
+        "params_dtype": PRECISIONS[config.params_dtype],
         "use_distributed_optimizer": True,
     }
     return OptimizerConfig(**(fields | fields_of(OptimizerConfig, config.megatron)))

@@ -41,7 +41,7 @@ def layer_terms(config: RunConfig, shape: ModelShape, *, sparse: bool) -> tuple[
 
 
 def _attention(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
-    e, h = ELEMENT_BYTES[config.precision], shape.hidden_size
+    e, h = ELEMENT_BYTES[config.params_dtype], shape.hidden_size
     t, s = config.parallel.tensor, _sequence_parallel(config)
     query = shape.num_heads * shape.head_dim / t
     # Where ranks are more than key-value heads, each attends with a whole one.
@@ -57,7 +57,7 @@ def _attention(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
 
 
 def _dense_mlp(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
-    e, h, ffn = ELEMENT_BYTES[config.precision], shape.hidden_size, shape.ffn_size / config.parallel.tensor
+    e, h, ffn = ELEMENT_BYTES[config.params_dtype], shape.hidden_size, shape.ffn_size / config.parallel.tensor
     again = frozenset({"mlp"})
     yield Term("the MLP's norm, input of gate and up", e * h / _sequence_parallel(config), again, mlp=True)
     yield Term("gate and up", e * 2 * ffn, again, mlp=True)
@@ -65,7 +65,7 @@ def _dense_mlp(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
 
 
 def _experts(config: RunConfig, shape: ModelShape) -> Iterator[Term]:
-    e, h, k = ELEMENT_BYTES[config.precision], shape.hidden_size, shape.experts_per_token
+    e, h, k = ELEMENT_BYTES[config.params_dtype], shape.hidden_size, shape.experts_per_token
     t, s = config.parallel.tensor, _sequence_parallel(config)
     expert_tensor = config.parallel.expert_tensor or t
     # Copies of tokens that arrive at a rank, per token: each goes to k experts, and to all ranks that share an expert.
@@ -103,7 +103,7 @@ class ChunkActivations:
 
 def chunk_activations(config: RunConfig, shape: ModelShape, chunk: Chunk) -> ChunkActivations:
     """A chunk under the run's recomputation; `chunk` has a layer."""
-    e, h, s = ELEMENT_BYTES[config.precision], shape.hidden_size, _sequence_parallel(config)
+    e, h, s = ELEMENT_BYTES[config.params_dtype], shape.hidden_size, _sequence_parallel(config)
     terms = {sparse: layer_terms(config, shape, sparse=sparse) for sparse in (False, True)}
     layers = [terms[shape.is_sparse(layer)] for layer in chunk.layers]
     kept, again = _under(config.recompute, layers)
@@ -134,7 +134,7 @@ def _under(recompute: RecomputeSettings, layers: list[tuple[Term, ...]]) -> tupl
 def forward_bytes(config: RunConfig, shape: ModelShape, chunk: Chunk) -> float:
     """Bytes per token of a pass without a gradient: at most what one layer would keep, and its input once more."""
     kinds = {shape.is_sparse(layer) for layer in chunk.layers}
-    e = ELEMENT_BYTES[config.precision]
+    e = ELEMENT_BYTES[config.params_dtype]
     return max(sum(t.bytes for t in layer_terms(config, shape, sparse=kind)) for kind in kinds) + e * shape.hidden_size
 
 
@@ -146,7 +146,7 @@ def head_bytes(config: RunConfig, shape: ModelShape, tokens: int, *, backward: b
     rows, their gradient, and that of the weight: added up in fp32, in the end in the weight's type besides; then, the
     logits gone, the gradient of the hidden states.
     """
-    e, h = ELEMENT_BYTES[config.precision], shape.hidden_size
+    e, h = ELEMENT_BYTES[config.params_dtype], shape.hidden_size
     rows = -(-shape.vocab_size // config.parallel.tensor)
     logits = min(config.batch.logprob_chunk, tokens) * rows
     if not backward:

@@ -21,7 +21,7 @@ def engine_weights(config: RunConfig, shape: ModelShape) -> int:
     """Bytes of the engine's parameters on one of its ranks, all of which are alike. Raises `Refusal` like
     `engine_tensors`."""
     tensors = engine_tensors(config, shape, 0)
-    return sum(prod(tensor.shape) for tensor in tensors.values()) * ELEMENT_BYTES[config.engine_precision]
+    return sum(prod(tensor.shape) for tensor in tensors.values()) * ELEMENT_BYTES[config.engine_dtype]
 
 
 def working_bytes(config: RunConfig, shape: ModelShape) -> int:
@@ -30,7 +30,7 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
     Hidden states and residual; of an MLP gate, up and product, of a mixture also the tokens at their experts. Logits,
     processed log-probs and probabilities in fp32. vLLM measures the real figure when it starts.
     """
-    e, h, t = ELEMENT_BYTES[config.engine_precision], shape.hidden_size, config.rollout.tensor
+    e, h, t = ELEMENT_BYTES[config.engine_dtype], shape.hidden_size, config.rollout.tensor
     tokens = Implied(config).batched_tokens
     attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / t
     dense = 0.0 if shape.is_moe and all(shape.sparse_layers) else 3 * shape.ffn_size / t
@@ -44,7 +44,7 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
 def kv_bytes_per_token(config: RunConfig, shape: ModelShape) -> int:
     """Keys and values of all layers on one rank; heads are copied where ranks are more."""
     heads = max(1, shape.num_kv_heads // config.rollout.tensor)
-    return 2 * shape.num_layers * heads * shape.head_dim * ELEMENT_BYTES[config.engine_precision]
+    return 2 * shape.num_layers * heads * shape.head_dim * ELEMENT_BYTES[config.engine_dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def _work(run: Run, shard: Shard) -> Iterator[Amount]:
     )
     layer = max(chunk.again + chunk.moving for chunk in chunks) * tokens
     # Gradients of a layer's weights are added to the buffers when they are complete.
-    layer += shard.largest_layer * ELEMENT_BYTES[config.precision]
+    layer += shard.largest_layer * ELEMENT_BYTES[config.params_dtype]
     head = 0
     if shard.chunks[-1].last:
         entropy = any(objective.entropy_gradient for objective in run.algorithm.objectives)
@@ -167,7 +167,7 @@ def score_bytes(config: RunConfig, shape: ModelShape, shard: Shard, settings: In
     layers = {layer for chunk in shard.chunks for layer in chunk.layers}
     if settings.layers is not None and layers.isdisjoint(settings.layers):
         return 0
-    e, width = ELEMENT_BYTES[config.precision], shape.head_dim
+    e, width = ELEMENT_BYTES[config.params_dtype], shape.head_dim
     heads, keys = shape.num_heads // config.parallel.tensor, max(1, shape.num_kv_heads // config.parallel.tensor)
     gathered = e * config.batch.tokens_per_microbatch * keys * width if config.parallel.context > 1 else 0
     if settings.heads is not None:
@@ -208,7 +208,7 @@ def _adapter(shard: Shard) -> Iterator[Amount]:
 
 def policy_weights(run: Run, shard: Shard) -> int:
     """Bytes of the policy's weights on a rank, frozen ones beside an adapter included."""
-    return weights(shard.trained) + shard.frozen * ELEMENT_BYTES[run.config.precision]
+    return weights(shard.trained) + shard.frozen * ELEMENT_BYTES[run.config.params_dtype]
 
 
 def weights(buffers: Sequence[Buffer]) -> int:
@@ -221,7 +221,7 @@ def merged_bytes(config: RunConfig, shard: Shard) -> int:
     is made of: the base, the product of the factors, the same in the base's order, and the sum."""
     if not shard.merged:
         return 0
-    return shard.largest_layer * ELEMENT_BYTES[config.precision] + 4 * OPTIMIZER_ELEMENT * shard.merged
+    return shard.largest_layer * ELEMENT_BYTES[config.params_dtype] + 4 * OPTIMIZER_ELEMENT * shard.merged
 
 
 def gradients(buffers: Sequence[Buffer]) -> int:
@@ -244,7 +244,7 @@ def _shards_in_fp32(buffers: Sequence[Buffer]) -> int:
 
 def weight_set(run: Run, shard: Shard, *, base: bool = True) -> int:
     """Bytes of a named copy of the weights (`Policy.keep`), without `base` of an adapter's alone."""
-    return ((shard.parameters if base else 0) + shard.adapter) * ELEMENT_BYTES[run.config.precision]
+    return ((shard.parameters if base else 0) + shard.adapter) * ELEMENT_BYTES[run.config.params_dtype]
 
 
 def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> int:

@@ -25,7 +25,7 @@ def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
     into and out of a round's buffers are not in them, nor what packs weights in the engine.
     """
     nodes = _nodes(cluster, world)
-    element = PRECISIONS[config.engine_precision].itemsize
+    element = PRECISIONS[config.engine_dtype].itemsize
     sources, targets = push_layouts(config, shape, world)
     traffic = count_traffic(sources, targets, nodes)
     moving = [_seconds(traffic, rank, element, cluster) for rank in range(world)]

@@ -40,7 +40,7 @@ def engine_arguments(
         "runner": "generate",
         "tensor_parallel_size": rollout.tensor,
         "enable_expert_parallel": rollout.expert_parallel,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.engine_precision],
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.engine_dtype],
         "max_model_len": length,
         "max_num_seqs": rollout.max_concurrent,
         "seed": config.seed % 2**31,

@@ -86,7 +86,7 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
             seconds[name].append(_seconds(fill))
     # The first turn warms up.
     seconds = {name: values[1:] for name, values in seconds.items()}
-    element = PRECISIONS[config.engine_precision].itemsize
+    element = PRECISIONS[config.engine_dtype].itemsize
     needs = missing_elements(
         engine_tensors(config, shape, world.rank).values(),
         megatron_tensors(shape, config.parallel, grid).values(),

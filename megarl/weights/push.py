@@ -61,7 +61,7 @@ class Push:
         self._padding = [name for name, target in self._targets.items() if not target.regions]
         self.mover = Mover(
             push_plan(policy.config, policy.shape, policy.world.rank, policy.world.node_of_rank),
-            dtype=PRECISIONS[policy.config.engine_precision],
+            dtype=PRECISIONS[policy.config.engine_dtype],
             device=policy.world.device,
             time_limit=policy.config.weights.time_limit,
             say=self._hf_name,

@@ -30,7 +30,7 @@ def push_plan(config: RunConfig, shape: ModelShape, rank: int, node_of_rank: Seq
         targets,
         node_of_rank=node_of_rank,
         lane_of_rank=lanes(config.parallel, len(node_of_rank)),
-        bucket_elements=max(1, int(config.weights.bucket_mib * 2**20) // PRECISIONS[config.engine_precision].itemsize),
+        bucket_elements=max(1, int(config.weights.bucket_mib * 2**20) // PRECISIONS[config.engine_dtype].itemsize),
     )
 
 
