@@ -5,8 +5,12 @@
 #   MEGARL_LOCK=cpu|gpu   which lock; default: gpu where nvidia-smi lists one, else cpu
 #   PYTHON=...            the Python to build on (3.11 to 3.13)
 #   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_CERT, PIP_DEFAULT_TIMEOUT   are honoured
+#
+# The GPU lock needs neither a GPU nor a CUDA toolkit: a login node sets it up for the others. launch/extension.sh has what
+# it compiles, and where that is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/extension.sh
 
 if [[ -z "${MEGARL_LOCK:-}" ]]; then
     if nvidia-smi -L 2>/dev/null | grep -q GPU; then MEGARL_LOCK=gpu; else MEGARL_LOCK=cpu; fi
@@ -67,11 +71,17 @@ fi
 
 install() { "$uv" pip install --quiet --python .venv/bin/python --no-deps "$@"; }
 
+extension="$(locked "$lock" $EXTENSION)"
+if [[ -n "$extension" ]]; then
+    kept="$(extension_folder "$lock" "$(python_kind .venv/bin/python)")"
+    # Said now, not after gigabytes.
+    wheel_in "$kept" >/dev/null || can_compile .venv/bin/python || exit 1
+fi
+
 echo "setup: installing $(grep -c '==' "$lock") packages of $lock"
 start=$SECONDS
 # Compiled at once and by all cores: importing torch, Megatron and vLLM costs a third less from the first run on.
-built=transformer-engine-torch
-grep -v "^$built==" "$lock" >.venv/first.lock
+grep -v "^$EXTENSION==" "$lock" >.venv/first.lock
 install --compile-bytecode -r .venv/first.lock || {
     cat >&2 <<'HELP'
 setup: installation failed (the reason is above). If it is torch==...+cpu that was not found: the package index does not
@@ -80,9 +90,12 @@ holds the wheel, and run this again.
 HELP
     exit 1
 }
-if grep -q "^$built==" "$lock"; then
-    # Built from source against the torch that is installed by now.
-    install --no-build-isolation --compile-bytecode "$(grep "^$built==" "$lock")"
+if [[ -n "$extension" ]]; then
+    if ! wheel_in "$kept" >/dev/null; then
+        echo "setup: compiling $EXTENSION $extension (half an hour of two cores; kept in $kept)"
+        compile_extension .venv "$extension" "$kept"
+    fi
+    install --compile-bytecode "$(wheel_in "$kept")"
 fi
 install --no-build-isolation --editable .
 rm -f .venv/first.lock
