@@ -92,8 +92,8 @@ def test_what_a_compilation_lacks_is_said_before_it(tmp_path: Path) -> None:
     done = run('can_compile "$@"', sys.executable, CXX="no-such-compiler")
     assert done.returncode == 1
     assert done.stderr == (
-        "setup: transformer-engine-torch is compiled by no-such-compiler, which is missing; on Debian and Ubuntu install "
-        "g++\n"
+        "setup: transformer-engine-torch is compiled by no-such-compiler, which is missing; on Debian and Ubuntu "
+        "install g++\n"
     )
     without_headers = tmp_path / "python"
     without_headers.write_text("#!/bin/sh\necho /nowhere\n")
