@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megarl.config.model_keys import FOREIGN, KEYS, LENGTH_KEYS, ROPE_THETA, ROPE_THETA_OF, WITHOUT_EFFECT
 from megarl.config.model_shape import FAMILIES, ModelShape, model_shape_from_hf, read_model_shape
+from megarl.config.quantisation import BLOCK_FP8
 from megarl.errors import Refusal
 from megarl.policy.forward import rotary_frequencies
 
@@ -248,7 +249,23 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dynamic": ("qwen3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' in config.json"),
     "partial": ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor in config.json: must be 1, and is 0.5"),
     "head": ("qwen2", {"head_dim": 32}, "head_dim=32 in config.json: must be hidden_size / num_attention_heads = 16"),
-    "quantized": ("llama", {"quantization_config": {"quant_method": "fp8"}}, "says that the weights are quantized"),
+    "quantized": (
+        "llama",
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        "quantization_config with quant_method=awq in config.json: must be quant_method=fp8,",
+    ),
+    "a scale per tensor": (
+        "llama",
+        {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+        "quantization_config without weight_block_size in config.json",
+    ),
+    "other blocks": (
+        "qwen3",
+        {"quantization_config": BLOCK_FP8 | {"weight_block_size": [64, 128]}},
+        "quantization_config with weight_block_size=[64, 128] in config.json",
+    ),
+    "no table": ("qwen3", {"quantization_config": "fp8"}, "quantization_config=fp8 in config.json"),
+    "compressed": ("llama", {"compression_config": {}}, "says that the weights are compressed"),
     "dual chunks": (
         "qwen2",
         {"dual_chunk_attention_config": {"chunk_size": 64}},
@@ -324,7 +341,15 @@ def test_refused(name: str):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("qwen2", {"dtype": "bfloat16", "quantization_config": None, "is_causal": True, "unsloth_version": "2024.9"}),
+        (
+            "qwen2",
+            {
+                "dtype": "bfloat16",
+                "quantization_config": BLOCK_FP8 | {"ignored_layers": ["lm_head"]},
+                "is_causal": True,
+                "unsloth_version": "2024.9",
+            },
+        ),
         ("qwen2", {"rope_parameters": {**REAL["qwen2"]["rope_scaling"], "rope_theta": 1000000.0}}),
         ("llama", {"layer_types": ["full_attention"] * 4, "sliding_window": 256, "logit_scale": 1.0}),
         ("qwen3_moe", {"num_local_experts": 8, "rope_scaling": {"type": "default"}}),

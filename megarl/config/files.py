@@ -13,6 +13,7 @@ from typing import Any
 
 from megarl.config.data import DATA_SUFFIXES, DEMONSTRATIONS, each_source
 from megarl.config.implied import Implied
+from megarl.config.quantisation import scales_refusals
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
@@ -81,12 +82,20 @@ def checkpoint_refusals(folder: Path) -> Iterator[Refusal]:
         yield Refusal(
             f"model.path={folder}", rule, "give a complete checkpoint, or set model.random_init=true or model.weights"
         )
+    whole, tensors = True, {}
     for name in names:
         file = folder / name
-        if not file.is_file():
-            yield Refusal(str(file), f"is named in {index.name} and missing", "copy the checkpoint again")
-        elif tensors_of(file) is None:
-            yield Refusal(str(file), "is cut short or not a safetensors file", "copy the checkpoint again")
+        found = tensors_of(file) if file.is_file() else None
+        if found is None:
+            wrong = (
+                "is cut short or not a safetensors file" if file.is_file() else f"is named in {index.name} and missing"
+            )
+            yield Refusal(str(file), wrong, "copy the checkpoint again")
+            whole = False
+        else:
+            tensors |= {tensor: (entry["dtype"], tuple(entry["shape"])) for tensor, entry in found.items()}
+    if whole:
+        yield from scales_refusals(tensors, str(folder))
 
 
 def tensors_of(file: Path) -> dict[str, Any] | None:

@@ -281,13 +281,10 @@ FOREIGN: dict[str, tuple[tuple[Any, ...], str, str]] = {
         "names code that comes with the checkpoint, which is never run",
         "remove it if the weights are those of a plain {family} model, or use another checkpoint",
     ),
-    **dict.fromkeys(
-        ("quantization_config", "compression_config"),
-        (
-            (None,),
-            "says that the weights are quantized, and only whole ones are trained",
-            "use the checkpoint that they were made from",
-        ),
+    "compression_config": (
+        (None,),
+        "says that the weights are compressed in a way that is not read",
+        "use the checkpoint that they were made from",
     ),
     **dict.fromkeys(
         ("text_config", "vision_config", "audio_config", "llm_config", "language_config"),

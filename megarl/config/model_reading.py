@@ -20,6 +20,7 @@ from megarl.config.model_keys import (
     WITHOUT_EFFECT,
     Key,
 )
+from megarl.config.quantisation import check_quantization
 from megarl.errors import Refusal
 
 #: Sizes without which a file is not whole. All that transformers saves has them, and nobody means its defaults.
@@ -106,7 +107,10 @@ def _check_foreign(key: str, value: Any, family: str, origin: str) -> None:
     said = f"{shown(key)[1:-1]}={shown(value)} in {origin}"
     if key in known:
         return
-    if key == "num_labels":
+    if key == "quantization_config":
+        if value is not None:
+            check_quantization(value, origin)
+    elif key == "num_labels":
         check_value(key, value, Key(2, "whole", most=10000), origin)
     elif key not in FOREIGN:
         raise Refusal(

@@ -38,18 +38,22 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
                 shutil.copyfile(file, place)
 
 
-def copy_companions(source: Path, target: Path, dtype: str | None = None) -> None:
-    """Copy those that `source` has; with `dtype`, such as bfloat16, config.json states it as the weights' type.
+def copy_companions(
+    source: Path, target: Path, dtype: str | None = None, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """Copy those that `source` has; with `dtype`, such as bfloat16, config.json states it as the weights' type, and
+    `quantization` as what some of them are quantised by.
 
     In one way, that of transformers since 4.56: older files have torch_dtype, and some have both.
     """
     copy_files(source, target, COMPANIONS)
     if dtype is None:
         return
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    if "torch_dtype" in config or config.get("dtype") != dtype:
-        config.pop("torch_dtype", None)
-        text = json.dumps(config | {"dtype": dtype}, indent=2, ensure_ascii=False)
+    before = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in before.items() if key not in ("torch_dtype", "quantization_config")}
+    config |= {"dtype": dtype} | ({} if quantization is None else {"quantization_config": quantization})
+    if config != before:
+        text = json.dumps(config, indent=2, ensure_ascii=False)
         (target / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

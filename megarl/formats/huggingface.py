@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from megarl.config.quantisation import scales_of, scales_refusals
 from megarl.errors import Refusal
-from megarl.reshard.boxes import Box
+from megarl.formats import quantised
+from megarl.reshard.boxes import Box, whole
 
 #: safetensors' names of the types of weights, and theirs in torch and in config.json.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -52,15 +54,29 @@ class Stored:
 class HfCheckpoint:
     """The safetensors files of a checkpoint directory, opened when needed and read by boxes.
 
-    Raises `Refusal` where there are none, where one is missing, cut short or damaged, and where the index and the files
-    disagree.
+    Weights in FP8 are read as the numbers that they stand for; `tensors` has neither their type nor their scales.
+
+    Raises `Refusal` where there are none, where one is missing, cut short or damaged, where the index and the files
+    disagree, and where scales of FP8 weights are missing, of another shape, or no positive numbers.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._open: dict[str, Any] = {}
         self._read_bytes = 0
-        self.tensors = self._find_tensors()
+        self._stored = stored = self._find_tensors()
+        for refusal in scales_refusals({name: (one.dtype, one.shape) for name, one in stored.items()}, str(self.path)):
+            raise refusal
+        self._scales = scales_of({name: one.dtype for name, one in stored.items()})
+        for name in self._scales.values():
+            quantised.check_scales(name, self._read(name, whole(stored[name].shape)), self.path)
+        scales = set(self._scales.values())
+        self.tensors = {
+            # Their own type is no type of weights; bf16 has every number of a block whose scale is a power of two.
+            name: replace(one, dtype="BF16") if name in self._scales else one
+            for name, one in stored.items()
+            if name not in scales
+        }
 
     def __enter__(self) -> HfCheckpoint:
         return self
@@ -119,8 +135,12 @@ class HfCheckpoint:
         return {name: stored.shape for name, stored in self.tensors.items()}
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """One box of one tensor; the rest of the file is not read."""
-        found = self._file(self.tensors[name].file).get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
+        """One box of one tensor; the rest of the file is not read. Of a weight in FP8 in fp32, not yet rounded."""
+        scales = self._scales.get(name)
+        return self._read(name, box) if scales is None else quantised.read_dequantised(name, scales, box, self._read)
+
+    def _read(self, name: str, box: Box) -> torch.Tensor:
+        found = self._file(self._stored[name].file).get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
         self._read_bytes += found.nbytes
         if self._read_bytes > MAPPED_BYTES:
             self._open.clear()

@@ -1,0 +1,161 @@
+"""FP8 checkpoints of Hugging Face's format: published ones are read as transformers reads them, or refused; those that
+are written are what vLLM's format says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import parity
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megarl.config.files import checkpoint_refusals
+from megarl.config.sections import ParallelSettings
+from megarl.conversion import to_hf, to_megatron
+from megarl.conversion.ranks import Ranks
+from megarl.errors import Refusal
+from megarl.formats.huggingface import HfCheckpoint
+
+#: Several blocks in both directions, and smaller ones at the far edges.
+SIZES = {"hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 160, "head_dim": 32}
+LINEAR = ("_proj.weight",)
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+#: A weight with more blocks than one, and its scales.
+GATE = "model.layers.1.mlp.gate_proj.weight"
+SCALES = f"{GATE}_scale_inv"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("qwen3-untied", "qwen3-moe"):
+        sizes = SIZES if name == "qwen3-moe" else {key: value for key, value in SIZES.items() if "moe" not in key}
+        parity.write_model(folder, name, **sizes)
+    return folder
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def published(source: Path, out: Path, scales_dtype: torch.dtype) -> Path:
+    """A checkpoint as its makers publish it: linear layers in FP8, scales amax / 448 of each block, not rounded to
+    powers of two; everything else in bf16."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors_of(source).items():
+        if not name.endswith(LINEAR):
+            tensors[name] = tensor.bfloat16()
+            continue
+        rows, columns = tensor.shape
+        scales = torch.empty(-(-rows // 128), -(-columns // 128))
+        values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                scales[i, j] = (tensor[block].abs().max() / 448).to(scales_dtype)
+                values[block] = (tensor[block] / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors |= {name: values, f"{name}_scale_inv": scales.to(scales_dtype)}
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    edit_config(out, dtype="bfloat16", quantization_config=FP8)
+    return out
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["qwen3-untied", "qwen3-moe"])
+def test_published_checkpoints_are_read_as_transformers_reads_them(
+    model: str, scales: torch.dtype, models: Path, tmp_path: Path
+):
+    source = published(models / model, tmp_path / "fp8", scales)
+    assert not list(checkpoint_refusals(source))
+    to_megatron.convert(source, tmp_path / "megatron", ParallelSettings(tensor=2, expert=2), Ranks())
+    to_hf.convert(tmp_path / "megatron", tmp_path / "back", Ranks())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
+    wanted = theirs.state_dict()
+    assert wanted.keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+
+
+def test_boxes_need_not_begin_or_end_with_blocks(models: Path, tmp_path: Path):
+    source = published(models / "qwen3-untied", tmp_path / "fp8", torch.float32)
+    raw = tensors_of(source)
+    with HfCheckpoint(source) as checkpoint:
+        assert SCALES not in checkpoint.tensors and checkpoint.tensors[GATE].dtype == "BF16"
+        for rows, columns in (
+            ((0, 320), (0, 192)),
+            ((100, 300), (5, 130)),
+            ((255, 257), (127, 129)),
+            ((319, 320), (0, 1)),
+        ):
+            found = checkpoint.read(GATE, (rows, columns))
+            wanted = torch.tensor(
+                [
+                    [float(raw[GATE][i, j]) * raw[SCALES][i // 128, j // 128] for j in range(*columns)]
+                    for i in range(*rows)
+                ]
+            )
+            assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+BAD: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str, bool]] = {
+    "no scales": (
+        lambda tensors: tensors.pop(SCALES),
+        rf"{GATE} in .*: is FP8, so its scales must be there, {SCALES}\. Fix: copy the checkpoint again",
+        True,
+    ),
+    "other blocks": (
+        lambda tensors: tensors.update({SCALES: torch.ones(5, 3)}),
+        rf"{SCALES} of shape \(5, 3\) in .*: must have shape \(3, 2\): one for every block of 128 x 128 of {GATE}",
+        True,
+    ),
+    "type of scales": (
+        lambda tensors: tensors.update({SCALES: tensors[SCALES].to(torch.float8_e8m0fnu)}),
+        rf"{SCALES} of type F8_E8M0 in .*: must be of type F32, BF16, F16",
+        True,
+    ),
+    "e5m2": (
+        lambda tensors: tensors.update({GATE: tensors[GATE].float().to(torch.float8_e5m2)}),
+        rf"{GATE} of type F8_E5M2 in .*: must be a matrix of type F8_E4M3",
+        True,
+    ),
+    "NaN": (
+        lambda tensors: tensors[SCALES].__setitem__((1, 1), float("nan")),
+        rf"{SCALES} in .*: must be positive numbers, but 1 of its 6 are not",
+        False,
+    ),
+    "zero": (
+        lambda tensors: tensors[SCALES].__setitem__((0, 1), 0.0),
+        rf"{SCALES} in .*: must be positive numbers, but 1 of its 6 are not",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_scales_are_refused(bad: str, models: Path, tmp_path: Path):
+    """What the files' headers show is refused before a start; what it takes their numbers for when they are read."""
+    source = published(models / "qwen3-untied", tmp_path / "fp8", torch.float32)
+    change, message, in_header = BAD[bad]
+    tensors = tensors_of(source)
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=message):
+        to_megatron.convert(source, tmp_path / "out", ParallelSettings(), Ranks())
+    assert not (tmp_path / "out").exists()
+    early = [str(refusal) for refusal in checkpoint_refusals(source)]
+    assert len(early) == in_header and all(GATE in one for one in early)
