@@ -67,28 +67,51 @@ def published(source: Path, out: Path, scales_dtype: torch.dtype) -> Path:
     return out
 
 
+def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The scale of every number."""
+    return scales.float().repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+
+
 def edit_config(path: Path, **changes: Any) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | changes))
 
 
-@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "scales", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu], ids=["fp32", "bf16", "powers of two"]
+)
 @pytest.mark.parametrize("model", ["qwen3-untied", "qwen3-moe"])
-def test_published_checkpoints_are_read_as_transformers_reads_them(
-    model: str, scales: torch.dtype, models: Path, tmp_path: Path
-):
+def test_published_checkpoints_are_read_as_numbers(model: str, scales: torch.dtype, models: Path, tmp_path: Path):
     source = published(models / model, tmp_path / "fp8", scales)
     assert not list(checkpoint_refusals(source))
-    to_megatron.convert(source, tmp_path / "megatron", ParallelSettings(tensor=2, expert=2), Ranks())
+    layout = ParallelSettings(tensor=2, expert=2 if model == "qwen3-moe" else 1)
+    to_megatron.convert(source, tmp_path / "megatron", layout, Ranks())
     to_hf.convert(tmp_path / "megatron", tmp_path / "back", Ranks())
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
-    wanted = theirs.state_dict()
-    assert wanted.keys() == ours.state_dict().keys()
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
+    raw, found = tensors_of(source), tensors_of(tmp_path / "back")
+    assert found.keys() == {name for name in raw if not name.endswith("_scale_inv")}
+    for name, tensor in found.items():
+        wanted = raw[name]
+        if name.endswith(LINEAR):
+            wanted = (wanted.float() * spread(raw[f"{name}_scale_inv"], wanted.shape)).bfloat16()
+        assert torch.equal(tensor, wanted), name
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("model", ["qwen3-untied", "qwen3-moe"])
+def test_transformers_reads_the_same(model: str, tmp_path: Path):
+    """It takes whole blocks alone; of whatever size the grid of the scales implies, so that here they are of 128."""
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+    sizes |= {"moe_intermediate_size": 128} if model == "qwen3-moe" else {}
+    source = published(parity.write_model(tmp_path, model, **sizes), tmp_path / "fp8", torch.float32)
+    to_megatron.convert(source, tmp_path / "megatron", ParallelSettings(), Ranks())
+    to_hf.convert(tmp_path / "megatron", tmp_path / "back", Ranks())
+    theirs, ours = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()
+        for path in (source, tmp_path / "back")
+    )
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_boxes_need_not_begin_or_end_with_blocks(models: Path, tmp_path: Path):
@@ -124,8 +147,8 @@ BAD: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str, bool]] = {
         True,
     ),
     "type of scales": (
-        lambda tensors: tensors.update({SCALES: tensors[SCALES].to(torch.float8_e8m0fnu)}),
-        rf"{SCALES} of type F8_E8M0 in .*: must be of type F32, BF16, F16",
+        lambda tensors: tensors.update({SCALES: torch.ones(3, 2, dtype=torch.int32)}),
+        rf"{SCALES} of type I32 in .*: must be of type F32, BF16, F16, F8_E8M0",
         True,
     ),
     "e5m2": (

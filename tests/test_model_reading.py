@@ -202,6 +202,8 @@ def test_engine_lengths():
 
 LLAMA3 = REAL["llama"]["rope_scaling"]
 #: A family, what is changed, and what is said of it.
+IN_FP8 = BLOCK_FP8 | {"ignored_layers": ["lm_head"]}
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dtype": (
         "qwen2",
@@ -345,7 +347,7 @@ def test_refused(name: str):
             "qwen2",
             {
                 "dtype": "bfloat16",
-                "quantization_config": BLOCK_FP8 | {"ignored_layers": ["lm_head"]},
+                "quantization_config": IN_FP8,
                 "is_causal": True,
                 "unsloth_version": "2024.9",
             },

@@ -3,7 +3,8 @@
 from reshard_reference import make_shape
 from reshard_worlds import moe_shape
 
-from megarl.reshard.quantised import quantised_weights, scale_name
+from megarl.config.quantisation import scale_name
+from megarl.reshard.quantised import quantised_weights
 from megarl.reshard.weight_map import hf_tensors
 
 

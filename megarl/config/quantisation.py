@@ -15,12 +15,11 @@ from megarl.errors import Refusal
 #: Rows and columns of a weight that share a scale.
 BLOCK = 128
 
-#: What the name of a weight's scales ends with, beside the weight's own.
-SCALES_SUFFIX = "_scale_inv"
-
 #: Types of weights and of scales, by safetensors' names.
 VALUES_TYPE = "F8_E4M3"
-SCALES_TYPES = ("F32", "BF16", "F16")
+SCALES_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
+
+_OTHER_FP8 = ("F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 #: `quantization_config` of a checkpoint in this format.
 BLOCK_FP8: dict[str, Any] = {
@@ -54,14 +53,19 @@ def check_quantization(stated: Any, origin: str) -> None:
         )
 
 
-def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the scales of a matrix: one for every block, of which those at the far edges may be smaller."""
-    return tuple(-(-length // BLOCK) for length in shape)
+def scale_name(weight: str) -> str:
+    """What the scales of a quantised weight are called, in a checkpoint as in an engine."""
+    return f"{weight}_scale_inv"
+
+
+def blocks(length: int) -> int:
+    """How many blocks cover `length` rows or columns; the last may be smaller."""
+    return -(-length // BLOCK)
 
 
 def scales_of(types: Mapping[str, str]) -> dict[str, str]:
     """The name of the scales of every quantised weight, of tensors with their types by safetensors' names."""
-    return {name: name + SCALES_SUFFIX for name, kind in types.items() if kind.startswith("F8")}
+    return {name: scale_name(name) for name, kind in types.items() if kind in (VALUES_TYPE, *_OTHER_FP8)}
 
 
 def scales_refusals(tensors: Mapping[str, tuple[str, tuple[int, ...]]], origin: str) -> Iterator[Refusal]:
@@ -75,7 +79,7 @@ def scales_refusals(tensors: Mapping[str, tuple[str, tuple[int, ...]]], origin: 
             rule = f"is FP8, so its scales must be there, {scales}"
             yield Refusal(f"{name} in {origin}", rule, f"copy the checkpoint again, or {_ORIGINAL}")
             continue
-        (scales_type, have), wanted = tensors[scales], scales_shape(shape)
+        (scales_type, have), wanted = tensors[scales], tuple(map(blocks, shape))
         if have != wanted:
             rule = f"must have shape {wanted}: one for every block of {BLOCK} x {BLOCK} of {name}"
             yield Refusal(f"{scales} of shape {have} in {origin}", rule, _ORIGINAL)

@@ -18,7 +18,8 @@ from megarl.reshard.boxes import Box
 
 def check_scales(name: str, scales: torch.Tensor, origin: Path) -> None:
     """Raise `Refusal` where one is NaN, infinite, 0 or negative."""
-    bad = int((~(scales.isfinite() & (scales > 0))).sum())
+    numbers = scales.float()
+    bad = int((~(numbers.isfinite() & (numbers > 0))).sum())
     if bad:
         raise Refusal(
             f"{name} in {origin}",
