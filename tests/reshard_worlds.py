@@ -17,6 +17,10 @@ from megarl.reshard.layout import Place, Split, Spread
 from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
 from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
+from megarl.reshard.wire import BYTES, all_in
+
+#: An element is a byte.
+ONE_BYTE = all_in("e4m3")
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,22 @@ class Case:
             self.shape, tensor=self.engine, world=self.world, expert_parallel=self.expert_parallel
         )
 
-    def plan(self, rank, bucket_elements=10**9):
-        return plan_of(rank, *self.layouts(), self.nodes, lanes(self.parallel, self.world), bucket_elements)
+    def plan(self, rank, bucket_bytes=10**9, wire=ONE_BYTE):
+        return plan_of(rank, *self.layouts(), self.nodes, lanes(self.parallel, self.world), bucket_bytes, wire)
 
-    def plans(self, bucket_elements=10**9):
-        return [self.plan(rank, bucket_elements) for rank in range(self.world)]
+    def plans(self, bucket_bytes=10**9, wire=ONE_BYTE):
+        return [self.plan(rank, bucket_bytes, wire) for rank in range(self.world)]
 
 
-def plan_of(rank, sources, targets, nodes, lane_of_rank=None, bucket_elements=10**9):
+def plan_of(rank, sources, targets, nodes, lane_of_rank=None, bucket_bytes=10**9, wire=ONE_BYTE):
     return make_plan(
         rank,
         sources,
         targets,
         node_of_rank=nodes,
         lane_of_rank=lane_of_rank or [0] * len(nodes),
-        bucket_elements=bucket_elements,
+        bucket_bytes=bucket_bytes,
+        wire=wire,
     )
 
 
@@ -217,8 +222,12 @@ def _land(one, queues, rank, sources, targets):
     for message in one.messages:
         if message.incoming:
             sent = queues[message.peer, rank].popleft()
-            assert sent.transfers == message.transfers and sent.numel == message.numel
-            assert message.numel == sum(transfer.numel for transfer in message.transfers)
+            assert sent.transfers == message.transfers and sent.nbytes == message.nbytes
+            ends = [0, *(stop for _, _, stop in message.spans())]
+            assert ends[-1] == message.nbytes
+            for (transfer, start, stop), before in zip(message.spans(), ends, strict=False):
+                assert stop - start == transfer.nbytes and start % BYTES[transfer.kind] == 0
+                assert 0 <= start - before < BYTES[transfer.kind]
             for transfer in message.transfers:
                 assert (transfer.source, transfer.target) == (message.peer, rank)
                 _write(transfer, sources, targets)

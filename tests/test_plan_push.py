@@ -18,6 +18,7 @@ from megarl.config.load import load_config
 from megarl.config.model_shape import read_model_shape
 from megarl.rehearsal.push import push_traffic
 from megarl.reshard.weight_map import hf_tensors
+from megarl.reshard.wire import all_in
 
 WORLD = 8
 
@@ -40,7 +41,7 @@ def planned(folder: Path) -> tuple[Case, list]:
     config = load_config(folder / "run.yaml", [])
     shape = read_model_shape(config.model.path)
     case = Case(shape, config.parallel, config.rollout.tensor, False, WORLD, CLUSTER["gpus_per_node"])
-    return case, case.plans(int(config.weights.bucket_mib * 2**20) // 2)
+    return case, case.plans(int(config.weights.bucket_mib * 2**20), all_in("bf16"))
 
 
 def test_bytes_and_seconds_are_those_of_the_ranks_schedules(folder: Path):
@@ -52,9 +53,9 @@ def test_bytes_and_seconds_are_those_of_the_ranks_schedules(folder: Path):
     for plan in plans:
         for transfer in plan.receives():
             link = "nvlink" if case.nodes[transfer.source] == case.nodes[transfer.target] else "network"
-            moved[f"{link} in", transfer.target] += 2 * transfer.numel
-            moved[f"{link} out", transfer.source] += 2 * transfer.numel
-        moved["local", plan.rank] = 2 * sum(transfer.numel for transfer in plan.local())
+            moved[f"{link} in", transfer.target] += transfer.nbytes
+            moved[f"{link} out", transfer.source] += transfer.nbytes
+        moved["local", plan.rank] = sum(transfer.nbytes for transfer in plan.local())
 
     def of(kind: str) -> list[int]:
         return [moved[kind, rank] for rank in range(WORLD)]
@@ -92,7 +93,7 @@ def test_the_schedule_has_a_line_for_every_box(folder: Path):
         "from": len(plan.receives()),
         "to": len(plan.sends()),
     }
-    assert sum(int(line[-1]) for line in lines if line[2] == "from") == sum(t.numel for t in plan.receives())
+    assert sum(int(line[-1]) for line in lines if line[2] == "from") == sum(t.nbytes for t in plan.receives())
     assert [int(line[1]) for line in lines] == sorted(int(line[1]) for line in lines)
 
 

@@ -124,13 +124,13 @@ def generate(engine: Any, vocab: int) -> list[Any]:
 
 def least(policy: Any) -> int:
     """Bytes that must come to this rank: what its engine needs and its policy does not hold."""
-    from megarl.reshard.boxes import missing_elements
+    from megarl.reshard.boxes import missing_bytes
     from megarl.reshard.weight_map import megatron_tensors
-    from megarl.weights.push_plan import engine_tensors
+    from megarl.weights.push_plan import engine_tensors, push_wire
 
     needed = engine_tensors(policy.config, policy.shape, policy.world.rank)
     held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
-    return missing_elements(needed.values(), held.values()) * policy.params_dtype.itemsize
+    return missing_bytes(needed.values(), held.values(), push_wire(policy.config))
 
 
 def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:
@@ -272,7 +272,7 @@ def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np
         push.run()
         pushed = read_back(engine)
         parity.exported(policy, folder / "cast")
-        needed = least(policy) // 2
+        needed = least(policy)
         Push(policy, engine, Doubled(policy)).run()
         twice = read_back(engine)
         wrong = [name for name, one in twice.items() if not np.array_equal(one, 2 * pushed[name])]

@@ -12,28 +12,45 @@ from reshard_reference import make_shape, random_checkpoint, rank_tensors, slice
 from reshard_worlds import layout_of, plan_of
 
 from megarl.ops.bits import as_numbers, digest, weighted_sum
+from megarl.reshard.wire import Kind, Wire, all_in
 
 SHAPE = make_shape(num_layers=2)
 
 
-def verified(world: Any, cases: list[tuple[torch.dtype, int | None, bool]]) -> list[str]:
-    """What this rank says of pushes from TP 2 to TP 1, of each type, one rank sending a bit wrong, or two elements in
-    each other's place. For `run_world`."""
+def mixed(name: str) -> Kind:
+    """Types of tensors that travel together."""
+    return ("e4m3", "bf16", "fp32")[len(name) % 3]
+
+
+#: How tensors of a type travel.
+WIRES: dict[str, tuple[torch.dtype, Wire]] = {
+    "fp32": (torch.float32, all_in("fp32")),
+    "bf16": (torch.bfloat16, all_in("bf16")),
+    "mixed": (torch.float32, mixed),
+}
+
+
+def verified(world: Any, cases: list[tuple[str, int | None, bool]]) -> list[str]:
+    """What this rank says of pushes from TP 2 to TP 1, of each of `WIRES`, one rank sending a bit wrong, or two
+    elements in each other's place. For `run_world`."""
     return [push(world, *case) for case in cases]
 
 
-def push(world: Any, dtype: torch.dtype, bad_rank: int | None, swapped: bool) -> str:
+def push(world: Any, wired: str, bad_rank: int | None, swapped: bool) -> str:
     import torch.distributed as dist
 
     from megarl.reshard.copying import read_local
     from megarl.reshard.weight_map import vllm_tensors
     from megarl.weights.transfer import Mover, PushError
 
+    dtype, wire = WIRES[wired]
+
     class Flipping(Mover):
         def _post(self, operations: list[dist.P2POp], messages: Any) -> list[Any]:
             sent = [operation for operation in operations if operation.op is dist.isend]
             if self.plan.rank == bad_rank and sent and swapped:
-                sent[0].tensor[:2] = sent[0].tensor[:2].flip(0)
+                elements = sent[0].tensor.view(dtype)
+                elements[:2] = elements[:2].flip(0)
             elif self.plan.rank == bad_rank and sent:
                 sent[0].tensor.view(torch.int16)[3] ^= 4
             return super()._post(operations, messages)
@@ -53,8 +70,8 @@ def push(world: Any, dtype: torch.dtype, bad_rank: int | None, swapped: bool) ->
     targets = [vllm_tensors(SHAPE, tensor=1, tensor_rank=0) for _ in range(2)]
     reader = slice_reader(random_checkpoint(SHAPE))
     mine = {name: read_local(one, reader, dtype) for name, one in sources[world.rank].items()}
-    plan = plan_of(world.rank, layout_of(sources), layout_of(targets), [0, 0], None, 600 // dtype.itemsize)
-    mover = Flipping(plan, dtype=dtype, device=torch.device("cpu"), time_limit=60.0)
+    plan = plan_of(world.rank, layout_of(sources), layout_of(targets), [0, 0], None, 600, wire)
+    mover = Flipping(plan, device=torch.device("cpu"), time_limit=60.0)
     assert len(plan.rounds) > 3
     if bad_rank is not None:
         # What is known of one push does not help the next.
@@ -70,20 +87,21 @@ def push(world: Any, dtype: torch.dtype, bad_rank: int | None, swapped: bool) ->
 
 def test_one_wrong_bit_is_found_and_both_ranks_are_named():
     cases = [
-        (torch.float32, None, False),
-        (torch.bfloat16, None, False),
-        (torch.float32, 1, False),
-        (torch.bfloat16, 0, False),
-        (torch.float32, 0, True),
+        ("fp32", 1, False),
+        ("bf16", 0, False),
+        ("fp32", 0, True),
+        ("mixed", 1, False),
+        *((wired, None, False) for wired in WIRES),
     ]
     for said in parity.run_world("test_push_checksum", "verified", 2, cases):
-        assert said[:2] == ["as sent"] * 2
+        assert said[4:] == ["as sent"] * 3
         found = (
             r"what rank {} sent to rank {} is not what lies in rank {}'s engine, in [a-z_0-9.]+\.weight\. The policy"
         )
-        assert re.search(found.format(1, 0, 0), said[2])
-        assert re.search(found.format(0, 1, 1), said[3])
-        assert re.search(found.format(0, 1, 1), said[4])
+        assert re.search(found.format(1, 0, 0), said[0])
+        assert re.search(found.format(0, 1, 1), said[1])
+        assert re.search(found.format(0, 1, 1), said[2])
+        assert re.search(found.format(1, 0, 0), said[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

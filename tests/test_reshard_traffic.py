@@ -2,7 +2,7 @@
 
 from hypothesis import given, settings
 from reshard_reference import make_shape
-from reshard_worlds import Case, cases
+from reshard_worlds import ONE_BYTE, Case, cases
 
 from megarl.config.sections import ParallelSettings
 from megarl.reshard import matching
@@ -11,7 +11,7 @@ from megarl.reshard.traffic import count_traffic
 
 def counted(case):
     sources, targets = case.layouts()
-    return count_traffic(sources, targets, case.nodes)
+    return count_traffic(sources, targets, case.nodes, ONE_BYTE)
 
 
 def assert_counted(case):

@@ -9,6 +9,8 @@ import torch
 from reshard_reference import make_shape, random_checkpoint, rank_tensors, slice_reader
 from reshard_worlds import layout_of, plan_of
 
+from megarl.reshard.wire import Kind, all_in
+
 SHAPE = make_shape(num_layers=2)
 SCALE = 3.0
 
@@ -22,17 +24,18 @@ def low_rank(name: str, dims: torch.Size) -> torch.Tensor:
     return SCALE * (up @ down)
 
 
-def moved(world: Any, dtypes: list[torch.dtype]) -> list[tuple[list[str], list[str], int, int]]:
+def moved(world: Any, kinds: list[Kind]) -> list[tuple[list[str], list[str], int, int]]:
     """A push of merged weights from TP 2 to TP 1, of each type: tensors that are not the merged checkpoint's, matrices
     that are the unmerged one's, how often a tensor was computed, and how often one was due. For `run_world`."""
-    return [push(world, dtype) for dtype in dtypes]
+    return [push(world, kind) for kind in kinds]
 
 
-def push(world: Any, dtype: torch.dtype) -> tuple[list[str], list[str], int, int]:
+def push(world: Any, kind: Kind) -> tuple[list[str], list[str], int, int]:
     from megarl.reshard.copying import read_local
     from megarl.reshard.weight_map import vllm_tensors
-    from megarl.weights.transfer import Mover
+    from megarl.weights.transfer import TORCH, Mover
 
+    dtype = TORCH[kind]
     cut = {"tensor": 2, "pipeline": 1, "pipeline_rank": 0}
     layouts = [rank_tensors(SHAPE, tensor_rank=rank, **cut) for rank in range(2)]
     targets = [vllm_tensors(SHAPE, tensor=1, tensor_rank=0) for _ in range(2)]
@@ -61,9 +64,9 @@ def push(world: Any, dtype: torch.dtype) -> tuple[list[str], list[str], int, int
         def complete(self, name: str) -> None:
             pass
 
-    plan = plan_of(world.rank, layout_of(layouts), layout_of(targets), [0, 0], None, 600 // dtype.itemsize)
+    plan = plan_of(world.rank, layout_of(layouts), layout_of(targets), [0, 0], None, 600, all_in(kind))
     source, arrived = Merged(), Tensors()
-    Mover(plan, dtype=dtype, device=torch.device("cpu"), time_limit=60.0).run(source, arrived, verify=True)
+    Mover(plan, device=torch.device("cpu"), time_limit=60.0).run(source, arrived, verify=True)
     due = 0
     for one in plan.rounds:
         leaving = [t for message in one.messages if not message.incoming for t in message.transfers]
@@ -79,7 +82,7 @@ def push(world: Any, dtype: torch.dtype) -> tuple[list[str], list[str], int, int
 
 
 def test_merged_weights_arrive_in_place_of_those_that_are_trained() -> None:
-    for rank in parity.run_world("test_weight_source", "moved", 2, [torch.float32, torch.bfloat16]):
+    for rank in parity.run_world("test_weight_source", "moved", 2, ["fp32", "bf16"]):
         for wrong, unmerged, computed, due in rank:
             assert (wrong, unmerged) == ([], [])
             assert computed == due > 10

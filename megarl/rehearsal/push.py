@@ -8,13 +8,13 @@ from megarl.config.cluster import Cluster
 from megarl.config.grid import grid_of_rank
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.formats.huggingface import PRECISIONS
 from megarl.rehearsal.report import LinkBytes, PushTraffic
-from megarl.reshard.boxes import missing_elements
+from megarl.reshard.boxes import missing_bytes
 from megarl.reshard.plan import Plan
 from megarl.reshard.traffic import Traffic, count_traffic
 from megarl.reshard.weight_map import hf_tensors, megatron_tensors
-from megarl.weights.push_plan import engine_tensors, push_layouts, push_plan
+from megarl.reshard.wire import BYTES
+from megarl.weights.push_plan import engine_tensors, push_layouts, push_plan, push_wire
 
 
 def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> PushTraffic:
@@ -25,25 +25,26 @@ def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
     into and out of a round's buffers are not in them, nor what packs weights in the engine.
     """
     nodes = _nodes(cluster, world)
-    element = PRECISIONS[config.engine_dtype].itemsize
+    wire = push_wire(config)
     sources, targets = push_layouts(config, shape, world)
-    traffic = count_traffic(sources, targets, nodes)
-    moving = [_seconds(traffic, rank, element, cluster) for rank in range(world)]
+    traffic = count_traffic(sources, targets, nodes, wire)
+    moving = [_seconds(traffic, rank, cluster) for rank in range(world)]
     slowest = moving.index(max(moving))
     neediest = max(range(world), key=traffic.received)
     plan = push_plan_of(config, shape, cluster, world, slowest)
     messages = sum(len(one.messages) for one in plan.rounds)
-    least = missing_elements(
+    least = missing_bytes(
         engine_tensors(config, shape, neediest).values(),
         megatron_tensors(shape, config.parallel, grid_of_rank(neediest, world, config.parallel)).values(),
+        wire,
     )
     return PushTraffic(
-        network=_link(traffic.received_far, traffic.sent_far, element),
-        nvlink=_link(traffic.received_near, traffic.sent_near, element),
-        copied_bytes=sum(traffic.local) * element,
-        received_bytes_max_rank=traffic.received(neediest) * element,
-        lower_bound_max_rank=least * element,
-        gathered_bytes=sum(map(prod, hf_tensors(shape).values())) * element,
+        network=_link(traffic.received_far, traffic.sent_far),
+        nvlink=_link(traffic.received_near, traffic.sent_near),
+        copied_bytes=sum(traffic.local),
+        received_bytes_max_rank=traffic.received(neediest),
+        lower_bound_max_rank=least,
+        gathered_bytes=sum(map(prod, hf_tensors(shape).values())) * BYTES[config.engine_dtype],
         slowest_rank=slowest,
         rounds=len(plan.rounds),
         messages=messages,
@@ -61,11 +62,11 @@ def _nodes(cluster: Cluster, world: int) -> list[int]:
     return [rank // cluster.gpus_per_node for rank in range(world)]
 
 
-def _link(received: list[int], sent: list[int], element: int) -> LinkBytes:
-    return LinkBytes(sum(received) * element, max(received) * element, max(sent) * element)
+def _link(received: list[int], sent: list[int]) -> LinkBytes:
+    return LinkBytes(sum(received), max(received), max(sent))
 
 
-def _seconds(traffic: Traffic, rank: int, element: int, cluster: Cluster) -> float:
-    network = max(traffic.received_far[rank], traffic.sent_far[rank]) * element / cluster.network_bytes_per_second
-    nvlink = max(traffic.received_near[rank], traffic.sent_near[rank]) * element / cluster.nvlink_bytes_per_second
-    return max(network, nvlink) + 2 * traffic.local[rank] * element / cluster.hbm_bytes_per_second
+def _seconds(traffic: Traffic, rank: int, cluster: Cluster) -> float:
+    network = max(traffic.received_far[rank], traffic.sent_far[rank]) / cluster.network_bytes_per_second
+    nvlink = max(traffic.received_near[rank], traffic.sent_near[rank]) / cluster.nvlink_bytes_per_second
+    return max(network, nvlink) + 2 * traffic.local[rank] / cluster.hbm_bytes_per_second

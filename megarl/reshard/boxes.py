@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 
+from megarl.reshard.wire import BYTES, Wire
+
 Box = tuple[tuple[int, int], ...]
 
 
@@ -120,8 +122,8 @@ def overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     return None
 
 
-def missing_elements(wanted: Iterable[LocalTensor], held: Iterable[LocalTensor]) -> int:
-    """How many elements of the checkpoint `wanted` have that `held` do not: what must be sent at the least."""
+def missing_bytes(wanted: Iterable[LocalTensor], held: Iterable[LocalTensor], wire: Wire) -> int:
+    """How many bytes of the checkpoint `wanted` have that `held` do not: what must be sent at the least."""
     here: dict[str, list[Box]] = {}
     for tensor in held:
         for region in tensor.regions:
@@ -131,7 +133,8 @@ def missing_elements(wanted: Iterable[LocalTensor], held: Iterable[LocalTensor])
         for region in tensor.regions:
             own = here.get(region.hf_name, [])
             parts = cells(region.hf_box, own)
-            missing += sum(numel(part) for part in parts if not any(contains(box, part) for box in own))
+            lacking = sum(numel(part) for part in parts if not any(contains(box, part) for box in own))
+            missing += lacking * BYTES[wire(region.hf_name)]
     return missing
 
 

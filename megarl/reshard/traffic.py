@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from megarl.reshard.boxes import extents, numel
 from megarl.reshard.layout import Layout
 from megarl.reshard.matching import Cell, Match, match
+from megarl.reshard.wire import BYTES, Wire
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Elements by rank: copied within the rank; received from and sent to ranks of its node, and other nodes' ranks."""
+    """Bytes by rank: copied within the rank; received from and sent to ranks of its node, and other nodes' ranks."""
 
     local: list[int]
     received_near: list[int]
@@ -21,29 +22,32 @@ class Traffic:
     sent_far: list[int]
 
     def received(self, rank: int) -> int:
-        """Elements that come to a rank from others."""
+        """Bytes that come to a rank from others."""
         return self.received_near[rank] + self.received_far[rank]
 
     def sent(self, rank: int) -> int:
-        """Elements that a rank sends to others."""
+        """Bytes that a rank sends to others."""
         return self.sent_near[rank] + self.sent_far[rank]
 
 
-def count_traffic(sources: Layout, targets: Layout, node_of_rank: Sequence[int]) -> Traffic:
-    """The traffic of the plans from `sources` to `targets`. Raises `PlanError` as they do."""
+def count_traffic(sources: Layout, targets: Layout, node_of_rank: Sequence[int], wire: Wire) -> Traffic:
+    """The traffic of the plans from `sources` to `targets`. Raises `PlanError` as they do.
+
+    Tensors that are cut alike, as `match` has them, must travel in one type.
+    """
     traffic = Traffic(*([0] * len(node_of_rank) for _ in range(5)))
     seen: set[int] = set()
     for one in match(sources, targets, node_of_rank):
         if id(one.match) not in seen:
             seen.add(id(one.match))
-            _add(traffic, one.match)
+            _add(traffic, one.match, BYTES[wire(one.name)])
     return traffic
 
 
-def _add(traffic: Traffic, found: Match) -> None:
+def _add(traffic: Traffic, found: Match, element: int) -> None:
     for number, place in enumerate(found.target.places):
         for cell in found.cells(number):
-            size = numel(cell.box)
+            size = numel(cell.box) * element
             for rank in place.ranks:
                 if rank in cell.origins:
                     traffic.local[rank] += found.count * size

@@ -16,20 +16,19 @@ import torch.distributed as dist
 
 from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
-from megarl.formats.huggingface import PRECISIONS
 from megarl.parallel import bootstrap
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.parallel.groups import form_grid
 from megarl.policy.hf_weights import draw_random_weights
 from megarl.policy.policy import Policy
-from megarl.reshard.boxes import missing_elements
+from megarl.reshard.boxes import missing_bytes
 from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout import vllm_setup
 from megarl.rollout.engine import Engine
 from megarl.weights.gather import GatherPush
 from megarl.weights.push import Push
-from megarl.weights.push_plan import engine_tensors
+from megarl.weights.push_plan import engine_tensors, push_wire
 
 vllm_setup.preload()
 
@@ -86,10 +85,10 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
             seconds[name].append(_seconds(fill))
     # The first turn warms up.
     seconds = {name: values[1:] for name, values in seconds.items()}
-    element = PRECISIONS[config.engine_dtype].itemsize
-    needs = missing_elements(
+    needs = missing_bytes(
         engine_tensors(config, shape, world.rank).values(),
         megatron_tensors(shape, config.parallel, grid).values(),
+        push_wire(config),
     )
     report = {
         "seconds": round(statistics.median(seconds["push"]), 4),
@@ -98,7 +97,7 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
         **{f"{name}_seconds": round(statistics.median(seconds[name]), 4) for name in ("unchecked", "checked", "check")},
         "bytes_received_max_rank": max(gather_all(push.mover.received_bytes)),
         "gather_bytes_received_max_rank": max(gather_all(gather.received_bytes)),
-        "bytes_lower_bound_max_rank": max(gather_all(needs * element)),
+        "bytes_lower_bound_max_rank": max(gather_all(needs)),
         "peak_extra_bytes": peaks["push"],
         "gather_peak_extra_bytes": peaks["gather"],
         "bucket_bytes": int(config.weights.bucket_mib * 2**20),

@@ -14,6 +14,7 @@ from megarl.reshard.boxes import whole
 from megarl.reshard.model_layouts import checkpoint_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
 from megarl.reshard.weight_map import hf_tensors
+from megarl.reshard.wire import all_in
 from megarl.weights.source import PolicyWeights, WeightSource
 from megarl.weights.transfer import Mover
 
@@ -49,15 +50,14 @@ def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSou
         targets,
         node_of_rank=world.node_of_rank,
         lane_of_rank=lanes(policy.config.parallel, world.size),
-        bucket_elements=BUCKET_BYTES // dtype.itemsize,
+        bucket_bytes=BUCKET_BYTES,
+        wire=all_in(policy.config.params_dtype),
     )
     shapes = hf_tensors(policy.shape)
     mine = _HostTensors(
         dtype, {name: shape for name, shape in shapes.items() if world.rank in targets[name][0].split.of_rank}
     )
-    mover = Mover(
-        plan, dtype=dtype, device=world.device, time_limit=policy.config.weights.time_limit, occasion="export"
-    )
+    mover = Mover(plan, device=world.device, time_limit=policy.config.weights.time_limit, occasion="export")
     # With further models that train, the policy may be away.
     policy.onload_weights()
     mover.run(source or PolicyWeights(policy), mine)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from megarl.errors import Interrupted, Refusal
-from megarl.formats.huggingface import PRECISIONS
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import anywhere, gather_all
 from megarl.policy.policy import Policy
@@ -61,7 +60,6 @@ class Push:
         self._padding = [name for name, target in self._targets.items() if not target.regions]
         self.mover = Mover(
             push_plan(policy.config, policy.shape, policy.world.rank, policy.world.node_of_rank),
-            dtype=PRECISIONS[policy.config.engine_dtype],
             device=policy.world.device,
             time_limit=policy.config.weights.time_limit,
             say=self._hf_name,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
-from megarl.formats.huggingface import PRECISIONS
 from megarl.reshard.boxes import LocalTensor
 from megarl.reshard.layout import Layout
 from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
 from megarl.reshard.plan import Plan, make_plan
 from megarl.reshard.weight_map import vllm_tensors
+from megarl.reshard.wire import Wire, all_in
 
 
 def push_layouts(config: RunConfig, shape: ModelShape, world: int) -> tuple[Layout, Layout]:
@@ -30,8 +30,14 @@ def push_plan(config: RunConfig, shape: ModelShape, rank: int, node_of_rank: Seq
         targets,
         node_of_rank=node_of_rank,
         lane_of_rank=lanes(config.parallel, len(node_of_rank)),
-        bucket_elements=max(1, int(config.weights.bucket_mib * 2**20) // PRECISIONS[config.engine_dtype].itemsize),
+        bucket_bytes=int(config.weights.bucket_mib * 2**20),
+        wire=push_wire(config),
     )
+
+
+def push_wire(config: RunConfig) -> Wire:
+    """In which types weights go to the engines."""
+    return all_in(config.engine_dtype)
 
 
 def engine_tensors(config: RunConfig, shape: ModelShape, rank: int) -> dict[str, LocalTensor]:

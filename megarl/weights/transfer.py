@@ -1,7 +1,8 @@
 """Executes a reshard plan: boxes of source tensors travel point to point into boxes of target tensors.
 
-Transfers go in rounds of bounded size; pieces for one peer travel together in flat messages. While a round travels,
-the one before it is copied to its place: a rank never holds more than two rounds beside its own tensors.
+Transfers go in rounds of bounded size; pieces for one peer travel together in flat messages, as bytes, each in its own
+type. While a round travels, the one before it is copied to its place: a rank never holds more than two rounds beside
+its own tensors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megarl.parallel.absence import find_absent, meet
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
+from megarl.reshard.wire import Kind
 from megarl.weights.ledger import Journey, Ledger
 from megarl.weights.source import WeightSource
 
@@ -49,12 +51,18 @@ class PushAbsence(PushError, RankLost):
     """A push that failed because a rank is gone or silent."""
 
 
+#: The types that travel, in torch.
+TORCH: dict[Kind, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+
+#: Messages begin at a multiple of that many bytes in a round's buffer, at which elements of every type can be read.
+_ALIGNMENT = 64
+
 #: Movers are told apart by the order in which they are made.
 _NUMBERS = count()
 
 
 class Mover:
-    """Runs one rank's plan again and again; `dtype` is the type that travels: sources are cast before sending.
+    """Runs one rank's plan again and again. Sources are cast to the type in which they travel before they are sent.
 
     `time_limit`: seconds that a rank waits for others, in a round and at the end. `occasion`: what the move is, for
     errors, and `say` what a piece is. All ranks must make their movers in the same order.
@@ -64,13 +72,12 @@ class Mover:
         self,
         plan: Plan,
         *,
-        dtype: torch.dtype,
         device: torch.device,
         time_limit: float,
         occasion: str = "weight push",
         say: Callable[[Journey], str] = lambda piece: piece.name,
     ) -> None:
-        self.plan, self.dtype, self.device = plan, dtype, device
+        self.plan, self.device = plan, device
         self.time_limit, self.occasion, self._say = time_limit, occasion, say
         self._number, self._runs = next(_NUMBERS), 0
         # NCCL has one request for a turn's messages: which of the peers is gone, it does not say.
@@ -101,7 +108,7 @@ class Mover:
         self._ledger.begin()
         self._landed.clear()
         self.lying.clear()
-        buffers = [_Buffer(self.dtype, self.device) for _ in range(2)]
+        buffers = [_Buffer(self.device) for _ in range(2)]
         before: _Travelling | None = None
         with torch.no_grad():
             for number, one in enumerate(self.plan.rounds):
@@ -122,15 +129,15 @@ class Mover:
     def _start(self, one: Round, sources: _Asked, target: Target, buffer: _Buffer) -> _Travelling:
         """Pack and post a round. What cannot leave or arrive in place goes through `buffer`."""
         messages = [(message, self._in_place(message, sources, target)) for message in one.messages]
-        buffer.hold(sum(message.numel for message, flat in messages if flat is None))
+        buffer.hold([message.nbytes for message, flat in messages if flat is None])
         operations: list[dist.P2POp] = []
         pieces = [_Piece(transfer, None, False) for transfer in one.local]
         for message, place in messages:
-            flat = buffer.take(message.numel) if place is None else place
-            parts = list(zip(message.transfers, flat.split([t.numel for t in message.transfers]), strict=True))
+            flat = buffer.take(message.nbytes) if place is None else place
+            parts = [(one, flat[start:stop].view(TORCH[one.kind])) for one, start, stop in message.spans()]
             if message.incoming:
                 pieces.extend(_Piece(transfer, part, place is not None) for transfer, part in parts)
-                self.received_bytes += flat.nbytes
+                self.received_bytes += sum(part.nbytes for _, part in parts)
             else:
                 for transfer, part in parts:
                     if place is None:
@@ -139,14 +146,14 @@ class Mover:
                     if self._verify:
                         # It is still in the cache.
                         self._ledger.sent(transfer, part)
-                self.sent_bytes += flat.nbytes
+                self.sent_bytes += sum(part.nbytes for _, part in parts)
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
         # Tensor by tensor, so that few are begun and not complete.
         pieces.sort(key=lambda piece: self._order[piece.transfer.target_name])
         return _Travelling(self._post(operations, one.messages), pieces, sources)
 
     def _in_place(self, message: Message, sources: _Asked, target: Target) -> torch.Tensor | None:
-        """The memory of a message's box on this rank, where that is one piece of it and of the type that travels."""
+        """The bytes of a message's box on this rank, where they lie in one piece and in the type that travels."""
         transfer, *further = message.transfers
         if further:
             return None
@@ -154,8 +161,8 @@ class Mover:
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
         else:
             view = box_view(sources[transfer.source_name], transfer.source_box)
-        as_it_travels = view.is_contiguous() and view.dtype == self.dtype and view.device == self.device
-        return view.view(-1) if as_it_travels else None
+        as_it_travels = view.is_contiguous() and view.dtype == TORCH[transfer.kind] and view.device == self.device
+        return view.view(-1).view(torch.uint8) if as_it_travels else None
 
     def _post(self, operations: list[dist.P2POp], messages: Sequence[Message]) -> list[tuple[Any, Message]]:
         """Start the messages of a round, turn by turn; requests with a message of each."""
@@ -184,14 +191,14 @@ class Mover:
                 arrived = True
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
             if part is None:
-                part = box_view(one.sources[transfer.source_name], transfer.source_box).to(self.dtype)
+                part = box_view(one.sources[transfer.source_name], transfer.source_box).to(TORCH[transfer.kind])
                 if self._verify:
                     self._ledger.sent(transfer, part)
             if not landed:
                 view.copy_(part.reshape(view.shape))
             if self._verify:
                 # A tensor of another type has other bits: there what arrived counts.
-                known = None if view.dtype == self.dtype else digest(part)
+                known = None if view.dtype == part.dtype else digest(part)
                 self._landed[transfer.target_name].append((transfer, view, known))
             left[transfer.target_name] -= 1
             if left[transfer.target_name] == 0:
@@ -255,22 +262,27 @@ class Mover:
 class _Buffer:
     """Memory for the messages of a round, one after another; kept for the next round."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._flat = torch.empty(0, dtype=dtype, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self._flat = torch.empty(0, dtype=torch.uint8, device=device)
         self._taken = 0
 
-    def hold(self, elements: int) -> None:
-        """Begin anew, with room for so many elements."""
-        self._taken = 0
-        if elements > self._flat.numel():
+    def hold(self, sizes: Sequence[int]) -> None:
+        """Begin anew, with room for messages of so many bytes."""
+        self._taken, needed = 0, sum(map(_aligned, sizes))
+        if needed > self._flat.numel():
             # The old memory goes before the new comes.
             self._flat = self._flat.new_empty(0)
-            self._flat = self._flat.new_empty(elements)
+            self._flat = self._flat.new_empty(needed)
 
-    def take(self, elements: int) -> torch.Tensor:
-        """The next elements."""
-        self._taken += elements
-        return self._flat[self._taken - elements : self._taken]
+    def take(self, size: int) -> torch.Tensor:
+        """The next message's bytes."""
+        start = self._taken
+        self._taken += _aligned(size)
+        return self._flat[start : start + size]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Piece(NamedTuple):
