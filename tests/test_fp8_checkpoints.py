@@ -3,7 +3,9 @@ are written are what vLLM's format says."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from megarl.conversion import to_hf, to_megatron
 from megarl.conversion.ranks import Ranks
 from megarl.errors import Refusal
 from megarl.formats.huggingface import HfCheckpoint
+from megarl.reshard.boxes import whole
 
 #: Several blocks in both directions, and smaller ones at the far edges.
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 160, "head_dim": 32}
@@ -182,3 +185,44 @@ def test_bad_scales_are_refused(bad: str, models: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
     early = [str(refusal) for refusal in checkpoint_refusals(source)]
     assert len(early) == in_header and all(GATE in one for one in early)
+
+
+def by_hand(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and scales of a weight: amax of a block, at least 1e-4, over 448, up to the next power of two; one number
+    at a time, the nearest that e4m3 has."""
+    rows, columns = weight.shape
+    scales = torch.empty(-(-rows // 128), -(-columns // 128))
+    values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    for i, j in itertools.product(*map(range, scales.shape)):
+        block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+        exact = max(float(weight[block].abs().max()), 1e-4) / 448
+        scales[i, j] = 2.0 ** math.ceil(math.log2(exact))
+        values[block] = (weight[block].double() / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return values, scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["qwen3-untied", "qwen3-moe"])
+def test_written_checkpoints_have_the_format(model: str, dtype: torch.dtype, models: Path, tmp_path: Path):
+    """Every linear layer in FP8, made of the weights as they are, whatever pieces Megatron has them in; all else bf16;
+    over several files; and it is read again as the numbers that it has."""
+    to_megatron.convert(models / model, tmp_path / "megatron", ParallelSettings(tensor=2), Ranks(), dtype=dtype)
+    written = tmp_path / "fp8"
+    to_hf.convert(tmp_path / "megatron", written, Ranks(), dtype=torch.bfloat16, quantised=True, file_bytes=300_000)
+    assert len(list(written.glob("*.safetensors"))) > 2
+    found, wanted = tensors_of(written), dict[str, torch.Tensor]()
+    for name, tensor in tensors_of(models / model).items():
+        if name.endswith(LINEAR):
+            wanted[name], wanted[f"{name}_scale_inv"] = by_hand(tensor.to(dtype))
+        else:
+            wanted[name] = tensor.bfloat16()
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted[name].dtype and torch.equal(tensor.float(), wanted[name].float()), name
+    config = json.loads((written / "config.json").read_text())
+    assert config["quantization_config"] == FP8 and config["dtype"] == "bfloat16"
+    with HfCheckpoint(written) as checkpoint:
+        for name in found:
+            if name.endswith(LINEAR):
+                numbers = found[name].float() * spread(found[f"{name}_scale_inv"], found[name].shape)
+                assert torch.equal(checkpoint.read(name, whole(numbers.shape)), numbers)

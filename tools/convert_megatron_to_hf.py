@@ -32,7 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--hf-config", type=command.directory, help="where config.json and tokenizer are (default: as noted there)"
     )
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="type of the weights (default: as they are)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32", "fp8"),
+        help="type of the weights (default: as they are); fp8: linear layers in FP8 blocks of 128 x 128, the rest bf16",
+    )
     parser.add_argument(
         "--max-file-size", type=command.gigabytes, default="5", metavar="GB", help="of a file at most (default: 5 GB)"
     )
@@ -50,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
                 options.out,
                 ranks,
                 hf_config=options.hf_config,
-                dtype=PRECISIONS.get(options.dtype),
+                dtype=PRECISIONS.get("bf16" if options.dtype == "fp8" else options.dtype),
+                quantised=options.dtype == "fp8",
                 file_bytes=options.max_file_size,
                 progress=progress,
             ),

@@ -258,6 +258,11 @@ class CheckpointSettings(Settings):
         description="At the end also write the weights as a Hugging Face checkpoint (hf/), with "
         "an adapter merged; one that trains alone also in PEFT's format (adapter/).",
     )
+    export_precision: Literal["fp32", "bf16", "fp8"] | None = Field(
+        default=None,
+        description="Type of the weights in hf/; default: the policy's. fp8: linear layers in FP8 with a scale for "
+        "every block of 128 x 128, as vLLM serves them, the rest in the policy's type.",
+    )
 
 
 class LoggingSettings(Settings):

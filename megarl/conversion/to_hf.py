@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 
 import torch
 
 from megarl.config.model_shape import read_model_shape
+from megarl.config.quantisation import BLOCK_FP8
 from megarl.conversion.adapted import Weights
 from megarl.conversion.ranks import Ranks
 from megarl.conversion.source import check_finite, identity
@@ -16,6 +16,8 @@ from megarl.formats import checkpoint_folder
 from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
 from megarl.formats.staging import Staging, check_absent
+from megarl.reshard.boxes import whole
+from megarl.reshard.quantised import quantised_weights
 from megarl.reshard.weight_map import StoredParameter, hf_tensors
 
 #: Bytes of the parameters after which the work so far is put on the disk and recorded.
@@ -29,6 +31,7 @@ def convert(
     *,
     hf_config: Path | None = None,
     dtype: torch.dtype | None = None,
+    quantised: bool = False,
     file_bytes: int = FILE_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Path, int]:
@@ -37,7 +40,8 @@ def convert(
     Returns the checkpoint, and the bytes of weights written, by all processes in this attempt. `source_path` is a
     checkpoint, or a folder whose `latest` names one. Configuration and tokenizer come from
     `hf_config`; by default from where the conversion to Megatron, or the run, has noted them. `dtype` defaults to the
-    checkpoint's own. `progress` as in the conversion to Megatron. All processes call it together. Raises `Refusal` for
+    checkpoint's own; `quantised`: linear layers in FP8 with a scale for every block, made of the weights as they are.
+    `progress` as in the conversion to Megatron. All processes call it together. Raises `Refusal` for
     a checkpoint that is damaged or of another model, and an output that exists.
     """
 
@@ -52,9 +56,14 @@ def convert(
     shape = read_model_shape(config_path)
     weights = Weights(step, shape)
     weights.check_base(ranks.share(weights.parameters), ranks.sum)
-    files = HfFiles(hf_tensors(shape), written, file_bytes)
+    files = HfFiles(hf_tensors(shape), written, file_bytes, quantised=quantised_weights(shape) if quantised else ())
     sources = {file.name for file in step.iterdir() if file.is_file()}
-    options = {"config": str(config_path.resolve()), "dtype": str(written), "file_bytes": file_bytes}
+    options = {
+        "config": str(config_path.resolve()),
+        "dtype": str(written),
+        "quantised": quantised,
+        "file_bytes": file_bytes,
+    }
     staging = Staging(out, identity(step, sources, options))
 
     def begin() -> None:
@@ -66,19 +75,19 @@ def convert(
             files.create(staging.path)
 
     ranks.once(begin)
-    left = [piece for piece in ranks.share(_pieces(weights.parameters, written)) if not staging.recorded(_name(piece))]
-    own_total, done = sum(_bytes(piece, written) for piece in left), 0
+    left = [piece for piece in ranks.share(_pieces(weights.parameters, files)) if not staging.recorded(_name(piece))]
+    own_total, done = sum(_bytes(piece, files) for piece in left), 0
     for piece in left:
         for parameter in piece:
             _write(weights, parameter, files, staging.path)
-            done += _bytes([parameter], written)
+            done += _bytes([parameter], files)
             progress(done, own_total)
-        files.sync(staging.path, [region.hf_name for parameter in piece for region in parameter.tensor.regions])
+        files.sync(staging.path, _names(piece))
         staging.record(_name(piece), True)
     ranks.wait()
 
     def finish() -> None:
-        copy_companions(config_path, staging.path, DTYPE_NAMES[written])
+        copy_companions(config_path, staging.path, DTYPE_NAMES[written], BLOCK_FP8 if quantised else None)
         staging.finish()
 
     ranks.once(finish)
@@ -100,13 +109,13 @@ def open_weights(checkpoint: Path, hf_config: Path) -> Weights:
 
 
 def _write(weights: Weights, parameter: StoredParameter, files: HfFiles, directory: Path) -> None:
-    for region, values in weights.regions(parameter):
-        part = values.to(files.dtype)
-        check_finite(region.hf_name, part, weights.path)
-        files.write(directory, region.hf_name, region.hf_box, part)
+    for name, values in weights.read_hf(parameter).items():
+        tensor = values if name in files.quantised else values.to(files.dtype)
+        check_finite(name, tensor, weights.path)
+        files.write(directory, name, whole(tensor.shape), tensor)
 
 
-def _pieces(parameters: list[StoredParameter], dtype: torch.dtype) -> list[list[StoredParameter]]:
+def _pieces(parameters: list[StoredParameter], files: HfFiles) -> list[list[StoredParameter]]:
     """Consecutive parameters of about PIECE_BYTES together."""
     pieces: list[list[StoredParameter]] = []
     filled = PIECE_BYTES
@@ -115,7 +124,7 @@ def _pieces(parameters: list[StoredParameter], dtype: torch.dtype) -> list[list[
             pieces.append([])
             filled = 0
         pieces[-1].append(parameter)
-        filled += _bytes([parameter], dtype)
+        filled += _bytes([parameter], files)
     return pieces
 
 
@@ -123,5 +132,9 @@ def _name(piece: list[StoredParameter]) -> str:
     return piece[0].tensor.name
 
 
-def _bytes(parameters: list[StoredParameter], dtype: torch.dtype) -> int:
-    return sum(prod(parameter.tensor.shape) for parameter in parameters) * dtype.itemsize
+def _names(parameters: list[StoredParameter]) -> set[str]:
+    return {region.hf_name for parameter in parameters for region in parameter.tensor.regions}
+
+
+def _bytes(parameters: list[StoredParameter], files: HfFiles) -> int:
+    return sum(files.bytes_of(name) for name in _names(parameters))

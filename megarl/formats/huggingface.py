@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megarl.config.quantisation import scales_of, scales_refusals
+from megarl.config.quantisation import VALUES_TYPE, blocks, scale_name, scales_of, scales_refusals
 from megarl.errors import Refusal
 from megarl.formats import quantised
+from megarl.ops.fp8 import E4M3, quantise_weight
 from megarl.reshard.boxes import Box, whole
 
 #: safetensors' names of the types of weights, and theirs in torch and in config.json.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()} | {E4M3: VALUES_TYPE}
 
 #: The types that a policy's weights have, by their names in a run's configuration and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -157,32 +158,48 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Tensor:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class _Place:
     file: str
     offset: int
-    shape: tuple[int, ...]
+    tensor: _Tensor
 
 
 class HfFiles:
     """The files of a checkpoint to be: `model.safetensors`, or several of at most `file_bytes`, and their index.
 
     `tensors` are names and shapes in their order; a tensor larger than `file_bytes` has a file of its own. `stem` is
-    what the names of files begin with.
+    what the names of files begin with. Those in `quantised` are written in FP8 (`megarl.config.quantisation`), each
+    followed by its scales; all others in `dtype`.
     """
 
     def __init__(
-        self, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file_bytes: int, stem: str = "model"
+        self,
+        tensors: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        file_bytes: int,
+        stem: str = "model",
+        quantised: Collection[str] = (),
     ) -> None:
-        self.dtype = dtype
-        groups: list[dict[str, tuple[int, ...]]] = [{}]
+        self.dtype, self.quantised = dtype, frozenset(quantised)
+        groups: list[dict[str, _Tensor]] = [{}]
         filled = 0
-        for name, shape in tensors.items():
+        for name, tensor in self._stored(tensors):
             # With its entry in the header.
-            size = prod(shape) * dtype.itemsize + len(name) + ENTRY_BYTES
+            size = tensor.bytes + len(name) + ENTRY_BYTES
             if groups[-1] and filled + size > file_bytes:
                 groups.append({})
                 filled = 0
-            groups[-1][name] = shape
+            groups[-1][name] = tensor
             filled += size
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
@@ -193,26 +210,45 @@ class HfFiles:
             )
             self._lay_out(file, group)
 
-    def _lay_out(self, file: str, tensors: Mapping[str, tuple[int, ...]]) -> None:
+    def _stored(self, tensors: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, _Tensor]]:
+        for name, shape in tensors.items():
+            if name in self.quantised:
+                yield name, _Tensor(shape, E4M3)
+                yield scale_name(name), _Tensor(tuple(map(blocks, shape)), torch.float32)
+            else:
+                yield name, _Tensor(shape, self.dtype)
+
+    def _lay_out(self, file: str, tensors: Mapping[str, _Tensor]) -> None:
         """The format: 8 bytes with the header's length, the header (JSON, padded to 8 bytes), the tensors' bytes."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name, shape in tensors.items():
-            size = prod(shape) * self.dtype.itemsize
-            header[name] = {"dtype": CODES[self.dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
+        for name, tensor in tensors.items():
+            end = offset + tensor.bytes
+            header[name] = {
+                "dtype": CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._headers[file] = len(text).to_bytes(8, "little") + text
         start = len(self._headers[file])
         self._sizes[file] = start + offset
-        for name, shape in tensors.items():
-            self._places[name] = _Place(file, start + header[name]["data_offsets"][0], shape)
+        for name, tensor in tensors.items():
+            self._places[name] = _Place(file, start + header[name]["data_offsets"][0], tensor)
 
     @property
     def total_bytes(self) -> int:
         """Of all files together."""
         return sum(self._sizes.values())
+
+    def bytes_of(self, name: str) -> int:
+        """Of a tensor, with its scales."""
+        return sum(self._places[part].tensor.bytes for part in self._parts(name))
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        return (name, scale_name(name)) if name in self.quantised else (name,)
 
     def complete(self, directory: Path) -> bool:
         """Whether all files are there in their full size, as `create` made them."""
@@ -232,11 +268,23 @@ class HfFiles:
             (directory / INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def write(self, directory: Path, name: str, box: Box, data: torch.Tensor) -> None:
-        """Put the rows `box` of a tensor, whole in all dimensions but the first, at their place."""
+        """Put the rows `box` of a tensor, whole in all dimensions but the first, at their place; of one that is
+        quantised all rows."""
+        if name not in self.quantised:
+            self._put(directory, name, box, data)
+            return
         place = self._places[name]
-        assert all(span == (0, length) for span, length in zip(box[1:], place.shape[1:], strict=True))
-        row_bytes = prod(place.shape[1:]) * self.dtype.itemsize
-        left = memoryview(data.to(self.dtype).contiguous().view(torch.uint8).flatten().numpy().data)
+        assert box == whole(place.tensor.shape)
+        found = quantise_weight(data)
+        for part, tensor in zip(self._parts(name), (found.values, found.scales), strict=True):
+            self._put(directory, part, whole(tensor.shape), tensor)
+
+    def _put(self, directory: Path, name: str, box: Box, data: torch.Tensor) -> None:
+        place = self._places[name]
+        dims = place.tensor.shape
+        assert all(span == (0, length) for span, length in zip(box[1:], dims[1:], strict=True))
+        row_bytes = prod(dims[1:]) * place.tensor.dtype.itemsize
+        left = memoryview(data.to(place.tensor.dtype).contiguous().view(torch.uint8).flatten().numpy().data)
         offset = place.offset + box[0][0] * row_bytes
         # Not opened for reading: a network file system would fetch the pages at both ends, and write them back whole.
         file = os.open(directory / place.file, os.O_WRONLY)
@@ -249,6 +297,6 @@ class HfFiles:
 
     def sync(self, directory: Path, names: Iterable[str]) -> None:
         """Put what was written of these tensors on the disk."""
-        for file in sorted({self._places[name].file for name in names}):
+        for file in sorted({self._places[part].file for name in names for part in self._parts(name)}):
             with open(directory / file, "r+b") as stream:
                 os.fsync(stream.fileno())

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
+from megarl.config.quantisation import BLOCK_FP8
 from megarl.formats.companions import copy_companions
-from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
+from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, PRECISIONS, HfFiles
 from megarl.parallel.whole_folder import whole_folder
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import whole
 from megarl.reshard.model_layouts import checkpoint_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
+from megarl.reshard.quantised import quantised_weights
 from megarl.reshard.weight_map import hf_tensors
 from megarl.reshard.wire import all_in
 from megarl.weights.source import PolicyWeights, WeightSource
@@ -36,8 +38,8 @@ class _HostTensors:
 
 
 def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSource | None = None) -> None:
-    """Write the policy's weights, or what `source` makes of them, to `directory` as a checkpoint in the policy's
-    precision, with the companions of `original`.
+    """Write the policy's weights, or what `source` makes of them, to `directory` as a checkpoint in
+    `checkpoint.export_precision`, with the companions of `original`.
 
     The directory appears under its name only when it is complete.
     """
@@ -61,10 +63,12 @@ def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSou
     # With further models that train, the policy may be away.
     policy.onload_weights()
     mover.run(source or PolicyWeights(policy), mine)
-    files = HfFiles(shapes, dtype, FILE_BYTES)
+    precision = policy.config.checkpoint.export_precision
+    written, quantised = PRECISIONS.get(precision or "", dtype), precision == "fp8"
+    files = HfFiles(shapes, written, FILE_BYTES, quantised=quantised_weights(policy.shape) if quantised else ())
     with whole_folder(directory, files.create) as partial:
         for name, tensor in mine.tensors.items():
             files.write(partial, name, whole(tensor.shape), tensor)
         files.sync(partial, mine.tensors)
         if world.is_first:
-            copy_companions(original, partial, DTYPE_NAMES[dtype])
+            copy_companions(original, partial, DTYPE_NAMES[written], BLOCK_FP8 if quantised else None)
