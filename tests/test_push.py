@@ -253,7 +253,12 @@ def test_grids_of_eight_processes(tmp_path: Path, model: str, parallel: dict[str
 
 def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int, int, list[str]]:
     """A bf16 engine that an fp32 policy fills, and one that loads the policy's export; bytes; tensors of engine and
-    export that a source of doubled weights did not double. A scenario of `run_world`."""
+    export that a source of doubled weights did not double, and of an export in FP8 that are not those of the whole
+    weights. A scenario of `run_world`."""
+    import torch
+    from safetensors.torch import load_file
+
+    from megarl.ops.fp8 import quantise_weight
     from megarl.weights.export import export_hf
     from megarl.weights.push import Push
     from megarl.weights.source import PolicyWeights
@@ -280,6 +285,16 @@ def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np
         exported = parity.read_checkpoint(folder / "cast")
         doubled = parity.read_checkpoint(folder / "doubled")
         wrong += [name for name, one in exported.items() if not np.array_equal(doubled[name], 2 * one)]
+        export_hf(policy, folder / "fp8", Path(config.model.path), precision="fp8")
+        in_fp8 = load_file(folder / "fp8" / "model.safetensors")
+        for name, one in exported.items():
+            weight = torch.from_numpy(one)
+            if name.endswith("_proj.weight"):
+                quantised = quantise_weight(weight)
+                weight, scales = quantised.values, in_fp8.pop(f"{name}_scale_inv")
+                wrong += [f"scales of {name}"] * (not torch.equal(scales, quantised.scales))
+            wrong += [name] * (in_fp8[name].dtype != weight.dtype or not torch.equal(in_fp8.pop(name), weight))
+        wrong += list(in_fp8)
     loader = engine_of(config_for(folder / "cast", {}, settings), world, load_weights=True)
     return pushed, read_back(loader), push.mover.received_bytes, needed, wrong
 
@@ -287,7 +302,8 @@ def casts(world: Any, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np
 def test_weights_are_cast_before_they_are_sent(folder: Path):
     """An fp32 policy fills a bf16 engine with what vLLM makes of its fp32 checkpoint, at two bytes an element.
 
-    What a source makes of the weights is pushed and exported in their place.
+    What a source makes of the weights is pushed and exported in their place; what is exported in FP8 is quantised
+    whole, wherever the policy's ranks cut it.
     """
     for pushed, loaded, received, needed, wrong in parity.run_world("test_push", "casts", 4, folder):
         assert pushed.keys() == loaded.keys()

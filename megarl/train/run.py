@@ -162,7 +162,8 @@ def _finish(session: Session, accuracy: float | None, started: float) -> dict[st
     """Write what a whole run leaves behind, and return the summary."""
     config = session.config
     if config.checkpoint.export_hf:
-        export_hf(session.policy, run_directory(config) / "hf", Path(config.model.path))
+        folder, precision = run_directory(config) / "hf", config.checkpoint.export_precision
+        export_hf(session.policy, folder, Path(config.model.path), precision=precision)
         # Beside a base that trained too an adapter says nothing without that base.
         if session.policy.network.base_is_frozen:
             save_adapter(session.policy, run_directory(config) / "adapter")

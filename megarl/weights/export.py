@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -37,9 +38,17 @@ class _HostTensors:
         pass
 
 
-def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSource | None = None) -> None:
-    """Write the policy's weights, or what `source` makes of them, to `directory` as a checkpoint in
-    `checkpoint.export_precision`, with the companions of `original`.
+def export_hf(
+    policy: Policy,
+    directory: Path,
+    original: Path,
+    source: WeightSource | None = None,
+    precision: Literal["fp32", "bf16", "fp8"] | None = None,
+) -> None:
+    """Write the policy's weights, or what `source` makes of them, to `directory` as a checkpoint in `precision`, by
+    default the policy's, with the companions of `original`.
+
+    fp8: linear layers are quantised (`megarl.config.quantisation`), the rest stays in the policy's type.
 
     The directory appears under its name only when it is complete.
     """
@@ -63,7 +72,6 @@ def export_hf(policy: Policy, directory: Path, original: Path, source: WeightSou
     # With further models that train, the policy may be away.
     policy.onload_weights()
     mover.run(source or PolicyWeights(policy), mine)
-    precision = policy.config.checkpoint.export_precision
     written, quantised = PRECISIONS.get(precision or "", dtype), precision == "fp8"
     files = HfFiles(shapes, written, FILE_BYTES, quantised=quantised_weights(policy.shape) if quantised else ())
     with whole_folder(directory, files.create) as partial:
