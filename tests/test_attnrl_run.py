@@ -23,7 +23,7 @@ TREERL = {key: value for key, value in TREERL.items() if key not in ("gap", "att
 ROLLOUT = {"group_size": 4, "max_tokens": 16, "kv_cache_gib": 0.02}
 #: Name, processes, and what differs from the table of `tables`.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "attnrl": (4, {"parallel": {"tensor": 2}, "rollout": ROLLOUT | {"ahead": 1, "tensor": 2, "deterministic": False}}),
+    "attnrl": (4, {"parallel": {"tensor": 2}, "rollout": ROLLOUT | {"ahead": 1, "tensor": 2, "assignment": "drawn"}}),
     "split": (2, {"parallel": {"pipeline": 2}, "rollout": ROLLOUT | {"ahead": 1}}),
     "treerl": (2, {"algorithm": TREERL, "parallel": {"context": 2}, "rollout": ROLLOUT | {"save": True}}),
     # Its old log-probs come from the update's own pass, but for those of the step before.

@@ -51,6 +51,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"context": 2} | FULL,
         {"expert": 2} | FULL,
         {"pipeline": 2, "virtual_pipeline": 2, "recompute": {"kind": "full", "method": "block"}},
+        SP | {"deterministic": True},
     ],
     4: [
         {"tensor": 2, "pipeline": 2},
@@ -113,8 +114,9 @@ class Case:
 
     @property
     def sections(self) -> dict[str, Any]:
-        parallel = {key: value for key, value in self.settings.items() if key != "recompute"}
-        return {"parallel": parallel, "recompute": self.settings.get("recompute", {})}
+        settings = self.settings.copy()
+        others = {"recompute": settings.pop("recompute", {}), "deterministic": settings.pop("deterministic", False)}
+        return {"parallel": settings, **others}
 
     @property
     def name(self) -> str:
@@ -143,6 +145,8 @@ class Outcome:
     entropy_means: list[float]
     weights: dict[str, np.ndarray] | None
     micro_batches: int
+    #: Whether PyTorch's algorithms were those that repeat, in the passes.
+    deterministic: set[bool]
 
 
 class Recording:
@@ -153,9 +157,11 @@ class Recording:
         self.objectives = (replace(self._own, loss=self.loss),)
         self.entropies: dict[float, np.ndarray] = {}
         self.calls = 0
+        self.deterministic: set[bool] = set()
 
     def loss(self, inputs: Any) -> Any:
         self.calls += 1
+        self.deterministic.add(torch.are_deterministic_algorithms_enabled())
         for index in range(inputs.num_sequences):
             rows = inputs.sequence_T == index
             self.entropies[float(inputs.advantages_T[rows][0])] = inputs.entropy_T[rows].detach().numpy()
@@ -192,6 +198,7 @@ def measure_case(world: Any, folder: Path, case: Case, batches: list) -> Outcome
             entropy_means=[r.means["entropy"] for r in results],
             weights=parity.exported(policy, folder / re.sub(r"\W+", "_", case.name)),
             micro_batches=recording.calls,
+            deterministic=recording.deterministic,
         )
 
 
@@ -308,6 +315,13 @@ def test_log_probs_and_entropies_are_those_of_transformers(case: Case, outcomes:
         found = values_of_all_ranks([getattr(rank, name) for rank in outcomes[case]], len(expected))
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=name)
+
+
+@by_case(CASES)
+def test_only_a_run_that_must_repeat_takes_algorithms_that_do(case: Case, outcomes: dict):
+    for rank in outcomes[case]:
+        assert rank.deterministic <= {case.sections["deterministic"]}
+    assert any(rank.deterministic for rank in outcomes[case])
 
 
 @by_case(CASES)

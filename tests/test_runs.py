@@ -285,7 +285,7 @@ def test_every_option_of_the_loop_at_once(base: Path) -> None:
         "parallel.tensor=1",
         "parallel.pipeline=2",
         "rollout.tensor=1",
-        "rollout.deterministic=false",
+        "rollout.assignment=drawn",
         "batch.updates=2",
         "batch.packed=false",
         "algorithm.dynamic_sampling=true",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
+from megarl.config import determinism
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, Refusal
@@ -62,6 +63,7 @@ def prepare(
         reads = False
     for refusal in admission.refusals(config, world, trains=trains, evaluates=evaluates, starts=starts, reads=reads):
         raise refusal
+    determinism.set_variables(config)
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from megarl.config.implied import Implied
@@ -12,7 +13,7 @@ from megarl.errors import Refusal
 
 def refusals(config: RunConfig) -> Iterator[Refusal]:
     """What `config` asks for and a GPU cannot do."""
-    yield from of_policy(config)
+    yield from chain(of_policy(config), of_repeating(config))
     if Implied(config).records_routing:
         yield from of_recorded_routing(config.vllm, config.rollout.tensor)
 
@@ -32,6 +33,16 @@ def of_policy(config: RunConfig) -> Iterator[Refusal]:
                 "has no attention kernel in Transformer Engine",
                 f"set precision=bf16 or {instead}",
             )
+
+
+def of_repeating(config: RunConfig) -> Iterator[Refusal]:
+    """What keeps a run on a GPU from repeating: vLLM's numbers depend there on which samples it makes side by side."""
+    if config.deterministic and config.rollout.keep_unfinished:
+        yield Refusal(
+            "rollout.keep_unfinished=true with deterministic=true on a GPU",
+            "makes the rest of a step's samples without those that are kept, and so with other bits",
+            "remove it, or set deterministic=false",
+        )
 
 
 def of_recorded_routing(engine_arguments: Mapping[str, Any], tensor: int) -> Iterator[Refusal]:

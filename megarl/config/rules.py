@@ -13,7 +13,16 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from megarl.config import accelerations, adapter_rules, environments, files, layout_rules, user_code, vendor_fields
+from megarl.config import (
+    accelerations,
+    adapter_rules,
+    determinism,
+    environments,
+    files,
+    layout_rules,
+    user_code,
+    vendor_fields,
+)
 from megarl.config.algorithms.base import unusable as unusable_settings
 from megarl.config.base import without_effect
 from megarl.config.data import DEMONSTRATIONS, each_source, source_refusals
@@ -84,7 +93,7 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
         yield from config.algorithm.influence.refusals("algorithm.attention", shape.num_layers, shape.num_heads)
     yield from adapter_rules.refusals(config, shape)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
-    yield from chain(_packages(config), accelerations.refusals())
+    yield from chain(_packages(config), accelerations.refusals(), determinism.refusals(config))
 
 
 def _data(config: RunConfig) -> Iterator[Refusal]:

@@ -126,13 +126,13 @@ class RolloutSettings(Settings):
     )
     seeded: bool | None = Field(
         default=None,
-        description="A seed per sample, so that answers do not depend on the replica; default: on the "
-        "CPU yes (it cost 0 to 4 % at 64 and 4 to 13 % at 512 sequences), on a GPU no (not measured).",
+        description="A seed per sample, so that answers do not depend on the replica; default: on the CPU yes (it cost "
+        "0 to 4 % at 64 and 4 to 13 % at 512 sequences), with deterministic yes, else no (not measured on a GPU).",
     )
-    deterministic: bool | None = Field(
+    assignment: Literal["fixed", "drawn"] | None = Field(
         default=None,
-        description="Assign work to replicas in advance instead of drawing it from the shared counter; default: on the "
-        "CPU yes, on a GPU no.",
+        description="fixed: which replica answers a prompt is known in advance; drawn: replicas draw work from a "
+        "shared counter; default: fixed on the CPU and with deterministic, else drawn.",
     )
     environment: EnvironmentSettings | None = Field(
         default=None, description="What answers the policy between turns of one sample; none: a sample is one answer."
@@ -151,10 +151,11 @@ class RolloutSettings(Settings):
     save: bool = Field(
         default=False, description="Write each step's rollouts to the run directory, for rollout.replay."
     )
-    keep_unfinished: bool = Field(
-        default=True,
+    keep_unfinished: bool | None = Field(
+        default=None,
         description="Keep what the engines make until a checkpoint has the step (unfinished/, 8 bytes a token): a run "
-        "that was killed does not make it again. Not with moe.routing_replay, nor what rollout.environment answers.",
+        "that was killed does not make it again. Not with moe.routing_replay, nor what rollout.environment answers. "
+        "Default: yes, but not with deterministic on a GPU, where a sample depends on those made beside it.",
     )
     ahead: Literal[0, 1] = Field(
         default=0,
@@ -319,6 +320,11 @@ class RunSettings(Settings):
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="Type of weights and activations; the optimizer keeps fp32."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="On a GPU: a run repeats, and resumes, to the last bit on the same GPUs, by slower algorithms "
+        "(docs/gpu.md). On the CPU every run does.",
     )
     model: ModelSettings
     parameters: Literal["policy", "adapter"] = Field(

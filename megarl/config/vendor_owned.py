@@ -48,6 +48,7 @@ OWNED: dict[str, dict[str, str]] = {
             ),
             "set precision",
         ),
+        "deterministic_mode": "set deterministic",
         "lr": "set optimizer.lr",
         "min_lr": "set optimizer.min_lr",
         "weight_decay": "set optimizer.weight_decay",

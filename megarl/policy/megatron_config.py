@@ -58,6 +58,7 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         "finalize_model_grads_func": _left_to_the_step,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
+        "deterministic_mode": config.deterministic,
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
         "bias_activation_fusion": has_cuda(),

@@ -25,6 +25,7 @@ from megarl.parallel.exchange import gather_all
 from megarl.parallel.vocab import VocabularyShard, token_log_probs, vocabulary_shard
 from megarl.policy.adapter import Attachment
 from megarl.policy.batch import Cut, MicroBatch, lay_out
+from megarl.policy.determinism import deterministic_algorithms
 from megarl.policy.experts import Experts
 from megarl.policy.forward import ForwardArguments
 from megarl.policy.influence import InfluenceTap
@@ -119,16 +120,17 @@ class Passes:
             return output, loss
 
         schedule: Any = get_forward_backward_func()
-        schedule(
-            forward_step_func=forward_step,
-            # Under the interleaved schedule every chunk goes through the micro-batches at its own time.
-            data_iterator=[iter(zip(batches, plan, strict=True)) for _ in self.chunks],
-            model=self._wrapped,
-            num_microbatches=len(batches),
-            seq_length=max(b.tokens.shape[1] for b in batches) * self.grid.context,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with deterministic_algorithms(self.config.deterministic):
+            schedule(
+                forward_step_func=forward_step,
+                # Under the interleaved schedule every chunk goes through the micro-batches at its own time.
+                data_iterator=[iter(zip(batches, plan, strict=True)) for _ in self.chunks],
+                model=self._wrapped,
+                num_microbatches=len(batches),
+                seq_length=max(b.tokens.shape[1] for b in batches) * self.grid.context,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
         computed = sum(b.computed_tokens for b in batches) * self.grid.context
         return Work(sum(b.real_tokens for b in batches), computed, len(batches))
 

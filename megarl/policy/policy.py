@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from megarl.errors import MegarlError, PhaseError
 from megarl.parallel.bootstrap import World
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.adapter import Merged
+from megarl.policy.determinism import check_gpu
 from megarl.policy.losses import LossStage, Pass, look_over
 from megarl.policy.network import Network, Survey
 from megarl.policy.passes import Passes
@@ -55,8 +57,10 @@ class Policy:
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
         if has_cuda():
-            for refusal in gpu_rules.of_policy(config):
+            for refusal in chain(gpu_rules.of_policy(config), gpu_rules.of_repeating(config)):
                 raise refusal
+            if config.deterministic:
+                check_gpu(torch.cuda.get_device_capability())
         network, implied = Network(config, shape, world, grid), Implied(config)
         alone = network.base_is_frozen
         self.trained = {POLICY: TrainedSet(config, network, step_budget, of_adapter=alone)}

@@ -127,6 +127,8 @@ def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
         "max_num_batched_tokens": Implied(config).batched_tokens,
         "gpu_memory_utilization": config.rollout.gpu_memory_fraction,
         "kv_cache_memory_bytes": None if gib is None else int(gib * GIB),
+        # Chooses among kernels by what they take at this start.
+        **({"enable_flashinfer_autotune": False} if config.deterministic else {}),
     }
 
 

@@ -12,7 +12,7 @@ from megarl.algorithms.plan import Fork, Generation, Plan, Responder
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
-from megarl.parallel.cpu_platform import has_cuda
+from megarl.policy.determinism import repeats
 from megarl.records import Key, Stretch
 from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.play import Task
@@ -280,7 +280,7 @@ def is_seeded(config: RunConfig, weights: str) -> bool:
     seeded = config.rollout.seeded
     if _stays(config, weights):
         return True
-    return not has_cuda() if seeded is None else seeded
+    return repeats(config) if seeded is None else seeded
 
 
 def _occasion(config: RunConfig, step: int, weights: str) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
+from megarl.policy.determinism import repeats
 from megarl.policy.policy import Policy
 from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Engine
@@ -24,11 +25,10 @@ class Inference:
     as those of the phase "push".
     """
 
-    def __init__(
-        self, policy: Policy, engine: Engine | None, clock: Clock, progress: Progress, *, deterministic: bool | None
-    ) -> None:
+    def __init__(self, policy: Policy, engine: Engine | None, clock: Clock, progress: Progress) -> None:
         self.engine = engine
-        self._deterministic = not has_cuda() if deterministic is None else deterministic
+        assignment = policy.config.rollout.assignment
+        self._fixed_assignment = repeats(policy.config) if assignment is None else assignment == "fixed"
         self._policy, self._clock, self._progress = policy, clock, progress
         self._push = Push(policy, engine) if engine is not None else None
         #: The parameter set that the engine was last filled with.
@@ -82,9 +82,9 @@ class Inference:
         return self.engine
 
     def work(self, total: int) -> WorkSource:
-        """Which of `total` requests are this replica's: fixed or drawn, by `rollout.deterministic`."""
+        """Which of `total` requests are this replica's: fixed or drawn, by `rollout.assignment`."""
         engine = self.running_engine
-        return engine.fixed_assignment(total) if self._deterministic else engine.shared_counter(total)
+        return engine.fixed_assignment(total) if self._fixed_assignment else engine.shared_counter(total)
 
     def differences(self) -> list[Difference]:
         """Where the weights in the engine are not those that it was filled with. Collective."""

@@ -14,9 +14,11 @@ from typing import NamedTuple
 from megarl.algorithms import declared
 from megarl.algorithms.base import Algorithm, Group
 from megarl.algorithms.plan import Plan, Text
+from megarl.config.schema import RunConfig
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
+from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
 from megarl.records import DEMONSTRATION, Body, Head, Key, Prompt, Trajectory
 from megarl.rollout.play import Played
@@ -115,12 +117,18 @@ def is_unscored(plan: Plan, group: Group) -> bool:
     return needed and any(head.reward is None for head in group.answers)
 
 
+def _keeps_unfinished(config: RunConfig) -> bool:
+    """Whether completions are kept before their step is; without a word not where others would then have other bits."""
+    asked = config.rollout.keep_unfinished
+    return not (config.deterministic and has_cuda()) if asked is None else asked
+
+
 def _journal(session: Session, plan: Plan, step: int, *, say: bool) -> Journal | None:
     """The journal of the step's completions; None where none are made, or they come with what it does not keep."""
     config, engine = session.config, session.inference.engine
     if engine is None or not plan.generations:
         return None
-    if config.rollout.replay is not None or config.moe.routing_replay != "off" or not config.rollout.keep_unfinished:
+    if config.rollout.replay is not None or config.moe.routing_replay != "off" or not _keeps_unfinished(config):
         return None
     journal = Journal(unfinished_directory(config), step, config, rank=session.world.rank, writes=engine.speaks)
     if say and len(journal):

@@ -146,7 +146,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         algorithm=algorithm,
         policy=policy,
         host=host,
-        inference=Inference(policy, engine, clock, progress, deterministic=config.rollout.deterministic),
+        inference=Inference(policy, engine, clock, progress),
         grading=gradings[0],
         evaluation_grading=gradings[1],
         thinking_end=thinking_end,
