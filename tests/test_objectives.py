@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from expo_case import make_batch
+from nft_case import nft
 
+from megarl.algorithms.base import AlgorithmContext
+from megarl.algorithms.grpo import Grpo
 from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, Objective, counted_alone, total
+from megarl.config.algorithms import GrpoSettings
 from megarl.config.parameter_sets import REFERENCE
 from megarl.parallel.vocab import token_log_probs, vocabulary_shard
-from megarl.policy.batch import Cut, lay_out
-from megarl.policy.losses import joined
+from megarl.policy.batch import Cut, apart, lay_out
+from megarl.policy.losses import Facts, LossStage, joined
 from megarl.records import Sequence, from_place
 
 #: (group, whether it is an explanation, tokens)
@@ -180,3 +184,37 @@ def test_what_a_pass_says_of_itself_is_no_objectives_to_say() -> None:
     assert joined({"entropy": 1.0}, {"ratio_mean": 2.0}) == {"entropy": 1.0, "ratio_mean": 2.0}
     with pytest.raises(ValueError, match="an objective logs 'entropy', as the pass itself does: give"):
         joined({"entropy": 1.0, "logprob_k3": 0.0}, {"entropy": 2.0})
+
+
+def clipped() -> Objective:
+    """GRPO's with every term that reads something of its own."""
+    settings = GrpoSettings(
+        kl_coefficient=0.1, entropy_coefficient=0.1, importance_cap=2.0, rejection_bounds=(0.5, 2.0)
+    )
+    return Grpo(settings, AlgorithmContext(max_tokens=64, group_size=4)).objectives[0]
+
+
+@pytest.mark.parametrize("objective", [clipped, lambda: nft().objectives[0]], ids=["grpo", "nft"])
+def test_nothing_is_read_from_the_device_before_a_pass_ends(objective: Callable[[], Objective]) -> None:
+    """On a device without memory, which has nothing to read: one number that a GPU is asked for waits for all its
+    work."""
+    values = np.zeros(3, np.float32)
+    under, signals = {REFERENCE: values}, {"reward": 1.0, "success_rate": 0.5, "prompt_weight": 1.0}
+    made = [
+        sequence(9, [2, 3, 7], advantages=values, rollout_log_probs=values, log_probs_under=under, signals=signals)
+        for _ in range(2)
+    ]
+    counts, answers = BatchTotals.of({"answer": BatchTotals(6.0, 2.0)}), frozenset({"answer"})
+    stage = LossStage([objective()], counts, Facts(answers, answers), old_is_current=True, keeps_old=True)
+    batch = lay_out(made, packed=True, device="meta")
+    log_probs = torch.zeros(6, device="meta", requires_grad=True)
+    for _ in range(2):
+        stage(batch, [0, 1], log_probs, torch.zeros(6, device="meta")).backward()
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        stage.hand_on(made)
+
+
+def test_values_of_micro_batches_come_apart_by_sequence() -> None:
+    parts = apart([torch.arange(3.0), torch.arange(3, 5, dtype=torch.bfloat16)], [1, 2, 2])
+    assert [part.tolist() for part in parts] == [[0.0], [1.0, 2.0], [3.0, 4.0]]
+    assert {part.dtype for part in parts} == {np.dtype(np.float32)} and apart([], []) == []

@@ -118,7 +118,12 @@ class LossInputs:
         """
         if len(self.kind_S) != self.num_sequences:
             raise ValueError(f"LossInputs.kind_S names {len(self.kind_S)} kinds of {self.num_sequences} sequences")
-        return torch.tensor([kind in kinds for kind in self.kind_S], device=self.sequence_T.device, dtype=torch.bool)
+        return are_of(kinds, self.kind_S, self.sequence_T.device)
+
+
+def are_of(kinds: frozenset[str], kind_S: Sequence[str], device: torch.device) -> Tensor:
+    """[S] bool, which of the kinds `kind_S` are among `kinds`; the device is not waited for."""
+    return torch.tensor([kind in kinds for kind in kind_S], dtype=torch.bool).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

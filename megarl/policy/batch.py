@@ -49,7 +49,8 @@ class MicroBatch:
     rows int64 (R,): flat indices b·S+s whose next token is a trained one; targets int64 (R,): those tokens.
     temperature: that of the log-probs, float64 (R,) where it differs between sequences. parts: for every
     context-parallel rank, the places of its rows' tokens among all T trained tokens of the micro-batch; T = R with one.
-    sequence int64 (T,): index of the token's sequence; lengths float32 (N,): trained tokens of each sequence.
+    sequence int64 (T,): index of the token's sequence; lengths float32 (N,): trained tokens of each sequence, as
+    `trained` says them on the host.
     The per-token values are float32 (T,), NaN at sequences without them, None where all are.
     routed int16 (B, S, sparse layers, k): the experts that the engine chose, -1 where not known; None: nowhere.
     kinds (N), group int64 (N,) and signals float32 (N,) each, 0 at sequences without them: those of the sequences.
@@ -67,6 +68,7 @@ class MicroBatch:
     parts: tuple[torch.Tensor, ...]
     sequence: torch.Tensor
     lengths: torch.Tensor
+    trained: tuple[int, ...]
     advantages: torch.Tensor | None
     rollout_log_probs: torch.Tensor | None
     old_log_probs: torch.Tensor | None
@@ -79,12 +81,7 @@ class MicroBatch:
 
     @property
     def num_sequences(self) -> int:
-        return len(self.lengths)
-
-    def apart(self, values: torch.Tensor) -> list[np.ndarray]:
-        """Values (T,) as those of each sequence, float32."""
-        parts = values.detach().float().cpu().split([int(length) for length in self.lengths.tolist()])
-        return [part.numpy() for part in parts]
+        return len(self.trained)
 
     @property
     def computed_tokens(self) -> int:
@@ -133,6 +130,7 @@ def lay_out(
         parts=tuple(_tensor(part, device) for part, _ in parts),
         sequence=_tensor(np.repeat(np.arange(len(sequences)), trained), device),
         lengths=torch.tensor(trained, dtype=torch.float32).to(device),
+        trained=tuple(trained),
         advantages=_values([s.advantages for s in sequences], trained, device),
         rollout_log_probs=_values([s.rollout_log_probs for s in sequences], trained, device),
         old_log_probs=_values([s.old_log_probs for s in sequences], trained, device),
@@ -150,6 +148,17 @@ def lay_out(
         routed=None if routed is None else _tensor(routed[held].reshape(*shape, *routed.shape[1:]), device),
         real_tokens=sum(s.length for s in sequences),
     )
+
+
+def apart(values: Sequences[torch.Tensor], trained: Iterable[int]) -> list[np.ndarray]:
+    """Values (T,) of micro-batches as those of each of their sequences, float32, in their order.
+
+    All in one transfer: a GPU is waited for once.
+    """
+    if not values:
+        return []
+    whole = torch.cat([one.detach().float() for one in values]).cpu()
+    return [part.numpy() for part in whole.split(list(trained))]
 
 
 def _places(lengths: list[int], packed: bool, cut: Cut) -> list[int]:

@@ -8,12 +8,11 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
 import torch
 
-from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, Objective, sets_read, total
+from megarl.algorithms.objective import BatchTotals, LossInputs, LossTerms, Objective, are_of, sets_read, total
 from megarl.parallel.exchange import gather_all
-from megarl.policy.batch import MicroBatch
+from megarl.policy.batch import MicroBatch, apart
 from megarl.policy.passes import Work
 from megarl.records import Sequence
 
@@ -89,7 +88,10 @@ def _lacks(sequence: Sequence, objective: Objective, old_is_current: bool) -> st
 
 
 class LossStage:
-    """The objectives' losses on each micro-batch, and this replica's shares of the loss and of the means to log."""
+    """The objectives' losses on each micro-batch, and this replica's shares of the loss and of the means to log.
+
+    What is logged stays on the device until the pass ends: whoever reads a number waits for all that a GPU has queued.
+    """
 
     def __init__(
         self,
@@ -102,12 +104,16 @@ class LossStage:
     ) -> None:
         self.objectives, self.totals, self.facts, self.old_is_current = objectives, totals, facts, old_is_current
         self.entropy_gradient = any(objective.entropy_gradient for objective in objectives)
-        self.loss = 0.0
-        self.shares: dict[str, float] = {}
-        self.gap_max = 0.0
         self.seconds = 0.0
-        # Of the sequences by their positions in the pass; None: not kept.
-        self._old: dict[int, np.ndarray] | None = {} if keeps_old else None
+        # Scalars in float64.
+        self._loss: torch.Tensor | None = None
+        self._gap_max: torch.Tensor | None = None
+        self._shares: dict[str, torch.Tensor] = {}
+        self._keeps_old = keeps_old
+        # Of the micro-batches: old log-probs, and of their sequences positions in the pass and trained tokens.
+        self._old: list[torch.Tensor] = []
+        self._members: list[int] = []
+        self._trained: list[int] = []
 
     def __call__(
         self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
@@ -117,8 +123,10 @@ class LossStage:
             # But for tokens that an earlier step's weights wrote.
             old = torch.where(old.isnan(), log_probs.detach(), old)
         rollout = _filled(batch.rollout_log_probs, log_probs)
-        if self._old is not None:
-            self._old |= dict(zip(members, batch.apart(old), strict=True))
+        if self._keeps_old:
+            self._old.append(old)
+            self._members += members
+            self._trained += batch.trained
         start = time.perf_counter()
         terms = total(
             self.objectives,
@@ -142,7 +150,8 @@ class LossStage:
             ),
         )
         self.seconds += time.perf_counter() - start
-        self.loss += float(terms.loss.detach())
+        loss = terms.loss.detach().double()
+        self._loss = loss if self._loss is None else self._loss + loss
         self._log(terms, batch, old - rollout, entropy.detach())
         return terms.loss
 
@@ -155,27 +164,28 @@ class LossStage:
                 "logprob_gap_mean": (gap.abs().sum(), count),
                 "logprob_k3": ((gap.exp() - 1 - gap).sum(), count),
             }
-            # Python's max would drop a NaN.
-            self.gap_max = float(np.maximum(self.gap_max, float(gap.abs().max())))
+            largest = gap.abs().max().double()
+            self._gap_max = largest if self._gap_max is None else torch.maximum(self._gap_max, largest)
         own_T, count = self._tokens_of(batch, made or frozenset(batch.kinds).union(self.totals.by_kind))
         means["entropy"] = torch.where(own_T, entropy, 0.0).sum(), count
         for name, (value, of) in joined(means, terms.means).items():
             if of:
-                self.shares[name] = self.shares.get(name, 0.0) + float(value.detach()) / of
+                share = value.detach().double() / of
+                self._shares[name] = self._shares[name] + share if name in self._shares else share
 
     def hand_on(self, sequences: Sequences[Sequence]) -> None:
         """Give the pass's sequences the old log-probs that were kept; on the last pipeline stage."""
-        for position, log_probs in (self._old or {}).items():
+        for position, log_probs in zip(self._members, apart(self._old, self._trained), strict=True):
             sequences[position].old_log_probs = log_probs
 
     def _tokens_of(self, batch: MicroBatch, kinds: frozenset[str]) -> tuple[torch.Tensor, float]:
         """[T] bool, which tokens are of these kinds, and how many the mini-batch has of them."""
-        own = torch.tensor([kind in kinds for kind in batch.kinds], device=batch.sequence.device, dtype=torch.bool)
+        own = are_of(kinds, batch.kinds, batch.sequence.device)
         return own[batch.sequence], sum(c.tokens for kind, c in self.totals.by_kind.items() if kind in kinds)
 
     def gather(self, work: Work, *, reports: bool) -> Pass:
         """The pass, summed over the replicas' `reports`. Collective."""
-        mine = (self.loss, self.shares, self.gap_max, self.seconds, work) if reports else None
+        mine = (*self._numbers(), self.seconds, work) if reports else None
         present = [part for part in gather_all(mine) if part is not None]
         # A replica whose micro-batches are all empty has no names.
         names = dict.fromkeys(name for part in present for name in part[1])
@@ -187,6 +197,14 @@ class LossStage:
             real_tokens=sum(part[4].real_tokens for part in present),
             computed_tokens=sum(part[4].computed_tokens for part in present),
         )
+
+    def _numbers(self) -> tuple[float, dict[str, float], float]:
+        """Loss, shares and the largest gap, read in one transfer; zeros of a pass without sequences."""
+        if self._loss is None:
+            return 0.0, {}, 0.0
+        gap_max = torch.zeros_like(self._loss) if self._gap_max is None else self._gap_max
+        loss, largest, *shares = torch.stack([self._loss, gap_max, *self._shares.values()]).tolist()
+        return loss, dict(zip(self._shares, shares, strict=True)), largest
 
 
 def joined(own: Mapping[str, Value], logged: Mapping[str, Value]) -> dict[str, Value]:

@@ -20,7 +20,7 @@ from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
 from megarl.policy import digest
 from megarl.policy.adapter import Adapter, Attachment
-from megarl.policy.batch import MicroBatch
+from megarl.policy.batch import MicroBatch, apart
 from megarl.policy.influence import InfluenceTap
 from megarl.policy.losses import LossStage, Pass, joined
 from megarl.policy.megatron_config import transformer_config
@@ -115,9 +115,10 @@ class Network:
         listening = nullcontext() if tap is None else tap.listening(self.chunks, self._stages)
         with torch.no_grad(), listening:
             self.passes.run(sequences, collect, forward_only=True, tap=tap)
+        log_probs, entropies = collect.found()
         if tap is None:
-            return Survey(collect.log_probs, collect.entropies, [])
-        return Survey(collect.log_probs, collect.entropies, tap.gather(), tap.seconds)
+            return Survey(log_probs, entropies, [])
+        return Survey(log_probs, entropies, tap.gather(), tap.seconds)
 
     def _tap(
         self, sequences: Sequence[records.Sequence], steps: Sequence[np.ndarray], settings: InfluenceSettings
@@ -142,21 +143,35 @@ class Network:
 
 
 class _Collect:
-    """Keeps each sequence's log-probs and entropies."""
+    """Keeps each sequence's log-probs and entropies, on the device until the pass ends."""
 
     entropy_gradient = False
 
     def __init__(self, sequences: Sequence[records.Sequence]) -> None:
-        self.log_probs: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
-        self.entropies = list(self.log_probs)
+        self._number = len(sequences)
+        self._members: list[int] = []
+        self._trained: list[int] = []
+        self._log_probs: list[torch.Tensor] = []
+        self._entropies: list[torch.Tensor] = []
 
     def __call__(
         self, batch: MicroBatch, members: list[int], log_probs: torch.Tensor, entropy: torch.Tensor
     ) -> torch.Tensor:
-        for kept, values in ((self.log_probs, log_probs), (self.entropies, entropy)):
-            for index, part in zip(members, batch.apart(values), strict=True):
-                kept[index] = part
+        self._members += members
+        self._trained += batch.trained
+        self._log_probs.append(log_probs)
+        self._entropies.append(entropy)
         return log_probs.new_zeros(())
+
+    def found(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Log-probs and entropies of all sequences, of nothing where this rank saw none."""
+        return self._of_sequences(self._log_probs), self._of_sequences(self._entropies)
+
+    def _of_sequences(self, values: list[torch.Tensor]) -> list[np.ndarray]:
+        kept = [np.empty(0, np.float32)] * self._number
+        for index, part in zip(self._members, apart(values, self._trained), strict=True):
+            kept[index] = part
+        return kept
 
 
 def _freeze(chunks: Sequence[GPTModel]) -> None:
