@@ -55,18 +55,24 @@ class TrainedSet:
         self.wrapped: list[Any] = (
             wrap_data_parallel(config, network.megatron_config, self.modules) if of_adapter else network.wrapped
         )
-        self.optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
-        network.megatron_config.grad_scale_func = self.optimizer.scale_loss
-        self.scheduler = _scheduler(config, self.optimizer, step_budget)
-        self.movement = Movement(self.optimizer, config.optimizer.lr)
+        self._optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
+        network.megatron_config.grad_scale_func = self._optimizer.scale_loss
+        self.scheduler = _scheduler(config, self._optimizer, step_budget)
+        self.movement = Movement(self._optimizer, config.optimizer.lr)
         self.skipped_in_a_row = 0
         frozen = network.chunks if network.base_is_frozen else ()
-        self._residence = Residence(self.wrapped, self.optimizer, frozen)
+        self._residence = Residence(self.wrapped, self._optimizer, frozen)
         self._clip = config.optimizer.clip_grad
         # Of the passes since the last step: those whose gradients are in the buffers, and those set aside.
         self._losses: list[float] = []
         self._aside_losses: list[float] = []
         self._aside: list[torch.Tensor] = []
+
+    @property
+    def optimizer(self) -> Any:
+        """Megatron's; what a GPU does with its state waits until that has come back."""
+        self._residence.wait_for_state()
+        return self._optimizer
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's shard of what trains, by name."""
@@ -90,7 +96,8 @@ class TrainedSet:
         # The first pass after a step zeroes, and not the step: buffers that were away hold anything.
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        # Its state may still be on the way while the pass is computed.
+        self._optimizer.zero_grad()
 
     def pass_ends(self, loss: float) -> None:
         """The buffers have the gradients of a pass of that loss."""
