@@ -559,7 +559,7 @@ def runs(folder: Path) -> dict[str, Any]:
     started = preloaded.Started(run_all, laid_out, given)
     said, _ = started.communicate()
     assert started.returncode == 0, said[-6000:]
-    noise = {"seconds", "peak_memory_bytes", "time_shares", "algorithm"}
+    noise = {"seconds", "peak_memory_bytes", "memory_bytes", "time_shares", "algorithm"}
     found: dict[str, Any] = {"given": json.loads(given.read_text())}
     for name in {table["name"] for table in tables if "evaluate" not in table} - {"refused"}:
         text = (folder / "runs" / name / "metrics.jsonl").read_text()

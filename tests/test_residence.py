@@ -1,7 +1,11 @@
-"""What leaves the device comes back bit for bit, in memory that is allocated once. The same code runs on a GPU."""
+"""What leaves the device comes back bit for bit, in memory that is allocated once; and memory that grows is told.
+
+On the CPU, by the code that runs on a GPU.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +121,20 @@ def ways(policy: Any) -> dict[str, Any]:
     return found
 
 
+def grow(world: Any) -> list[tuple[dict[str, Any], str | None]]:
+    """What a watch says of each of 130 steps, in which the last rank keeps 2 MiB more at the end of each of the first
+    60. A scenario of `run_world`."""
+    from megarl.train.memory import MemoryWatch
+
+    watch, kept, found = MemoryWatch(50.0, watches=True), [], []
+    for step in range(130):
+        if step < 60 and world.rank == world.size - 1:
+            kept.append(torch.ones(1 << 19))
+        watch.note("asleep")
+        found.append(watch.take())
+    return found
+
+
 def size(storages: Any) -> int:
     return sum(one.nbytes() for one in storages)
 
@@ -137,3 +155,17 @@ def test_nothing_is_lost_and_nothing_allocated_twice(tmp_path: Path):
             assert everything <= new < 1.5 * everything + 100_000 and out == back == everything
             constant = weights - (gradients // 2 if name == "adapter" else weights)
             assert seen["way 1"] == (0, everything - constant, 0, everything)
+
+
+def test_memory_that_grows_is_told_once_it_has():
+    first, second = parity.run_world(__name__, "grow", 2)
+    assert first == second
+    told = {step: sentence for step, (_, sentence) in enumerate(first) if sentence is not None}
+    assert re.fullmatch(r"memory at the end of each phase, in GiB: asleep .*, train .*", told[0])
+    # 50 steps and 5 after the first 5, and not again: what came later is less.
+    assert list(told) == [0, 59]
+    assert re.match(
+        r"warning: memory has grown by (9\d|10\d) MiB in 50 steps, more than health.memory_growth_mib=50; ", told[59]
+    )
+    assert first[-1][0].keys() == {"peak_memory_bytes", "memory_bytes"}
+    assert first[59][0]["memory_bytes"]["asleep"] - first[9][0]["memory_bytes"]["asleep"] > 95 << 20

@@ -18,7 +18,7 @@ import pytest
 from parity import read_checkpoint
 
 #: Fields of a step's metrics that say how long it took and how much memory, which no two runs share.
-MACHINE = ("seconds", "peak_memory_bytes", "time_shares")
+MACHINE = ("seconds", "peak_memory_bytes", "memory_bytes", "time_shares")
 
 RUN: dict[str, Any] = {
     "resume": "auto",

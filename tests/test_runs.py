@@ -71,7 +71,7 @@ def call(folder: Path, command: str, *arguments: str) -> tuple[int | None, str, 
 def steps_of(folder: Path, name: str) -> list[dict[str, Any]]:
     """The training steps of a run's metrics.jsonl, without what depends on the machine."""
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    machine = ("seconds", "peak_memory_bytes", "time_shares")
+    machine = ("seconds", "peak_memory_bytes", "memory_bytes", "time_shares")
     return [{k: v for k, v in line.items() if k not in machine} for line in lines if "loss" in line]
 
 

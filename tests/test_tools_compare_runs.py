@@ -44,7 +44,10 @@ def said(capsys: pytest.CaptureFixture[str], first: Path, second: Path, *more: s
 
 def test_equal_runs_may_take_other_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, words = said(capsys, a_run(tmp_path / "a"), a_run(tmp_path / "b", seconds=9.0))
-    assert (code, words) == (0, "the same to the last bit; left out: seconds, time_shares, peak_memory_bytes")
+    assert (code, words) == (
+        0,
+        "the same to the last bit; left out: seconds, time_shares, peak_memory_bytes, memory_bytes, tensor_bytes",
+    )
 
 
 @pytest.mark.parametrize(

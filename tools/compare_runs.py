@@ -5,7 +5,8 @@ checkpoint both have, the digests of weights and moments in its progress.json. E
 no two runs share even where they compute the same:
 
   seconds, time_shares    how long the phases took
-  peak_memory_bytes       depends on what else the process and the machine hold
+  peak_memory_bytes, memory_bytes, tensor_bytes
+                          depend on what else the process and the machine hold
 
 Exit code: 0 equal, 1 different, 2 nothing that can be compared.
 """
@@ -26,7 +27,7 @@ EXAMPLES = """examples:
   python tools/compare_runs.py A B --leave-out counters entropy
 """
 #: Names in any line that are never compared; the docstring says why.
-LEFT_OUT = ("seconds", "time_shares", "peak_memory_bytes")
+LEFT_OUT = ("seconds", "time_shares", "peak_memory_bytes", "memory_bytes", "tensor_bytes")
 #: Stands for a value that one of the two does not have.
 MISSING = "nothing of that name"
 

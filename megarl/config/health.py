@@ -72,6 +72,11 @@ class HealthSettings(Settings):
         "alone; null: no limit. Kernels differ by 1e-6 in fp32 and 0.01 in bf16, other weights or positions by 0.4 and "
         "more. What is replayed, or was written by other weights than the policy's current ones, is not looked at.",
     )
+    memory_growth_mib: PositiveFloat | None = Field(
+        default=50.0,
+        description="On GPUs the run warns where what is in use while neither the policy nor the engine is there has "
+        "grown by more MiB in 50 steps; null: never.",
+    )
     join_limit: PositiveFloat = Field(
         default=600.0, description="How long ranks wait for each other when the run starts; then the missing are named."
     )

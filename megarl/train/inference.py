@@ -14,6 +14,7 @@ from megarl.rollout.draw import WorkSource
 from megarl.rollout.engine import Engine
 from megarl.train.carry import Progress
 from megarl.train.clock import Clock
+from megarl.train.memory import MemoryWatch
 from megarl.train.stops import StopAsked
 from megarl.weights.push import Difference, Push
 
@@ -25,11 +26,13 @@ class Inference:
     as those of the phase "push".
     """
 
-    def __init__(self, policy: Policy, engine: Engine | None, clock: Clock, progress: Progress) -> None:
+    def __init__(
+        self, policy: Policy, engine: Engine | None, clock: Clock, memory: MemoryWatch, progress: Progress
+    ) -> None:
         self.engine = engine
         assignment = policy.config.rollout.assignment
         self._fixed_assignment = repeats(policy.config) if assignment is None else assignment == "fixed"
-        self._policy, self._clock, self._progress = policy, clock, progress
+        self._policy, self._clock, self._memory, self._progress = policy, clock, memory, progress
         self._push = Push(policy, engine) if engine is not None else None
         #: The parameter set that the engine was last filled with.
         self._weights = POLICY
@@ -98,7 +101,9 @@ class Inference:
         assert self._push is not None
         with self._policy.using(POLICY if has_cuda() else self._weights):
             self._push.check()
+        self._memory.note("generate")
         engine.sleep()
+        self._memory.note("asleep")
 
     def _fill(self, engine: Engine, weights: str) -> None:
         """Wake the engine, which sleeps, with these weights in it."""
@@ -106,6 +111,7 @@ class Inference:
         engine.wake_weights()
         with self._policy.using(weights):
             self._push.run(version=self._progress.step)
+            self._memory.note("push")
         self._policy.offload_weights()
         engine.wake_cache()
         self._weights = weights

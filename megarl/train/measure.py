@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from megarl.algorithms.base import Group
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import LoadedPrompts
-from megarl.parallel.cpu_platform import has_cuda
-from megarl.parallel.exchange import gather_all
 from megarl.policy.losses import Pass
 from megarl.policy.trained_set import StepResult
 from megarl.train.groups import Made, Rollouts, added
@@ -81,23 +76,19 @@ class StepRecord:
         passes = [found for several in self._passes.values() for found in several]
         made = self._rollouts.made if self._rollouts is not None else Made()
         put(values, {"seconds": seconds, "time_shares": time_shares(seconds, passes, made.generated_tokens)})
-        put(values, {"peak_memory_bytes": max(gather_all(peak_memory_bytes()))})
+        memory, sentence = session.memory.take()
+        put(values, memory)
         put(values, {"skipped_updates": session.progress.skipped_updates, "counters": self._counters})
         if made.reward_failure is not None:
             put(values, {"reward_failure": made.reward_failure})
         session.recorder.step(values)
+        if sentence is not None:
+            session.recorder.status(sentence)
         if self._rollouts is not None:
             session.recorder.samples(self._step, self._rollouts.made.shown)
         if self._step % session.config.logging.plot_every == 0:
             session.recorder.curves()
         return values
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process has held: of its GPU where it has one, else resident memory."""
-    if has_cuda():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 #: Names that every line has, None where the step has no such number.

@@ -31,7 +31,7 @@ from megarl.train import admission, divergence, evaluation, past
 from megarl.train.divergence import Diverged
 from megarl.train.evaluation import evaluate_now
 from megarl.train.loop import run_steps
-from megarl.train.measure import peak_memory_bytes
+from megarl.train.memory import peak_memory_bytes
 from megarl.train.past import run_directory
 from megarl.train.rollouts import roll_out
 from megarl.train.saving import resume, save_checkpoint, save_rollouts

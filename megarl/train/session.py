@@ -38,6 +38,7 @@ from megarl.train.carry import Carry, Counters, Progress
 from megarl.train.clock import Clock
 from megarl.train.feed import Feed
 from megarl.train.inference import Inference
+from megarl.train.memory import MemoryWatch
 from megarl.train.past import run_directory
 from megarl.train.recorder import Recorder
 from megarl.train.replica_host import ReplicaHost
@@ -67,6 +68,7 @@ class Session:
     thinking_end: ThinkingEnd
     recorder: Recorder
     clock: Clock
+    memory: MemoryWatch
     progress: Progress
     counters: Counters
     texts: TextCache
@@ -136,7 +138,7 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         trains=[one for one in implied.parameter_sets if one.trains],
     )
     _load_weights(policy, config, implied.parameter_sets)
-    clock, progress = Clock(recorder.phase), Progress()
+    clock, progress, memory = Clock(recorder.phase), Progress(), MemoryWatch(config.health.memory_growth_mib)
     return Session(
         config=config,
         world=world,
@@ -146,12 +148,13 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
         algorithm=algorithm,
         policy=policy,
         host=host,
-        inference=Inference(policy, engine, clock, progress),
+        inference=Inference(policy, engine, clock, memory, progress),
         grading=gradings[0],
         evaluation_grading=gradings[1],
         thinking_end=thinking_end,
         recorder=recorder,
         clock=clock,
+        memory=memory,
         progress=progress,
         counters=counters,
         texts=texts,
