@@ -42,6 +42,8 @@ class Residence:
 
     def offload_optimizer(self) -> None:
         """Move optimizer state away and free the gradient buffers; the weights stay, as a push reads them."""
+        for chunk in (*self._chunks, *self._frozen):
+            _forget_copies(chunk)
         self._put_away(self._gradients, self._state)
 
     def offload_weights(self) -> None:
@@ -107,3 +109,14 @@ class Residence:
 
     def _buffers(self) -> list[Any]:
         return [buffer for chunk in self._chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
+def _forget_copies(chunk: torch.nn.Module) -> None:
+    """Free what Transformer Engine keeps of weights while they are multiplied in FP8, which is as much as bf16 weights
+    themselves: the values of bf16 ones (`TransformerEngineBaseModule._fp8_workspaces`), and FP8 ones transposed. The
+    next pass makes them anew."""
+    for module in chunk.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()
+        for parameter in module.parameters(recurse=False):
+            if (update_usage := getattr(parameter, "update_usage", None)) is not None:
+                update_usage(rowwise_usage=True, columnwise_usage=False)
