@@ -125,12 +125,11 @@ def generate(engine: Any, vocab: int) -> list[Any]:
 def least(policy: Any) -> int:
     """Bytes that must come to this rank: what its engine needs and its policy does not hold."""
     from megarl.reshard.boxes import missing_bytes
-    from megarl.reshard.weight_map import megatron_tensors
-    from megarl.weights.push_plan import engine_tensors, push_wire
+    from megarl.weights.push_plan import engine_tensors, policy_tensors, push_wire
 
     needed = engine_tensors(policy.config, policy.shape, policy.world.rank)
-    held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
-    return missing_bytes(needed.values(), held.values(), push_wire(policy.config))
+    held = policy_tensors(policy.config, policy.shape, policy.grid)
+    return missing_bytes(needed.values(), held.values(), push_wire(policy.config, policy.shape))
 
 
 def push_and_measure(policy: Any, push: Any, engine: Any) -> Outcome:

@@ -12,9 +12,9 @@ from megarl.rehearsal.report import LinkBytes, PushTraffic
 from megarl.reshard.boxes import missing_bytes
 from megarl.reshard.plan import Plan
 from megarl.reshard.traffic import Traffic, count_traffic
-from megarl.reshard.weight_map import hf_tensors, megatron_tensors
+from megarl.reshard.weight_map import hf_tensors
 from megarl.reshard.wire import BYTES
-from megarl.weights.push_plan import engine_tensors, push_layouts, push_plan, push_wire
+from megarl.weights.push_plan import engine_tensors, policy_tensors, push_layouts, push_plan, push_wire
 
 
 def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: int) -> PushTraffic:
@@ -25,7 +25,7 @@ def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
     into and out of a round's buffers are not in them, nor what packs weights in the engine.
     """
     nodes = _nodes(cluster, world)
-    wire = push_wire(config)
+    wire = push_wire(config, shape)
     sources, targets = push_layouts(config, shape, world)
     traffic = count_traffic(sources, targets, nodes, wire)
     moving = [_seconds(traffic, rank, cluster) for rank in range(world)]
@@ -35,7 +35,7 @@ def push_traffic(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
     messages = sum(len(one.messages) for one in plan.rounds)
     least = missing_bytes(
         engine_tensors(config, shape, neediest).values(),
-        megatron_tensors(shape, config.parallel, grid_of_rank(neediest, world, config.parallel)).values(),
+        policy_tensors(config, shape, grid_of_rank(neediest, world, config.parallel)).values(),
         wire,
     )
     return PushTraffic(

@@ -1,16 +1,26 @@
-"""FP8 weights in the weight map: which rows are quantised, and what their scales are called and shaped.
+"""FP8 weights in the weight map: which rows are quantised, how their scales are laid out, and what a rank quantises.
 
 A quantised weight (N, K) is two tensors, as vLLM, DeepSeek and Qwen store them: its e4m3 values under its own name, and
 fp32 scales (ceil(N / 128), ceil(K / 128)) under that name and `_scale_inv`, one for each block of 128 x 128. Blocks are
 counted in the checkpoint's tensors: query, key, value, gate and up have blocks of their own, wherever they are fused.
+So a rank quantises its part of each checkpoint tensor on its own, and has what the whole tensor's quantisation has
+there, as long as parts begin and end on multiples of 128: `megarl.config.block_rules` sees to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from megarl.config.block_rules import BLOCK
 from megarl.config.model_shape import ModelShape
-from megarl.config.quantisation import blocks
+from megarl.reshard.boxes import Box, LocalTensor, Region, extents, whole
+from megarl.reshard.layout import Layout, Place, Split, Spread
 from megarl.reshard.table import Row, axis_sizes, rows_of
 from megarl.reshard.weight_map import forward_order, with_experts
+from megarl.reshard.wire import Kind, Wire
+
+_SCALE = "_scale_inv"
 
 
 def is_quantised(row: Row) -> bool:
@@ -18,6 +28,11 @@ def is_quantised(row: Row) -> bool:
     decoder layers, experts and shared experts among them; not embeddings, the output layer, norms, biases, routers and
     the gates of shared experts."""
     return row.stage == "layer" and row.layout in ("row", "qkv", "gate_up") and len(row.parts[0][1]) == 2
+
+
+def scale_name(weight: str) -> str:
+    """What the scales of a quantised weight are called, in a checkpoint as in an engine."""
+    return weight + _SCALE
 
 
 def quantised_weights(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -30,3 +45,145 @@ def quantised_weights(shape: ModelShape) -> dict[str, tuple[int, int]]:
                 outputs, inputs = (blocks(sizes[axis]) for axis in axes)
                 found[name.format(layer=layer, expert=expert)] = outputs, inputs
     return found
+
+
+def blocks(length: int) -> int:
+    """How many blocks cover `length` rows or columns; the last may be smaller."""
+    return -(-length // BLOCK)
+
+
+def quantised_wire(weights: Collection[str], rest: Kind) -> Wire:
+    """Values of `weights` travel in e4m3, their scales in fp32, everything else as `rest`."""
+    scales = set(map(scale_name, weights))
+
+    def wire(name: str) -> Kind:
+        return "e4m3" if name in weights else "fp32" if name in scales else rest
+
+    return wire
+
+
+def with_scales(layout: Layout, weights: Collection[str]) -> Layout:
+    """A layout of an engine or a checkpoint with the scales of `weights` beside them, in tensors of their own."""
+    splits: dict[int, Split] = {}
+    found: dict[str, list[Spread]] = {}
+    for name, spreads in layout.items():
+        found[name] = list(spreads)
+        if name in weights:
+            for spread in spreads:
+                if id(spread.split) not in splits:
+                    splits[id(spread.split)] = _in_blocks(spread.split)
+            found[scale_name(name)] = [
+                Spread(scale_name(spread.tensor), spread.index, splits[id(spread.split)]) for spread in spreads
+            ]
+    return found
+
+
+def in_parts(layout: Layout, weights: Collection[str]) -> Layout:
+    """A layout of the policy as it is sent: of `weights` each rank has its part of the checkpoint's tensor, and that
+    part's scales, both by the checkpoint's names."""
+    splits: dict[int, tuple[Split, Split]] = {}
+    found: dict[str, list[Spread]] = {}
+    for name, spreads in layout.items():
+        if name not in weights:
+            found[name] = list(spreads)
+            continue
+        for spread in spreads:
+            if id(spread.split) not in splits:
+                values = _merged(spread.split)
+                splits[id(spread.split)] = values, _in_blocks(values)
+            values, scales = splits[id(spread.split)]
+            found.setdefault(name, []).append(Spread(name, (), values))
+            found.setdefault(scale_name(name), []).append(Spread(scale_name(name), (), scales))
+    return found
+
+
+def local_scales(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -> dict[str, LocalTensor]:
+    """A rank's tensors of an engine or a checkpoint with their scales, as `with_scales` has them on all ranks."""
+    found: dict[str, LocalTensor] = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor
+        regions = [region for region in tensor.regions if region.hf_name in weights]
+        if regions:
+            *leading, rows, columns = tensor.shape
+            lengths = (*leading, blocks(rows), blocks(columns))
+            scales = (
+                Region(scale_name(one.hf_name), _block_box(one.hf_box), _local_block_box(one.local_box))
+                for one in regions
+            )
+            found[scale_name(name)] = LocalTensor(scale_name(name), lengths, tuple(scales))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rank's part of the checkpoint tensor `name`: the boxes of its tensor `tensor` in the order of the checkpoint's
+    rows, which together are `box` there."""
+
+    name: str
+    tensor: str
+    box: Box
+    local_boxes: tuple[Box, ...]
+
+
+def parts_of(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -> Iterator[Part]:
+    """What a rank of the policy quantises, tensor by tensor."""
+    for name, tensor in tensors.items():
+        regions: dict[str, list[Region]] = {}
+        for region in tensor.regions:
+            if region.hf_name in weights:
+                regions.setdefault(region.hf_name, []).append(region)
+        for hf_name, found in regions.items():
+            found.sort(key=lambda region: region.hf_box)
+            box = _joined([region.hf_box for region in found])
+            yield Part(hf_name, name, box, tuple(region.local_box for region in found))
+
+
+def local_parts(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -> dict[str, LocalTensor]:
+    """A rank's tensors of the policy as they are sent, as `in_parts` has them on all ranks."""
+    parts = list(parts_of(tensors, weights))
+    cut = {part.tensor for part in parts}
+    found = {name: tensor for name, tensor in tensors.items() if name not in cut}
+    for part in parts:
+        boxes = {part.name: part.box, scale_name(part.name): _block_box(part.box)}
+        for name, box in boxes.items():
+            lengths = extents(box)
+            found[name] = LocalTensor(name, lengths, (Region(name, box, whole(lengths)),))
+    return found
+
+
+def _merged(split: Split) -> Split:
+    """The same boxes of the checkpoint's tensor with those of a rank as one, which is a tensor of its own there."""
+    owners: dict[Box, list[int]] = {}
+    for rank, numbers in split.of_rank.items():
+        box = _joined(sorted(split.places[number].hf_box for number in numbers))
+        owners.setdefault(box, []).append(rank)
+    return Split(tuple(Place(tuple(sorted(ranks)), box, whole(extents(box))) for box, ranks in owners.items()))
+
+
+def _joined(boxes: list[Box]) -> Box:
+    """Boxes that follow each other along the rows, as one."""
+    rows, *columns = boxes[0]
+    for following, *same in boxes[1:]:
+        if following[0] != rows[1] or same != columns:
+            raise ValueError(f"boxes {boxes} do not follow each other")
+        rows = rows[0], following[1]
+    return (rows, *columns)
+
+
+def _in_blocks(split: Split) -> Split:
+    """The places of the scales of a tensor that is cut like `split`."""
+    return Split(
+        tuple(Place(one.ranks, _block_box(one.hf_box), _local_block_box(one.local_box)) for one in split.places)
+    )
+
+
+def _block_box(box: Box) -> Box:
+    """The scales of a box of a matrix; its ends must be those of blocks, or the matrix's."""
+    if any(start % BLOCK for start, _ in box):
+        raise ValueError(f"a box of FP8 values {box} begins within a block of {BLOCK}")
+    return tuple((start // BLOCK, blocks(stop)) for start, stop in box)
+
+
+def _local_block_box(box: Box) -> Box:
+    """As `_block_box`, of a matrix that may be one of a stack."""
+    return (*box[:-2], *_block_box(box[-2:]))

@@ -11,6 +11,7 @@ from vllm import ModelRegistry
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megarl.config import gpu_rules
+from megarl.config.block_rules import BLOCK
 from megarl.config.implied import Implied
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.config.schema import RunConfig
@@ -53,11 +54,29 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
+    if rollout.precision == "fp8":
+        arguments |= _fp8_arguments(shape)
     arguments |= _gpu_arguments(config) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
     arguments |= config.vllm
     if record_routing:
         arguments |= _routing_arguments(shape, arguments)
     return arguments
+
+
+def _fp8_arguments(shape: ModelShape) -> dict[str, Any]:
+    """A model as a checkpoint that was saved in FP8 blocks: vLLM keeps such weights as they were loaded.
+
+    Experts by Triton's kernels, which do; vLLM takes FlashInfer's on Hopper with expert parallelism, which exchange the
+    halves of a stack.
+    """
+    if not torch.cuda.is_available():
+        # Its modules take seconds to import.
+        from megarl.rollout import cpu_fp8
+
+        cpu_fp8.register()
+    blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+    experts = {"moe_backend": "triton"} if shape.is_moe and torch.cuda.is_available() else {}
+    return {"hf_overrides": {"quantization_config": blocks}} | experts
 
 
 def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:

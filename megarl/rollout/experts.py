@@ -26,7 +26,9 @@ _AS_LOADED = ("TRITON", "BATCHED_TRITON")
 
 def are_packed(module: nn.Module) -> bool:
     """Whether `module` holds the experts of a layer, in another order than a checkpoint loader leaves them in."""
-    return hasattr(module, STACKS[0]) and _method(module).unquantized_backend.name not in _AS_LOADED
+    # Experts in FP8 are built for backends that keep them.
+    backend = getattr(_method(module), "unquantized_backend", None) if hasattr(module, STACKS[0]) else None
+    return backend is not None and backend.name not in _AS_LOADED
 
 
 def pack(module: nn.Module, staged: dict[str, torch.Tensor]) -> None:

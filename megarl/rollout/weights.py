@@ -20,6 +20,7 @@ from torch import nn
 
 from megarl.errors import MegarlError, Refusal
 from megarl.ops.bits import Digest, as_numbers, digest
+from megarl.ops.fp8 import E4M3, WEIGHT_TILE, spread
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.rollout import experts
@@ -262,7 +263,9 @@ class EngineWeights:
                 continue
             if parameter.numel():
                 found.append(parameter.detach().view(slot.shape))
-            if place.attribute == "weight" and _is_packed(module):
+            if _is_packed(module) and slot.dtype == E4M3:
+                found.append(_values_in_use(module, place.attribute))
+            elif place.attribute == "weight" and _is_packed(module):
                 found.append(_unpack(module))
         return found
 
@@ -317,8 +320,9 @@ def _find_slots(model: nn.Module) -> tuple[dict[str, WeightSlot], dict[str, _Pla
             name = f"{path}.{attribute}"
             name_of[id(parameter)] = name
             pattern = loaded.get(attribute, parameter)
-            # A bias may have been cast while packing; it was loaded in its weight's type.
-            dtype = loaded["weight"].dtype if attribute == "bias" and "weight" in loaded else pattern.dtype
+            # A bias may have been cast while packing; it was loaded in its weight's type, FP8 aside.
+            cast_bias = attribute == "bias" and "weight" in loaded and loaded["weight"].element_size() > 1
+            dtype = loaded["weight"].dtype if cast_bias else pattern.dtype
             shape = tuple(pattern.shape)
             # Packed experts can have the shape they were loaded in.
             staged = tuple(parameter.shape) != shape or parameter.dtype != dtype or experts.are_packed(module)
@@ -339,6 +343,16 @@ def _replace(module: nn.Module, attribute: str, staged: torch.Tensor) -> None:
     parameter = nn.Parameter(staged, requires_grad=False)
     vars(parameter).update(vars(getattr(module, attribute)))
     setattr(module, attribute, parameter)
+
+
+def _values_in_use(module: nn.Module, attribute: str) -> torch.Tensor:
+    """The FP8 values of a weight or a stack by what the CPU multiplies with (`megarl.rollout.cpu_fp8`): exact."""
+    layer, scales = cast("Any", module), getattr(module, f"{attribute}_scale_inv")
+    if attribute == "weight":
+        return (_unpack(module).float() / spread(scales, WEIGHT_TILE, layer.weight.shape)).to(E4M3)
+    stack = layer.cpu_linear[experts.STACKS.index(attribute)]
+    pairs = zip(stack.float(), scales, strict=True)
+    return torch.stack([(one / spread(own, WEIGHT_TILE, one.shape)).to(E4M3) for one, own in pairs])
 
 
 def _unpack(module: nn.Module) -> torch.Tensor:

@@ -23,12 +23,11 @@ from megarl.parallel.groups import form_grid
 from megarl.policy.hf_weights import draw_random_weights
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import missing_bytes
-from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout import vllm_setup
 from megarl.rollout.engine import Engine
 from megarl.weights.gather import GatherPush
 from megarl.weights.push import Push
-from megarl.weights.push_plan import engine_tensors, push_wire
+from megarl.weights.push_plan import engine_tensors, policy_tensors, push_wire
 
 vllm_setup.preload()
 
@@ -87,8 +86,8 @@ def bench_reshard(config: RunConfig) -> dict[str, Any]:
     seconds = {name: values[1:] for name, values in seconds.items()}
     needs = missing_bytes(
         engine_tensors(config, shape, world.rank).values(),
-        megatron_tensors(shape, config.parallel, grid).values(),
-        push_wire(config),
+        policy_tensors(config, shape, grid).values(),
+        push_wire(config, shape),
     )
     report = {
         "seconds": round(statistics.median(seconds["push"]), 4),

@@ -19,9 +19,12 @@ from megarl.parallel.exchange import anywhere, gather_all
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import LocalTensor, contains
 from megarl.reshard.copying import box_view
+from megarl.reshard.quantised import parts_of
+from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout.weights import EngineWeights, Fillable
 from megarl.weights.ledger import Journey
-from megarl.weights.push_plan import engine_tensors, push_plan
+from megarl.weights.push_plan import engine_tensors, push_plan, quantised
+from megarl.weights.quantised import QuantisedWeights
 from megarl.weights.source import PolicyWeights, WeightSource
 from megarl.weights.transfer import Mover
 
@@ -64,10 +67,14 @@ class Push:
             time_limit=policy.config.weights.time_limit,
             say=self._hf_name,
         )
+        held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
+        #: What leaves in FP8.
+        self._parts = list(parts_of(held, quantised(policy.config, policy.shape)))
         #: Those of the weights with an adapter that this rank's part of the plan is read from.
         self._adapted: set[str] = set()
         if policy.adapted:
             read = {transfer.source_name for transfer in (*self.mover.plan.sends(), *self.mover.plan.local())}
+            read |= {part.tensor for part in self._parts if part.name in read}
             self._adapted = read & policy.adapted.keys()
 
     def run(self, checked: bool | None = None, version: int = 0) -> None:
@@ -87,10 +94,14 @@ class Push:
             layers.complete(name)
         if isinstance(self._source, PolicyWeights):
             self._source.merged.clear()
-        self.mover.run(self._source, layers, verify=checked)
+        self.mover.run(self._leaving(), layers, verify=checked)
         self._require_adapters()
         self._pushed = True
         self.engine_weights.end(self.mover.lying, version)
+
+    def _leaving(self) -> WeightSource:
+        """The weights as they travel."""
+        return QuantisedWeights(self._source, self._parts) if self._parts else self._source
 
     def _require_adapters(self) -> None:
         """Raise `AdapterMissing` on all ranks where a tensor left one without the adapter that it has. Collective."""
@@ -136,7 +147,7 @@ class Push:
         with what a push would write; nothing is written.
         """
         comparison = _Comparison(self.engine_weights, self._targets, slots)
-        self.mover.run(self._source, comparison)
+        self.mover.run(self._leaving(), comparison)
         found: dict[str, float] = {}
         for part in gather_all(comparison.found):
             for name, largest in part.items():
