@@ -8,14 +8,17 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from reshard_reference import make_shape, shapes
 
+from megarl.config import block_rules
 from megarl.config.grid import grid_of_rank
 from megarl.config.model_shape import ModelShape
+from megarl.config.schema import RunConfig
 from megarl.config.sections import ParallelSettings
 from megarl.config.splits import engine_refusals, policy_refusals
 from megarl.reshard.copying import box_view, copy_box
 from megarl.reshard.layout import Place, Split, Spread
 from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
+from megarl.reshard.quantised import in_parts, local_scales, quantised_weights, with_scales
 from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
 from megarl.reshard.wire import BYTES, all_in
 
@@ -25,7 +28,8 @@ ONE_BYTE = all_in("e4m3")
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the policy's layout of it, engines of `engine` ranks, on `world` ranks, `per_node` to a node."""
+    """A model, the policy's layout of it, engines of `engine` ranks, on `world` ranks, `per_node` to a node. `fp8`: the
+    engines have it in FP8."""
 
     shape: ModelShape
     parallel: ParallelSettings
@@ -33,6 +37,11 @@ class Case:
     expert_parallel: bool
     world: int
     per_node: int
+    fp8: bool = False
+
+    @property
+    def quantised(self):
+        return quantised_weights(self.shape) if self.fp8 else ()
 
     @property
     def nodes(self):
@@ -45,15 +54,32 @@ class Case:
         return megatron_tensors(self.shape, self.parallel, self.grid(rank))
 
     def engine_of(self, rank):
+        return local_scales(self.plain_engine_of(rank), self.quantised)
+
+    def plain_engine_of(self, rank):
         return vllm_tensors(
             self.shape, tensor=self.engine, tensor_rank=rank % self.engine, expert_parallel=self.expert_parallel
         )
 
+    def config(self):
+        """Settings of such a run."""
+        rollout = {"precision": "fp8", "tensor": self.engine, "expert_parallel": self.expert_parallel}
+        return RunConfig.model_validate(
+            {
+                "name": "test",
+                "steps": 1,
+                "model": {"path": "model"},
+                "algorithm": {"name": "grpo"},
+                "data": {"path": "unused"},
+                "parallel": self.parallel.model_dump(),
+                "rollout": rollout,
+            }
+        )
+
     def layouts(self):
         sources = policy_layout(self.shape, self.parallel, self.world)
-        return sources, engine_layout(
-            self.shape, tensor=self.engine, world=self.world, expert_parallel=self.expert_parallel
-        )
+        targets = engine_layout(self.shape, tensor=self.engine, world=self.world, expert_parallel=self.expert_parallel)
+        return in_parts(sources, self.quantised), with_scales(targets, self.quantised)
 
     def plan(self, rank, bucket_bytes=10**9, wire=ONE_BYTE):
         return plan_of(rank, *self.layouts(), self.nodes, lanes(self.parallel, self.world), bucket_bytes, wire)
@@ -99,9 +125,9 @@ def mixtures(draw):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, models=None):
     """Grids of TP, PP, VPP, uneven stages, CP, EP, ETP and DP up to 8 ranks, with engines of every size they allow."""
-    shape = draw(st.one_of(shapes(), mixtures()))
+    shape = draw(st.one_of(shapes(), mixtures()) if models is None else models)
     world = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     tensor = draw(st.sampled_from(divisors))
@@ -127,6 +153,35 @@ def cases(draw):
     assume(not list(policy_refusals(shape, parallel)))
     assume(not list(engine_refusals(shape, engine, expert_parallel)))
     return Case(shape, parallel, engine, expert_parallel, world, draw(st.sampled_from([1, 2, 3, 4, 8])))
+
+
+@st.composite
+def blocky(draw, fitting):
+    """Models whose matrices have blocks; `fitting`: of so many rows that cuts may fall between blocks."""
+    sizes = {
+        "hidden_size": draw(st.sampled_from([130, 256])),
+        "num_heads": draw(st.sampled_from([4, 8])),
+        "head_dim": draw(st.sampled_from([64, 128] if fitting else [32, 64, 96, 128])),
+        "ffn_size": draw(st.sampled_from([256, 512] if fitting else [200, 256, 384, 512])),
+        "num_layers": draw(st.sampled_from([2, 4])),
+        "vocab_size": draw(st.integers(1, 100)),
+    }
+    sizes["num_kv_heads"] = draw(st.sampled_from([n for n in (1, 2, 4, 8) if n <= sizes["num_heads"]]))
+    if draw(st.booleans()):
+        return make_shape(draw(st.sampled_from(["llama", "qwen2", "qwen3"])), **sizes)
+    family = draw(st.sampled_from(["qwen2_moe", "qwen3_moe", "mixtral"]))
+    sizes |= {"expert_ffn_size": draw(st.sampled_from([128, 256])), "num_experts": 4}
+    sizes |= {"shared_expert_ffn_size": 256} if family == "qwen2_moe" else {}
+    dense = family != "mixtral" and draw(st.booleans())
+    return moe_shape(family, **sizes, sparse_layers=(*(not dense for _ in range(sizes["num_layers"] - 1)), True))
+
+
+@st.composite
+def fp8_cases(draw, fitting=True):
+    """As `cases`, with engines in FP8; `fitting`: only those that are not refused."""
+    case = replace(draw(cases(blocky(fitting))), fp8=True)
+    assume(not fitting or not list(block_rules.refusals(case.config(), case.shape)))
+    return case
 
 
 def layout_of(ranks):

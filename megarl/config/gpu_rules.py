@@ -7,6 +7,8 @@ from itertools import chain
 from typing import Any
 
 from megarl.config.implied import Implied
+from megarl.config.model_shape import ModelShape
+from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
@@ -42,6 +44,16 @@ def of_repeating(config: RunConfig) -> Iterator[Refusal]:
             "rollout.keep_unfinished=true with deterministic=true on a GPU",
             "makes the rest of a step's samples without those that are kept, and so with other bits",
             "remove it, or set deterministic=false",
+        )
+
+
+def of_fp8_engine(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
+    """What vLLM's FP8 kernels cannot take: activations are quantised in rows of whole blocks."""
+    if config.rollout.precision == "fp8" and shape.hidden_size % BLOCK:
+        yield Refusal(
+            "rollout.precision=fp8 on a GPU",
+            f"needs a hidden_size that is a multiple of {BLOCK}, not {shape.hidden_size}",
+            "set rollout.precision=bf16",
         )
 
 

@@ -13,6 +13,8 @@
     expert          divides the experts; expert_tensor divides the rows of an expert's MLP
     rollout.tensor  divides the processes, and what tensor divides; and the rows of an expert's MLP
 
+An engine in FP8 wants more of what is cut: `megarl.config.block_rules`.
+
 Torch-free. What a size of tensor or expert parallelism divides stands in `megarl.config.splits`.
 """
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megarl.config import splits
+from megarl.config import block_rules, splits
 from megarl.config.base import without_effect
 from megarl.config.grid import layers_of_chunks
 from megarl.config.model_shape import ModelShape
@@ -77,6 +79,7 @@ def of_model(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
     else:
         yield from _recompute(config, shape, fewest=min(chunks))
     yield from splits.engine_refusals(shape, config.rollout.tensor, config.rollout.expert_parallel)
+    yield from block_rules.refusals(config, shape)
 
 
 def _attention(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:

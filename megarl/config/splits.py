@@ -15,6 +15,9 @@ from megarl.errors import Refusal
 #: vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`) and splits the result evenly.
 VLLM_VOCABULARY_MULTIPLE = 64
 
+#: Part of a tensor of queries (0), keys (1) and values (2): which of the three, and its rows [start, stop).
+Span = tuple[int, int, int]
+
 
 def vllm_vocabulary(shape: ModelShape) -> int:
     """Rows of vLLM's embedding, of all ranks together."""
@@ -121,3 +124,39 @@ def _dense(value: str, tensor: int, shape: ModelShape) -> Iterator[Refusal]:
             f"must divide the {shape.shared_expert_ffn_size} rows of the shared expert's MLP",
             f"use {divisors(shape.num_heads, shape.shared_expert_ffn_size)}",
         )
+
+
+def megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
+    """Megatron's order: for each key-value head its query heads, its key, its value; then an even cut.
+
+    Where there are fewer key-value heads than ranks, the cut falls inside a group, possibly inside a head.
+    """
+    head, per_group = shape.head_dim, shape.num_heads // shape.num_kv_heads * shape.head_dim
+    fused: list[Span] = []
+    for group in range(shape.num_kv_heads):
+        fused.append((0, group * per_group, (group + 1) * per_group))
+        fused.extend((part, group * head, (group + 1) * head) for part in (1, 2))
+    share = sum(stop - start for _, start, stop in fused) // shards
+    low, high = rank * share, (rank + 1) * share
+    spans: list[Span] = []
+    offset = 0
+    for part, start, stop in fused:
+        first, last = max(low - offset, 0), min(high - offset, stop - start)
+        if first < last:
+            spans.append((part, start + first, start + last))
+        offset += stop - start
+    return spans
+
+
+def vllm_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
+    """vLLM's order: this rank's query heads, its key heads, its value heads.
+
+    Where there are fewer key-value heads than ranks, consecutive ranks hold the same one.
+    """
+    query = shape.num_heads // shards * shape.head_dim
+    key_value = max(1, shape.num_kv_heads // shards) * shape.head_dim
+    place = rank // max(1, shards // shape.num_kv_heads)
+    return [
+        (0, rank * query, (rank + 1) * query),
+        *((part, place * key_value, (place + 1) * key_value) for part in (1, 2)),
+    ]

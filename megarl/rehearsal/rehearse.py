@@ -71,6 +71,7 @@ def _checked(config: RunConfig, processes: int | None) -> tuple[RunConfig, int]:
 def _broken(config: RunConfig, world: int) -> Iterator[Refusal]:
     yield from rules.broken_setting_rules(config, processes=world)
     yield from gpu_rules.refusals(config)
+    yield from gpu_rules.of_fp8_engine(config, read_model_shape(config.model.path))
 
 
 def _in_a_process_of_its_own(*arguments: object) -> Report:

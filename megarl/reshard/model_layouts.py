@@ -13,6 +13,7 @@ from megarl.config import splits
 from megarl.config.grid import chunks_of_stage, grid_of_rank
 from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
+from megarl.config.splits import megatron_qkv
 from megarl.reshard.boxes import Box, whole
 from megarl.reshard.layout import Layout, Place, Split, Spread
 from megarl.reshard.table import Row, rows_of
@@ -22,7 +23,6 @@ from megarl.reshard.weight_map import (
     cut_row,
     forward_order,
     hf_tensors,
-    megatron_qkv,
     padded_vocab_size,
     vllm_cuts,
     vllm_rows,

@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from megarl.config.block_rules import BLOCK
 from megarl.config.model_shape import ModelShape
+from megarl.config.quantisation import BLOCK, blocks, scale_name
 from megarl.reshard.boxes import Box, LocalTensor, Region, extents, whole
 from megarl.reshard.layout import Layout, Place, Split, Spread
 from megarl.reshard.table import Row, axis_sizes, rows_of
 from megarl.reshard.weight_map import forward_order, with_experts
 from megarl.reshard.wire import Kind, Wire
-
-_SCALE = "_scale_inv"
 
 
 def is_quantised(row: Row) -> bool:
@@ -28,11 +26,6 @@ def is_quantised(row: Row) -> bool:
     decoder layers, experts and shared experts among them; not embeddings, the output layer, norms, biases, routers and
     the gates of shared experts."""
     return row.stage == "layer" and row.layout in ("row", "qkv", "gate_up") and len(row.parts[0][1]) == 2
-
-
-def scale_name(weight: str) -> str:
-    """What the scales of a quantised weight are called, in a checkpoint as in an engine."""
-    return weight + _SCALE
 
 
 def quantised_weights(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -45,11 +38,6 @@ def quantised_weights(shape: ModelShape) -> dict[str, tuple[int, int]]:
                 outputs, inputs = (blocks(sizes[axis]) for axis in axes)
                 found[name.format(layer=layer, expert=expert)] = outputs, inputs
     return found
-
-
-def blocks(length: int) -> int:
-    """How many blocks cover `length` rows or columns; the last may be smaller."""
-    return -(-length // BLOCK)
 
 
 def quantised_wire(weights: Collection[str], rest: Kind) -> Wire:

@@ -16,15 +16,13 @@ from megarl.config import splits
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.model_shape import ModelShape
 from megarl.config.sections import ParallelSettings
+from megarl.config.splits import Span, megatron_qkv, vllm_qkv
 from megarl.errors import Refusal
 from megarl.reshard.boxes import Box, LocalTensor, Region, extents, whole
 from megarl.reshard.table import Layout, Row, Stage, axis_sizes, rows_of
 
 #: The checkpoint's name of the output layer.
 OUTPUT_LAYER = "lm_head.weight"
-
-#: Part of a fused tensor: which of the row's checkpoint tensors, and its rows [start, stop).
-Span = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,42 +292,6 @@ def _stacked(tensors: Sequence[LocalTensor]) -> LocalTensor:
         for region in tensor.regions
     )
     return LocalTensor(tensors[0].name, (len(tensors), *tensors[0].shape), regions)
-
-
-def megatron_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
-    """Megatron's order: for each key-value head its query heads, its key, its value; then an even cut.
-
-    Where there are fewer key-value heads than ranks, the cut falls inside a group, possibly inside a head.
-    """
-    head, per_group = shape.head_dim, shape.num_heads // shape.num_kv_heads * shape.head_dim
-    fused: list[Span] = []
-    for group in range(shape.num_kv_heads):
-        fused.append((0, group * per_group, (group + 1) * per_group))
-        fused.extend((part, group * head, (group + 1) * head) for part in (1, 2))
-    share = sum(stop - start for _, start, stop in fused) // shards
-    low, high = rank * share, (rank + 1) * share
-    spans: list[Span] = []
-    offset = 0
-    for part, start, stop in fused:
-        first, last = max(low - offset, 0), min(high - offset, stop - start)
-        if first < last:
-            spans.append((part, start + first, start + last))
-        offset += stop - start
-    return spans
-
-
-def vllm_qkv(shape: ModelShape, shards: int, rank: int) -> list[Span]:
-    """vLLM's order: this rank's query heads, its key heads, its value heads.
-
-    Where there are fewer key-value heads than ranks, consecutive ranks hold the same one.
-    """
-    query = shape.num_heads // shards * shape.head_dim
-    key_value = max(1, shape.num_kv_heads // shards) * shape.head_dim
-    place = rank // max(1, shards // shape.num_kv_heads)
-    return [
-        (0, rank * query, (rank + 1) * query),
-        *((part, place * key_value, (place + 1) * key_value) for part in (1, 2)),
-    ]
 
 
 def _spans(row: Row, shape: ModelShape, cut: Cut, rows: int) -> tuple[list[Span], int]:

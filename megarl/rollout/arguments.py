@@ -11,9 +11,9 @@ from vllm import ModelRegistry
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megarl.config import gpu_rules
-from megarl.config.block_rules import BLOCK
 from megarl.config.implied import Implied
 from megarl.config.model_shape import FAMILIES, ModelShape
+from megarl.config.quantisation import BLOCK_FP8
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
@@ -21,6 +21,9 @@ GIB = 1 << 30
 #: By which PyTorch's allocator is told its settings: its name of old, and that of today.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 CPU_KV_CACHE_GIB = 0.25
+#: Of the GPUs on which vLLM's kernels read FP8 blocks as a checkpoint has them: older ones repack weights for Marlin,
+#: newer ones pack scales for DeepGEMM.
+FP8_CAPABILITY = (9, 0)
 #: Sizes that vLLM's CPU kernels for experts take; it pads the experts' own size, but not the model's.
 CPU_EXPERT_MULTIPLE = 32
 
@@ -56,7 +59,7 @@ def engine_arguments(
     }
     if rollout.precision == "fp8":
         arguments |= _fp8_arguments(shape)
-    arguments |= _gpu_arguments(config) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
+    arguments |= _gpu_arguments(config, shape) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
     arguments |= config.vllm
     if record_routing:
         arguments |= _routing_arguments(shape, arguments)
@@ -74,9 +77,8 @@ def _fp8_arguments(shape: ModelShape) -> dict[str, Any]:
         from megarl.rollout import cpu_fp8
 
         cpu_fp8.register()
-    blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
     experts = {"moe_backend": "triton"} if shape.is_moe and torch.cuda.is_available() else {}
-    return {"hf_overrides": {"quantization_config": blocks}} | experts
+    return {"hf_overrides": {"quantization_config": BLOCK_FP8}} | experts
 
 
 def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +134,16 @@ def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[st
     }
 
 
-def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
+def _gpu_arguments(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
+    for refusal in gpu_rules.of_fp8_engine(config, shape):
+        raise refusal
+    capability = torch.cuda.get_device_capability()
+    if config.rollout.precision == "fp8" and capability != FP8_CAPABILITY:
+        raise Refusal(
+            f"rollout.precision=fp8 on a GPU of compute capability {'.'.join(map(str, capability))}",
+            f"needs {'.'.join(map(str, FP8_CAPABILITY))} (Hopper), where vLLM keeps FP8 blocks as they are pushed",
+            "set rollout.precision=bf16",
+        )
     for name in ALLOCATOR_VARIABLES:
         if "expandable_segments:True" in os.environ.get(name, ""):
             raise Refusal(

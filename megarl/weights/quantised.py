@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from megarl.config.quantisation import scale_name
 from megarl.ops.fp8 import quantise_weight
 from megarl.reshard.copying import box_view
-from megarl.reshard.quantised import Part, scale_name
+from megarl.reshard.quantised import Part
 from megarl.weights.source import WeightSource
 
 
