@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from megarl.config.model_shape import read_model_shape
-from megarl.config.quantisation import BLOCK_FP8
 from megarl.conversion.adapted import Weights
 from megarl.conversion.ranks import Ranks
 from megarl.conversion.source import check_finite, identity
@@ -17,7 +16,7 @@ from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
 from megarl.formats.staging import Staging, check_absent
 from megarl.reshard.boxes import whole
-from megarl.reshard.quantised import quantised_weights
+from megarl.reshard.quantised import quantised_weights, quantization_config
 from megarl.reshard.weight_map import StoredParameter, hf_tensors
 
 #: Bytes of the parameters after which the work so far is put on the disk and recorded.
@@ -87,7 +86,8 @@ def convert(
     ranks.wait()
 
     def finish() -> None:
-        copy_companions(config_path, staging.path, DTYPE_NAMES[written], BLOCK_FP8 if quantised else None)
+        format_of_weights = quantization_config(shape) if quantised else None
+        copy_companions(config_path, staging.path, DTYPE_NAMES[written], format_of_weights)
         staging.finish()
 
     ranks.once(finish)

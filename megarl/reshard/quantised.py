@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megarl.config.model_shape import ModelShape
-from megarl.config.quantisation import BLOCK, blocks, scale_name
+from megarl.config.quantisation import BLOCK, BLOCK_FP8, blocks, scale_name
 from megarl.reshard.boxes import Box, LocalTensor, Region, extents, whole
 from megarl.reshard.layout import Layout, Place, Split, Spread
 from megarl.reshard.table import Row, axis_sizes, rows_of
-from megarl.reshard.weight_map import forward_order, with_experts
+from megarl.reshard.weight_map import forward_order, hf_tensors, with_experts
 from megarl.reshard.wire import Kind, Wire
 
 
@@ -38,6 +39,16 @@ def quantised_weights(shape: ModelShape) -> dict[str, tuple[int, int]]:
                 outputs, inputs = (blocks(sizes[axis]) for axis in axes)
                 found[name.format(layer=layer, expert=expert)] = outputs, inputs
     return found
+
+
+def quantization_config(shape: ModelShape) -> dict[str, Any]:
+    """`quantization_config` of such a checkpoint of the model, with the linear layers that are not quantised: vLLM's
+    Qwen3 class asks, where others leave routers alone."""
+    quantised, whole_layers = quantised_weights(shape), list[str]()
+    for name, dims in hf_tensors(shape).items():
+        if len(dims) == 2 and name not in quantised and not name.endswith("embed_tokens.weight"):
+            whole_layers.append(name.removesuffix(".weight"))
+    return BLOCK_FP8 | ({"modules_to_not_convert": whole_layers} if whole_layers else {})
 
 
 def quantised_wire(weights: Collection[str], rest: Kind) -> Wire:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megarl.config import gpu_rules
 from megarl.config.implied import Implied
+from megarl.config.model_folder import read_config
 from megarl.config.model_shape import FAMILIES, ModelShape
-from megarl.config.quantisation import BLOCK_FP8
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
+from megarl.reshard.quantised import quantization_config
 
 GIB = 1 << 30
 #: By which PyTorch's allocator is told its settings: its name of old, and that of today.
@@ -59,6 +61,9 @@ def engine_arguments(
     }
     if rollout.precision == "fp8":
         arguments |= _fp8_arguments(shape)
+    elif read_config(Path(config.model.path)).get("quantization_config") is not None:
+        # A checkpoint in FP8 is where the policy starts from, not what the engine holds.
+        arguments["hf_overrides"] = {"quantization_config": None}
     arguments |= _gpu_arguments(config, shape) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
     arguments |= config.vllm
     if record_routing:
@@ -78,7 +83,7 @@ def _fp8_arguments(shape: ModelShape) -> dict[str, Any]:
 
         cpu_fp8.register()
     experts = {"moe_backend": "triton"} if shape.is_moe and torch.cuda.is_available() else {}
-    return {"hf_overrides": {"quantization_config": BLOCK_FP8}} | experts
+    return {"hf_overrides": {"quantization_config": quantization_config(shape)}} | experts
 
 
 def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils import fp8_utils
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 
@@ -45,7 +46,8 @@ class BlockConfig(Fp8Config):
                 "use a checkpoint with such blocks",
             )
         if isinstance(layer, LinearBase):
-            return BlockLinear(self)
+            whole = is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping)
+            return UnquantizedLinearMethod() if whole else BlockLinear(self)
         return BlockExperts(self, layer) if isinstance(layer, RoutedExperts) else None
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from megarl.config.quantisation import BLOCK_FP8
 from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, PRECISIONS, HfFiles
 from megarl.parallel.whole_folder import whole_folder
@@ -15,7 +14,7 @@ from megarl.policy.policy import Policy
 from megarl.reshard.boxes import whole
 from megarl.reshard.model_layouts import checkpoint_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
-from megarl.reshard.quantised import quantised_weights
+from megarl.reshard.quantised import quantised_weights, quantization_config
 from megarl.reshard.weight_map import hf_tensors
 from megarl.reshard.wire import all_in
 from megarl.weights.source import PolicyWeights, WeightSource
@@ -79,4 +78,5 @@ def export_hf(
             files.write(partial, name, whole(tensor.shape), tensor)
         files.sync(partial, mine.tensors)
         if world.is_first:
-            copy_companions(original, partial, DTYPE_NAMES[written], BLOCK_FP8 if quantised else None)
+            format_of_weights = quantization_config(policy.shape) if quantised else None
+            copy_companions(original, partial, DTYPE_NAMES[written], format_of_weights)
