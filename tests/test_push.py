@@ -360,8 +360,8 @@ def check(ranks: list[dict], cases: set, updates: int, gap: float = 1e-4) -> Non
             assert last.completions == [c for _, c in loader_completions], case
             for before, after in pairwise(rounds):
                 same = {n for n in loaded if loaded[n].any() and np.array_equal(before.engine[n], after.engine[n])}
-                same -= {name for name in same if name.endswith("_scale_inv")}
                 frozen = {n for n in loaded if not n.split()[0].endswith(LINEAR)} if case[0] in ADAPTED else set()
+                same, frozen = ({n for n in names if not n.endswith("_scale_inv")} for names in (same, frozen))
                 assert same == frozen, f"{case}: a push changed nothing in {same - frozen}"
             for outcome in rounds:
                 assert outcome.received == outcome.least, case
