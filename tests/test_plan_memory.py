@@ -103,6 +103,21 @@ def test_a_dense_layer_is_the_sum_of_korthikanti_adapted() -> None:
     assert apart == whole / 8 + 2 * 4 * h * 7 / 8
 
 
+def test_an_engine_in_fp8_has_a_byte_for_a_weight_of_its_layers() -> None:
+    """Qwen2.5 32B on 4 ranks: linear layers of decoder layers in e4m3, with an fp32 scale for 128 x 128 of them; the
+    embedding, the output layer, norms and biases in bf16. The rest of the GPU is the cache's."""
+    h, ffn, fused, vocabulary = 5120, 27648, 5120 + 2 * 1024, 152064
+    linear = 64 * (h * fused + h * h + 3 * h * ffn) // 4
+    rest = 2 * vocabulary * h // 4 + 64 * (2 * h + fused // 4) + h
+    whole, quantised = (plan(*overrides) for overrides in ((), ("rollout.precision=fp8",)))
+    for report, wanted in ((whole, 2 * linear + 2 * rest), (quantised, linear + linear // 128**2 * 4 + 2 * rest)):
+        push, rollout = report.busiest("push"), report.busiest("rollout")
+        assert push is not None and rollout is not None
+        assert push.of("engine weights") == rollout.of("engine weights") == wanted
+    assert whole.kv_cache is not None and quantised.kv_cache is not None
+    assert quantised.kv_cache.tokens > whole.kv_cache.tokens
+
+
 def test_activations_shrink_with_context_and_recomputation() -> None:
     def activations(*overrides: str) -> int:
         phase = plan(*overrides).busiest("train")

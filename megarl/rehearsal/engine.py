@@ -8,10 +8,12 @@ from math import prod
 from megarl.config.cluster import GIB, Cluster
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
+from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
 from megarl.rehearsal.activations import ELEMENT_BYTES
 from megarl.rehearsal.report import KvCache
-from megarl.weights.push_plan import engine_tensors
+from megarl.reshard.wire import BYTES
+from megarl.weights.push_plan import engine_tensors, push_wire
 
 #: Tokens of a block of vLLM's cache on a GPU.
 BLOCK_TOKENS = 16
@@ -20,15 +22,20 @@ BLOCK_TOKENS = 16
 def engine_weights(config: RunConfig, shape: ModelShape) -> int:
     """Bytes of the engine's parameters on one of its ranks, all of which are alike. Raises `Refusal` like
     `engine_tensors`."""
-    tensors = engine_tensors(config, shape, 0)
-    return sum(prod(tensor.shape) for tensor in tensors.values()) * ELEMENT_BYTES[config.engine_dtype]
+    wire = push_wire(config, shape)
+    return sum(
+        # What is padding alone comes from no tensor of the checkpoint.
+        prod(tensor.shape) * BYTES[wire(tensor.regions[0].hf_name) if tensor.regions else config.engine_dtype]
+        for tensor in engine_tensors(config, shape, 0).values()
+    )
 
 
 def working_bytes(config: RunConfig, shape: ModelShape) -> int:
     """What vLLM takes while it computes: the widest layer of its largest batch, and the logits of all sequences.
 
-    Hidden states and residual; of an MLP gate, up and product, of a mixture also the tokens at their experts. Logits,
-    processed log-probs and probabilities in fp32. vLLM measures the real figure when it starts.
+    Hidden states and residual; of an MLP gate, up and product, of a mixture also the tokens at their experts; of an
+    engine in FP8 what is multiplied of these, once more in a byte, with a scale for 128. Logits, processed log-probs
+    and probabilities in fp32. vLLM measures the real figure when it starts.
     """
     e, h, t = ELEMENT_BYTES[config.engine_dtype], shape.hidden_size, config.rollout.tensor
     tokens = Implied(config).batched_tokens
@@ -38,7 +45,11 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
     pair = 2 * shape.expert_ffn_size / (1 if config.rollout.expert_parallel else t)
     experts = shape.experts_per_token * (max(pair, h) + max(pair / 2, h))
     widest = max(attention, dense, experts + 3 * shape.shared_expert_ffn_size / t)
-    return int(tokens * e * (2 * h + widest)) + 12 * config.rollout.max_concurrent * shape.vocab_size
+    taken = tokens * e * (2 * h + widest)
+    if config.rollout.precision == "fp8":
+        operand = max(h, shape.num_heads * shape.head_dim / t, dense / 3, shape.experts_per_token * pair / 2)
+        taken += tokens * (1 + 4 / BLOCK) * operand
+    return int(taken) + 12 * config.rollout.max_concurrent * shape.vocab_size
 
 
 def kv_bytes_per_token(config: RunConfig, shape: ModelShape) -> int:
