@@ -4,7 +4,7 @@
 #
 #   MEGARL_LOCK=cpu|gpu   which lock; default: gpu where nvidia-smi lists one, else cpu
 #   PYTHON=...            the Python to build on (3.11 to 3.13)
-#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_CERT, PIP_DEFAULT_TIMEOUT   are honoured
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_NO_INDEX, PIP_CERT, PIP_DEFAULT_TIMEOUT   are honoured
 #
 # The GPU lock needs neither a GPU nor a CUDA toolkit: a login node sets it up for the others. launch/extension.sh has what
 # it compiles, and where that is kept.
@@ -52,6 +52,7 @@ fi
 rm -f "$stamp"
 
 # uv speaks of the same places under other names.
+[[ -z "${PIP_NO_INDEX:-}" ]] || export UV_NO_INDEX=1
 [[ -z "${PIP_INDEX_URL:-}" ]] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
 [[ -z "${PIP_EXTRA_INDEX_URL:-}" ]] || export UV_EXTRA_INDEX_URL="${UV_EXTRA_INDEX_URL:-$PIP_EXTRA_INDEX_URL}"
 [[ -z "${PIP_FIND_LINKS:-}" ]] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$(echo $PIP_FIND_LINKS | tr ' ' ',')}"

@@ -42,6 +42,8 @@ EXPERTS = {"Qwen3-30B-A3B": (128, 8, 768), "Qwen3-235B-A22B": (128, 8, 1536), "m
 LAPTOP_MODELS = {
     "configs/models/qwen2_307m": ("qwen2", 1024, 20, 16, 4, 3072, 32000, 2048),
     "data/bench/model": ("qwen2", 256, 4, 8, 2, 768, 512, 2048),
+    "data/gpu/step_model": ("qwen2", 3584, 8, 28, 4, 18944, 152064, 8192),
+    "data/gpu/push_model": ("qwen2", 3584, 8, 28, 4, 18944, 152064, 8192),
     "data/quickstart_moe/model": ("qwen3_moe", 128, 4, 4, 2, 128, 320, 2048),
 }
 #: GPUs that the large recipes are written for.
