@@ -18,5 +18,13 @@ export MEGARL_CPU_BIND="${MEGARL_CPU_BIND:-cores}"
 # vLLM's sleep mode cannot free memory in expandable segments.
 unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
 
+# The compiler of NVIDIA's wheels where there is no toolkit: vLLM compiles some kernels when it first starts.
+for toolkit in "$root"/.venv/lib/python3.*/site-packages/nvidia/cu13; do
+    if [[ -z ${CUDA_HOME:-} && -x $toolkit/bin/nvcc && ! -x /usr/local/cuda/bin/nvcc ]] && ! type -P nvcc >/dev/null; then
+        export CUDA_HOME="$toolkit"
+    fi
+done
+unset toolkit
+
 # One queue of work to each GPU, so that Megatron's collectives begin in the order in which they were asked for.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

@@ -105,6 +105,42 @@ def test_the_indexs_apex_is_not_nvidias(packages: Path, monkeypatch: pytest.Monk
     assert found("apex") == [Fact("apex", "0.9.10")]
 
 
+def test_the_compilers_of_kernels_are_looked_for_where_vllm_looks(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_a_gpu(monkeypatch)
+    for name in ("nvcc", "ninja", "g++"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text("#!/bin/sh")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    paths = ", ".join(f"{tmp_path}/bin/{name}" for name in ("nvcc", "g++", "ninja"))
+    assert found("compilers") == [Fact("compilers", paths)]
+    # CUDA_HOME counts before the PATH.
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    lacking = "no nvcc: FP8 engines and fused all-reduce compile kernels"
+    monkeypatch.setattr(accelerations, "wheels_toolkit", lambda: None)
+    assert found("compilers") == [Fact("compilers", None, lacking)]
+    monkeypatch.setattr(accelerations, "wheels_toolkit", lambda: tmp_path)
+    assert found("compilers") == [Fact("compilers", None, f"{lacking}; set CUDA_HOME={tmp_path}, which has one")]
+    monkeypatch.delenv("CUDA_HOME")
+    (tmp_path / "bin" / "ninja").unlink()
+    monkeypatch.setenv("CXX", "clang++")
+    assert found("compilers")[0].meaning.startswith("no C++, ninja: ")
+
+
+def test_a_build_for_cuda_without_a_gpu_is_a_login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    says = "PyTorch is built for CUDA 13.0: check, plan and submit work here, runs do not"
+    assert found("CUDA") == [Fact("CUDA", None, says)]
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert found("CUDA")[0].meaning.startswith("policy and engines run on the CPU")
+
+
 def test_a_machine_without_either_is_told_of_cuda_alone(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert found("Transformer Engine") == found("apex") == []

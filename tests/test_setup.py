@@ -153,3 +153,27 @@ def test_a_compilation_that_fails_says_why_and_leaves_nothing(tmp_path: Path, so
     assert done.returncode == 1
     assert "cusparse.h: No such file or directory" in done.stderr
     assert list(kept.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_wheels_compiler_serves_where_there_is_no_toolkit(tmp_path: Path, own: bool) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "environment.sh").write_text((ROOT / "launch" / "environment.sh").read_text())
+    toolkit = tmp_path / ".venv" / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "bin" / "nvcc").touch(mode=0o755)
+    # Only what the script itself needs, so that no nvcc of this machine is found.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("dirname", "bash"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    done = subprocess.run(
+        ["/usr/bin/bash", "-c", f"source {tmp_path}/launch/environment.sh; echo $CUDA_HOME"],
+        env={"PATH": str(tools)} | ({"CUDA_HOME": "/opt/cuda"} if own else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # A toolkit at the usual place would come first.
+    expected = "" if Path("/usr/local/cuda/bin/nvcc").exists() else str(toolkit)
+    assert done.stdout.strip() == ("/opt/cuda" if own else expected)

@@ -14,6 +14,15 @@ from vendor_calls import Known, faults_of, live, python_files, uses_in
 ROOT = Path(__file__).parents[1]
 LOCKED = dict(re.findall(r"^([\w-]+)={2,3}(\S+)$", (ROOT / "requirements" / "gpu.lock").read_text(), re.MULTILINE))
 ENGINE = Version(LOCKED["transformer-engine"])
+#: What Megatron-core calls for and this Transformer Engine lacks, and why megarl does not get there.
+NOT_REACHED = {
+    r"pytorch\.ops\.(GroupedLinear|Scaled\w+): ": "use_transformer_engine_op_fuser, which asks for 2.14 itself",
+    r"pytorch\.ep\.": "dispatchers other than the all-to-all one",
+    r"generalized_tensor_parallelism\.py": "tensor_parallel_num_weight_shards",
+    r"cuda_graphs\.py:\d+: .*\.quantization_state": "CUDA graphs; asked for where it exists",
+    r"fp4_utils\.py": "FP4",
+    r"general_gemm: .*'workspace'": "given where get_workspace exists",
+}
 HAS_ENGINE = find_spec("transformer_engine") is not None
 
 
@@ -43,24 +52,24 @@ def test_calls_of_transformer_engine_fit() -> None:
     engine = [vendor_calls.TRANSFORMER_ENGINE]
     seen = [use for folder, file in callers for use in uses_in(folder, file, engine, ENGINE)]
     assert sum(use.call is not None for use in seen) > 80
-    assert [
+    found = [
         said for folder, file in callers for said in faults_of(folder, file, engine, ENGINE, of_transformer_engine)
-    ] == []
+    ]
+    assert [said for said in found if not any(re.search(pattern, said) for pattern in NOT_REACHED)] == []
 
 
-def test_the_table_is_of_the_locked_versions() -> None:
+def test_the_table_is_of_the_locked_version() -> None:
     """Made anew by `python tests/vendor_calls.py` in an environment of the GPU lock."""
     table = vendor_calls.table()
-    assert {name: table[name] for name in ("version", "megatron-core")} == {
-        "version": LOCKED["transformer-engine"],
-        "megatron-core": LOCKED["megatron-core"],
-    }
+    assert table["version"] == LOCKED["transformer-engine"]
     assert sum(isinstance(known, list) for known in table["signatures"].values()) > 40
 
 
 @pytest.mark.skipif(not HAS_ENGINE, reason="Transformer Engine is not installed: its table is taken for it")
 def test_the_table_is_what_is_installed() -> None:
-    assert vendor_calls.written_out() == vendor_calls.table()
+    found, table = vendor_calls.written_out(), vendor_calls.table()
+    assert found["version"] == table["version"]
+    assert found["signatures"].items() <= table["signatures"].items()
 
 
 CALLS = """

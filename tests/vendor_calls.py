@@ -350,7 +350,7 @@ def written_out() -> dict[str, Any]:
         use.name for folder, file in callers for use in uses_in(folder, file, [TRANSFORMER_ENGINE], Version(installed))
     }
     signatures = {name: live(name) for name in sorted(names)}
-    return {"version": installed, "megatron-core": version("megatron-core"), "signatures": signatures}
+    return {"version": installed, "signatures": signatures}
 
 
 def main() -> None:

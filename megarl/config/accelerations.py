@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 from megarl.errors import Refusal
 
@@ -35,6 +37,20 @@ def has_extension() -> bool:
     roots = {package.parent, Path(sysconfig.get_paths()["purelib"])}
     folders = [root / below for root in roots for below in (".", package.name, f"{package.name}/wheel_lib")]
     return any(next(folder.glob(f"{EXTENSION}*.so"), None) is not None for folder in folders)
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler where vLLM and FlashInfer look for it: of CUDA_HOME, in the PATH, of /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return which(f"{home}/bin/nvcc")
+    return which("nvcc") or which("/usr/local/cuda/bin/nvcc")
+
+
+def wheels_toolkit() -> Path | None:
+    """The folder of NVIDIA's wheels that serves as CUDA_HOME, with a compiler; None where they are not installed."""
+    folder = Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13")
+    return folder if (folder / "bin" / "nvcc").is_file() else None
 
 
 def has_apex() -> bool:

@@ -18,6 +18,9 @@ from megarl.parallel.place import RANK_NAMES
 #: Modules that warn of each accelerator that is absent, and of themselves.
 _UNHEARD = r"(megatron|torch\.distributed\.checkpoint)"
 
+#: Loggers that warn of what is known: that there is no CUDA runtime, where an nvcc is in the PATH.
+_SILENT = ("torch.utils.cpp_extension",)
+
 _said: set[str] = set()
 
 
@@ -28,6 +31,8 @@ def hold_back() -> None:
     if warnings.showwarning is not _show:
         warnings.filterwarnings("ignore", module=_UNHEARD)
         warnings.showwarning = _show
+    for name in _SILENT:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Libraries have handlers of their own; a logger without one has Python's last resort.
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}

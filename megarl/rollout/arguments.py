@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm import ModelRegistry
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megarl.config import gpu_rules
@@ -109,6 +110,12 @@ def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str
 
 
 def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[str, Any]:
+    if not current_platform.is_cpu():
+        raise Refusal(
+            "vLLM's build for GPUs on a machine without one",
+            "makes no engine",
+            "run where a GPU is, or install the CPU's packages (MEGARL_LOCK=cpu bash launch/setup.sh)",
+        )
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if shape.head_dim not in sizes:
         raise Refusal(

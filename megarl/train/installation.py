@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from shutil import which
 
 from megarl.config import accelerations
 from megarl.config.cluster import GIB
@@ -53,7 +54,10 @@ def _accelerations(cuda: bool) -> Iterator[Fact]:
 
     engine = installed("transformer-engine", "transformer_engine")
     if not cuda:
-        yield Fact("CUDA", None, "policy and engines run on the CPU: small models, the same code")
+        alone = "policy and engines run on the CPU: small models, the same code"
+        if torch.version.cuda is not None:
+            alone = f"PyTorch is built for CUDA {torch.version.cuda}: check, plan and submit work here, runs do not"
+        yield Fact("CUDA", None, alone)
         if accelerations.has_transformer_engine():
             yield _transformer_engine(engine)
         return
@@ -70,6 +74,7 @@ def _accelerations(cuda: bool) -> Iterator[Fact]:
     attention = installed("flash-attn")
     yield Fact("flash-attn", attention, "" if attention else "Transformer Engine takes cuDNN's fused attention instead")
     yield _apex()
+    yield _compilers()
 
 
 def _transformer_engine(version: str | None) -> Fact:
@@ -85,6 +90,17 @@ def _apex() -> Fact:
     without = "Transformer Engine's fused Adam is used; gradients of weights are added in a pass of their own"
     other = "" if version is None else f"apex {version} is not NVIDIA's, or was built without its kernels: "
     return Fact("apex", None, f"{other}{without}")
+
+
+def _compilers() -> Fact:
+    """DeepGEMM's FP8 products and FlashInfer's fused all-reduce are compiled when an engine first starts."""
+    tools = {"nvcc": accelerations.nvcc(), "C++": which(os.environ.get("CXX", "g++")), "ninja": which("ninja")}
+    missing = [name for name, path in tools.items() if path is None]
+    if not missing:
+        return Fact("compilers", ", ".join(str(path) for path in tools.values()))
+    where = accelerations.wheels_toolkit()
+    hint = "" if "nvcc" not in missing or where is None else f"; set CUDA_HOME={where}, which has one"
+    return Fact("compilers", None, f"no {', '.join(missing)}: FP8 engines and fused all-reduce compile kernels{hint}")
 
 
 def _machine() -> Iterator[Fact]:
