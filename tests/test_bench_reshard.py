@@ -12,11 +12,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 128, "head_dim": 32}
+#: Of whole blocks in each half.
+BLOCKS = {"hidden_size": 256, "head_dim": 64, "num_key_value_heads": 4, "intermediate_size": 256}
 
 
 def bench(tmp_path: Path, model: str, layout: str) -> tuple[int | None, str, str]:
     """Exit code, output and errors."""
-    path = parity.write_model(tmp_path, model, **SIZES)
+    path = parity.write_model(tmp_path, model, **(BLOCKS if "fp8" in layout else SIZES))
     settings = f"model.path={path} steps=1 parallel.processes=4 weights.bucket_mib=0.05 {layout}"
     config = ROOT / "configs" / "bench_reshard.yaml"
     started = preloaded.megarl(tmp_path, "bench", "reshard", str(config), "--json", *settings.split(), apart=True)
@@ -24,8 +26,11 @@ def bench(tmp_path: Path, model: str, layout: str) -> tuple[int | None, str, str
     return started.returncode, output, errors
 
 
-def test_least_traffic_and_the_same_bits(tmp_path: Path):
-    code, output, errors = bench(tmp_path, "qwen2-untied", "parallel.tensor=2 parallel.pipeline=2 rollout.tensor=2")
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_least_traffic_and_the_same_bits(tmp_path: Path, precision: str):
+    """Where the engine is in FP8, quantised at the source and after gathering."""
+    layout = f"parallel.tensor=2 parallel.pipeline=2 rollout.tensor=2 rollout.precision={precision}"
+    code, output, errors = bench(tmp_path, "qwen2-untied", layout)
     assert code == 0, errors[-3000:]
     found = json.loads(output)
     assert found["bitwise_equal"] is True
