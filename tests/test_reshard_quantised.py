@@ -1,6 +1,8 @@
 """FP8 weights in the weight map: which tensors of a checkpoint are quantised, how their scales are laid out, and that
 ranks which quantise their parts fill engines with what the whole checkpoint's quantisation has there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -10,7 +12,7 @@ from reshard_worlds import Case, blank, execute, fp8_cases, moe_shape
 
 from megarl.config.quantisation import scale_name
 from megarl.config.sections import ParallelSettings
-from megarl.ops.fp8 import quantise_weight
+from megarl.ops.fp8 import WEIGHT_TILE, quantise_tiles, quantise_weight
 from megarl.reshard.boxes import missing_bytes, padding_boxes
 from megarl.reshard.copying import box_view, read_local
 from megarl.reshard.quantised import local_parts, parts_of, quantised_weights, quantised_wire
@@ -103,6 +105,47 @@ def test_engines_hold_what_quantising_after_gathering_gives(case, bucket_bytes):
             assert torch.equal(targets[rank][name], expected), (rank, name)
         least = missing_bytes(case.engine_of(rank).values(), local_parts(case.policy(rank), weights).values(), wire)
         assert sum(one.nbytes for one in plan.receives()) == least
+
+
+class Kept:
+    """What Transformer Engine 2.11 has of a parameter in blocks (Float8BlockwiseQTensor), as far as it is looked at."""
+
+    _is_2D_scaled = True
+
+    def __init__(self, weight):
+        made = quantise_tiles(weight, WEIGHT_TILE)
+        self.weight, self._rowwise_data = weight, made.values.view(torch.uint8)
+        columns = made.scales.shape[1]
+        self._rowwise_scale_inv = torch.nn.functional.pad(made.scales, (0, -columns % 4))
+
+    def __getitem__(self, box):
+        return self.weight[box]
+
+
+def test_parameters_that_are_kept_in_blocks_travel_as_they_are():
+    """Where their blocks are those of the checkpoint's tensors; else they are quantised anew."""
+    shape = make_shape(hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=128, ffn_size=256)
+    for head_dim, kept in ((128, True), (64, False)):
+        shape = replace(shape, head_dim=head_dim)
+        case = Case(shape, ParallelSettings(), 1, False, 1, 1, True)
+        parts = list(parts_of(case.policy(0), case.quantised))
+        drawn = torch.Generator().manual_seed(1)
+        held = {
+            name: Kept(torch.randn(one.shape, generator=drawn))
+            for name, one in case.policy(0).items()
+            if len(one.shape) == 2
+        }
+        source = QuantisedWeights(held, parts)
+        for part in parts:
+            one = held[part.tensor]
+            wanted = quantise_weight(torch.cat([box_view(one.weight, box) for box in part.local_boxes]))
+            assert torch.equal(bits(source[part.name]), bits(wanted.values)), part
+            assert torch.equal(bits(source[scale_name(part.name)]), bits(wanted.scales.contiguous())), part
+        # What was kept is what travelled: another value in its place shows, or not.
+        name = "model.layers.0.self_attn.k_proj.weight"
+        (part,) = (one for one in parts if one.name == name)
+        held[part.tensor]._rowwise_data.fill_(0)
+        assert (not bits(QuantisedWeights(held, parts)[name]).any()) == kept
 
 
 def test_parts_that_end_within_a_block_are_no_plan():

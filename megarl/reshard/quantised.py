@@ -106,7 +106,7 @@ def local_scales(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -
             *leading, rows, columns = tensor.shape
             lengths = (*leading, blocks(rows), blocks(columns))
             scales = (
-                Region(scale_name(one.hf_name), _block_box(one.hf_box), _local_block_box(one.local_box))
+                Region(scale_name(one.hf_name), block_box(one.hf_box), _local_block_box(one.local_box))
                 for one in regions
             )
             found[scale_name(name)] = LocalTensor(scale_name(name), lengths, tuple(scales))
@@ -143,7 +143,7 @@ def local_parts(tensors: Mapping[str, LocalTensor], weights: Collection[str]) ->
     cut = {part.tensor for part in parts}
     found = {name: tensor for name, tensor in tensors.items() if name not in cut}
     for part in parts:
-        boxes = {part.name: part.box, scale_name(part.name): _block_box(part.box)}
+        boxes = {part.name: part.box, scale_name(part.name): block_box(part.box)}
         for name, box in boxes.items():
             lengths = extents(box)
             found[name] = LocalTensor(name, lengths, (Region(name, box, whole(lengths)),))
@@ -172,11 +172,11 @@ def _joined(boxes: list[Box]) -> Box:
 def _in_blocks(split: Split) -> Split:
     """The places of the scales of a tensor that is cut like `split`."""
     return Split(
-        tuple(Place(one.ranks, _block_box(one.hf_box), _local_block_box(one.local_box)) for one in split.places)
+        tuple(Place(one.ranks, block_box(one.hf_box), _local_block_box(one.local_box)) for one in split.places)
     )
 
 
-def _block_box(box: Box) -> Box:
+def block_box(box: Box) -> Box:
     """The scales of a box of a matrix; its ends must be those of blocks, or the matrix's."""
     if any(start % BLOCK for start, _ in box):
         raise ValueError(f"a box of FP8 values {box} begins within a block of {BLOCK}")
@@ -184,5 +184,5 @@ def _block_box(box: Box) -> Box:
 
 
 def _local_block_box(box: Box) -> Box:
-    """As `_block_box`, of a matrix that may be one of a stack."""
-    return (*box[:-2], *_block_box(box[-2:]))
+    """As `block_box`, of a matrix that may be one of a stack."""
+    return (*box[:-2], *block_box(box[-2:]))

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megarl.config.quantisation import scale_name
-from megarl.ops.fp8 import quantise_weight
+from megarl.config.quantisation import BLOCK, scale_name
+from megarl.ops.fp8 import E4M3, WEIGHT_TILE, Quantised, quantise_weight
+from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
-from megarl.reshard.quantised import Part
+from megarl.reshard.quantised import Part, block_box
 from megarl.weights.source import WeightSource
 
 
@@ -42,8 +43,29 @@ class QuantisedWeights:
         weight = self._source[tensor]
         found: dict[str, torch.Tensor] = {}
         for part in self._parts[tensor]:
-            boxes = [box_view(weight, box) for box in part.local_boxes]
-            quantised = quantise_weight(boxes[0] if len(boxes) == 1 else torch.cat(boxes))
-            found[part.name] = quantised.values
-            found[scale_name(part.name)] = quantised.scales
+            made = _kept(weight, part) or quantise_weight(_together(weight, part.local_boxes))
+            found[part.name], found[scale_name(part.name)] = made.values, made.scales
         return found
+
+
+def _kept(weight: torch.Tensor, part: Part) -> Quantised | None:
+    """A part of a parameter that is kept in blocks of FP8, as it is, or None for any other.
+
+    Transformer Engine's Float8BlockwiseQTensor (2.11): values as bytes, scales with columns up to a multiple of 4, by
+    blocks of the parameter itself; where the part's blocks lie otherwise there, it is quantised anew.
+    """
+    values, scales = (getattr(weight, name, None) for name in ("_rowwise_data", "_rowwise_scale_inv"))
+    if values is None or scales is None or not getattr(weight, "_is_2D_scaled", False):
+        return None
+    starts = [start for box in part.local_boxes for start, _ in box]
+    lengths = [stop - start for (start, stop), *_ in part.local_boxes[:-1]]
+    if any(number % BLOCK for number in (*starts, *lengths)):
+        return None
+    kept = _together(values, part.local_boxes).view(E4M3)
+    return Quantised(kept, _together(scales, [block_box(box) for box in part.local_boxes]), WEIGHT_TILE)
+
+
+def _together(tensor: torch.Tensor, boxes: Sequence[Box]) -> torch.Tensor:
+    """Boxes that follow each other along the rows of what they are parts of, as one."""
+    views = [box_view(tensor, box) for box in boxes]
+    return views[0] if len(views) == 1 else torch.cat(views)
