@@ -2,26 +2,27 @@
 
 from hypothesis import given, settings
 from reshard_reference import make_shape
-from reshard_worlds import ONE_BYTE, Case, cases
+from reshard_worlds import ONE_BYTE, Case, cases, fp8_cases
 
 from megarl.config.sections import ParallelSettings
 from megarl.reshard import matching
+from megarl.reshard.quantised import quantised_wire
 from megarl.reshard.traffic import count_traffic
 
 
-def counted(case):
+def counted(case, wire=ONE_BYTE):
     sources, targets = case.layouts()
-    return count_traffic(sources, targets, case.nodes, ONE_BYTE)
+    return count_traffic(sources, targets, case.nodes, wire)
 
 
-def assert_counted(case):
-    traffic = counted(case)
+def assert_counted(case, wire=ONE_BYTE):
+    traffic = counted(case, wire)
     nodes = case.nodes
-    for rank, plan in enumerate(case.plans()):
-        near = [sum(t.numel for t in found if nodes[t.source] == nodes[t.target])
+    for rank, plan in enumerate(case.plans(wire=wire)):
+        near = [sum(t.nbytes for t in found if nodes[t.source] == nodes[t.target])
                 for found in (plan.receives(), plan.sends())]  # fmt: skip
-        whole = [sum(t.numel for t in found) for found in (plan.receives(), plan.sends())]
-        assert traffic.local[rank] == sum(t.numel for t in plan.local())
+        whole = [sum(t.nbytes for t in found) for found in (plan.receives(), plan.sends())]
+        assert traffic.local[rank] == sum(t.nbytes for t in plan.local())
         assert [traffic.received_near[rank], traffic.sent_near[rank]] == near
         assert [traffic.received(rank), traffic.sent(rank)] == whole
 
@@ -30,6 +31,12 @@ def assert_counted(case):
 @given(cases())
 def test_traffic_is_that_of_the_plans(case):
     assert_counted(case)
+
+
+@settings(deadline=None, max_examples=40)
+@given(fp8_cases())
+def test_values_of_a_byte_and_scales_of_four_beside_what_is_not_quantised(case):
+    assert_counted(case, quantised_wire(case.quantised, "bf16"))
 
 
 @settings(deadline=None, max_examples=40)

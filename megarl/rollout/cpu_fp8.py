@@ -10,7 +10,7 @@ GPU is the order of its sums, and that its tensor cores keep fewer bits while th
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,15 +47,14 @@ class BlockConfig(Fp8Config):
             )
         if isinstance(layer, LinearBase):
             whole = is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping)
-            return UnquantizedLinearMethod() if whole else BlockLinear(self)
+            return UnquantizedLinearMethod() if whole else BlockLinear()
         return BlockExperts(self, layer) if isinstance(layer, RoutedExperts) else None
 
 
 class BlockLinear(LinearMethodBase):
     """A linear layer; `cpu_linear` is its product with the weights that the values stand for, packed by vLLM."""
 
-    def __init__(self, config: BlockConfig) -> None:
-        self._block = config.weight_block_size
+    _BLOCK: ClassVar = [TILE_SIDE, TILE_SIDE]
 
     def create_weights(
         self,
@@ -70,14 +69,14 @@ class BlockLinear(LinearMethodBase):
         """The two tensors, with vLLM's own rule of what it can cut."""
         module, loader = cast("Any", layer), extra_weight_attrs.get("weight_loader")
         rows, sizes = sum(output_partition_sizes), (input_size_per_partition, output_partition_sizes)
-        module.logical_widths, module.weight_block_size = output_partition_sizes, self._block
+        module.logical_widths, module.weight_block_size = output_partition_sizes, self._BLOCK
         module.input_size_per_partition, module.output_size_per_partition = input_size_per_partition, rows
-        fp8_utils.validate_fp8_block_shape(layer, input_size, output_size, *sizes, self._block)
+        fp8_utils.validate_fp8_block_shape(layer, input_size, output_size, *sizes, self._BLOCK)
         layer.register_parameter(
             "weight", fp8_utils.create_fp8_weight_parameter(rows, input_size_per_partition, loader)
         )
         scales = fp8_utils.create_fp8_scale_parameter(
-            BlockQuantScaleParameter, output_partition_sizes, input_size_per_partition, self._block, loader
+            cast("Any", BlockQuantScaleParameter), output_partition_sizes, input_size_per_partition, self._BLOCK, loader
         )
         layer.register_parameter("weight_scale_inv", scales)
 
