@@ -124,8 +124,9 @@ ALGORITHM = {
 OPTIMIZER = {"lr": 2e-3, "betas": (0.9, 0.99), "epsilon": 1e-4, "weight_decay": 0.05, "clip_grad": 0.5}
 
 
-def write_model(folder: Path, name: str, **sizes: Any) -> Path:
-    """A random checkpoint of `MODELS[name]` in Hugging Face format; `sizes` replace those of `SIZES`."""
+def write_model(folder: Path, name: str, *, deviation: float = 0.1, **sizes: Any) -> Path:
+    """A random checkpoint of `MODELS[name]` in Hugging Face format, with weights of that deviation; `sizes` replace
+    those of `SIZES`."""
     import transformers
 
     path = folder / name
@@ -135,7 +136,7 @@ def write_model(folder: Path, name: str, **sizes: Any) -> Path:
     torch.manual_seed(len(name))
     network = getattr(transformers, f"{model.classes}ForCausalLM")(config)
     for parameter_name, parameter in network.named_parameters():
-        noise = torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1)
+        noise = torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else deviation)
         parameter.data.copy_(noise + 1 if parameter_name.endswith("norm.weight") else noise)
     network.save_pretrained(path)
     file = path / "config.json"

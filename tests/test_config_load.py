@@ -135,7 +135,10 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
             "rollout.temperature=0: must be greater than 0. Fix: give rollout.temperature such a value "
             "(Sampling temperature; the policy's log-probs use the same).",
         ),
-        ("precision=bf61", "precision=bf61: must be 'fp32' or 'bf16'. Fix: use precision=bf16."),
+        (
+            "precision=bf61",
+            "precision=bf61: must be 'fp32', 'bf16', 'fp8-tensorwise', 'fp8-delayed' or 'fp8-blockwise'. Fix: use precision=bf16.",
+        ),
         ("model=3", "model=3: must be a table of keys. Fix: write the keys of model indented below it."),
         (
             "name=a/b",

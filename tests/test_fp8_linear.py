@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megarl.ops import fp8
 from megarl.ops.fp8 import E4M3, E5M2, RECIPES, ROW_TILE, WEIGHT_TILE
-from megarl.policy.fp8_linear import AmaxHistory, Fp8Scaling, fp8_linear
+from megarl.policy.fp8_linear import AmaxHistory, Fp8Scaling, end_step, fp8_linear
 
 TOKENS, INPUTS, OUTPUTS = 48, 512, 256
 NEWEST = AmaxHistory(length=1, choice="most_recent")
@@ -48,7 +48,7 @@ def settled(recipe: str, known: Matrices, group=None) -> Fp8Scaling:
     scaling = scaling_of(recipe, group)
     if scaling.recipe.delayed:
         passed(*known, scaling)
-        scaling.update()
+        end_step([scaling])
     return scaling
 
 
@@ -136,11 +136,11 @@ def test_delayed_scaling_takes_its_factors_from_the_steps_before():
     passed(*second, scaling)  # another micro-batch of the step
     largest = [max(float(a.abs().max()), float(b.abs().max())) for a, b in zip(first, second, strict=True)]
     assert scaling.history[0].tolist() == largest and scaling.factors.tolist() == [1.0, 1.0, 1.0]
-    scaling.update()
+    end_step([scaling])
     most = torch.tensor([448.0, 448.0, 57344.0]) / 2
     assert scaling.factors.equal(most / torch.tensor(largest))
     assert scaling.history[:, 0].tolist() == [0.0, 0.0, largest[0]]
-    scaling.update()
+    end_step([scaling])
     assert scaling.history[:, 0].tolist() == [0.0, 0.0, largest[0]]
 
 
@@ -165,13 +165,13 @@ def test_delayed_scaling_goes_on_from_its_state():
     whole, resumed = scaling_of("fp8-delayed", history=history), scaling_of("fp8-delayed", history=history)
     for step in steps[:2]:
         passed(*step, whole)
-        whole.update()
+        end_step([whole])
     resumed.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
     for step in steps[2:]:
         found = [passed(*step, one) for one in (whole, resumed)]
         assert all(found[0][name].equal(found[1][name]) for name in found[0])
-        whole.update()
-        resumed.update()
+        end_step([whole])
+        end_step([resumed])
     assert whole.history.equal(resumed.history) and whole.factors.equal(resumed.factors)
     assert not scaling_of("fp8-blockwise").state_dict()
 
@@ -186,7 +186,7 @@ def sharded(_world, recipe: str, split: str) -> Found:
         inputs, weight = inputs.chunk(ranks, 1)[rank], weight.chunk(ranks, 1)[rank]
     scaling = settled(recipe, (inputs, weight, gradient), dist.group.WORLD)
     found = passed(inputs, weight, gradient, scaling)
-    scaling.update()
+    end_step([scaling])
     return found | dict(scaling.named_buffers())
 
 
@@ -207,7 +207,7 @@ def test_shards_are_scaled_as_the_whole():
     for recipe in RECIPES:
         scaling = settled(recipe, spiked())
         whole = passed(*spiked(), scaling)
-        scaling.update()
+        end_step([scaling])
         for split, (outputs, of_inputs, of_weight) in {"column": (1, None, 0), "row": (None, 1, 1)}.items():
             of_ranks = [ranks[recipe, split] for ranks in (first, second)]
             for name, side in [("outputs", outputs), ("of inputs", of_inputs), ("of weight", of_weight)]:

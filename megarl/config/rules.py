@@ -19,6 +19,7 @@ from megarl.config import (
     determinism,
     environments,
     files,
+    fp8_rules,
     layout_rules,
     user_code,
     vendor_fields,
@@ -92,6 +93,7 @@ def _broken_setting_rules(config: RunConfig, shape: ModelShape | None, processes
     if config.algorithm.influence is not None:
         yield from config.algorithm.influence.refusals("algorithm.attention", shape.num_layers, shape.num_heads)
     yield from adapter_rules.refusals(config, shape)
+    yield from fp8_rules.refusals(config, shape)
     yield from chain(vendor_fields.refusals("megatron", config.megatron), vendor_fields.refusals("vllm", config.vllm))
     yield from chain(_packages(config), accelerations.refusals(), determinism.refusals(config))
 

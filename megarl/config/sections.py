@@ -21,6 +21,7 @@ from megarl.config.adapters import AdapterSettings
 from megarl.config.base import PathText, Settings
 from megarl.config.data import DataSettings, DataSource, Sourced
 from megarl.config.environments import EnvironmentSettings
+from megarl.config.fp8 import Fp8Settings, Precision
 from megarl.config.health import HealthSettings
 from megarl.config.rewards import RewardSettings
 
@@ -318,9 +319,12 @@ class RunSettings(Settings):
         description="Parts that a resumed run may have otherwise than its checkpoint was trained with: seed, model, "
         "data. Other settings may always differ; what does is said.",
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="bf16", description="Type of weights and activations; the optimizer keeps fp32."
+    precision: Precision = Field(
+        default="bf16",
+        description="What the policy computes in; the optimizer keeps fp32. fp8-...: linear layers of the decoder in "
+        "FP8 by Transformer Engine's recipe of that name (tensorwise: current scaling), all else in bf16.",
     )
+    fp8: Fp8Settings = Fp8Settings()
     deterministic: bool = Field(
         default=False,
         description="On a GPU: a run repeats, and resumes, to the last bit on the same GPUs, by slower algorithms "
@@ -362,7 +366,12 @@ class RunSettings(Settings):
     @property
     def params_dtype(self) -> Literal["fp32", "bf16"]:
         """Type of the policy's weights and of what goes from layer to layer, whatever its products are computed in."""
-        return self.precision
+        return "fp32" if self.precision == "fp32" else "bf16"
+
+    @property
+    def uses_fp8(self) -> bool:
+        """Whether linear layers of the policy compute in FP8."""
+        return self.precision.startswith("fp8-")
 
     @property
     def engine_dtype(self) -> Literal["fp32", "bf16"]:

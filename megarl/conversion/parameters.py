@@ -10,7 +10,7 @@ from megarl.config.model_shape import ModelShape
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder
 from megarl.formats.huggingface import PRECISIONS
-from megarl.formats.megatron import DistributedCheckpoint, is_extra_state
+from megarl.formats.megatron import DistributedCheckpoint, is_extra_state, is_scaling
 from megarl.reshard.boxes import Box, whole
 from megarl.reshard.weight_map import StoredParameter, stored_parameters
 
@@ -90,7 +90,7 @@ class ParameterReader:
                     "use the config.json that belongs to these weights",
                 )
         for key in self.source.tensors:
-            weight = not key.startswith(_OTHER_KEYS) and not is_extra_state(key)
+            weight = not key.startswith(_OTHER_KEYS) and not is_extra_state(key) and not is_scaling(key)
             if weight and key not in known:
                 yield Refusal(
                     f"{key} in {origin}",

@@ -54,6 +54,13 @@ def is_extra_state(key: str) -> bool:
     return key.rpartition(".")[2].startswith("_extra_state")
 
 
+def is_scaling(key: str) -> bool:
+    """Whether a key is of what the CPU layers keep for FP8's delayed scaling (`megarl.policy.fp8_linear`): `history` or
+    `factors` of a layer's `scaling`, of experts' `scaling0`, `scaling1`, ... in a module."""
+    owner, _, name = key.rpartition(".")
+    return name in ("history", "factors") and owner.rpartition(".")[2].rstrip("0123456789") == "scaling"
+
+
 class DistributedCheckpoint:
     """A checkpoint to be read. `tensors`: shape and type by key; what is not a tensor is left out.
 

@@ -23,11 +23,13 @@ from megarl.records import Sequence
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How the tokens of a micro-batch are cut over the ranks of a replica: `context` ranks share its sequences, and of
-    the tokens of each of them `sequence_parallel` ranks hold a part between layers."""
+    the tokens of each of them `sequence_parallel` ranks hold a part between layers. A rank's tokens of a row are a
+    multiple of `token_multiple`."""
 
     context: int = 1
     context_rank: int = 0
     sequence_parallel: int = 1
+    token_multiple: int = 1
 
     def padded(self, length: int) -> int:
         """Tokens that a sequence takes in a packed row."""
@@ -36,7 +38,7 @@ class Cut:
     @property
     def width_multiple(self) -> int:
         """What the length of a row must be a multiple of."""
-        return lcm(sequence_multiple(self.context), self.context * self.sequence_parallel)
+        return lcm(sequence_multiple(self.context), self.context * self.sequence_parallel * self.token_multiple)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,12 @@ from megarl.config.implied import Implied
 from megarl.config.parameter_sets import ADAPTER, POLICY
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, checksums, megatron
+from megarl.parallel import terminal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import first_decides, from_first, gather_all
 from megarl.policy import adam_state
 from megarl.policy import digest as digests
+from megarl.policy.fp8_linear import scalings
 from megarl.policy.model import is_expert
 from megarl.policy.policy import Policy
 from megarl.policy.trained_set import TrainedSet
@@ -117,6 +119,7 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
     modules = _trained_modules(policy, policy.trained) if optimizer else _modules_saved(policy, progress)
     template: Any = _state(policy, modules, content, optimizer=optimizer, loading=True)
+    _begin_scaling(policy, template, directory)
     with _causes_named():
         state: Any = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     if not optimizer:
@@ -129,6 +132,9 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
         policy.weights_changed()
         return progress
     found = {name: _load_trained(trained, _of_set(state, name)) for name, trained in policy.trained.items()}
+    for key, model in _by_key(policy.network.chunks).items():
+        if _SCALING + key in state:
+            model.load_state_dict(state[_SCALING + key], strict=False)
     _check_state(directory, progress, found)
     for name, trained in policy.trained.items():
         trained.movement.begin_from(found[name], directory.name)
@@ -140,6 +146,8 @@ def _load_trained(trained: TrainedSet, state: dict[str, Any]) -> digests.Digest:
     _load_models(trained.modules, state)
     trained.scheduler.load_state_dict(state["scheduler"])
     adam_state.load(trained.optimizer, state["optimizer"], trained.scheduler.num_steps)
+    # Those of a run without FP8 weights are not such yet.
+    trained.network.round_weights()
     return digests.digest(trained.optimizer)
 
 
@@ -262,15 +270,38 @@ def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
         )
 
 
+def _begin_scaling(policy: Policy, template: dict[str, Any], directory: Path) -> None:
+    """Begin delayed scaling anew in all layers, and drop from the template what the checkpoint does not have of it: one
+    of a run in another precision has none, one with another length of history has others. Collective."""
+    for one in scalings(chain.from_iterable(trained.network.chunks for trained in policy.trained.values())):
+        one.begin_anew()
+    stored: Any = dist_checkpointing.load_tensors_metadata(str(directory))
+    shapes = {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
+    dropped = False
+    for part in template.values():
+        kept = [name for name in part if megatron.is_scaling(str(name))]
+        absent = {name for name in kept if shapes.get(part[name].key) != tuple(part[name].global_shape)}
+        for name in kept:
+            # Factors go with the history that they are of.
+            if name in absent or f"{name.rpartition('.')[0]}.history" in absent:
+                del part[name]
+        dropped |= bool(absent)
+    if any(gather_all(dropped)) and policy.world.is_first:
+        terminal.say(
+            f"{directory.name} has no histories of FP8 amaxes that this run could continue: fp8-delayed begins with "
+            "factors of 1, for one step"
+        )
+
+
 def _load_models(modules: Sequence[Any], state: dict[str, Any]) -> None:
     for key, model in _by_key(modules).items():
         _load_model(model, state[key])
 
 
 def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Load every parameter. Transformer Engine's extra state is not saved and may be missing."""
+    """Load every parameter. Transformer Engine's extra state is not saved, and FP8's scaling may have been dropped."""
     missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not megatron.is_extra_state(name)]
+    missing = [name for name in missing if not (megatron.is_extra_state(name) or megatron.is_scaling(name))]
     if missing or unexpected:
         raise Refusal(
             f"a checkpoint with {len(missing)} parameters missing and {len(unexpected)} unexpected "
@@ -278,6 +309,10 @@ def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
             "must hold exactly the model's parameters",
             "use a checkpoint of this model",
         )
+
+
+#: What the keys begin with of how a frozen base's layers scale, which is saved without its weights.
+_SCALING = "scaling."
 
 
 def _trained_modules(policy: Policy, names: Iterable[str]) -> dict[str, Sequence[Any]]:
@@ -321,6 +356,10 @@ def _state(
             )
             found["scheduler"] = trained.scheduler.state_dict()
         state |= {_key(key, name): value for key, value in found.items()}
+    if optimizer and policy.network.base_is_frozen:
+        for key, model in _by_key(policy.network.chunks).items():
+            tensors = model.sharded_state_dict(metadata=dict(content))
+            state[_SCALING + key] = {k: v for k, v in tensors.items() if megatron.is_scaling(k)}
     return state
 
 

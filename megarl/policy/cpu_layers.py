@@ -14,12 +14,18 @@ import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megarl.config.fp8 import MULTIPLE
 from megarl.policy.cpu_attention import CpuAttention
+from megarl.policy.fp8_linear import Fp8Scaling, fp8_linear
 
 
 class CpuRMSNorm(torch.nn.Module):
@@ -35,7 +41,42 @@ class CpuRMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class CpuNormColumnParallelLinear(ColumnParallelLinear):
+class CpuColumnParallelLinear(ColumnParallelLinear):
+    """Megatron's, in FP8 where it has a `scaling`."""
+
+    scaling: Fp8Scaling | None
+
+    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, **kwargs)
+        self.scaling = None
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.scaling is None:
+            return super()._forward_impl(input, weight, **kwargs)
+        if kwargs["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        elif kwargs["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        return fp8_linear(input, weight, kwargs["bias"], self.scaling)
+
+
+class CpuRowParallelLinear(RowParallelLinear):
+    """Megatron's, in FP8 where it has a `scaling`."""
+
+    scaling: Fp8Scaling | None
+
+    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, **kwargs)
+        self.scaling = None
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # Megatron reduces over ranks, and adds the bias, afterwards.
+        if self.scaling is None:
+            return super()._forward_impl(input, weight, **kwargs)
+        return fp8_linear(input, weight, None, self.scaling)
+
+
+class CpuNormColumnParallelLinear(CpuColumnParallelLinear):
     """RMSNorm, then a column-parallel linear layer; the norm's weight is `layer_norm_weight`."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
@@ -65,7 +106,8 @@ class CpuGroupedLinear(torch.nn.Module):
     """The linear layers of this rank's experts, in Transformer Engine's parameter names: `weight0`, `weight1`, ...
 
     `split_dimension` of the weights is what expert tensor parallelism splits: 0 for a column-parallel, 1 for a
-    row-parallel layer. The dispatcher of the tokens sees to what ranks exchange.
+    row-parallel layer. The dispatcher of the tokens sees to what ranks exchange. In FP8 where experts have a scaling,
+    `scaling0`, `scaling1`, ...: each its own, of as many tokens as it has, padded with zeros.
     """
 
     split_dimension: int
@@ -90,8 +132,16 @@ class CpuGroupedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
         """x (T, in), the first m_splits[0] rows for the first expert, and so on -> (T, out)."""
-        weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
-        return torch.cat([F.linear(part, w) for part, w in zip(x.split(m_splits), weights, strict=True)]), None
+        parts = x.split(m_splits)
+        assert len(parts) == self.num_gemms
+        return torch.cat([self._product(part, index) for index, part in enumerate(parts)]), None
+
+    def _product(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        weight, scaling = getattr(self, f"weight{index}"), self._modules.get(f"scaling{index}")
+        if not isinstance(scaling, Fp8Scaling):
+            return F.linear(x, weight)
+        padded = F.pad(x, (0, 0, 0, -len(x) % MULTIPLE))
+        return fp8_linear(padded, weight, None, scaling)[: len(x)]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Every expert as one of all experts' along a leading dimension, each split as its layer is."""
@@ -99,16 +149,22 @@ class CpuGroupedLinear(torch.nn.Module):
         found: dict[str, Any] = {}
         for index in range(self.num_gemms):
             expert = self.groups.ep.rank() * self.num_gemms + index
-            (shard,) = make_sharded_tensors_for_checkpoint(
-                {"weight": getattr(self, f"weight{index}")},
+            own = {"weight": getattr(self, f"weight{index}")}
+            scaling = self._modules.get(f"scaling{index}")
+            if scaling is not None:
+                own |= {f"scaling.{name}": state for name, state in scaling.named_buffers()}
+            shards = make_sharded_tensors_for_checkpoint(
+                own,
                 prefix,
                 {"weight": self.split_dimension},
                 (*sharded_offsets, (len(sharded_offsets), expert, experts)),
                 tp_group=self.groups.expt_tp,
                 dp_cp_group=metadata["dp_cp_group"],
-            ).values()
-            shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
-            found[f"{prefix}weight{index}"] = shard
+            )
+            for name, shard in zip(own, shards.values(), strict=True):
+                shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
+                part, _, state = name.partition(".")
+                found[f"{prefix}{part}{index}{'.' if state else ''}{state}"] = shard
         return found
 
 
@@ -128,10 +184,10 @@ class CpuSpecProvider(BackendSpecProvider):
     """The modules Megatron's spec builders are to use on the CPU."""
 
     def column_parallel_linear(self) -> type:
-        return ColumnParallelLinear
+        return CpuColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
-        return RowParallelLinear
+        return CpuRowParallelLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True

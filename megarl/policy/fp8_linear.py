@@ -14,6 +14,7 @@ scale and no sum.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import Function, once_differentiable
 
+from megarl.config.fp8 import MULTIPLE
 from megarl.ops import fp8
-from megarl.ops.fp8 import E4M3, RECIPES, ROW_TILE, TOKEN_MULTIPLE, WEIGHT_TILE, AmaxChoice, Quantised
+from megarl.ops.fp8 import COLUMN_TILE, E4M3, RECIPES, ROW_TILE, WEIGHT_TILE, AmaxChoice, Quantised
 
 Role = Literal["input", "weight", "gradient"]
 #: Where each has its column in histories and factors.
@@ -47,25 +49,30 @@ class Fp8Scaling(torch.nn.Module):
     A whole matrix's factor is that of all ranks' parts: under current scaling the amax is reduced over `group` with
     each matrix, so all ranks of it must compute the layer together. Transformer Engine 2.11 reduces there the inputs of
     a column-parallel and the gradients of a row-parallel layer alone, and only under sequence parallelism: its weights
-    have a factor for each rank's shard. Under delayed scaling nothing is exchanged but in `update`.
+    have a factor for each rank's shard. Under delayed scaling nothing is exchanged but in `end_step`.
 
     Under delayed scaling the state is part of the module's: `history` (length, 3) and `factors` (3,) fp32, by `ROLES`.
-    After `update` it is the same on all ranks of the group.
+    After `end_step` it is the same on all ranks of `group` and `copies`.
     """
 
     history: torch.Tensor
     factors: torch.Tensor
 
     def __init__(
-        self, recipe: str, group: dist.ProcessGroup | None = None, amax_history: AmaxHistory | None = None
+        self,
+        recipe: str,
+        group: dist.ProcessGroup | None = None,
+        amax_history: AmaxHistory | None = None,
+        copies: dist.ProcessGroup | None = None,
     ) -> None:
         """Args:
         recipe: a name in `megarl.ops.fp8.RECIPES`.
         group: ranks that hold parts of the layer's matrices; None: this one alone.
         amax_history: for a delayed recipe, and for no other.
+        copies: ranks with the same part of the weight, which see other tokens of the same step.
         """
         super().__init__()
-        self.recipe, self.group, self.amax_history = RECIPES[recipe], group, amax_history
+        self.recipe, self.group, self.amax_history, self.copies = RECIPES[recipe], group, amax_history, copies
         if self.recipe.delayed != (amax_history is not None):
             raise ValueError(
                 f"{recipe} with amax_history={amax_history}. Fix: give one for fp8-delayed, and only there"
@@ -88,7 +95,8 @@ class Fp8Scaling(torch.nn.Module):
             if role == "weight":
                 whole = fp8.quantise_tiles(x, WEIGHT_TILE, kind=kind)
                 return whole, whole.transposed()
-            return fp8.quantise_tiles(x, ROW_TILE, kind=kind), fp8.quantise_tiles(x.T, ROW_TILE, kind=kind)
+            along_rows = fp8.quantise_tiles(x, ROW_TILE, kind=kind)
+            return along_rows, fp8.quantise_tiles(x, COLUMN_TILE, kind=kind).transposed()
         amax = fp8.whole_amax(x)
         if self.recipe.delayed:
             index = ROLES.index(role)
@@ -101,27 +109,54 @@ class Fp8Scaling(torch.nn.Module):
         whole = fp8.quantise_whole(x, factor, kind)
         return whole, whole.transposed()
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """The end of a step under delayed scaling: what was recorded since the last one, of all ranks of `group`, goes
-        into history and factors. Nothing under other recipes.
+    def forget(self) -> None:
+        """Drop what was recorded since the last step."""
+        if self.amax_history is not None:
+            self.history[0] = 0.0
 
-        All ranks of `group` at once, and not between a forward pass and its backward pass or recomputation, which are
-        to find the same factors.
-        """
-        if self.amax_history is None:
-            return
-        recorded = _largest(self.history[0].clone(), self.group)
-        for index, role in enumerate(ROLES):
-            history, factors = fp8.updated_scaling(
-                self.history[:, index, None],
-                recorded[index, None],
-                self.factors[index, None],
-                self.kind_of(role),
-                self.amax_history.margin,
-                self.amax_history.choice,
-            )
-            self.history[:, index], self.factors[index] = history[:, 0], factors[0]
+    def begin_anew(self) -> None:
+        """Drop all that was recorded, and scale by 1 again."""
+        if self.amax_history is not None:
+            self.history.zero_()
+            self.factors.fill_(1.0)
+
+
+def scalings(modules: Iterable[torch.nn.Module]) -> list[Fp8Scaling]:
+    """Those of all layers within, in the order of the forward pass."""
+    return [one for module in modules for one in module.modules() if isinstance(one, Fp8Scaling)]
+
+
+@torch.no_grad()
+def end_step(scalings: Iterable[Fp8Scaling]) -> None:
+    """The end of an optimizer step for layers of one recipe: under delayed scaling what they recorded since the last
+    one, of all ranks, goes into their histories and factors. Nothing under other recipes.
+
+    By all ranks of the layers' groups at once, with all their layers of these groups in one order, and not between a
+    forward pass and its backward pass or recomputation, which are to find the same factors.
+    """
+    by_groups: dict[Any, list[Fp8Scaling]] = {}
+    for one in scalings:
+        if one.amax_history is not None:
+            by_groups.setdefault((one.group, one.copies), []).append(one)
+    for (group, copies), layers in by_groups.items():
+        recorded = torch.stack([one.history[0] for one in layers])
+        for row, one in zip(_largest(_largest(recorded, group), copies), layers, strict=True):
+            _enter(one, row)
+
+
+def _enter(scaling: Fp8Scaling, recorded: torch.Tensor) -> None:
+    """Enter a step's amaxes, (3,), into history and factors."""
+    settings = scaling.amax_history
+    assert settings is not None
+    for index, role in enumerate(ROLES):
+        scaling.history[:, index : index + 1], scaling.factors[index : index + 1] = fp8.updated_scaling(
+            scaling.history[:, index : index + 1],
+            recorded[index : index + 1],
+            scaling.factors[index : index + 1],
+            scaling.kind_of(role),
+            settings.margin,
+            settings.choice,
+        )
 
 
 def fp8_linear(
@@ -142,9 +177,9 @@ def fp8_linear(
         ValueError: another number of tokens; the caller pads, with zeros.
     """
     tokens = inputs.numel() // inputs.shape[-1]
-    if tokens % TOKEN_MULTIPLE:
+    if tokens % MULTIPLE:
         raise ValueError(
-            f"{tokens} tokens in an FP8 product: must be a multiple of {TOKEN_MULTIPLE}. Fix: pad them with zeros"
+            f"{tokens} tokens in an FP8 product: must be a multiple of {MULTIPLE}. Fix: pad them with zeros"
         )
     flat = inputs.reshape(tokens, inputs.shape[-1])
     outputs = _Fp8Linear.apply(flat, weight, bias, scaling, torch.is_grad_enabled())

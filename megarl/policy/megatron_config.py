@@ -15,6 +15,7 @@ from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.config.sections import ParallelSettings, RecomputeSettings
 from megarl.formats.huggingface import PRECISIONS
+from megarl.ops.fp8 import E5M2, RECIPES
 from megarl.parallel.cpu_platform import has_cuda
 
 
@@ -45,6 +46,7 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         **_pipeline_layout(parallel, shape),
         **_recompute(config.recompute),
         **(_experts(config, shape) if shape.is_moe else {}),
+        **(_fp8(config) if config.uses_fp8 and has_cuda() else {}),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": config.params_dtype == "bf16",
@@ -116,6 +118,33 @@ def _experts(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
     }
 
 
+def _fp8(config: RunConfig) -> dict[str, Any]:
+    """Megatron's fields for Transformer Engine's layers; on the CPU `megarl.policy.fp8_layers` has the same of ours.
+
+    What Megatron makes of them (`megatron.core.fp8_utils`): Float8CurrentScaling, DelayedScaling or Float8BlockScaling
+    with its defaults, scales of blocks as powers of two; amaxes of delayed scaling reduced over tensor, data and
+    context parallelism. Under current scaling Transformer Engine 2.11 reduces an amax over tensor-parallel ranks where
+    sequence parallelism has cut a column-parallel layer's inputs or a row-parallel layer's gradients along the tokens;
+    weights, and activations cut along their features, have each rank's own, and no setting changes that.
+
+    Tokens of experts are padded with zeros by Megatron's grouped MLP. moe_router_padding_for_quantization, which is
+    left off, would send experts other tokens instead, of which amaxes would be.
+    """
+    settings, recipe = config.fp8, RECIPES[config.precision]
+    return {
+        "fp8": "hybrid" if recipe.gradients == E5M2 else "e4m3",
+        "fp8_recipe": config.precision.removeprefix("fp8-"),
+        "fp8_param": settings.param,
+        "first_last_layers_bf16": settings.num_layers_at_start_in_bf16 + settings.num_layers_at_end_in_bf16 > 0,
+        "num_layers_at_start_in_bf16": settings.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": settings.num_layers_at_end_in_bf16,
+        "fp8_amax_history_len": settings.amax_history_len,
+        "fp8_amax_compute_algo": settings.amax_compute_algo,
+        "fp8_margin": settings.margin,
+        "tp_only_amax_red": False,
+    }
+
+
 def fields_of(vendor_class: type, table: dict[str, Any]) -> dict[str, Any]:
     """The entries of the `megatron:` table that are fields of `vendor_class`."""
     names = {f.name for f in dataclasses.fields(vendor_class)}
@@ -142,5 +171,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         "bf16": config.params_dtype == "bf16",
         "params_dtype": PRECISIONS[config.params_dtype],
         "use_distributed_optimizer": True,
+        # How its weights become FP8 ones, where they are.
+        "fp8_recipe": config.precision.removeprefix("fp8-") if config.fp8.param and has_cuda() else None,
     }
     return OptimizerConfig(**(fields | fields_of(OptimizerConfig, config.megatron)))

@@ -193,6 +193,7 @@ def wrap_data_parallel(
         "use_distributed_optimizer": True,
         "grad_reduce_in_fp32": True,
         "overlap_grad_reduce": False,
+        "fp8_param_gather": config.fp8.param and has_cuda(),
     }
     ddp = DistributedDataParallelConfig(**(fields | fields_of(DistributedDataParallelConfig, config.megatron)))
     wrapped: list[Any] = [

@@ -18,9 +18,11 @@ from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.parallel.bootstrap import World
+from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy import digest
 from megarl.policy.adapter import Adapter, Attachment
 from megarl.policy.batch import MicroBatch, apart
+from megarl.policy.fp8_linear import scalings
 from megarl.policy.influence import InfluenceTap
 from megarl.policy.losses import LossStage, Pass, joined
 from megarl.policy.megatron_config import transformer_config
@@ -60,6 +62,11 @@ class Network:
         self.megatron_config: Any = transformer_config(config, shape)
         self._stages = chunks_of_stage(shape.num_layers, config.parallel, grid.pipeline_rank)
         self.chunks = build_model(self.megatron_config, shape, self._stages)
+        self._rounds_weights = config.fp8.param and not has_cuda()
+        if not has_cuda():
+            from megarl.policy.fp8_layers import use_fp8
+
+            use_fp8(self.chunks, config, shape.num_layers)
         if adapter is None and implied.adapter is not None:
             adapter = Adapter(implied.adapter, shape, config.parallel, grid, self.chunks, config.seed)
         self.adapter = adapter
@@ -88,10 +95,19 @@ class Network:
         """Sums of bits of a frozen base's weights, the same under every layout. Collective."""
         return digest.of_frozen(parameter for _, parameter in self.named_parameters())
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """All that the model computes with: the base's, then the adapter's."""
+    def round_weights(self) -> None:
+        """After weights have changed, where they are to be FP8's: on a GPU they are, here they get such values."""
+        if self._rounds_weights:
+            from megarl.policy.fp8_layers import round_weights
+
+            round_weights(self.chunks)
+
+    def computes_with(self) -> list[torch.Tensor]:
+        """All that the model computes with: the base's weights, FP8's factors that earlier steps have left, the
+        adapter's weights."""
         base = [parameter for _, parameter in self.named_parameters()]
-        return base if self.adapter is None else [*base, *self.adapter.parameters()]
+        factors = [one.factors for one in scalings(self.chunks) if one.amax_history is not None]
+        return [*base, *factors, *(() if self.adapter is None else self.adapter.parameters())]
 
     def measure(self, sequences: Sequence[records.Sequence]) -> list[np.ndarray]:
         """Log-probs of each sequence's trained tokens, float32 (T,) each; of nothing but on the last pipeline stage."""

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megarl.config.fp8 import MULTIPLE
 from megarl.config.grid import Grid
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
@@ -74,7 +75,7 @@ class Passes:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
         self.chunks, self._wrapped, self._attachment = chunks, wrapped, attachment
         sequence_parallel = grid.tensor if megatron_config.sequence_parallel else 1
-        self.cut = Cut(grid.context, grid.context_rank, sequence_parallel)
+        self.cut = Cut(grid.context, grid.context_rank, sequence_parallel, MULTIPLE if config.uses_fp8 else 1)
         self.forward_arguments = ForwardArguments(megatron_config, shape, chunks)
         self.experts: Experts | None = None
         if shape.is_moe:

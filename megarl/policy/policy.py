@@ -7,25 +7,26 @@ only; the numbers returned for a whole mini-batch are the same on every rank.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from megarl.algorithms.objective import BatchTotals, Objective
-from megarl.config import gpu_rules
+from megarl.config import fp8_rules, gpu_rules
 from megarl.config.grid import Grid
 from megarl.config.implied import Implied
 from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
 from megarl.config.parameter_sets import ADAPTER, POLICY, ParameterSet
 from megarl.config.schema import RunConfig
-from megarl.errors import MegarlError, PhaseError
+from megarl.errors import MegarlError, PhaseError, Refusal
+from megarl.health.facts import installed
 from megarl.parallel.bootstrap import World
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.adapter import Merged
@@ -56,11 +57,10 @@ class Policy:
         trains: Collection[ParameterSet] = (),
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
-        if has_cuda():
-            for refusal in chain(gpu_rules.of_policy(config), gpu_rules.of_repeating(config)):
-                raise refusal
-            if config.deterministic:
-                check_gpu(torch.cuda.get_device_capability())
+        for refusal in _of_platform(config):
+            raise refusal
+        if has_cuda() and config.deterministic:
+            check_gpu(torch.cuda.get_device_capability())
         network, implied = Network(config, shape, world, grid), Implied(config)
         alone = network.base_is_frozen
         self.trained = {POLICY: TrainedSet(config, network, step_budget, of_adapter=alone)}
@@ -79,7 +79,7 @@ class Policy:
         self._rebuilt = {one.name for one in trains if one.rebuilt}
         self._by_name = dict(self.network.named_parameters())
         self._given_away = False
-        self._kept: dict[str, dict[torch.nn.Parameter, torch.Tensor]] = {}
+        self._kept: dict[str, dict[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def network(self) -> Network:
@@ -141,8 +141,8 @@ class Policy:
             self.trained[name].put_away()
             return
         adapter = self.network.adapter
-        parameters = self.network.parameters() if base or adapter is None else [*adapter.parameters()]
-        self._kept[name] = {parameter: parameter.detach().to("cpu", copy=True) for parameter in parameters}
+        tensors = self.network.computes_with() if base or adapter is None else [*adapter.parameters()]
+        self._kept[name] = {tensor: tensor.detach().to("cpu", copy=True) for tensor in tensors}
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -152,20 +152,20 @@ class Policy:
             return
         weights = self._weights_of(name)
         # Only the pointers change hands: the optimizer's buffers, of which parameters are views, stay as they are.
-        own = {parameter: parameter.data for parameter in weights}
+        own = {tensor: tensor.data for tensor in weights}
         try:
-            for parameter, values in weights.items():
-                parameter.data = values.to(parameter.device)
+            for tensor, values in weights.items():
+                tensor.data = values.to(tensor.device)
             yield
         finally:
-            for parameter, data in own.items():
-                parameter.data = data
+            for tensor, data in own.items():
+                tensor.data = data
 
-    def _weights_of(self, name: str) -> dict[torch.nn.Parameter, torch.Tensor]:
+    def _weights_of(self, name: str) -> dict[torch.Tensor, torch.Tensor]:
         if name in self.trained:
             self.trained[name].onload_weights()
-            others = self.trained[name].network.parameters()
-            return {own: one.data for own, one in zip(self.network.parameters(), others, strict=True)}
+            others = self.trained[name].network.computes_with()
+            return {own: one.data for own, one in zip(self.network.computes_with(), others, strict=True)}
         if name not in self._kept:
             known = ", ".join([*self.trained, *self._kept])
             raise MegarlError(f"there is no parameter set named {name!r}; there are {known}")
@@ -363,6 +363,18 @@ class Policy:
         self._given_away = False
         for name in self.own_sets:
             self.trained[name].onload()
+
+
+def _of_platform(config: RunConfig) -> Iterator[Refusal]:
+    """What this machine cannot do."""
+    if not has_cuda():
+        yield from fp8_rules.on_cpu(config)
+        return
+    yield from gpu_rules.of_policy(config)
+    yield from gpu_rules.of_repeating(config)
+    engine = installed("transformer-engine", "transformer_engine")
+    fp32_scales = os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "0"
+    yield from fp8_rules.on_gpu(config, torch.cuda.get_device_capability(), engine, torch.version.cuda, fp32_scales)
 
 
 def _kinds_of(name: str, by_pass: Mapping[str, Sequences[Objective]]) -> Callable[[str], bool]:

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl.config.schema import RunConfig
 from megarl.policy.digest import Movement
+from megarl.policy.fp8_linear import end_step, scalings
 from megarl.policy.megatron_config import optimizer_config
 from megarl.policy.model import wrap_data_parallel
 from megarl.policy.network import Network
@@ -122,6 +123,7 @@ class TrainedSet:
         """Forget what was accumulated since the last step."""
         self._losses.clear()
         self._forget_aside()
+        self._forget_amaxes()
 
     def step(self) -> StepResult:
         """Sum the gradients over ranks, clip, and apply them with one step of optimizer and schedule. Collective.
@@ -154,6 +156,8 @@ class TrainedSet:
     def _apply(self, grad_norm: float, lr: float, *, skipped: bool) -> StepResult:
         if skipped:
             self.skipped_in_a_row += 1
+            # An infinite amax would keep delayed scaling from finding a factor for as long as the history goes back.
+            self._forget_amaxes()
             return StepResult(grad_norm, lr, skipped=True)
         self.skipped_in_a_row = 0
         self.movement.update_begins(grad_norm, lr)
@@ -161,7 +165,9 @@ class TrainedSet:
             if self._clip > 0 and not optimizer.is_stub_optimizer:
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._clip, grad_norm)
         self.optimizer.step_with_ready_grads()
+        self.network.round_weights()
         self.scheduler.step(increment=1)
+        end_step(scalings(self.network.chunks))
         return StepResult(grad_norm, lr, skipped=False)
 
     def _make_ready(self) -> float:
@@ -191,8 +197,13 @@ class TrainedSet:
     def _forget_aside(self) -> None:
         self._aside, self._aside_losses = [], []
 
+    def _forget_amaxes(self) -> None:
+        for one in scalings(self.network.chunks):
+            one.forget()
+
     def weights_changed(self) -> None:
         """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
+        self.network.round_weights()
         self.optimizer.reload_model_params()
         self.movement.forget()
         self._residence.forget()
@@ -202,6 +213,8 @@ class TrainedSet:
         with torch.no_grad():
             for (_, own), (_, values) in zip(self.named_parameters(), other.named_parameters(), strict=True):
                 own.copy_(values)
+            for own, found in zip(scalings(self.network.chunks), scalings(other.network.chunks), strict=True):
+                own.load_state_dict(found.state_dict())
             self.weights_changed()
             # The optimizer's own weights are finer than the model's where these are bf16.
             for own, values in zip(self._main_parameters(), other._main_parameters(), strict=True):
