@@ -137,7 +137,8 @@ def test_own_algorithm_by_import_path(run_file: Path) -> None:
         ),
         (
             "precision=bf61",
-            "precision=bf61: must be 'fp32', 'bf16', 'fp8-tensorwise', 'fp8-delayed' or 'fp8-blockwise'. Fix: use precision=bf16.",
+            "precision=bf61: must be 'fp32', 'bf16', 'fp8-tensorwise', 'fp8-delayed' or 'fp8-blockwise'. "
+            "Fix: use precision=bf16.",
         ),
         ("model=3", "model=3: must be a table of keys. Fix: write the keys of model indented below it."),
         (

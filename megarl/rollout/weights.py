@@ -20,7 +20,7 @@ from torch import nn
 
 from megarl.errors import MegarlError, Refusal
 from megarl.ops.bits import Digest, as_numbers, digest
-from megarl.ops.fp8 import E4M3, WEIGHT_TILE, spread
+from megarl.ops.fp8 import E4M3, WEIGHT_TILE, times_tiles
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.rollout import experts
@@ -349,10 +349,10 @@ def _values_in_use(module: nn.Module, attribute: str) -> torch.Tensor:
     """The FP8 values of a weight or a stack by what the CPU multiplies with (`megarl.rollout.cpu_fp8`): exact."""
     layer, scales = cast("Any", module), getattr(module, f"{attribute}_scale_inv")
     if attribute == "weight":
-        return (_unpack(module).float() / spread(scales, WEIGHT_TILE, layer.weight.shape)).to(E4M3)
+        return times_tiles(_unpack(module).float(), 1.0 / scales, WEIGHT_TILE).to(E4M3)
     stack = layer.cpu_linear[experts.STACKS.index(attribute)]
     pairs = zip(stack.float(), scales, strict=True)
-    return torch.stack([(one / spread(own, WEIGHT_TILE, one.shape)).to(E4M3) for one, own in pairs])
+    return torch.stack([times_tiles(one, 1.0 / own, WEIGHT_TILE).to(E4M3) for one, own in pairs])
 
 
 def _unpack(module: nn.Module) -> torch.Tensor:
