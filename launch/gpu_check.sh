@@ -23,10 +23,10 @@ mkdir -p "$MEGARL_GPU_RESULTS"
 [[ -z "$bundle" ]] || part install 140 install_bundle "$bundle"
 export PATH="$PWD/.venv/bin:$PATH"
 gpu_part inputs 20 python tools/make_gpu_inputs.py --out data/gpu
-gpu_part rates 20 python -m pytest -q tests/gpu/test_rates.py
-gpu_part tests 130 python -m pytest -q tests/gpu --ignore tests/gpu/test_rates.py --ignore tests/gpu/test_memory.py
+gpu_part rates 20 python -m pytest -q tests/gpu/test_gpu_rates.py
+gpu_part tests 130 python -m pytest -q tests/gpu --ignore tests/gpu/test_gpu_rates.py --ignore tests/gpu/test_gpu_memory.py
 gpu_part step_bf16 60 megarl bench step configs/bench_gpu_step.yaml --json
 gpu_part step_fp8 60 megarl bench step configs/bench_gpu_step.yaml precision=fp8-blockwise --json
 gpu_part push 70 megarl bench reshard configs/bench_gpu_push.yaml --json
-gpu_part memory 80 python -m pytest -q tests/gpu/test_memory.py
+gpu_part memory 80 python -m pytest -q tests/gpu/test_gpu_memory.py
 python3 tools/gpu_table.py "$MEGARL_GPU_RESULTS" | tee "$MEGARL_GPU_RESULTS/table.md"

@@ -43,8 +43,14 @@ _noted() {
 
 # Makes .venv of the bundle in folder $1, without a network. The parts' checksums are compared first.
 install_bundle() {
-    local work
+    source launch/extension.sh
+    local work kind
     (cd "$1" && sha256sum --check --quiet bundle.sha256) || return
+    kind="$(cat "$1/bundle.python")"
+    if [[ "$(python_kind "${PYTHON:-python3}")" != "$kind" ]]; then
+        echo "gpu_check: the bundle in $1 is for $kind: set PYTHON to such a Python" >&2
+        return 1
+    fi
     work="$(mktemp -d)" || return
     cat "$1"/bundle.tar.* | tar -xf - -C "$work" &&
         MEGARL_LOCK=gpu PIP_NO_INDEX=1 PIP_FIND_LINKS="$work/wheels" PIP_CONFIG_FILE=/dev/null \

@@ -48,7 +48,8 @@ def test_calls_of_megatron_and_vllm_fit() -> None:
 def test_calls_of_transformer_engine_fit() -> None:
     """Megatron-core's calls of it: that its version and Megatron's go together is said by neither."""
     root, files = vendor_calls.megatron_files()
-    callers = [(root, file) for file in files] + [(ROOT, file) for file in python_files(ROOT, "megarl")]
+    ours = [file for folder in ("megarl", "tests/gpu") for file in python_files(ROOT, folder)]
+    callers = [(root, file) for file in files] + [(ROOT, file) for file in ours]
     engine = [vendor_calls.TRANSFORMER_ENGINE]
     seen = [use for folder, file in callers for use in uses_in(folder, file, engine, ENGINE)]
     assert sum(use.call is not None for use in seen) > 80

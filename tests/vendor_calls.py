@@ -345,7 +345,8 @@ def written_out() -> dict[str, Any]:
     installed = version(TRANSFORMER_ENGINE)
     ours = Path(__file__).parents[1]
     root, files = megatron_files()
-    callers = [(ours, one) for one in python_files(ours, "megarl")] + [(root, one) for one in files]
+    callers = [(ours, one) for folder in ("megarl", "tests/gpu") for one in python_files(ours, folder)]
+    callers += [(root, one) for one in files]
     names = {
         use.name for folder, file in callers for use in uses_in(folder, file, [TRANSFORMER_ENGINE], Version(installed))
     }

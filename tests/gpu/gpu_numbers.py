@@ -1,0 +1,61 @@
+"""The numbers of a policy's update, on the GPU or, `python gpu_numbers.py MODEL OUT`, on the CPU for all precisions."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import parity
+
+from megarl.config.sections import RunSettings
+
+#: Sizes of which every product may be FP8 in blocks, with heads that attention on GPUs takes.
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 64,
+    "num_hidden_layers": 3,
+}
+MODELS = {"qwen2-untied": SIZES, "qwen3-moe": SIZES | {"moe_intermediate_size": 256}}
+PRECISIONS = tuple(one for one in get_args(RunSettings.model_fields["precision"].annotation) if one != "fp32")
+
+
+def config_of(path: Path, precision: str) -> Any:
+    # fp32 has no attention kernel for packed sequences on a GPU; here it is computed on the CPU alone.
+    batch = {"tokens_per_microbatch": 256, "logprob_chunk": 64}
+    return parity.run_config(path, precision=precision, batch=batch)
+
+
+def numbers(path: Path, precision: str, world: Any) -> dict[str, Any]:
+    """Log-probs (T,) by sequence, before and after an update, with its loss and gradient norm."""
+    config = config_of(path, precision)
+    with parity.policy_of(config, world) as policy:
+        batch = parity.mini_batch(0)
+        before = policy.measure(batch)
+        result = parity.update(policy, parity.grpo(config), parity.with_old_log_probs(batch, before, 0))
+        after = policy.measure(batch)
+    return {
+        "before": np.concatenate(before),
+        "after": np.concatenate(after),
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+    }
+
+
+def main() -> None:
+    """Write what the CPU's layers compute of the models in a folder, by model and precision."""
+    # Its Adam, which Megatron-core takes where it is installed, is for GPUs alone.
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    from megarl.parallel import bootstrap
+
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    world = bootstrap.join()
+    found = {(name, one): numbers(folder / name, one, world) for name in MODELS for one in ("fp32", *PRECISIONS)}
+    out.write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
