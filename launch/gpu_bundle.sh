@@ -22,9 +22,13 @@ trap 'rm -rf "$work"' EXIT
 kept="$(extension_folder "$lock" "$(python_kind .venv/bin/python)")"
 mkdir -p "$work/cache/wheels"
 cp -r "$kept" "$work/cache/wheels/"
-grep -v "^$EXTENSION==" "$lock" >"$work/lock"
-# `wheel`, not `download`: what is published as source alone becomes a wheel here.
-.venv/bin/python -m pip wheel --quiet --no-deps --ignore-requires-python --wheel-dir "$work/wheels" -r "$work/lock"
+# It says that it needs Python 3.12, and only `download` passes over that.
+megatron=megatron-core
+pip() { .venv/bin/python -m pip "$@"; }
+pip download --quiet --no-deps --ignore-requires-python --dest "$work/wheels" "$megatron==$(locked "$lock" $megatron)"
+# What is published as source alone becomes a wheel here.
+grep -v -E "^($EXTENSION|$megatron)==" "$lock" >"$work/lock"
+pip wheel --quiet --no-deps --wheel-dir "$work/wheels" -r "$work/lock"
 
 rm -f "$out"/bundle.*
 python_kind .venv/bin/python >"$out/bundle.python"
