@@ -96,13 +96,18 @@ _WHOLE = Cut()
 
 
 def lay_out(
-    sequences: Sequences[Sequence], *, packed: bool, cut: Cut = _WHOLE, device: torch.device | str = "cpu"
+    sequences: Sequences[Sequence],
+    *,
+    packed: bool,
+    cut: Cut = _WHOLE,
+    device: torch.device | str = "cpu",
+    least: int = 0,
 ) -> MicroBatch:
     """Lay sequences out as one micro-batch, of which this rank gets the part that `cut` says.
 
-    Without sequences it is padding alone.
+    A packed row is padded to `least` tokens where it has fewer. Without sequences it is padding alone.
     """
-    places = _places([s.length for s in sequences], packed, cut)
+    places = _places([s.length for s in sequences], packed, cut, least)
     ends = np.cumsum(places)
     starts = ends - places
     tokens, positions = np.zeros(ends[-1], np.int64), np.concatenate([np.arange(place) for place in places])
@@ -163,14 +168,14 @@ def apart(values: Sequences[torch.Tensor], trained: Iterable[int]) -> list[np.nd
     return [part.numpy() for part in whole.split(list(trained))]
 
 
-def _places(lengths: list[int], packed: bool, cut: Cut) -> list[int]:
+def _places(lengths: list[int], packed: bool, cut: Cut, least: int) -> list[int]:
     """Tokens that each sequence takes, padding included; what pads a packed row as a last one."""
     multiple = cut.width_multiple
     if not packed:
         width = -(-max(lengths, default=1) // multiple) * multiple
         return [width] * max(len(lengths), 1)
     places = [cut.padded(length) for length in lengths]
-    width = -(-max(sum(places), 1) // multiple) * multiple
+    width = -(-max(sum(places), least, 1) // multiple) * multiple
     return [*places, width - sum(places)] if width > sum(places) else places
 
 

@@ -53,7 +53,9 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         # Weights are read or drawn after building, the same under every layout.
         "perform_initialization": False,
         # Micro-batches are bounded in tokens, so their lengths differ; Megatron ties this to the all-to-all dispatcher.
-        "variable_seq_lengths": True,
+        "variable_seq_lengths": not messages_of_one_length(config),
+        # Megatron waits for the device after every message, against a fault of old versions of PyTorch.
+        "batch_p2p_sync": False,
         "moe_token_dispatcher_type": "alltoall",
         # The loss divides by counts over the whole mini-batch; Megatron must not divide gradients again.
         "calculate_per_token_loss": True,
@@ -67,6 +69,15 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         "apply_rope_fusion": has_cuda(),
     }
     return TransformerConfig(**(fields | fields_of(TransformerConfig, config.megatron)))
+
+
+def messages_of_one_length(config: RunConfig) -> bool:
+    """Whether the micro-batches of a pass are padded to one length.
+
+    Else every message between stages comes after one that says its shape, which a GPU is waited for to read. Packed
+    micro-batches differ little: all but the last of a pass are full.
+    """
+    return has_cuda() and config.parallel.pipeline > 1 and config.batch.packed
 
 
 def _pipeline_layout(parallel: ParallelSettings, shape: ModelShape) -> dict[str, Any]:

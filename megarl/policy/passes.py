@@ -74,6 +74,7 @@ class Passes:
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
         self.chunks, self._wrapped, self._attachment = chunks, wrapped, attachment
+        self._megatron_config = megatron_config
         sequence_parallel = grid.tensor if megatron_config.sequence_parallel else 1
         self.cut = Cut(grid.context, grid.context_rank, sequence_parallel, MULTIPLE if config.uses_fp8 else 1)
         self.forward_arguments = ForwardArguments(megatron_config, shape, chunks)
@@ -98,8 +99,7 @@ class Passes:
         With `by_group` the sequences of a group share a micro-batch. `tap` is told which one the layers see.
         """
         plan = self._plan(sequences, by_group)
-        packed, device = self.config.batch.packed, self.world.device
-        batches = [lay_out([sequences[i] for i in part], packed=packed, cut=self.cut, device=device) for part in plan]
+        batches = self._laid_out(sequences, plan)
         if self.experts is not None:
             self.experts.begin(batches, self.cut.sequence_parallel, training=not forward_only)
         if not plan:
@@ -134,6 +134,16 @@ class Passes:
             )
         computed = sum(b.computed_tokens for b in batches) * self.grid.context
         return Work(sum(b.real_tokens for b in batches), computed, len(batches))
+
+    def _laid_out(self, sequences: Sequences[Sequence], plan: list[list[int]]) -> list[MicroBatch]:
+        """The micro-batches; where stages do not tell each other how long messages are, all as long as the longest."""
+        packed, least = self.config.batch.packed, 0
+        if not self._megatron_config.variable_seq_lengths:
+            least = max((sum(self.cut.padded(sequences[i].length) for i in part) for part in plan), default=0)
+        return [
+            lay_out([sequences[i] for i in part], packed=packed, cut=self.cut, device=self.world.device, least=least)
+            for part in plan
+        ]
 
     def _plan(self, sequences: Sequences[Sequence], by_group: bool) -> list[list[int]]:
         """Positions of the sequences of each micro-batch; an empty micro-batch is there to keep others company.
