@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from config_case import MODEL
 
 from megarl.config import gpu_rules
+from megarl.config.model_shape import model_shape_from_hf
 from megarl.config.schema import RunConfig
 
 
@@ -64,3 +66,37 @@ def config_with(**sections: Any) -> RunConfig:
 )
 def test_what_a_gpu_cannot_do_is_refused(sections: dict[str, Any], messages: list[str]) -> None:
     assert [str(refusal) for refusal in gpu_rules.refusals(config_with(**sections))] == messages
+
+
+@pytest.mark.parametrize(
+    ("hidden", "precision", "vllm", "messages"),
+    [
+        (128, "fp8", {"moe_backend": "triton", "linear_backend": "auto"}, []),
+        (192, "bf16", {"moe_backend": "marlin"}, []),
+        (
+            192,
+            "fp8",
+            {},
+            [
+                "rollout.precision=fp8 on a GPU: needs a hidden_size that is a multiple of 128, not 192. "
+                "Fix: set rollout.precision=bf16."
+            ],
+        ),
+        (
+            128,
+            "fp8",
+            {"moe_backend": "flashinfer_cutlass", "linear_backend": "marlin"},
+            [
+                "vllm.linear_backend=marlin: must be auto, cutlass, deep_gemm or triton with rollout.precision=fp8: "
+                "other kernels keep weights in an order of their own. Fix: remove vllm.linear_backend, or set "
+                "rollout.precision=bf16.",
+                "vllm.moe_backend=flashinfer_cutlass: must be triton with rollout.precision=fp8: other kernels keep "
+                "weights in an order of their own. Fix: remove vllm.moe_backend, or set rollout.precision=bf16.",
+            ],
+        ),
+    ],
+)
+def test_what_kernels_of_an_fp8_engine_take(hidden: int, precision: str, vllm: dict[str, Any], messages: list[str]):
+    config = config_with(rollout={"max_tokens": 64, "precision": precision}, vllm=vllm)
+    shape = model_shape_from_hf(MODEL | {"hidden_size": hidden, "num_attention_heads": 4})
+    assert [str(one) for one in gpu_rules.of_fp8_engine(config, shape)] == messages

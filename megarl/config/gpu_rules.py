@@ -10,7 +10,11 @@ from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
+from megarl.config.wording import listed
 from megarl.errors import Refusal
+
+#: vLLM's kernels that read FP8 blocks on Hopper as a checkpoint has them, by the setting that chooses them.
+KEEPING_BACKENDS = {"linear_backend": ("auto", "cutlass", "deep_gemm", "triton"), "moe_backend": ("triton",)}
 
 
 def refusals(config: RunConfig) -> Iterator[Refusal]:
@@ -48,13 +52,23 @@ def of_repeating(config: RunConfig) -> Iterator[Refusal]:
 
 
 def of_fp8_engine(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    """What vLLM's FP8 kernels cannot take: activations are quantised in rows of whole blocks."""
-    if config.rollout.precision == "fp8" and shape.hidden_size % BLOCK:
+    """What vLLM's FP8 kernels cannot take: activations are quantised in rows of whole blocks; and kernels that put
+    weights in an order of their own, into which nothing can be pushed."""
+    if config.rollout.precision != "fp8":
+        return
+    if shape.hidden_size % BLOCK:
         yield Refusal(
             "rollout.precision=fp8 on a GPU",
             f"needs a hidden_size that is a multiple of {BLOCK}, not {shape.hidden_size}",
             "set rollout.precision=bf16",
         )
+    for name, fit in KEEPING_BACKENDS.items():
+        chosen = config.vllm.get(name)
+        if chosen is not None and chosen not in fit:
+            rule = (
+                f"must be {listed(fit)} with rollout.precision=fp8: other kernels keep weights in an order of their own"
+            )
+            yield Refusal(f"vllm.{name}={chosen}", rule, f"remove vllm.{name}, or set rollout.precision=bf16")
 
 
 def of_recorded_routing(engine_arguments: Mapping[str, Any], tensor: int) -> Iterator[Refusal]:
