@@ -118,6 +118,44 @@ def test_an_engine_in_fp8_has_a_byte_for_a_weight_of_its_layers() -> None:
     assert quantised.kv_cache.tokens > whole.kv_cache.tokens
 
 
+def test_a_dense_layer_in_fp8_keeps_a_byte_of_what_it_multiplies() -> None:
+    """Of two norms and two products (h, h, ffn and beside attention's output query) one byte, and with blocks the fp32
+    scale of 128; all else as in bf16."""
+    shape = read_model_shape(CONFIGS / "models" / "qwen2.5_72b")
+    h, ffn, query, key = 8192, 29568, 8192, 1024
+    rest = 2 * (2 * h + (query + 2 * key) + query + 2 * ffn) + 4 * 64
+    for precision, byte in (("fp8-tensorwise", 1), ("fp8-delayed", 1), ("fp8-blockwise", 1 + 1 / 32)):
+        kept = sum(term.bytes for term in layer_terms(run_of(precision=precision), shape, sparse=False, fp8=True))
+        assert kept == rest + byte * (2 * h + query + ffn)
+
+
+def test_weights_in_fp8_lie_beside_their_own() -> None:
+    """Qwen2.5 32B under TP 8 x PP 1: values and transposed of every linear layer of decoder layers; of blocks the
+    scales of both; of layers that stay in bf16 nothing; of weights that are FP8 themselves the scales alone."""
+    layout = (
+        *("parallel.tensor=8", "parallel.context=1", "parallel.pipeline=1"),
+        *("parallel.virtual_pipeline=null", "parallel.stage_layers=null"),
+    )
+
+    def of(*overrides: str) -> int:
+        report = plan(*layout, *overrides)
+        train = report.busiest("train")
+        assert train is not None
+        push = report.busiest("push")
+        assert push is None or push.of("FP8 weights") == 0
+        return train.of("FP8 weights")
+
+    h, ffn, fused = 5120, 27648, 5120 + 2 * 1024
+    layer = (h * fused + h * h + 3 * h * ffn) // 8
+    assert of() == 0
+    assert of("precision=fp8-tensorwise") == 2 * 64 * layer
+    blockwise = of("precision=fp8-blockwise")
+    assert blockwise == int(64 * layer * (2 + 8 / 128**2))
+    ends = ("fp8.num_layers_at_start_in_bf16=3", "fp8.num_layers_at_end_in_bf16=1")
+    assert of("precision=fp8-blockwise", *ends) == int(60 * layer * (2 + 8 / 128**2))
+    assert of("precision=fp8-blockwise", "fp8.param=true") == int(64 * layer * 8 / 128**2)
+
+
 def test_activations_shrink_with_context_and_recomputation() -> None:
     def activations(*overrides: str) -> int:
         phase = plan(*overrides).busiest("train")

@@ -41,3 +41,8 @@ class Fp8Settings(Settings):
     margin: NonNegativeInt = Field(
         default=0, description="With delayed: powers of two that stay free above that magnitude."
     )
+
+
+def layers_in_fp8(settings: Fp8Settings, num_layers: int) -> range:
+    """Which of a model's `num_layers` decoder layers multiply in FP8, where `precision` says so."""
+    return range(settings.num_layers_at_start_in_bf16, num_layers - settings.num_layers_at_end_in_bf16)

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from megarl.config.fp8 import layers_in_fp8
 from megarl.config.schema import RunConfig
 from megarl.ops import fp8
 from megarl.policy.cpu_layers import CpuColumnParallelLinear, CpuGroupedLinear, CpuRowParallelLinear
@@ -33,8 +34,7 @@ def use_fp8(chunks: Iterable[GPTModel], config: RunConfig, num_layers: int) -> N
     groups: Any = parallel_state
     dense = groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group(with_context_parallel=True)
     sparse = groups.get_expert_tensor_parallel_group(), groups.get_expert_data_parallel_group()
-    settings = config.fp8
-    fp8_layers = range(settings.num_layers_at_start_in_bf16, num_layers - settings.num_layers_at_end_in_bf16)
+    fp8_layers = layers_in_fp8(config.fp8, num_layers)
     for chunk in chunks:
         layers: Any = chunk.decoder.layers
         for layer in layers:

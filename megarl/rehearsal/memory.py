@@ -13,9 +13,11 @@ from typing import get_args
 from megarl.algorithms.base import Algorithm
 from megarl.algorithms.objective import first_pass_is_old
 from megarl.config.cluster import Cluster
+from megarl.config.fp8 import BLOCKWISE
 from megarl.config.implied import Implied
 from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
+from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
 from megarl.rehearsal import activations
 from megarl.rehearsal.activations import ELEMENT_BYTES
@@ -101,6 +103,7 @@ def _train_beside(run: Run, shard: Shard) -> Iterator[Amount]:
     name = run.implied.trained_sets[0]
     own = shard.buffers
     yield Amount(f"set {name}", weights(own) + gradients(own) + optimizer(own), True)
+    yield Amount("FP8 weights", fp8_weights(run.config, shard), False)
     yield from _adapter(shard)
     yield Amount("gradients set aside", _shards_in_fp32(own + shard.adapter_buffers), True)
     yield Amount("reserved", run.cluster.reserved, False)
@@ -187,6 +190,7 @@ def _is_measured(run: Run) -> bool:
 def _trained(run: Run, shard: Shard) -> Iterator[Amount]:
     """The policy with what trains it; models that train beside it are away."""
     yield from _weights(run, shard)
+    yield Amount("FP8 weights", fp8_weights(run.config, shard), False)
     yield Amount("gradients", gradients(shard.trained), True)
     yield Amount("optimizer", optimizer(shard.trained), True)
     yield Amount("reserved", run.cluster.reserved, False)
@@ -209,6 +213,15 @@ def _adapter(shard: Shard) -> Iterator[Amount]:
 def policy_weights(run: Run, shard: Shard) -> int:
     """Bytes of the policy's weights on a rank, frozen ones beside an adapter included."""
     return weights(shard.trained) + shard.frozen * ELEMENT_BYTES[run.config.params_dtype]
+
+
+def fp8_weights(config: RunConfig, shard: Shard) -> int:
+    """What Transformer Engine keeps beside bf16 weights while it multiplies them in FP8: their values, the same
+    transposed, as Hopper's tensor cores want them for the gradients of inputs, and with blockwise scaling both's
+    scales. Weights that are FP8 themselves (`fp8.param`) are values and transposed in the two bytes of the bf16 ones.
+    """
+    scales = 2 * 4 / BLOCK**2 if config.precision == BLOCKWISE else 0
+    return int(shard.fp8 * (scales + (0 if config.fp8.param else 2)))
 
 
 def weights(buffers: Sequence[Buffer]) -> int:

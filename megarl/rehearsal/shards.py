@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from megarl.config.fp8 import layers_in_fp8
 from megarl.config.grid import Chunk, Grid, chunks_of_stage
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
@@ -38,6 +39,10 @@ KINDS: tuple[tuple[str, str], ...] = (
 )
 
 
+#: Megatron's names of the linear layers' weights, with the layer's number in its chunk.
+_LINEAR = re.compile(r"decoder\.layers\.(\d+)\..*\.linear_(?:qkv|proj|fc1|fc2)\.weight\d*")
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """Parameters of one type that Megatron keeps end to end, padding included, and their gradients.
@@ -59,6 +64,7 @@ class Shard:
     the vocabulary left out; `largest_layer`: elements of the module whose weights are largest, a layer's local experts
     taken together. `buffers` are of the base, where that trains. Of an adapter `adapter` are its parameters,
     `adapter_buffers` what has them, and `merged` the elements of the largest weight that it changes; 0 without one.
+    `fp8`: elements of the weights that are multiplied in FP8.
     """
 
     stage: int
@@ -70,6 +76,7 @@ class Shard:
     adapter: int = 0
     adapter_buffers: tuple[Buffer, ...] = ()
     merged: int = 0
+    fp8: int = 0
 
     @property
     def parameters(self) -> int:
@@ -104,12 +111,14 @@ def shards_of(config: RunConfig, shape: ModelShape, world: int) -> list[Shard]:
 
     Raises `Refusal` for what Megatron's configuration refuses.
     """
-    parallel = config.parallel
+    parallel, in_fp8 = config.parallel, layers_in_fp8(config.fp8, shape.num_layers)
     built: dict[Any, Shard] = {}
     shards: list[Shard] = []
     for stage in range(parallel.pipeline):
         chunks = chunks_of_stage(shape.num_layers, parallel, stage)
-        content = tuple((c.first, c.last, tuple(shape.is_sparse(layer) for layer in c.layers)) for c in chunks)
+        content = tuple(
+            (c.first, c.last, tuple((shape.is_sparse(layer), layer in in_fp8) for layer in c.layers)) for c in chunks
+        )
         if content not in built:
             built[content] = _build(config, shape, world, stage, chunks)
         one = built[content]
@@ -130,16 +139,20 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
         by_kind: Counter[str] = Counter()
         once: Counter[str] = Counter()
         modules: dict[tuple[int, str], int] = defaultdict(int)
+        in_fp8 = 0
+        fp8_layers = layers_in_fp8(config.fp8, shape.num_layers) if config.uses_fp8 else range(0)
         for number, model in enumerate(models):
             for name, parameter in model.named_parameters():
                 by_kind[kind_of(name)] += parameter.numel()
                 once[kind_of(name)] += _once(name, parameter, shape, grid)
                 modules[number, name.rpartition(".")[0]] += parameter.numel()
+                if _is_in_fp8(name, chunks[number], fp8_layers):
+                    in_fp8 += parameter.numel()
         implied = Implied(config)
         buffers: tuple[Buffer, ...] = ()
         if not implied.base_is_frozen:
             buffers = tuple(_buffers(wrap_data_parallel(config, megatron_config, models)))
-        shard = Shard(stage, chunks, dict(by_kind), dict(once), buffers, max(modules.values()))
+        shard = Shard(stage, chunks, dict(by_kind), dict(once), buffers, max(modules.values()), fp8=in_fp8)
         if implied.adapter is None:
             return shard
         adapter = Adapter(implied.adapter, shape, config.parallel, grid, models, config.seed)
@@ -150,6 +163,12 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
             adapter_buffers=tuple(_buffers(wrap_data_parallel(config, megatron_config, [adapter]))),
             merged=max(changed, default=0),
         )
+
+
+def _is_in_fp8(name: str, chunk: Chunk, in_fp8: range) -> bool:
+    """Whether a parameter of a chunk is the weight of a linear layer of one of the decoder layers `in_fp8`."""
+    found = _LINEAR.fullmatch(name)
+    return found is not None and chunk.layers.start + int(found[1]) in in_fp8
 
 
 def _once(name: str, parameter: Any, shape: ModelShape, grid: Grid) -> int:
