@@ -18,6 +18,8 @@ from megarl.policy.determinism import check_gpu, deterministic_algorithms
 from megarl.train import generation, rollouts
 from megarl.train.inference import Inference
 
+MEMORY: Any = torch.utils.deterministic
+
 
 def config_with(**sections: Any) -> RunConfig:
     return RunConfig.model_validate(
@@ -99,17 +101,17 @@ def test_libraries_are_told_before_they_start(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_pytorchs_algorithms_are_chosen_for_the_block_alone() -> None:
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = MEMORY.fill_uninitialized_memory
     with deterministic_algorithms(False):
         assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(ZeroDivisionError), deterministic_algorithms(True):
         assert (
             torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
         )
-        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not MEMORY.fill_uninitialized_memory
         raise ZeroDivisionError
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory == filled
+    assert MEMORY.fill_uninitialized_memory == filled
 
 
 def test_only_hoppers_attention_repeats() -> None:

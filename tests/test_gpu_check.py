@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import gpu_table
-import make_gpu_inputs
-from gpu_table import Figure
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+gpu_table = importlib.import_module("gpu_table")
+make_gpu_inputs = importlib.import_module("make_gpu_inputs")
 
 
 def bash(script: str, results: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -134,7 +134,7 @@ def test_the_table_works_out_shares_of_the_gpus_own_rates(tmp_path: Path) -> Non
         for one in (*gpu_table.of_steps(tmp_path, inputs, rates), *gpu_table.of_push(tmp_path, inputs, rates))
     }
     assert figures["update in BF16, 2 layers"].value == pytest.approx(flops / 1e12)
-    assert figures["update in BF16 / BF16 product"] == Figure(
+    assert figures["update in BF16 / BF16 product"] == gpu_table.Figure(
         "update in BF16 / BF16 product", pytest.approx(flops / 1e12 / 800), "", ">= 0.50"
     )
     assert figures["update in FP8 / in BF16, speed"].value == pytest.approx(1.25)

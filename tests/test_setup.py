@@ -133,7 +133,7 @@ def test_an_extension_is_compiled_with_the_headers_of_the_wheels(tmp_path: Path,
     # It is found again: what setup.sh asks before it compiles.
     assert out('wheel_in "$@"', kept) == str(wheel)
 
-    seen: dict[str, dict[str, str]] = {}
+    seen: dict[str, str] = {}
     exec(zipfile.ZipFile(wheel).read("seen.py"), seen)
     built = json.loads(seen["SEEN"])
     nvidia = f"{sysconfig.get_paths()['purelib']}/nvidia"

@@ -19,8 +19,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_weights_have_the_same_bits() -> None:
-    import transformer_engine_torch as tex
-    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+    import transformer_engine_torch as tex  # pyright: ignore[reportMissingImports]
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     weight = torch.randn(300, 400) * torch.logspace(-6, 2, 400)
@@ -38,7 +38,7 @@ def test_weights_have_the_same_bits() -> None:
 
 
 def recipe_of(name: str) -> Any:
-    from transformer_engine.common import recipe
+    from transformer_engine.common import recipe  # pyright: ignore[reportMissingImports]
 
     return {
         "fp8-tensorwise": recipe.Float8CurrentScaling,
@@ -50,13 +50,13 @@ def recipe_of(name: str) -> Any:
 @pytest.mark.parametrize("name", fp8.RECIPES)
 def test_a_layer_computes_what_its_emulation_computes(name: str, figure) -> None:
     """Outputs and both gradients, step after step: nearer to the emulation than a third of what FP8 itself costs."""
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(1)
     layer = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, device="cuda")
     weight = layer.weight.detach().cpu().requires_grad_()
     history = AmaxHistory(HISTORY, "max") if fp8.RECIPES[name].delayed else None
-    scaling = Fp8Scaling(name, amax_history=history)
+    scaling: Any = Fp8Scaling(name, amax_history=history)
     worst: dict[str, float] = {}
     for step in range(STEPS):
         inputs = (torch.randn(TOKENS, INPUTS) * 2.0**step).bfloat16().requires_grad_()
