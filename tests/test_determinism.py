@@ -133,7 +133,7 @@ def test_what_a_run_that_repeats_implies(gpu: bool, deterministic: bool, monkeyp
     monkeypatch.setattr("megarl.train.inference.Push", lambda policy, engine: None)
 
     def assigned(config: RunConfig) -> str:
-        inference: Any = Inference(SimpleNamespace(config=config), engine, None, None)  # type: ignore[arg-type]
+        inference: Any = Inference(SimpleNamespace(config=config), engine, None, None, None)  # type: ignore[arg-type]
         return inference.work(4)
 
     repeats = deterministic or not gpu
