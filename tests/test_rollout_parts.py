@@ -242,6 +242,27 @@ def test_a_gpus_batches_are_those_of_an_offline_engine(monkeypatch: pytest.Monke
     assert batch(rollout={"max_tokens": 19936}, vllm={"enable_chunked_prefill": False}) == 20000
 
 
+def test_an_engine_in_fp8_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """vLLM is given a checkpoint in blocks, and kernels that keep them; on Hopper alone."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    config = config_with(rollout={"max_tokens": 64, "precision": "fp8"})
+    shape = shape_with(**EXPERTS, hidden_size=128)
+    arguments = engine_arguments(config, shape, load_weights=False)
+    stated = arguments["hf_overrides"]["quantization_config"]
+    assert stated["weight_block_size"] == [128, 128] and "model.layers.0.mlp.gate" in stated["modules_to_not_convert"]
+    assert (arguments["moe_backend"], arguments["dtype"]) == ("triton", "bfloat16")
+    plain = engine_arguments(config_with(), shape_with(), load_weights=False)
+    assert plain["hf_overrides"] == {"quantization_config": None} and "moe_backend" not in plain
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    with pytest.raises(Refusal) as refusal:
+        engine_arguments(config, shape, load_weights=False)
+    assert str(refusal.value) == (
+        "rollout.precision=fp8 on a GPU of compute capability 8.0: needs 9.0 (Hopper), where vLLM keeps FP8 blocks as "
+        "they are pushed. Fix: set rollout.precision=bf16."
+    )
+
+
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
 def test_expandable_segments_are_refused_by_either_name(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

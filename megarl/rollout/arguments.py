@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megarl.config import gpu_rules
 from megarl.config.implied import Implied
-from megarl.config.model_folder import read_config
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
@@ -44,6 +42,8 @@ def engine_arguments(
         "model": config.model.path,
         # The model is what config.json says, whatever else lies in the folder: a params.json, or modules of a pooler.
         "config_format": "hf",
+        # In FP8 or not, that is where the policy starts from, and says nothing of what the engine holds.
+        "hf_overrides": {"quantization_config": None},
         "runner": "generate",
         "tensor_parallel_size": rollout.tensor,
         "enable_expert_parallel": rollout.expert_parallel,
@@ -62,9 +62,6 @@ def engine_arguments(
     }
     if rollout.precision == "fp8":
         arguments |= _fp8_arguments(shape)
-    elif read_config(Path(config.model.path)).get("quantization_config") is not None:
-        # A checkpoint in FP8 is where the policy starts from, not what the engine holds.
-        arguments["hf_overrides"] = {"quantization_config": None}
     arguments |= _gpu_arguments(config, shape) if torch.cuda.is_available() else _cpu_arguments(config, shape, length)
     arguments |= config.vllm
     if record_routing:
@@ -147,15 +144,8 @@ def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[st
 
 
 def _gpu_arguments(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
-    for refusal in gpu_rules.of_fp8_engine(config, shape):
-        raise refusal
-    capability = torch.cuda.get_device_capability()
-    if config.rollout.precision == "fp8" and capability != FP8_CAPABILITY:
-        raise Refusal(
-            f"rollout.precision=fp8 on a GPU of compute capability {'.'.join(map(str, capability))}",
-            f"needs {'.'.join(map(str, FP8_CAPABILITY))} (Hopper), where vLLM keeps FP8 blocks as they are pushed",
-            "set rollout.precision=bf16",
-        )
+    if config.rollout.precision == "fp8":
+        _check_fp8(config, shape)
     for name in ALLOCATOR_VARIABLES:
         if "expandable_segments:True" in os.environ.get(name, ""):
             raise Refusal(
@@ -172,6 +162,18 @@ def _gpu_arguments(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
         # Chooses among kernels by what they take at this start.
         **({"enable_flashinfer_autotune": False} if config.deterministic else {}),
     }
+
+
+def _check_fp8(config: RunConfig, shape: ModelShape) -> None:
+    for refusal in gpu_rules.of_fp8_engine(config, shape):
+        raise refusal
+    capability = torch.cuda.get_device_capability()
+    if capability != FP8_CAPABILITY:
+        raise Refusal(
+            f"rollout.precision=fp8 on a GPU of compute capability {'.'.join(map(str, capability))}",
+            f"needs {'.'.join(map(str, FP8_CAPABILITY))} (Hopper), where vLLM keeps FP8 blocks as they are pushed",
+            "set rollout.precision=bf16",
+        )
 
 
 def register_model_class(family: str) -> None:
