@@ -14,14 +14,14 @@ if [[ -n "${1:-}" && -z "$bundle" ]]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/gpu_parts.sh
-source launch/environment.sh
 export MEGARL_GPU_RESULTS="$PWD/runs/gpu_check"
 rm -rf "$MEGARL_GPU_RESULTS"
 mkdir -p "$MEGARL_GPU_RESULTS"
 
 # Seconds add up to less than ten minutes.
 [[ -z "$bundle" ]] || part install 140 install_bundle "$bundle"
-export PATH="$PWD/.venv/bin:$PATH"
+# Of the environment that is there by now.
+source launch/environment.sh
 gpu_part inputs 20 python tools/make_gpu_inputs.py --out data/gpu
 gpu_part rates 20 python -m pytest -q tests/gpu/test_gpu_rates.py
 gpu_part tests 130 python -m pytest -q tests/gpu --ignore tests/gpu/test_gpu_rates.py --ignore tests/gpu/test_gpu_memory.py
