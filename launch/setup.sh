@@ -52,7 +52,6 @@ fi
 rm -f "$stamp"
 
 # uv speaks of the same places under other names.
-[[ -z "${PIP_NO_INDEX:-}" ]] || export UV_NO_INDEX=1
 [[ -z "${PIP_INDEX_URL:-}" ]] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
 [[ -z "${PIP_EXTRA_INDEX_URL:-}" ]] || export UV_EXTRA_INDEX_URL="${UV_EXTRA_INDEX_URL:-$PIP_EXTRA_INDEX_URL}"
 [[ -z "${PIP_FIND_LINKS:-}" ]] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$(echo $PIP_FIND_LINKS | tr ' ' ',')}"
@@ -70,7 +69,8 @@ if [[ -z "$uv" ]]; then
     fi
 fi
 
-install() { "$uv" pip install --quiet --python .venv/bin/python --no-deps "$@"; }
+# For this uv has no variable.
+install() { "$uv" pip install --quiet ${PIP_NO_INDEX:+--no-index} --python .venv/bin/python --no-deps "$@"; }
 
 extension="$(locked "$lock" $EXTENSION)"
 if [[ -n "$extension" ]]; then
