@@ -16,14 +16,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
 
 from megarl.config.files import checkpoint_refusals
+from megarl.config.model_shape import model_shape_from_hf
 from megarl.config.sections import ParallelSettings
 from megarl.conversion import to_hf, to_megatron
 from megarl.conversion.ranks import Ranks
 from megarl.errors import Refusal
 from megarl.formats.huggingface import HfCheckpoint
 from megarl.reshard.boxes import whole
+from megarl.reshard.quantised import quantised_weights, quantization_config
 
 #: Several blocks in both directions, and smaller ones at the far edges.
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 160, "head_dim": 32}
@@ -161,12 +164,12 @@ BAD: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str, bool]] = {
     ),
     "NaN": (
         lambda tensors: tensors[SCALES].__setitem__((1, 1), float("nan")),
-        rf"{SCALES} in .*: must be positive numbers, but 1 of its 6 are not",
+        rf"{SCALES} in .*: must be positive numbers, but 1 of 6 are not",
         False,
     ),
     "zero": (
         lambda tensors: tensors[SCALES].__setitem__((0, 1), 0.0),
-        rf"{SCALES} in .*: must be positive numbers, but 1 of its 6 are not",
+        rf"{SCALES} in .*: must be positive numbers, but 1 of 6 are not",
         False,
     ),
 }
@@ -208,7 +211,7 @@ def test_written_checkpoints_have_the_format(model: str, dtype: torch.dtype, mod
     over several files; and it is read again as the numbers that it has."""
     to_megatron.convert(models / model, tmp_path / "megatron", ParallelSettings(tensor=2), Ranks(), dtype=dtype)
     written = tmp_path / "fp8"
-    to_hf.convert(tmp_path / "megatron", written, Ranks(), dtype=torch.bfloat16, quantised=True, file_bytes=300_000)
+    to_hf.convert(tmp_path / "megatron", written, Ranks(), dtype=torch.bfloat16, fp8=True, file_bytes=300_000)
     assert len(list(written.glob("*.safetensors"))) > 2
     found, wanted = tensors_of(written), dict[str, torch.Tensor]()
     for name, tensor in tensors_of(models / model).items():
@@ -221,7 +224,7 @@ def test_written_checkpoints_have_the_format(model: str, dtype: torch.dtype, mod
         assert tensor.dtype == wanted[name].dtype and torch.equal(tensor.float(), wanted[name].float()), name
     config = json.loads((written / "config.json").read_text())
     stays = {name for name, one in found.items() if one.dim() == 2 and not name.endswith((*LINEAR, "_scale_inv"))}
-    stays = {name.removesuffix(".weight") for name in stays if "embed_tokens" not in name}
+    stays = {"lm_head", *(name.removesuffix(".weight") for name in stays if "embed_tokens" not in name)}
     stated = config["quantization_config"]
     assert set(stated.pop("modules_to_not_convert")) == stays and stated == FP8 and config["dtype"] == "bfloat16"
     with HfCheckpoint(written) as checkpoint:
@@ -229,3 +232,24 @@ def test_written_checkpoints_have_the_format(model: str, dtype: torch.dtype, mod
             if name.endswith(LINEAR):
                 numbers = found[name].float() * spread(found[f"{name}_scale_inv"], found[name].shape)
                 assert torch.equal(checkpoint.read(name, whole(numbers.shape)), numbers)
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied", "qwen2-moe", "qwen3-moe", "mixtral"])
+def test_transformers_builds_of_it_the_layers_that_were_written(name: str) -> None:
+    """On a GPU it makes FP8 layers of all linear ones that `quantization_config` does not name: those alone that are
+    quantised, and not an output layer, tied or not."""
+    model = parity.MODELS[name]
+    fields = parity.SIZES | model.extra
+    config = getattr(transformers, f"{model.classes}Config")(**fields, tie_word_embeddings=model.tied)
+    with torch.device("meta"):
+        network = transformers.AutoModelForCausalLM.from_config(config)
+    shape = model_shape_from_hf(config.to_dict())
+    stated = quantization_config(shape)
+    settings = transformers.FineGrainedFP8Config(weight_block_size=(128, 128))
+    replace_with_fp8_linear(network, stated["modules_to_not_convert"], settings, pre_quantized=True)
+    found = {name for name, module in network.named_modules() if isinstance(module, FP8Linear)}
+    wanted = {name.removesuffix(".weight") for name in quantised_weights(shape)}
+    # Of experts it has stacks, under names of its own.
+    assert found == {name for name in wanted if ".experts." not in name}
+    experts = [type(module).__name__ for path, module in network.named_modules() if path.endswith(".experts")]
+    assert bool(experts) == shape.is_moe and all("FP8" in one for one in experts)

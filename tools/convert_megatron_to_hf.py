@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ranks,
                 hf_config=options.hf_config,
                 dtype=PRECISIONS.get("bf16" if options.dtype == "fp8" else options.dtype),
-                quantised=options.dtype == "fp8",
+                fp8=options.dtype == "fp8",
                 file_bytes=options.max_file_size,
                 progress=progress,
             ),

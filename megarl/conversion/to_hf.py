@@ -30,7 +30,7 @@ def convert(
     *,
     hf_config: Path | None = None,
     dtype: torch.dtype | None = None,
-    quantised: bool = False,
+    fp8: bool = False,
     file_bytes: int = FILE_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Path, int]:
@@ -39,7 +39,7 @@ def convert(
     Returns the checkpoint, and the bytes of weights written, by all processes in this attempt. `source_path` is a
     checkpoint, or a folder whose `latest` names one. Configuration and tokenizer come from
     `hf_config`; by default from where the conversion to Megatron, or the run, has noted them. `dtype` defaults to the
-    checkpoint's own; `quantised`: linear layers in FP8 with a scale for every block, made of the weights as they are.
+    checkpoint's own; `fp8`: linear layers in FP8 with a scale for every block, made of the weights as they are.
     `progress` as in the conversion to Megatron. All processes call it together. Raises `Refusal` for
     a checkpoint that is damaged or of another model, and an output that exists.
     """
@@ -55,12 +55,12 @@ def convert(
     shape = read_model_shape(config_path)
     weights = Weights(step, shape)
     weights.check_base(ranks.share(weights.parameters), ranks.sum)
-    files = HfFiles(hf_tensors(shape), written, file_bytes, quantised=quantised_weights(shape) if quantised else ())
+    files = HfFiles(hf_tensors(shape), written, file_bytes, quantised=quantised_weights(shape) if fp8 else ())
     sources = {file.name for file in step.iterdir() if file.is_file()}
     options = {
         "config": str(config_path.resolve()),
         "dtype": str(written),
-        "quantised": quantised,
+        "fp8": fp8,
         "file_bytes": file_bytes,
     }
     staging = Staging(out, identity(step, sources, options))
@@ -86,7 +86,7 @@ def convert(
     ranks.wait()
 
     def finish() -> None:
-        format_of_weights = quantization_config(shape) if quantised else None
+        format_of_weights = quantization_config(shape) if fp8 else None
         copy_companions(config_path, staging.path, DTYPE_NAMES[written], format_of_weights)
         staging.finish()
 

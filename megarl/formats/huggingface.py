@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from megarl.config.quantisation import VALUES_TYPE, blocks, scale_name, scales_of, scales_refusals
 from megarl.errors import Refusal
-from megarl.formats import quantised
+from megarl.formats.fp8_blocks import read_dequantised
 from megarl.ops.fp8 import E4M3, quantise_weight
 from megarl.reshard.boxes import Box, whole
 
@@ -58,7 +58,8 @@ class HfCheckpoint:
     Weights in FP8 are read as the numbers that they stand for; `tensors` has neither their type nor their scales.
 
     Raises `Refusal` where there are none, where one is missing, cut short or damaged, where the index and the files
-    disagree, and where scales of FP8 weights are missing, of another shape, or no positive numbers.
+    disagree, where scales of FP8 weights are missing or of another shape, and, when a weight is read, where they are no
+    positive numbers.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,8 +70,6 @@ class HfCheckpoint:
         for refusal in scales_refusals({name: (one.dtype, one.shape) for name, one in stored.items()}, str(self.path)):
             raise refusal
         self._scales = scales_of({name: one.dtype for name, one in stored.items()})
-        for name in self._scales.values():
-            quantised.check_scales(name, self._read(name, whole(stored[name].shape)), self.path)
         scales = set(self._scales.values())
         self.tensors = {
             # Their own type is no type of weights; bf16 has every number of a block whose scale is a power of two.
@@ -138,7 +137,9 @@ class HfCheckpoint:
     def read(self, name: str, box: Box) -> torch.Tensor:
         """One box of one tensor; the rest of the file is not read. Of a weight in FP8 in fp32, not yet rounded."""
         scales = self._scales.get(name)
-        return self._read(name, box) if scales is None else quantised.read_dequantised(name, scales, box, self._read)
+        if scales is None:
+            return self._read(name, box)
+        return read_dequantised(name, scales, box, self._read, self.path)
 
     def _read(self, name: str, box: Box) -> torch.Tensor:
         found = self._file(self._stored[name].file).get_slice(name)[tuple(slice(start, stop) for start, stop in box)]

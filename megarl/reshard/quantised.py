@@ -43,12 +43,14 @@ def quantised_weights(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 def quantization_config(shape: ModelShape) -> dict[str, Any]:
     """`quantization_config` of such a checkpoint of the model, with the linear layers that are not quantised: vLLM's
-    Qwen3 class asks, where others leave routers alone."""
-    quantised, whole_layers = quantised_weights(shape), list[str]()
+    Qwen3 class asks, where others leave routers alone; transformers asks for all, an output layer that is tied to the
+    embedding among them."""
+    quantised, whole_layers = quantised_weights(shape), ["lm_head"]
     for name, dims in hf_tensors(shape).items():
-        if len(dims) == 2 and name not in quantised and not name.endswith("embed_tokens.weight"):
-            whole_layers.append(name.removesuffix(".weight"))
-    return BLOCK_FP8 | ({"modules_to_not_convert": whole_layers} if whole_layers else {})
+        layer = name.removesuffix(".weight")
+        if len(dims) == 2 and name not in quantised and not layer.endswith("embed_tokens") and layer != "lm_head":
+            whole_layers.append(layer)
+    return BLOCK_FP8 | {"modules_to_not_convert": whole_layers}
 
 
 def quantised_wire(weights: Collection[str], rest: Kind) -> Wire:
