@@ -451,9 +451,8 @@ REFUSED: list[tuple[str, str]] = [
         "most 64, or leave it out of adapter.targets.",
     ),
     (
-        "parameters=adapter megatron.gradient_accumulation_fusion=true",
-        "megatron.gradient_accumulation_fusion=true: adds gradients to a weight's own buffer, which a weight merged "
-        "with an adapter has none of. Fix: remove it.",
+        "megatron.gradient_accumulation_fusion=true",
+        "megatron.gradient_accumulation_fusion: is set by megarl. Fix: remove it; training depends on megarl's value.",
     ),
     ("vllm.dtype=auto", "vllm.dtype: is set by megarl. Fix: set precision."),
     ("megatron.fp16=true", "megatron.fp16: is set by megarl. Fix: set precision."),
@@ -513,7 +512,7 @@ def test_refused(run_file: Path, overrides: str, message: str) -> None:
         "parallel.processes=4 parallel.tensor=2 parallel.pipeline=2 rollout.tensor=4",
         "parallel.processes=6 parallel.pipeline=6 rollout.tensor=2",
         "parallel.virtual_pipeline=1 parallel.expert_tensor=1",
-        "parameters=adapter adapter.rank=20 adapter.alpha=0.5 megatron.gradient_accumulation_fusion=false",
+        "parameters=adapter adapter.rank=20 adapter.alpha=0.5",
         "parameters=adapter adapter.rank=64 adapter.targets=[mlp.up_proj,lm_head]",
         "data.max_prompt_tokens=192",
         "batch.tokens_per_microbatch=128",

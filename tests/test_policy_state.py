@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import parity
 import pytest
+from live_bytes import LiveBytes
 
 from megarl.errors import Refusal, TrainingStopped
 from megarl.formats import checkpoint_folder, megatron
@@ -94,7 +95,9 @@ def extra_states() -> Iterator[None]:
 
 
 def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
-    """Two updates, a checkpoint, a third update. A scenario of `run_world`."""
+    """Two updates, a checkpoint, a third update; and what saving took of each rank, in bytes per parameter of its
+    shard. A scenario of `run_world`."""
+    from megarl.parallel.exchange import gather_all
     from megarl.policy import checkpoint
 
     found = {}
@@ -104,8 +107,10 @@ def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
         with parity.policy_of(config, world) as policy:
             for batch in batches[:2]:
                 parity.update(policy, parity.grpo(config), batch)
-            with extra_states():
+            with extra_states(), LiveBytes() as made:
                 checkpoint.save(policy, folder / f"{model}-saved", 2, {"cursor": 7}, optimizer=True, keep=2)
+            shard = sum(parameter.numel() for _, parameter in policy.named_parameters())
+            found[f"{model} by rank"] = gather_all((policy.grid.data_rank, made.peak / shard))
             weights = parity.exported(policy, folder / f"{model}-hf")
             found[model] = weights, next_update(policy, config, batches[2], folder / f"{model}-hf")
     return found
@@ -215,6 +220,12 @@ def test_moments_come_back_bitwise(folder: Path, loaded: dict):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             assert {f"optimizer.state.{kind}.{key}" for key in weights} < set(tensors)
             assert all(np.abs(tensors[f"optimizer.state.{kind}.{key}"]).max() > 0 for key in weights)
+
+
+def test_one_data_parallel_rank_of_a_shard_gathers_what_is_saved_of_it(saved: dict):
+    """The optimizer's fp32 weights and moments, 12 bytes per parameter; the others have their parts of it."""
+    for data_rank, taken in saved["qwen2-tied by rank"]:
+        assert taken > 12 if data_rank == 0 else taken < 10, saved["qwen2-tied by rank"]
 
 
 @pytest.fixture

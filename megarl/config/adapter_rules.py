@@ -45,12 +45,6 @@ def refusals(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
                 f"trains one adapter, and algorithm.name={config.algorithm.name} trains {beside[0]} too",
                 "remove it, or use an algorithm that trains the policy alone",
             )
-    if config.megatron.get("gradient_accumulation_fusion"):
-        yield Refusal(
-            "megatron.gradient_accumulation_fusion=true",
-            "adds gradients to a weight's own buffer, which a weight merged with an adapter has none of",
-            "remove it",
-        )
 
 
 def _targets(settings: AdapterSettings, shape: ModelShape) -> Iterator[Refusal]:

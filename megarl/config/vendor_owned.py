@@ -79,7 +79,7 @@ OWNED: dict[str, dict[str, str]] = {
                 "perform_initialization", "use_distributed_optimizer", "moe_token_dispatcher_type",
                 "finalize_model_grads_func", "check_for_nan_in_grad", "overlap_grad_reduce", "overlap_param_gather",
                 "overlap_param_gather_with_optimizer_step", "use_megatron_fsdp", "num_distributed_optimizer_instances",
-                "moe_grouped_gemm", "overlap_p2p_comm", "batch_p2p_comm",
+                "moe_grouped_gemm", "overlap_p2p_comm", "batch_p2p_comm", "gradient_accumulation_fusion",
             ),
             _FIXED,
         ),

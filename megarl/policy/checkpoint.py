@@ -38,6 +38,10 @@ from megarl.policy.model import is_expert
 from megarl.policy.policy import Policy
 from megarl.policy.trained_set import TrainedSet
 
+#: Of the data-parallel ranks the first alone gathers a shard's optimizer state, in host memory, to write it; by default
+#: each of them does, on its GPU. How it was gathered is nothing that the checkpoint has to say.
+_ON_ONE_HOST = {"distrib_optim_fully_reshardable_mem_efficient": True}
+
 
 def save(
     policy: Policy,
@@ -71,7 +75,8 @@ def save(
         partial.mkdir()
     dist.barrier()
     names = policy.trained if optimizer else policy.own_sets
-    state = _state(policy, _trained_modules(policy, names), megatron.CONTENT, optimizer=optimizer, loading=False)
+    modules = _trained_modules(policy, names)
+    state = _state(policy, modules, megatron.CONTENT | _ON_ONE_HOST, optimizer=optimizer, loading=False)
     # Megatron would start a process to hold the writers' results, for saves that go on behind the caller's back. It
     # takes seconds to start, and stays when this one is killed.
     writers: Any = filesystem_async

@@ -52,14 +52,15 @@ def transformer_config(config: RunConfig, shape: ModelShape) -> TransformerConfi
         "bf16": config.params_dtype == "bf16",
         # Weights are read or drawn after building, the same under every layout.
         "perform_initialization": False,
-        # Micro-batches are bounded in tokens, so their lengths differ; Megatron ties this to the all-to-all dispatcher.
-        "variable_seq_lengths": not messages_of_one_length(config),
         # Megatron waits for the device after every message, against a fault of old versions of PyTorch.
         "batch_p2p_sync": False,
+        # Micro-batches are bounded in tokens, so their lengths differ; Megatron ties this to the all-to-all dispatcher.
+        "variable_seq_lengths": not messages_of_one_length(config),
         "moe_token_dispatcher_type": "alltoall",
         # The loss divides by counts over the whole mini-batch; Megatron must not divide gradients again.
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": _left_to_the_step,
+        # Where it is right it is set on the layers: `megarl.policy.model.fuse_weight_gradients`.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "deterministic_mode": config.deterministic,

@@ -206,6 +206,21 @@ def wrap_data_parallel(
     return wrapped
 
 
+def fuse_weight_gradients(modules: Sequence[torch.nn.Module]) -> None:
+    """Have Transformer Engine's layers add their weights' gradients to the buffers, in fp32, as they multiply.
+
+    After building, as Megatron's output layer would refuse it without apex. Not under FP8: there Megatron tells them at
+    the start of every pass that its first micro-batch is their first, whose gradient they write over what is there,
+    that of an earlier pass before the same step. In bf16 that is so once, with empty buffers. Nor with an adapter:
+    the weights that it makes have no buffers.
+    """
+    for module in modules:
+        for layer in module.modules():
+            if hasattr(layer, "fuse_wgrad_accumulation"):
+                fused: Any = layer
+                fused.fuse_wgrad_accumulation = True
+
+
 def _count_padding(buffer: Any) -> None:
     """Count the padding at the end of a gradient buffer's buckets as data.
 

@@ -26,7 +26,7 @@ from megarl.policy.fp8_linear import scalings
 from megarl.policy.influence import InfluenceTap
 from megarl.policy.losses import LossStage, Pass, joined
 from megarl.policy.megatron_config import transformer_config
-from megarl.policy.model import build_model, wrap_data_parallel
+from megarl.policy.model import build_model, fuse_weight_gradients, wrap_data_parallel
 from megarl.policy.passes import Passes
 from megarl.reshard.weight_map import chunk_prefix
 
@@ -76,6 +76,8 @@ class Network:
             _freeze(self.chunks)
         else:
             self.wrapped += wrap_data_parallel(config, self.megatron_config, self.chunks)
+            if config.precision == "bf16" and adapter is None:
+                fuse_weight_gradients(self.chunks)
         running = self.wrapped or self.chunks
         self.passes = Passes(config, self.megatron_config, shape, world, grid, self.chunks, running, self.attachment)
 
