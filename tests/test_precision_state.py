@@ -11,8 +11,11 @@ import numpy as np
 import parity
 import pytest
 import torch
+from safetensors import safe_open
 from test_precision import MODELS, config_of, write_models
 
+from megarl.conversion import to_hf
+from megarl.conversion.ranks import Ranks
 from megarl.formats import megatron
 from megarl.formats.megatron import DistributedCheckpoint
 from megarl.ops import fp8
@@ -146,6 +149,31 @@ def test_histories_come_back_under_other_layouts_or_begin_anew(folder: Path, sai
         (words,) = said[number]
         assert words.startswith("step_000002 has no histories of FP8 amaxes that this run could continue: fp8-delayed")
     assert said[4] == [] and not scaling_of(folder / "other-4" / "step_000002")
+
+
+def test_keys_of_scaling_are_told_from_others():
+    scaling = ("decoder.layers.0.mlp.linear_fc1.scaling.history", "mlp.experts.linear_fc2.scaling12.factors")
+    assert all(map(megatron.is_scaling, scaling))
+    others = (
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc1.scaling.weight",
+        "mlp.history",
+        "mlp.scaling_up.factors",
+        "x._extra_state",
+    )
+    assert not any(map(megatron.is_scaling, others))
+
+
+@pytest.mark.processes
+def test_conversion_leaves_histories_out(folder: Path, said: list, tmp_path: Path):
+    """Dense, and with experts; the weights are the checkpoint's."""
+    for name in ("delayed", "experts"):
+        saved, out = folder / name / "step_000002", tmp_path / name
+        to_hf.convert(saved, out, Ranks(), hf_config=folder / RUNS[name][0])
+        with safe_open(next(out.glob("*.safetensors")), "pt") as file:
+            assert not [key for key in file.keys() if "scaling" in key]  # noqa: SIM118
+            found = file.get_tensor("model.layers.3.self_attn.o_proj.weight")
+        assert torch.equal(found, tensors_of(saved)["decoder.layers.3.self_attention.linear_proj.weight"])
 
 
 @pytest.mark.processes
