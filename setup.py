@@ -26,7 +26,7 @@ setup(
         "latex2sympy2_extended",
         "math-verify",
         "matplotlib",
-        "megatron-core==0.16.1",
+        "megatron-core==0.19.2",
         "numpy",
         "openai",
         "psutil",

@@ -60,13 +60,14 @@ rm -f "$stamp"
 # Versions are exact, so the index that has one may serve it: PyTorch's index also lists old copies of other packages.
 export UV_INDEX_STRATEGY=unsafe-best-match UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS="${UV_NO_PROGRESS:-1}"
 
+# An environment that uv made has no pip.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
+install_by_pip() { .venv/bin/python -m pip install --quiet --no-deps "$@"; }
+
 uv="$(command -v uv || true)"
 if [[ -z "$uv" ]]; then
     uv=.venv/bin/uv
-    if [[ ! -x "$uv" ]]; then
-        .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
-        .venv/bin/python -m pip install --quiet --no-compile "$(grep '^uv==' "$lock")"
-    fi
+    [[ -x "$uv" ]] || install_by_pip --no-compile "$(grep '^uv==' "$lock")"
 fi
 
 # For this uv has no variable.
@@ -82,7 +83,9 @@ fi
 echo "setup: installing $(grep -c '==' "$lock") packages of $lock"
 start=$SECONDS
 # Compiled at once and by all cores: importing torch, Megatron and vLLM costs a third less from the first run on.
-grep -v "^$EXTENSION==" "$lock" >.venv/first.lock
+# Has wheels for Python 3.11 and says that it needs 3.12: pip can be told to take it all the same, uv cannot.
+megatron=megatron-core
+grep -v -E "^($EXTENSION|$megatron)==" "$lock" >.venv/first.lock
 install --compile-bytecode -r .venv/first.lock || {
     cat >&2 <<'HELP'
 setup: installation failed (the reason is above). If it is torch==...+cpu that was not found: the package index does not
@@ -91,6 +94,7 @@ holds the wheel, and run this again.
 HELP
     exit 1
 }
+install_by_pip --ignore-requires-python "$megatron==$(locked "$lock" $megatron)"
 if [[ -n "$extension" ]]; then
     if ! wheel_in "$kept" >/dev/null; then
         echo "setup: compiling $EXTENSION $extension (half an hour of two cores; kept in $kept)"

@@ -16,6 +16,10 @@ OWNED: dict[str, dict[str, str]] = {
         "context_parallel_size": "set parallel.context",
         "expert_model_parallel_size": "set parallel.expert",
         "expert_tensor_parallel_size": "set parallel.expert_tensor",
+        **dict.fromkeys(("tensor_parallel_num_weight_shards", "gtp_weight_remat_size"), "set parallel.tensor"),
+        **dict.fromkeys(
+            ("expert_tensor_parallel_num_weight_shards", "expert_gtp_weight_remat_size"), "set parallel.expert_tensor"
+        ),
         "sequence_parallel": "set parallel.sequence",
         **dict.fromkeys(
             (
@@ -42,7 +46,7 @@ OWNED: dict[str, dict[str, str]] = {
                 "tp_only_amax_red", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8",
                 "activation_func_fp8_input_store", "reuse_grad_buf_for_mxfp8_param_ag", "keep_fp8_transpose_cache",
                 "disable_parameter_transpose_cache", "quant_recipe", "use_kitchen", "use_kitchen_attention",
-                "kitchen_attention_backend",
+                "kitchen_attention_backend", "fp8_output_proj", "fp4_param_gather",
             ),
             "set precision",
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,9 @@ _UNHEARD = r"(megatron|torch\.distributed\.checkpoint)"
 
 #: Loggers that warn of what is known: that there is no CUDA runtime, where an nvcc is in the PATH.
 _SILENT = ("torch.utils.cpp_extension",)
+
+#: What Megatron's loggers say to those who call it, about ways of calling it that work.
+_TO_CALLERS = re.compile(r"is deprecated|full_param_layout not provided", re.IGNORECASE)
 
 _said: set[str] = set()
 
@@ -55,7 +59,12 @@ def _show(
 
 
 def _passes(record: logging.LogRecord) -> bool:
-    return record.levelno != logging.WARNING or _is_new(f"{record.name}: {record.getMessage()}")
+    if record.levelno != logging.WARNING:
+        return True
+    text = record.getMessage()
+    if record.name.startswith("megatron.") and _TO_CALLERS.search(text):
+        return False
+    return _is_new(f"{record.name}: {text}")
 
 
 def _is_new(text: str) -> bool:

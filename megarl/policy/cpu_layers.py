@@ -7,6 +7,7 @@ and a layout are the same with and without Transformer Engine.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
@@ -202,7 +202,8 @@ class CpuSpecProvider(BackendSpecProvider):
         return CpuAttention
 
     def grouped_mlp_modules(self, *_: Any) -> Any:
-        return TEGroupedMLP, MLPSubmodules(linear_fc1=CpuColumnGroupedLinear, linear_fc2=CpuRowGroupedLinear)
+        submodules: Any = GroupedMLPSubmodules(linear_fc1=CpuColumnGroupedLinear, linear_fc2=CpuRowGroupedLinear)
+        return partial(TEGroupedMLP, submodules=submodules)
 
     def activation_func(self) -> Any:
         return None

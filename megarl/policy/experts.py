@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megarl.config.grid import Grid
@@ -41,14 +41,15 @@ class Experts:
     def begin(self, batches: Sequence[MicroBatch], sequence_parallel: int, *, training: bool) -> None:
         """Called by all ranks before each pass over micro-batches; `training` ones are those with a backward pass."""
         coefficient = 0.0
-        get_moe_layer_wise_logging_tracker().clear()
+        get_moe_metrics_tracker().clear()
         self._balances = bool(training and self._coefficient)
         if self._balances:
             grid = self._grid
             counts = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.pipeline_rank == 0
             tokens = sum(gather_all(sum(batch.real_tokens for batch in batches) if counts else 0))
-            # Megatron multiplies the loss of a micro-batch by its tokens; the mini-batch's is their mean.
-            coefficient = self._coefficient / max(tokens, 1)
+            # Megatron multiplies the loss of a micro-batch by its tokens, and by how many ranks share them: it takes the
+            # former for this rank's alone, though the routers' counts are summed in place. The mini-batch's is the mean.
+            coefficient = self._coefficient / max(tokens, 1) / (grid.tensor * grid.context)
         parts = [_Part(batch, self._grid.tensor_rank, sequence_parallel) for batch in batches]
         for router in self._routers:
             router.begin(parts, coefficient)
@@ -62,8 +63,8 @@ class Experts:
         """
         own = {router.number: router.load.cpu().numpy() for router in self._routers}
         compared = np.sum([router.compared.cpu().numpy() for router in self._routers] or [np.zeros(2)], axis=0)
-        tracked = get_moe_layer_wise_logging_tracker().get("load_balancing_loss")
-        aux = float(tracked["values"].sum()) if tracked and self._balances else 0.0
+        tracked = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
+        aux = float(tracked.values.sum()) if tracked and self._balances else 0.0
         found = gather_all((own, compared, aux, micro_batches if self._grid.reports else 0))
         loads = np.zeros((sum(self._shape.sparse_layers), self._shape.num_experts))
         for load, *_ in found:
