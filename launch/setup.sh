@@ -70,8 +70,10 @@ if [[ -z "$uv" ]]; then
     [[ -x "$uv" ]] || install_by_pip --no-compile "$(grep '^uv==' "$lock")"
 fi
 
-# For this uv has no variable.
+# For no index uv has no variable.
 install() { "$uv" pip install --quiet ${PIP_NO_INDEX:+--no-index} --python .venv/bin/python --no-deps "$@"; }
+# Has wheels for Python 3.11 and says that it needs 3.12: pip can be told to take it all the same, uv cannot.
+megatron=megatron-core
 
 extension="$(locked "$lock" $EXTENSION)"
 if [[ -n "$extension" ]]; then
@@ -83,8 +85,6 @@ fi
 echo "setup: installing $(grep -c '==' "$lock") packages of $lock"
 start=$SECONDS
 # Compiled at once and by all cores: importing torch, Megatron and vLLM costs a third less from the first run on.
-# Has wheels for Python 3.11 and says that it needs 3.12: pip can be told to take it all the same, uv cannot.
-megatron=megatron-core
 grep -v -E "^($EXTENSION|$megatron)==" "$lock" >.venv/first.lock
 install --compile-bytecode -r .venv/first.lock || {
     cat >&2 <<'HELP'
