@@ -50,8 +50,13 @@ def measure_layout(world: Any, path: Path, layout: dict[str, Any], batch: list, 
     whole = layout.get("expert", 1) == 1 or "tensor" in layout
     config = configuration(path, layout, aux_loss_coefficient=COEFFICIENT)
     with parity.policy_of(config, world) as policy:
+        gradient = last_routers_gradient(policy, config, batch)
+        # After a pass of which nothing may be left.
         result = parity.update(policy, parity.grpo(config), batch)
         found["means"], found["norm"], found["whole"] = result.means, result.grad_norm, whole
+    config = configuration(path, layout, aux_loss_coefficient=0.0)
+    with parity.policy_of(config, world) as policy:
+        found["balancing gradient"] = gradient - last_routers_gradient(policy, config, batch)
     for kind in ("off", "compare", "on"):
         config = configuration(path, layout, routing_replay=kind)
         with parity.policy_of(config, world) as policy:
@@ -64,6 +69,20 @@ def measure_layout(world: Any, path: Path, layout: dict[str, Any], batch: list, 
             with parity.policy_of(one, world) as policy:
                 result = parity.update(policy, parity.grpo(one), given)
                 found[f"{kind}{name} norm"], found[f"{kind}{name} means"] = result.grad_norm, result.means
+    return found
+
+
+def last_routers_gradient(policy: Any, config: Any, batch: list) -> np.ndarray | float:
+    """What one pass, discarded then, gives of the gradient of the last layer's router on this rank; 0 where another
+    stage has that layer. The gradient is the sum over ranks, which only a step makes."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    mine = [batch[i] for i in parity.share(batch, policy.grid)]
+    policy.accumulate(mine, parity.grpo(config).objectives, parity.totals(batch), old_is_current=False)
+    routers: list[Any] = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+    last = [m.weight for m in routers if m.layer_number == policy.shape.num_layers]
+    found = last[0].main_grad.numpy().astype(np.float64) if last else 0.0
+    policy.discard()
     return found
 
 
@@ -102,6 +121,7 @@ class Network:
         self.model = parity.transformers_model(path)
         self.forced: np.ndarray | None = None
         self.logits: list[torch.Tensor] = []
+        self.hidden: list[torch.Tensor] = []
         sparse = [layer.mlp for layer in self.model.model.layers if hasattr(layer.mlp, "gate")]
         for number, mlp in enumerate(sparse):
             mlp.gate.forward = self._gate(mlp.gate, number)
@@ -111,6 +131,7 @@ class Network:
             flat = hidden.reshape(-1, hidden.shape[-1])
             logits = flat @ gate.weight.T
             self.logits.append(logits)
+            self.hidden.append(flat)
             probabilities = torch.softmax(logits, -1)
             chosen = probabilities.topk(2, -1).indices
             if self.forced is not None:
@@ -185,6 +206,20 @@ def balancing_loss(logits: torch.Tensor, experts: int, k: int) -> torch.Tensor:
     return experts * (chosen.mean(0) / k * probabilities.mean(0)).sum()
 
 
+def balancing_gradient(hidden: list[torch.Tensor], logits: torch.Tensor, k: int) -> np.ndarray:
+    """That of `balancing_loss` to the router's weights (experts, hidden), in closed form: choices are constants.
+
+    d loss / d logits[t, j] = experts / T · p[t, j] · (f[j] - Σᵢ f[i] p[t, i]), f the shares of choices.
+    """
+    states, scores = (part.detach().numpy().astype(np.float64) for part in (torch.cat(hidden), logits))
+    probabilities = np.exp(scores - scores.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    chosen = np.argsort(-scores, axis=1)[:, :k]
+    shares = np.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.size
+    to_logits = probabilities * (shares - (probabilities * shares).sum(1, keepdims=True))
+    return scores.shape[1] / len(scores) * to_logits.T @ states
+
+
 def test_the_balancing_loss_and_its_gradient(path: Path, batches: Any, outcomes: Any) -> None:
     network = Network(path)
     from test_policy_parity import token_losses
@@ -208,5 +243,8 @@ def test_the_balancing_loss_and_its_gradient(path: Path, batches: Any, outcomes:
             if rank["whole"]:
                 assert rank["norm"] == pytest.approx(norm, rel=1e-5)
                 assert means["router_aux_loss"] == pytest.approx(float(torch.stack(aux).detach().mean()), rel=1e-5)
+                found = sum(one["balancing gradient"] for one in ranks)
+                expected = COEFFICIENT * balancing_gradient(network.hidden[2::3], layers[2], 2)
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     # Without it the gradient is another one.
     assert abs(outcomes[0][0]["off norm"] / norm - 1) > 1e-3

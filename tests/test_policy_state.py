@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,10 +16,12 @@ from typing import Any
 import numpy as np
 import parity
 import pytest
+import torch
 from live_bytes import LiveBytes
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megarl.errors import Refusal, TrainingStopped
-from megarl.formats import checkpoint_folder, megatron
+from megarl.formats import checkpoint_folder, checksums, megatron
 
 SAVED_UNDER = {"tensor": 2}
 SAVED_MIXTURES_UNDER = {"tensor": 2, "sequence": True, "expert": 2}
@@ -117,7 +121,8 @@ def save_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
 
 
 def load_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
-    """Load the checkpoint under each layout, save it again, and make the third update. A scenario of `run_world`."""
+    """Load the checkpoint under each layout, save it again, and make the third update; one process loads what
+    megatron-core 0.16 would have saved. A scenario of `run_world`."""
     from megarl.policy import checkpoint
 
     found = {}
@@ -127,7 +132,8 @@ def load_and_go_on(world: Any, folder: Path) -> dict[str, Any]:
             name = f"{model}-{world.size}-{number}"
             config = config_for(folder / model, parallel)
             with parity.policy_of(config, world, weights=False) as policy:
-                saved = checkpoint_folder.require(folder / f"{model}-saved", "resume")
+                root = folder / f"{model}-{'saved' if world.size > 1 else 'saved-by-0.16'}"
+                saved = checkpoint_folder.require(root, "resume")
                 # A GPU's checkpoint on the CPU, and back.
                 with extra_states() if number else nullcontext():
                     progress = checkpoint.load(policy, saved, optimizer=True)
@@ -168,9 +174,28 @@ def saved(folder: Path) -> dict[str, Any]:
     return parity.run_world("test_policy_state", "save_and_go_on", 4, folder)[0]
 
 
+def rewrite_as_0_16(root: Path, copy: Path) -> None:
+    """Copy a checkpoints folder as megatron-core 0.16 laid checkpoints out: what is no tensor lies in common.pt."""
+    shutil.copytree(root, copy)
+    directory = copy / "step_000002"
+    index = pickle.loads((directory / ".metadata").read_bytes())
+    del index.state_dict_metadata[megatron.COMMON]
+    place = index.storage_data.pop(MetadataIndex(megatron.COMMON))
+    content = (directory / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+    (common,) = torch.load(io.BytesIO(content))
+    torch.save(common, directory / "common.pt")
+    (directory / ".metadata").write_bytes(pickle.dumps(index))
+    backend = {"common_backend": "torch", "common_backend_version": 1}
+    (directory / "metadata.json").write_text(json.dumps(megatron.BACKEND | backend))
+    names = checkpoint_folder.file_names(directory)
+    rewrite_note(copy, files={name: checksums.measure(directory / name)._asdict() for name in names})
+
+
 @pytest.fixture(scope="module")
 def loaded(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     """The same after loading under every layout of `LOADED_UNDER`."""
+    for model in MODELS:
+        rewrite_as_0_16(folder / f"{model}-saved", folder / f"{model}-saved-by-0.16")
     found = {}
     for processes in LOADED_UNDER:
         found |= parity.run_world("test_policy_state", "load_and_go_on", processes, folder)[0]
@@ -365,14 +390,19 @@ def without_trace(world: Any, model: Path, root: Path) -> list[str]:
 
 
 def altered(root: Path, name: str, **notes: Any) -> Path:
-    """A copy of a checkpoints folder whose newest checkpoint has other notes, without their checksum."""
+    """A copy of a checkpoints folder whose newest checkpoint has other notes."""
     copy = root.with_name(f"{root.name}-{name}")
     shutil.copytree(root, copy)
-    note = copy / "step_000002" / "progress.json"
+    rewrite_note(copy, **notes)
+    return copy
+
+
+def rewrite_note(root: Path, **notes: Any) -> None:
+    """Change what progress.json says, and leave out its checksum."""
+    note = root / "step_000002" / "progress.json"
     content = json.loads(note.read_text()) | notes
     del content["checksum"]
     note.write_text(json.dumps(content))
-    return copy
 
 
 def test_checkpoints_of_other_models_damaged_or_without_moments_are_refused(folder: Path, root: Path):

@@ -1,8 +1,8 @@
 """Megatron's distributed checkpoints ("torch_dist"), read and written box by box, without Megatron and without a group.
 
 A checkpoint is files `*.distcp` of tensors saved one after another, each a box of a larger tensor that has a key, and
-`.metadata`, which says what lies where (PyTorch's format, `torch.distributed.checkpoint`); `common.pt` and
-`metadata.json` are Megatron's.
+`.metadata`, which says what lies where (PyTorch's format, `torch.distributed.checkpoint`). Megatron's are
+`metadata.json` and, of all that is no tensor, one object among the tensors; to Megatron-core 0.16 it is `common.pt`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -31,13 +32,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from megarl.errors import Refusal
 from megarl.reshard.boxes import Box, extents, intersect, numel
 
-#: What Megatron-core 0.16.1 writes as metadata.json.
-BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+#: What Megatron-core 0.19.2 writes as metadata.json.
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+#: The key under which it keeps what is no tensor: the first and only part of an object, a list with a dictionary.
+COMMON = "common_state/shard_0_1"
 
 #: How megarl has Megatron name tensors and lay out the optimizer's state: every layer under its own name; the state in
 #: model space, so that it loads under any layout, not only under the one it was saved with.
@@ -226,12 +225,14 @@ def write_file(path: Path, boxes: Iterable[tuple[str, tuple[int, ...], Box, torc
 
 
 def write_index(directory: Path, chunks: Iterable[Chunk]) -> None:
-    """Write what makes `.distcp` files a checkpoint of weights alone: .metadata, metadata.json and common.pt."""
+    """Write what makes `.distcp` files a checkpoint of weights alone: .metadata, metadata.json and common.distcp."""
     # Pickle writes an object that it meets again as a reference; of chunks that came other ways others are the same
     # objects. Made anew alike, the same chunks give the same bytes.
     raw = json.loads(json.dumps([chunk_to_json(chunk) for chunk in chunks]))
-    tensors: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    common = directory / "common.distcp"
+    torch.save([{"content_metadata": CONTENT}], common)
+    tensors: dict[str, Any] = {COMMON: BytesStorageMetadata()}
+    places = {MetadataIndex(COMMON): _StorageInfo(common.name, 0, common.stat().st_size)}
     for chunk in map(chunk_from_json, raw):
         properties = TensorProperties(dtype=getattr(torch, chunk.dtype))
         entry = tensors.setdefault(chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.shape), []))
@@ -240,7 +241,6 @@ def write_index(directory: Path, chunks: Iterable[Chunk]) -> None:
         places[MetadataIndex(chunk.key, offsets)] = _StorageInfo(chunk.file, chunk.start, chunk.size)
     metadata = Metadata(tensors, storage_data=places)
     metadata.version = CURRENT_DCP_VERSION
-    torch.save({"content_metadata": CONTENT}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 

@@ -47,8 +47,8 @@ class Experts:
             grid = self._grid
             counts = grid.tensor_rank == 0 and grid.context_rank == 0 and grid.pipeline_rank == 0
             tokens = sum(gather_all(sum(batch.real_tokens for batch in batches) if counts else 0))
-            # Megatron multiplies the loss of a micro-batch by its tokens, and by how many ranks share them: it takes the
-            # former for this rank's alone, though the routers' counts are summed in place. The mini-batch's is the mean.
+            # Megatron multiplies the loss of a micro-batch by the tokens of one rank, as it believes, and by the number
+            # of ranks that share them. Its count is of all of them already: it is summed over these ranks in place.
             coefficient = self._coefficient / max(tokens, 1) / (grid.tensor * grid.context)
         parts = [_Part(batch, self._grid.tensor_rank, sequence_parallel) for batch in batches]
         for router in self._routers:
