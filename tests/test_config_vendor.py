@@ -30,8 +30,16 @@ def test_every_owned_option_exists(table: str) -> None:
 
 def test_every_option_of_fp8_and_fp4_is_owned() -> None:
     """Layers in FP8 whose weights are pushed and saved as if they were not would go wrong in silence."""
-    low = re.compile(r"fp[48]|amax|_in_bf16$|_layers_bf16$|quant|kitchen|transpose_cache")
-    assert {name for name in vendor_fields("megatron") if low.search(name)} - set(OWNED["megatron"]) == set()
+    low = re.compile(r"fp[48]|amax|_in_bf16$|_layers_bf16$|quant(?!ile)|kitchen|transpose_cache")
+    # Megatron's own engine is not used.
+    names = {name for name in vendor_fields("megatron") if not name.startswith("inference_")}
+    assert {name for name in names if low.search(name)} - set(OWNED["megatron"]) == set()
+
+
+def test_every_option_that_changes_how_weights_are_cut_or_laid_out_is_owned() -> None:
+    """They are pushed, saved and converted by a map that knows one layout for each setting of megarl's."""
+    layout = re.compile(r"_model_parallel_size$|weight_shards|weight_remat|^mup_|use_mup|interleave_size|single_grouped|op_fuser")
+    assert {name for name in vendor_fields("megatron") if layout.search(name)} - set(OWNED["megatron"]) == set()
 
 
 def test_an_empty_table_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +108,26 @@ def test_passed_through(table: str, name: str, value: object) -> None:
         ("megatron", "fp8", "hybrid", "megatron.fp8: is set by megarl. Fix: set precision."),
         ("megatron", "fp8", None, "megatron.fp8: is set by megarl. Fix: set precision."),
         ("megatron", "fp4_recipe", "nvfp4", "megatron.fp4_recipe: is set by megarl. Fix: set precision."),
+        (
+            "megatron",
+            "tensor_parallel_num_weight_shards",
+            4,
+            "megatron.tensor_parallel_num_weight_shards: is set by megarl. Fix: set parallel.tensor.",
+        ),
+        (
+            "megatron",
+            "moe_mlp_glu_interleave_size",
+            32,
+            "megatron.moe_mlp_glu_interleave_size: is set by megarl. "
+            "Fix: remove it; weights are pushed and saved as Megatron lays them out without it.",
+        ),
+        (
+            "megatron",
+            "moe_grad_scale_func",
+            "scale",
+            "megatron.moe_grad_scale_func='scale': is a Python function, which YAML cannot give. "
+            "Fix: correct or remove megatron.moe_grad_scale_func.",
+        ),
         (
             "megatron",
             "init_method",

@@ -5,6 +5,7 @@ Set in two places they could disagree, so the tables `megatron:` and `vllm:` ref
 
 _SHAPE = "change the model's config.json in model.path"
 _FIXED = "remove it; training depends on megarl's value"
+_LAID_OUT = "remove it; weights are pushed and saved as Megatron lays them out without it"
 _PLACE = "remove it; processes are placed by parallel.processes and rollout.tensor"
 
 #: By table: field -> the fix.
@@ -73,7 +74,8 @@ OWNED: dict[str, dict[str, str]] = {
                 "gated_linear_unit", "activation_func", "qk_layernorm", "multi_latent_attention", "num_moe_experts",
                 "window_size", "rotary_interleaved", "softmax_scale", "moe_ffn_hidden_size", "moe_layer_freq",
                 "moe_router_topk", "moe_router_pre_softmax", "moe_shared_expert_intermediate_size",
-                "moe_shared_expert_gate",
+                "moe_shared_expert_gate", "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult",
+                "mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power",
             ),
             _SHAPE,
         ),
@@ -83,9 +85,21 @@ OWNED: dict[str, dict[str, str]] = {
                 "perform_initialization", "use_distributed_optimizer", "moe_token_dispatcher_type",
                 "finalize_model_grads_func", "check_for_nan_in_grad", "overlap_grad_reduce", "overlap_param_gather",
                 "overlap_param_gather_with_optimizer_step", "use_megatron_fsdp", "num_distributed_optimizer_instances",
-                "moe_grouped_gemm", "overlap_p2p_comm", "batch_p2p_comm", "gradient_accumulation_fusion",
+                "moe_grouped_gemm", "overlap_p2p_comm", "batch_p2p_comm", "gradient_accumulation_fusion", "optimizer",
+                "use_layer_wise_distributed_optimizer", "grad_norm_skip_threshold", "moe_router_load_balancing_type",
+                "moe_router_quantile_balancing_ema", "moe_router_force_load_balancing", "moe_router_force_biased",
+                "moe_z_loss_coeff",
             ),
             _FIXED,
+        ),
+        # Parameters of another shape, or in another order, than checkpoints and engines have them.
+        **dict.fromkeys(
+            (
+                "use_transformer_engine_op_fuser", "use_grouped_gemm_for_dense_mlp", "moe_single_grouped_weight",
+                "use_grouped_gemm_for_shared_expert", "moe_single_grouped_bias", "moe_mlp_glu_interleave_size",
+                "moe_shared_expert_glu_interleave_size",
+            ),
+            _LAID_OUT,
         ),
     },
     "vllm": {

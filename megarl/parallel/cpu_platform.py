@@ -163,12 +163,8 @@ def _redirect_recompute() -> None:
 
 def _redirect_experts() -> None:
     """What Megatron's mixtures of experts take for granted beside CUDA."""
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    utilities: Any = moe_utils
-    if not hasattr(utilities, "te_general_gemm"):
-        # Asked for by name, but defined only where Transformer Engine can be imported.
-        utilities.te_general_gemm = None
     dispatcher: Any = token_dispatcher
     original = dispatcher.maybe_move_tensor_to_cpu
 

@@ -195,7 +195,7 @@ class CpuSpecProvider(BackendSpecProvider):
     def column_parallel_layer_norm_linear(self) -> type:
         return CpuNormColumnParallelLinear
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return CpuRMSNorm
 
     def core_attention(self) -> type:
