@@ -38,7 +38,7 @@ def test_every_option_of_fp8_and_fp4_is_owned() -> None:
 
 def test_every_option_that_changes_how_weights_are_cut_or_laid_out_is_owned() -> None:
     """They are pushed, saved and converted by a map that knows one layout for each setting of megarl's."""
-    layout = re.compile(r"_model_parallel_size$|weight_shards|weight_remat|^mup_|use_mup|interleave_size|single_grouped|op_fuser")
+    layout = re.compile(r"_model_parallel_size$|weight_(shards|remat)|^(use_)?mup|interleave_|single_grouped|op_fuser")
     assert {name for name in vendor_fields("megatron") if layout.search(name)} - set(OWNED["megatron"]) == set()
 
 
