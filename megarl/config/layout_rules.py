@@ -30,7 +30,7 @@ from megarl.config.schema import RunConfig
 from megarl.config.wording import divisors
 from megarl.errors import Refusal
 
-#: What Megatron-core 0.16.1 can recompute of the layers that megarl builds; the second only in mixtures of experts.
+#: What Megatron-core 0.19.2 can recompute of the layers that megarl builds; the second only in mixtures of experts.
 RECOMPUTED = ("core_attn", "layernorm", "mlp")
 RECOMPUTED_EXPERTS = ("moe", "moe_act", "shared_experts")
 

@@ -97,7 +97,7 @@ def engine_refusals(shape: ModelShape, tensor: int, expert_parallel: bool = Fals
 def _dense(value: str, tensor: int, shape: ModelShape) -> Iterator[Refusal]:
     """Heads and MLPs that every token passes; policy and engine split them alike.
 
-    Megatron-core 0.16.1 (TransformerConfig.__post_init__) and vLLM (the models' attention) both want
+    Megatron-core 0.19.2 (TransformerConfig.__post_init__) and vLLM (the models' attention) both want
     key-value heads that TP divides, each rank holding some, or that divide TP, each copied to several.
     """
     if shape.num_heads % tensor:

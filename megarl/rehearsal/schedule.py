@@ -1,6 +1,6 @@
 """How many micro-batches a pipeline stage keeps the activations of, by Megatron's schedules. Pure.
 
-Source: Megatron-core 0.16.1, `megatron/core/pipeline_parallel/schedules.py` (`get_pp_rank_microbatches`,
+Source: Megatron-core 0.19.2, `megatron/core/pipeline_parallel/schedules.py` (`get_pp_rank_microbatches`,
 `get_schedule_table`): 1F1B, and interleaved 1F1B where a stage has several model chunks.
 """
 

@@ -208,7 +208,7 @@ _STORED_CUTS: dict[Layout, tuple[int, int | None]] = {
 
 
 def stored_parameters(shape: ModelShape, tensor: int = 1, vocab_multiple: int = 128) -> list[StoredParameter]:
-    """The model's parameters as Megatron-core 0.16.1 stores them, in the order of the forward pass.
+    """The model's parameters as Megatron-core 0.19.2 stores them, in the order of the forward pass.
 
     `tensor` and `vocab_multiple` pad the vocabulary, as in `padded_vocab_size`. Source of the keys: the
     `sharded_state_dict` methods of its GPTModel, with every layer under a name of its own.
