@@ -202,8 +202,8 @@ class CpuSpecProvider(BackendSpecProvider):
         return CpuAttention
 
     def grouped_mlp_modules(self, *_: Any) -> Any:
-        submodules: Any = GroupedMLPSubmodules(linear_fc1=CpuColumnGroupedLinear, linear_fc2=CpuRowGroupedLinear)
-        return partial(TEGroupedMLP, submodules=submodules)
+        layers: dict[str, Any] = {"linear_fc1": CpuColumnGroupedLinear, "linear_fc2": CpuRowGroupedLinear}
+        return partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(**layers))
 
     def activation_func(self) -> Any:
         return None
