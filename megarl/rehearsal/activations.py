@@ -91,9 +91,9 @@ def _experts(config: RunConfig, shape: ModelShape, i: float) -> Iterator[Term]:
     again = frozenset({"moe"})
     router = {"fp32": 4, "fp64": 8}[config.moe.router_dtype]
     yield Term("the mixture's norm", e * h / s, frozenset({"layernorm"}), mlp=True)
-    # The softmax over the chosen experts, or over all; two indices of each chosen one; a weight and a mark for all.
+    # The softmax over the chosen experts, or over all; three indices of each chosen one; a weight for all.
     softmax = k if shape.normalize_topk else shape.num_experts
-    routing = router * softmax + 16 * k + (router + 1) * shape.num_experts
+    routing = router * softmax + 24 * k + router * shape.num_experts
     yield Term("the router's softmax and choices", routing / s, again)
     yield Term("tokens at their experts, input of gate and up", i * h * copies, again, mlp=True)
     yield Term("gate and up of the experts", e * 2 * ffn * copies, again, mlp=True, made=True)
