@@ -62,7 +62,7 @@ def take_part(rank: int, case: Case, folder: str, failing: int, deed: int, late:
     before = {name: tensor.clone() for name, tensor in sources.items()}
     plan = case.plan(rank, 300)
     assert len(plan.rounds) > 8
-    mover = Failing(plan, dtype=torch.float32, device=torch.device("cpu"), time_limit=LIMIT)
+    mover = Failing(plan, device=torch.device("cpu"), time_limit=LIMIT)
     posts = 2 * len(plan.rounds) - 1 if late else len(plan.rounds) + 3
     mover.failure = (posts if rank == failing else -1, deed)
     mover.run(sources, Tensors(case, rank), verify=late)
