@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -19,11 +18,15 @@ from megarl.parallel.place import RANK_NAMES
 #: Modules that warn of each accelerator that is absent, and of themselves.
 _UNHEARD = r"(megatron|torch\.distributed\.checkpoint)"
 
-#: Loggers that warn of what is known: that there is no CUDA runtime, where an nvcc is in the PATH.
-_SILENT = ("torch.utils.cpp_extension",)
-
-#: What Megatron's loggers say to those who call it, about ways of calling it that work.
-_TO_CALLERS = re.compile(r"is deprecated|full_param_layout not provided", re.IGNORECASE)
+#: Loggers that warn of what is known: that there is no CUDA runtime, where an nvcc is in the PATH; and of calls of
+#: Megatron's that work and that it would rather have in another form.
+_SILENT = (
+    "torch.utils.cpp_extension",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
 
 _said: set[str] = set()
 
@@ -59,12 +62,7 @@ def _show(
 
 
 def _passes(record: logging.LogRecord) -> bool:
-    if record.levelno != logging.WARNING:
-        return True
-    text = record.getMessage()
-    if record.name.startswith("megatron.") and _TO_CALLERS.search(text):
-        return False
-    return _is_new(f"{record.name}: {text}")
+    return record.levelno != logging.WARNING or _is_new(f"{record.name}: {record.getMessage()}")
 
 
 def _is_new(text: str) -> bool:
