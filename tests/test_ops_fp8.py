@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 
 from megarl.ops import fp8
 from megarl.ops.fp8 import E4M3, E5M2, ROW_TILE, WEIGHT_TILE
@@ -191,13 +192,23 @@ def test_tiles_are_quantised_as_written_out(tile):
     np.testing.assert_array_equal(back.dequantised().numpy(), found.dequantised().numpy().T)
 
 
-def test_weights_are_quantised_as_written_out():
+@pytest.mark.parametrize("at_once", [fp8.SLAB_ELEMENTS, 1])
+def test_weights_are_quantised_as_written_out(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fp8, "SLAB_ELEMENTS", at_once)
     x = awkward(3, (301, 277))
     codes, scales = quantised_by_hand(x, WEIGHT_TILE, "vllm")
     found = fp8.quantise_weight(torch.from_numpy(x))
     np.testing.assert_array_equal(bits(found.values), codes)
     np.testing.assert_array_equal(found.scales.numpy(), scales)
     assert np.isnan(scales[1, 0]) and np.isinf(scales[0, 1]) and (found.values.float()[:128, :128] == 0).all()
+
+
+def test_a_weight_takes_little_memory_while_it_is_quantised(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fp8, "SLAB_ELEMENTS", 2**16)
+    weight = torch.randn(2**11, 2**9, generator=torch.Generator().manual_seed(6)).bfloat16()
+    with LiveBytes(weight) as live:
+        made = fp8.quantise_weight(weight)
+    assert live.peak < made.values.nbytes + 2 * made.scales.nbytes + fp8.SLAB_BYTES // fp8.SLAB_ELEMENTS * 2**16 + 2**16
 
 
 def test_both_quantise_alike_where_every_amax_is_1e_4_or_more():

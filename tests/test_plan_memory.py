@@ -114,6 +114,9 @@ def test_an_engine_in_fp8_has_a_byte_for_a_weight_of_its_layers() -> None:
         push, rollout = report.busiest("push"), report.busiest("rollout")
         assert push is not None and rollout is not None
         assert push.of("engine weights") == rollout.of("engine weights") == wanted
+        # Gate and up of a rank of the policy's 4: a copy in bf16, values in a byte, 16 bytes of an element of a slab.
+        made = 3 * 2 * ffn * h // 4 + 16 * 2**22
+        assert push.of("quantised weights") == (made if report is quantised else 0)
     assert whole.kv_cache is not None and quantised.kv_cache is not None
     assert quantised.kv_cache.tokens > whole.kv_cache.tokens
 

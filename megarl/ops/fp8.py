@@ -37,6 +37,11 @@ COLUMN_TILE: Tile = (TILE_SIDE, 1)
 #: Below which vLLM takes a tile's amax for this.
 VLLM_LEAST_AMAX = 1e-4
 
+#: Of a weight at a time, and what that many take while they are quantised: few enough to be nothing beside a model's
+#: weights, enough for a GPU to be busy (our choice).
+SLAB_ELEMENTS = 1 << 22
+SLAB_BYTES = 16 * SLAB_ELEMENTS
+
 AmaxChoice = Literal["max", "most_recent"]
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -233,6 +238,13 @@ def quantise_tiles(x_MK: Tensor, tile: Tile, least_amax: float = 0.0, kind: torc
     return Quantised(saturating_cast(times_tiles(x_MK.float(), factors, tile), kind), 1.0 / factors, tile)
 
 
+def times_blocks(x_NK: Tensor, scales: Tensor) -> Tensor:
+    """(N, K), or a stack (E, N, K): each element times its block's scale; `scales` as in `quantise_weight`."""
+    if x_NK.dim() == 2:
+        return times_tiles(x_NK, scales, WEIGHT_TILE)
+    return torch.stack([times_tiles(*pair, WEIGHT_TILE) for pair in zip(x_NK, scales, strict=True)])
+
+
 def quantise_weight(weight_NK: Tensor) -> Quantised:
     """A weight as vLLM's block checkpoints have it: `values` are `weight`, `scales` are `weight_scale_inv`.
 
@@ -240,11 +252,15 @@ def quantise_weight(weight_NK: Tensor) -> Quantised:
     that the scale is 2**-22, so that the values shrink instead. Of a part that is cut at multiples of 128 in both
     dimensions it gives the whole's part, to the bit. Where a tile has NaN its scale is NaN; where it has infinity,
     infinite.
+
+    Rows of blocks are quantised by themselves, `SLAB_ELEMENTS` at a time: beside the result it takes `SLAB_BYTES`.
     """
-    scales = power_of_two_scale(tile_amax(weight_NK.abs(), WEIGHT_TILE))
-    return Quantised(
-        saturating_cast(times_tiles(weight_NK.float(), 1.0 / scales, WEIGHT_TILE), E4M3), scales, WEIGHT_TILE
-    )
+    values, scales = torch.empty_like(weight_NK, dtype=E4M3, memory_format=torch.contiguous_format), list[Tensor]()
+    rows = max(1, SLAB_ELEMENTS // (TILE_SIDE * max(1, weight_NK.shape[1]))) * TILE_SIDE
+    for slab, place in zip(weight_NK.split(rows), values.split(rows), strict=True):
+        scales.append(power_of_two_scale(tile_amax(slab.abs(), WEIGHT_TILE)))
+        place.copy_(saturating_cast(times_tiles(slab.float(), 1.0 / scales[-1], WEIGHT_TILE), E4M3))
+    return Quantised(values, torch.cat(scales), WEIGHT_TILE)
 
 
 def product(a_MK: Quantised, b_NK: Quantised) -> Tensor:

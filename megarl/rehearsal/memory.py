@@ -19,6 +19,7 @@ from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
 from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
+from megarl.ops.fp8 import SLAB_BYTES
 from megarl.rehearsal import activations
 from megarl.rehearsal.activations import ELEMENT_BYTES
 from megarl.rehearsal.engine import EngineMemory
@@ -274,7 +275,11 @@ def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> i
 
 
 def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
-    """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay."""
+    """The engine's weights arrive beside the policy's, in two rounds under way. On a GPU they land where they stay.
+
+    What is made on the way out is one tensor at a time: merged, as in training; quantised, its values beside a copy in
+    the order of the checkpoint's rows, and what a slab takes.
+    """
     yield from _weights(run, shard)
     for one in run.implied.parameter_sets:
         if one.trains and one.generates:
@@ -282,6 +287,10 @@ def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     if any(one.generates for one in run.implied.kept_sets):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("engine weights", engine.weights, True)
+    element = ELEMENT_BYTES[run.config.params_dtype]
+    yield Amount("merged weights", shard.merged * (element + 4 * OPTIMIZER_ELEMENT), False)
+    if run.config.rollout.precision == "fp8":
+        yield Amount("quantised weights", shard.largest_linear * (1 + element) + SLAB_BYTES, False)
     yield Amount("push buckets", 2 * int(run.config.weights.bucket_mib * 2**20), True)
     yield Amount("reserved", run.cluster.reserved, False)
 

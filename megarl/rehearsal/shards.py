@@ -64,7 +64,8 @@ class Shard:
     the vocabulary left out; `largest_layer`: elements of the module whose weights are largest, a layer's local experts
     taken together. `buffers` are of the base, where that trains. Of an adapter `adapter` are its parameters,
     `adapter_buffers` what has them, and `merged` the elements of the largest weight that it changes; 0 without one.
-    `fp8`: elements of the weights that are multiplied in FP8.
+    `fp8`: elements of the weights that are multiplied in FP8; `largest_linear`: those of the largest weight of a linear
+    layer, of experts of one.
     """
 
     stage: int
@@ -77,6 +78,7 @@ class Shard:
     adapter_buffers: tuple[Buffer, ...] = ()
     merged: int = 0
     fp8: int = 0
+    largest_linear: int = 0
 
     @property
     def parameters(self) -> int:
@@ -139,20 +141,31 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
         by_kind: Counter[str] = Counter()
         once: Counter[str] = Counter()
         modules: dict[tuple[int, str], int] = defaultdict(int)
-        in_fp8 = 0
+        in_fp8 = largest = 0
         fp8_layers = layers_in_fp8(config.fp8, shape.num_layers) if config.uses_fp8 else range(0)
         for number, model in enumerate(models):
             for name, parameter in model.named_parameters():
                 by_kind[kind_of(name)] += parameter.numel()
                 once[kind_of(name)] += _once(name, parameter, shape, grid)
                 modules[number, name.rpartition(".")[0]] += parameter.numel()
+                if _LINEAR.fullmatch(name):
+                    largest = max(largest, parameter.numel())
                 if _is_in_fp8(name, chunks[number], fp8_layers):
                     in_fp8 += parameter.numel()
         implied = Implied(config)
         buffers: tuple[Buffer, ...] = ()
         if not implied.base_is_frozen:
             buffers = tuple(_buffers(wrap_data_parallel(config, megatron_config, models)))
-        shard = Shard(stage, chunks, dict(by_kind), dict(once), buffers, max(modules.values()), fp8=in_fp8)
+        shard = Shard(
+            stage,
+            chunks,
+            dict(by_kind),
+            dict(once),
+            buffers,
+            max(modules.values()),
+            fp8=in_fp8,
+            largest_linear=largest,
+        )
         if implied.adapter is None:
             return shard
         adapter = Adapter(implied.adapter, shape, config.parallel, grid, models, config.seed)

@@ -133,7 +133,7 @@ class BlockExperts(Fp8MoEMethod):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """(tokens, hidden): the sum over a token's experts of this rank, as Triton's kernel rounds: what goes into a
-        product to FP8, what comes out of it to bf16."""
+        product to FP8, what comes out of it to bf16, of the second once it is multiplied by the router's weight."""
         module = cast("Any", layer)
         w13, w2 = module.cpu_linear
         # Of other ranks' experts -1.
@@ -144,7 +144,8 @@ class BlockExperts(Fp8MoEMethod):
                 continue
             rows, places = (experts == expert).nonzero(as_tuple=True)
             gate, up = F.linear(tokens[rows], w13[expert]).chunk(2, dim=-1)
-            made = F.linear(_rounded(F.silu(gate) * up), w2[expert]).float()
+            # Triton's kernel multiplies before it rounds.
+            made = F.linear(_rounded(F.silu(gate) * up).float(), w2[expert].float())
             total.index_add_(0, rows, (made * topk_weights[rows, places, None]).to(x.dtype).float())
         return total.to(x.dtype)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from megarl.errors import MegarlError, Refusal
 from megarl.ops.bits import Digest, as_numbers, digest
-from megarl.ops.fp8 import E4M3, WEIGHT_TILE, times_tiles
+from megarl.ops.fp8 import E4M3, times_blocks
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.rollout import experts
@@ -46,8 +46,8 @@ class WeightSlot:
 
 @dataclass(frozen=True, slots=True)
 class _Print:
-    """What a slot holds: digests of what can be read, and the packed copies, which nothing can write to: other weights
-    come with another packed copy."""
+    """What a slot holds: digests of what can be read, and the packed copies. To most of these nothing can write: other
+    weights come with another packed copy."""
 
     digests: tuple[Digest, ...]
     packed: tuple[object, ...]
@@ -220,7 +220,7 @@ class EngineWeights:
             for name in self._slots.keys() - self._prints.keys():
                 pieces = known.get(name, ())
                 self._boxes[name] = [box for box, _ in pieces]
-                digests = tuple(one for _, one in pieces)
+                digests = (*(one for _, one in pieces), *map(digest, self._in_use(name)))
                 self._prints[name] = _Print(digests, self._packed(name)) if pieces else self._print(name)
         self._engine.weights_changed(version)
 
@@ -230,7 +230,8 @@ class EngineWeights:
         found = {
             name
             for name, before in self._prints.items()
-            if before.packed != now[name].packed or len(before.digests) != len(now[name].digests)
+            if any(old is not new for old, new in zip(before.packed, now[name].packed, strict=True))
+            or len(before.digests) != len(now[name].digests)
         }
         rest = [name for name in self._prints if name not in found]
         # All at once, as a GPU is waited for.
@@ -243,11 +244,17 @@ class EngineWeights:
         place = self._places[name]
         held = {id(one): one.detach() for one in (getattr(module, place.attribute) for module in place.modules)}
         parts = [part for one in held.values() if one.numel() for part in self._parts(name, one)]
-        return _Print(tuple(digest(part) for part in parts), self._packed(name))
+        return _Print(tuple(map(digest, (*parts, *self._in_use(name)))), self._packed(name))
 
     def _parts(self, name: str, held: torch.Tensor) -> list[torch.Tensor]:
         boxes = self._boxes.get(name)
         return [box_view(held, box) for box in boxes] if boxes else [held]
+
+    def _in_use(self, name: str) -> list[torch.Tensor]:
+        """Stacks that a kernel multiplies with in place of a slot, where they can be read."""
+        place = self._places[name]
+        found = (_stacks_in_use(module).get(place.attribute) for module in place.modules)
+        return [one for one in found if one is not None]
 
     def _packed(self, name: str) -> tuple[object, ...]:
         return tuple(vars(module).get("cpu_linear") for module in self._places[name].modules)
@@ -287,6 +294,8 @@ class EngineWeights:
                     found[name] = parameter.detach().clone()
                 if attribute == "weight" and _is_packed(module):
                     found[f"{name} (packed)" if parameter.numel() else name] = _unpack(module)
+                elif attribute in _stacks_in_use(module):
+                    found[f"{name} (packed)"] = _stacks_in_use(module)[attribute].clone()
         return found
 
     def checksum(self) -> str:
@@ -347,12 +356,15 @@ def _replace(module: nn.Module, attribute: str, staged: torch.Tensor) -> None:
 
 def _values_in_use(module: nn.Module, attribute: str) -> torch.Tensor:
     """The FP8 values of a weight or a stack by what the CPU multiplies with (`megarl.rollout.cpu_fp8`): exact."""
-    layer, scales = cast("Any", module), getattr(module, f"{attribute}_scale_inv")
-    if attribute == "weight":
-        return times_tiles(_unpack(module).float(), 1.0 / scales, WEIGHT_TILE).to(E4M3)
-    stack = layer.cpu_linear[experts.STACKS.index(attribute)]
-    pairs = zip(stack.float(), scales, strict=True)
-    return torch.stack([times_tiles(one, 1.0 / own, WEIGHT_TILE).to(E4M3) for one, own in pairs])
+    scales = getattr(module, f"{attribute}_scale_inv")
+    numbers = _unpack(module) if attribute == "weight" else _stacks_in_use(module)[attribute]
+    return times_blocks(numbers.float(), 1.0 / scales).to(E4M3)
+
+
+def _stacks_in_use(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What the CPU multiplies with of experts in FP8, by the names of the values it is made of; else nothing."""
+    packed = vars(module).get("cpu_linear")
+    return dict(zip(experts.STACKS, packed, strict=True)) if isinstance(packed, tuple) else {}
 
 
 def _unpack(module: nn.Module) -> torch.Tensor:

@@ -67,7 +67,13 @@ def export_hf(
     mine = _HostTensors(
         dtype, {name: shape for name, shape in shapes.items() if world.rank in targets[name][0].split.of_rank}
     )
-    mover = Mover(plan, device=world.device, time_limit=policy.config.weights.time_limit, occasion="export")
+    mover = Mover(
+        plan,
+        device=world.device,
+        time_limit=policy.config.weights.time_limit,
+        computed={name: name for name in policy.adapted},
+        occasion="export",
+    )
     # With further models that train, the policy may be away.
     policy.onload_weights()
     mover.run(source or PolicyWeights(policy), mine)

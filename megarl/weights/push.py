@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megarl.config.quantisation import scale_name
 from megarl.errors import Interrupted, Refusal
+from megarl.ops.fp8 import E4M3, times_blocks
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import anywhere, gather_all
 from megarl.policy.policy import Policy
@@ -24,7 +26,7 @@ from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout.weights import EngineWeights, Fillable
 from megarl.weights.ledger import Journey
 from megarl.weights.push_plan import engine_tensors, push_plan, quantised
-from megarl.weights.quantised import QuantisedWeights
+from megarl.weights.quantised import QuantisedWeights, origins
 from megarl.weights.source import PolicyWeights, WeightSource
 from megarl.weights.transfer import Mover
 
@@ -40,7 +42,8 @@ class AdapterMissing(Interrupted):
 @dataclass(frozen=True, slots=True)
 class Difference:
     """A parameter, by its name in a Hugging Face checkpoint, that differs between engine and policy on some rank:
-    by at most `largest` (infinite where a NaN is)."""
+    by at most `largest` (infinite where a NaN is); of FP8 values it is that of the weights they stand for, by the
+    engine's scales."""
 
     name: str
     largest: float
@@ -61,15 +64,16 @@ class Push:
         _check_slots(self.engine_weights, self._targets)
         # A rank late in a large group may hold padding rows of the vocabulary alone: nothing arrives for those tensors.
         self._padding = [name for name, target in self._targets.items() if not target.regions]
+        held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
+        #: What leaves in FP8.
+        self._parts = list(parts_of(held, quantised(policy.config, policy.shape)))
         self.mover = Mover(
             push_plan(policy.config, policy.shape, policy.world.rank, policy.world.node_of_rank),
             device=policy.world.device,
             time_limit=policy.config.weights.time_limit,
+            computed={name: name for name in policy.adapted} | origins(self._parts),
             say=self._hf_name,
         )
-        held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
-        #: What leaves in FP8.
-        self._parts = list(parts_of(held, quantised(policy.config, policy.shape)))
         #: Those of the weights with an adapter that this rank's part of the plan is read from.
         self._adapted: set[str] = set()
         if policy.adapted:
@@ -183,9 +187,12 @@ class _Comparison:
     def complete(self, name: str) -> None:
         wanted = self._open.pop(name)
         for held in self._weights.held(name) if name in self._slots else ():
+            apart = wanted.float() - held.to(wanted.dtype).float()
+            if wanted.dtype == E4M3:
+                # Scales that differ are found under their own name.
+                apart = times_blocks(apart, self._weights.held(scale_name(name))[0])
             for region in self._targets[name].regions:
-                pair = (box_view(one, region.local_box).float() for one in (wanted, held.to(wanted.dtype)))
-                largest = float(torch.sub(*pair).abs().nan_to_num(nan=torch.inf).max())
+                largest = float(box_view(apart, region.local_box).abs().nan_to_num(nan=torch.inf).max())
                 if largest > 0:
                     self.found[region.hf_name] = max(largest, self.found.get(region.hf_name, 0.0))
 

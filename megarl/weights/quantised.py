@@ -18,34 +18,44 @@ class QuantisedWeights:
     """A source of FP8 values and scales, by the checkpoint's names, made of what another source has for `parts`; it
     has that source's other tensors too.
 
-    It is made for one run of a plan, in which the weights do not change. Values and scales of a tensor are asked for
-    one after another: those of the last tensor are kept.
+    It is made for one run of a plan, in which the weights do not change. Of the policy's tensor that was asked for last
+    all values are kept, and scales, which are few, of every one: a target's values are asked for before its scales.
     """
 
     def __init__(self, source: WeightSource, parts: Sequence[Part]) -> None:
         self._source = source
-        self._tensor_of = {name: part.tensor for part in parts for name in (part.name, scale_name(part.name))}
+        self._tensor_of = origins(parts)
         self._parts: dict[str, list[Part]] = {}
         for part in parts:
             self._parts.setdefault(part.tensor, []).append(part)
         self._last: tuple[str, Mapping[str, torch.Tensor]] | None = None
+        self._scales: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str, /) -> torch.Tensor:
         tensor = self._tensor_of.get(name)
         if tensor is None:
             return self._source[name]
+        if name in self._scales:
+            return self._scales[name]
         if self._last is None or self._last[0] != tensor:
+            # The old values go before the new ones are made.
+            self._last = None
             self._last = tensor, self._quantised(tensor)
-        return self._last[1][name]
+        return self._scales[name] if name in self._scales else self._last[1][name]
 
     def _quantised(self, tensor: str) -> dict[str, torch.Tensor]:
-        """Values and scales of all parts of a tensor of the policy."""
+        """The values of all parts of a tensor of the policy; their scales are noted."""
         weight = self._source[tensor]
         found: dict[str, torch.Tensor] = {}
         for part in self._parts[tensor]:
             made = _kept(weight, part) or quantise_weight(_together(weight, part.local_boxes))
-            found[part.name], found[scale_name(part.name)] = made.values, made.scales
+            found[part.name], self._scales[scale_name(part.name)] = made.values, made.scales
         return found
+
+
+def origins(parts: Sequence[Part]) -> dict[str, str]:
+    """The policy's tensors that values and scales of `parts` are made of."""
+    return {name: part.tensor for part in parts for name in (part.name, scale_name(part.name))}
 
 
 def _kept(weight: torch.Tensor, part: Part) -> Quantised | None:

@@ -16,10 +16,10 @@ from megarl.policy.policy import Policy
 class WeightSource(Protocol):
     """A rank's tensors by the names that a plan has for them; a dictionary of tensors is one too.
 
-    A plan is in rounds, and a tensor is asked for once in each round that sends a part of it, and kept until the round
-    has arrived: one that is computed takes no more memory than the tensors of two rounds. It is computed whole, so that
-    its bits do not depend on which part is wanted. The mover casts parts to the type that travels. What comes is read,
-    never written, and is that of the weights as they are when it is asked for.
+    A plan is in rounds, and a tensor is asked for in each round that has a part of it. One that is computed, if the
+    mover is told so, is asked for once in a round where it is sent, and kept until another one is asked for. It is
+    computed whole, so that its bits do not depend on which part is wanted. The mover casts parts to the type that
+    travels. What comes is read, never written, and is that of the weights as they are when it is asked for.
     """
 
     def __getitem__(self, name: str, /) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Executes a reshard plan: boxes of source tensors travel point to point into boxes of target tensors.
 
 Transfers go in rounds of bounded size; pieces for one peer travel together in flat messages, as bytes, each in its own
-type. While a round travels, the one before it is copied to its place: a rank never holds more than two rounds beside
-its own tensors.
+type. While a round travels, the one before it is copied to its place: beside its own tensors a rank never holds more
+than the messages of two rounds, and of tensors that are computed, one.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count, groupby
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -64,8 +65,10 @@ _NUMBERS = count()
 class Mover:
     """Runs one rank's plan again and again. Sources are cast to the type in which they travel before they are sent.
 
-    `time_limit`: seconds that a rank waits for others, in a round and at the end. `occasion`: what the move is, for
-    errors, and `say` what a piece is. All ranks must make their movers in the same order.
+    `computed`: those of the source's tensors that it makes when they are asked for, each with a name for what it is
+    made of. They are asked for side by side with what else is made of the same, and let go at once: none is sent from
+    where it lies. `time_limit`: seconds that a rank waits for others, in a round and at the end. `occasion`: what the
+    move is, for errors, and `say` what a piece is. All ranks must make their movers in the same order.
     """
 
     def __init__(
@@ -74,11 +77,13 @@ class Mover:
         *,
         device: torch.device,
         time_limit: float,
+        computed: Mapping[str, str] = MappingProxyType({}),
         occasion: str = "weight push",
         say: Callable[[Journey], str] = lambda piece: piece.name,
     ) -> None:
         self.plan, self.device = plan, device
         self.time_limit, self.occasion, self._say = time_limit, occasion, say
+        self._computed = computed
         self._number, self._runs = next(_NUMBERS), 0
         # NCCL has one request for a turn's messages: which of the peers is gone, it does not say.
         self._one_wait_for_all = device.type == "cuda"
@@ -110,14 +115,15 @@ class Mover:
         self.lying.clear()
         buffers = [_Buffer(self.device) for _ in range(2)]
         before: _Travelling | None = None
+        sources = _Asked(source, self._computed)
         with torch.no_grad():
             for number, one in enumerate(self.plan.rounds):
-                travelling = self._start(one, _Asked(source), target, buffers[number % 2])
+                travelling = self._start(one, sources, target, buffers[number % 2])
                 if before is not None:
-                    self._land(before, target, left)
+                    self._land(before, sources, target, left)
                 before = travelling
             if before is not None:
-                self._land(before, target, left)
+                self._land(before, sources, target, left)
         self._meet()
         if verify and (wrong := self._ledger.first_difference()) is not None:
             raise PushError(
@@ -131,31 +137,63 @@ class Mover:
         messages = [(message, self._in_place(message, sources, target)) for message in one.messages]
         buffer.hold([message.nbytes for message, flat in messages if flat is None])
         operations: list[dist.P2POp] = []
-        pieces = [_Piece(transfer, None, False) for transfer in one.local]
+        arriving: list[_Piece] = []
+        leaving: list[_Leaving] = []
         for message, place in messages:
             flat = buffer.take(message.nbytes) if place is None else place
             parts = [(one, flat[start:stop].view(TORCH[one.kind])) for one, start, stop in message.spans()]
             if message.incoming:
-                pieces.extend(_Piece(transfer, part, place is not None) for transfer, part in parts)
+                arriving.extend(_Piece(transfer, part, place is not None) for transfer, part in parts)
                 self.received_bytes += sum(part.nbytes for _, part in parts)
             else:
-                for transfer, part in parts:
-                    if place is None:
-                        view = box_view(sources[transfer.source_name], transfer.source_box)
-                        part.view(view.shape).copy_(view)
-                    if self._verify:
-                        # It is still in the cache.
-                        self._ledger.sent(transfer, part)
+                leaving.extend(_Leaving(transfer, part, place is not None) for transfer, part in parts)
                 self.sent_bytes += sum(part.nbytes for _, part in parts)
             operations.append(dist.P2POp(dist.irecv if message.incoming else dist.isend, flat, message.peer))
+        pieces = [*self._pack(leaving, one.local, sources, target), *arriving]
         # Tensor by tensor, so that few are begun and not complete.
         pieces.sort(key=lambda piece: self._order[piece.transfer.target_name])
-        return _Travelling(self._post(operations, one.messages), pieces, sources)
+        return _Travelling(self._post(operations, one.messages), pieces)
+
+    def _pack(
+        self, leaving: Sequence[_Leaving], local: Sequence[Transfer], sources: _Asked, target: Target
+    ) -> list[_Piece]:
+        """Write what leaves in a round into its messages; the pieces that stay within the rank, written already where a
+        computed tensor leaves too."""
+        by_origin: dict[str, list[_Leaving]] = defaultdict(list)
+        for one in leaving:
+            by_origin[sources.origin(one.transfer.source_name)].append(one)
+        staying: dict[str, list[Transfer]] = defaultdict(list)
+        for transfer in local:
+            if transfer.source_name in self._computed:
+                staying[sources.origin(transfer.source_name)].append(transfer)
+        copied: dict[Transfer, Digest | None] = {}
+        for origin in sources.begun_first(by_origin):
+            for transfer, part, in_place in by_origin[origin]:
+                if not in_place:
+                    _write(part, sources, transfer)
+                if self._verify:
+                    # It is still in the cache.
+                    self._ledger.sent(transfer, part)
+            copied |= {transfer: self._copy(transfer, sources, target) for transfer in staying[origin]}
+        return [_Piece(transfer, None, transfer in copied, copied.get(transfer)) for transfer in local]
+
+    def _copy(self, transfer: Transfer, sources: _Asked, target: Target) -> Digest | None:
+        """Copy a box within the rank; as `_known` of it."""
+        part = box_view(sources[transfer.source_name], transfer.source_box).to(TORCH[transfer.kind])
+        if self._verify:
+            self._ledger.sent(transfer, part)
+        view = box_view(target.buffer(transfer.target_name), transfer.target_box)
+        view.copy_(part.reshape(view.shape))
+        return self._known(part, view)
+
+    def _known(self, part: torch.Tensor, view: torch.Tensor) -> Digest | None:
+        """The digest of what came for a place whose type is another, and so its bits; None where the place's count."""
+        return None if not self._verify or view.dtype == part.dtype else digest(part)
 
     def _in_place(self, message: Message, sources: _Asked, target: Target) -> torch.Tensor | None:
         """The bytes of a message's box on this rank, where they lie in one piece and in the type that travels."""
         transfer, *further = message.transfers
-        if further:
+        if further or (not message.incoming and transfer.source_name in self._computed):
             return None
         if message.incoming:
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
@@ -181,24 +219,22 @@ class Mover:
             requests.extend(zip(made, (message for _, message in turn), strict=False))
         return requests
 
-    def _land(self, one: _Travelling, target: Target, left: dict[str, int]) -> None:
+    def _land(self, one: _Travelling, sources: _Asked, target: Target, left: dict[str, int]) -> None:
         """Copy a round's pieces to their places."""
         progress.tick()
         arrived = False
-        for transfer, part, landed in one.pieces:
+        for transfer, part, landed, known in one.pieces:
             if part is not None and not arrived:
                 self._wait(one)
                 arrived = True
+            if part is None and not landed:
+                known = self._copy(transfer, sources, target)
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
-            if part is None:
-                part = box_view(one.sources[transfer.source_name], transfer.source_box).to(TORCH[transfer.kind])
-                if self._verify:
-                    self._ledger.sent(transfer, part)
-            if not landed:
-                view.copy_(part.reshape(view.shape))
+            if part is not None:
+                if not landed:
+                    view.copy_(part.reshape(view.shape))
+                known = self._known(part, view)
             if self._verify:
-                # A tensor of another type has other bits: there what arrived counts.
-                known = None if view.dtype == part.dtype else digest(part)
                 self._landed[transfer.target_name].append((transfer, view, known))
             left[transfer.target_name] -= 1
             if left[transfer.target_name] == 0:
@@ -285,32 +321,61 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+def _write(part: torch.Tensor, sources: _Asked, transfer: Transfer) -> None:
+    """Write what a transfer takes from a source, which nothing refers to afterwards."""
+    view = box_view(sources[transfer.source_name], transfer.source_box)
+    part.view(view.shape).copy_(view)
+
+
+class _Leaving(NamedTuple):
+    """A transfer to another rank and its bytes in a message; `in_place`: they are the source's own."""
+
+    transfer: Transfer
+    part: torch.Tensor
+    in_place: bool
+
+
 class _Piece(NamedTuple):
     """A transfer to this rank and the memory it arrives in; None: it is copied from the rank's own.
 
-    `landed`: that memory is its place.
+    `landed`: it lies in its place, `known` its digest where that is not the place's.
     """
 
     transfer: Transfer
     part: torch.Tensor | None
     landed: bool
+    known: Digest | None = None
 
 
-class _Asked(dict[str, torch.Tensor]):
-    """A source's tensors of one round, each asked for once."""
+class _Asked:
+    """A source's tensors; of those that are computed the last one is kept."""
 
-    def __init__(self, source: WeightSource) -> None:
-        super().__init__()
-        self._source = source
+    def __init__(self, source: WeightSource, computed: Mapping[str, str]) -> None:
+        self._source, self._computed = source, computed
+        self._last: tuple[str, torch.Tensor] | None = None
 
-    def __missing__(self, name: str) -> torch.Tensor:
-        return self.setdefault(name, self._source[name])
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._computed:
+            return self._source[name]
+        if self._last is None or self._last[0] != name:
+            # The old tensor goes before the new one is made.
+            self._last = None
+            self._last = name, self._source[name]
+        return self._last[1]
+
+    def origin(self, name: str) -> str:
+        """What a tensor is made of."""
+        return self._computed.get(name, name)
+
+    def begun_first(self, origins: Iterable[str]) -> list[str]:
+        """The same, what was asked for last at the front."""
+        begun = None if self._last is None else self.origin(self._last[0])
+        return sorted(origins, key=lambda origin: origin != begun)
 
 
 @dataclass(frozen=True, slots=True)
 class _Travelling:
-    """A round under way: what to wait for, the pieces that are then written, in order, and what they come from."""
+    """A round under way: what to wait for, and the pieces that are then written, in order."""
 
     requests: list[tuple[Any, Message]]
     pieces: list[_Piece]
-    sources: _Asked
