@@ -62,7 +62,7 @@ def test_engine_holds_what_vllm_loads_from_an_fp8_checkpoint(tmp_path: Path, num
     for model, _ in cases:
         write_model(tmp_path, model)
     ranks = parity.run_world("test_push", "pushes", processes, tmp_path, engine, cases, layouts, UPDATES)
-    test_push.check(ranks, set(cases), UPDATES, gap=1.0)
+    test_push.check(ranks, set(cases), UPDATES, gap=0.3)
     for case in cases:
         gaps = [
             np.abs(values - outcome.completions[index].log_probs)
@@ -70,8 +70,8 @@ def test_engine_holds_what_vllm_loads_from_an_fp8_checkpoint(tmp_path: Path, num
             for outcome in rank[case][0]
             for index, values in outcome.log_probs.items()
         ]
-        spread = [np.std(np.concatenate([c.log_probs for c in rank[case][0][0].completions])) for rank in ranks]
-        print("GAPS", case, float(np.mean(np.concatenate(gaps))), float(np.max(np.concatenate(gaps))), spread)
+        # Log-probs of other weights' tokens are some 0.5 nats apart.
+        assert np.mean(np.concatenate(gaps)) < 0.05, case
     for rank in ranks:
         for rounds, _, _ in rank.values():
             held = rounds[-1].engine
@@ -205,16 +205,18 @@ def products(network: Any) -> Any:
             chosen = torch.tensor([[0, 1], [1, 2], [3, 2], [0, 3], [2, 0]], dtype=torch.int32)
             shares = torch.rand(5, 2, generator=drawn)
             wanted = torch.zeros(x.shape)
-            for token, experts in enumerate(chosen.tolist()):
-                for place, expert in enumerate(experts):
-                    w13, w2 = (
-                        numbers(getattr(layer, name)[expert], getattr(layer, f"{name}_scale_inv")[expert])
-                        for name in ("w13_weight", "w2_weight")
-                    )
-                    gate, up = (w13 @ rounded(x)[token].float()).bfloat16().chunk(2)
-                    made = w2 @ rounded(torch.nn.functional.silu(gate) * up).float()
-                    wanted[token] += shares[token, place] * made
-            yield path, error(layer.quant_method.apply(layer, x, shares, chosen, None, None), wanted)
+            for expert in range(4):
+                w13, w2 = (
+                    numbers(getattr(layer, name)[expert], getattr(layer, f"{name}_scale_inv")[expert])
+                    for name in ("w13_weight", "w2_weight")
+                )
+                tokens, places = (chosen == expert).nonzero(as_tuple=True)
+                # In bf16, as what is next to a border of FP8 would fall to its other side.
+                gate, up = torch.nn.functional.linear(rounded(x)[tokens], w13.bfloat16()).chunk(2, dim=-1)
+                made = rounded(torch.nn.functional.silu(gate) * up).float() @ w2.T
+                # Rounded once.
+                wanted[tokens] += (shares[tokens, places, None] * made).bfloat16()
+            yield path, error(layer.quant_method.apply(layer, x, shares, chosen, None, None), wanted.bfloat16())
 
 
 def numbers(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -244,12 +246,9 @@ def test_engine_computes_with_what_values_stand_for(tmp_path: Path, model: str):
     ((answers, errors, said),) = parity.run_world("test_push_fp8", "answers_of", 1, tmp_path, model)
     assert len(errors) >= 8
     for layer, one in errors.items():
-        print("ERRORS", layer, one)
-        # Of experts what is between two products is rounded too, and may fall to the other side.
-        assert one < (4 if layer.endswith("experts") else 1), layer
+        # Of experts all that is rounded is rounded above too: none falls to the other side of a bf16 number.
+        assert one < (0.5 if layer.endswith("experts") else 1), layer
     if model == "qwen3-moe":
         assert "down_proj.weight (by up to " in said[0]
         assert {name.rpartition(".")[2] for name in said[1:]} >= {"w13_weight", "w2_weight"}
-    g = gap(answers, plain_log_probs(path, answers))
-    print("GAP", g)
-    assert g < 0.03
+    assert gap(answers, plain_log_probs(path, answers)) < 0.03
