@@ -44,6 +44,7 @@ LAPTOP_MODELS = {
     "data/bench/model": ("qwen2", 256, 4, 8, 2, 768, 512, 2048),
     "data/gpu/step_model": ("qwen2", 3584, 8, 28, 4, 18944, 152064, 8192),
     "data/gpu/push_model": ("qwen2", 3584, 8, 28, 4, 18944, 152064, 8192),
+    "data/quickstart_fp8/model": ("qwen2", 256, 4, 4, 4, 512, 320, 2048),
     "data/quickstart_moe/model": ("qwen3_moe", 128, 4, 4, 2, 128, 320, 2048),
 }
 #: GPUs that the large recipes are written for.
