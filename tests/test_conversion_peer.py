@@ -58,7 +58,8 @@ def test_mbridge_makes_the_same_tensors(tmp_path: Path):
     ours: dict[str, DistributedCheckpoint] = {}
     for model in MODELS:
         # mbridge knows no dense layers among those of experts.
-        source = parity.write_model(tmp_path / "hf", model, **({"mlp_only_layers": []} if "-moe" in model else {}))
+        sizes: dict[str, Any] = {"mlp_only_layers": []} if "-moe" in model else {}
+        source = parity.write_model(tmp_path / "hf", model, **sizes)
         to_megatron.convert(source, tmp_path / model, ParallelSettings(), Ranks())
         ours[model] = DistributedCheckpoint(tmp_path / model)
     shapes = {

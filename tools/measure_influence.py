@@ -143,7 +143,7 @@ def timed(options: dict[str, Any]) -> list[tuple[float, float]]:
         }
     )
     network = Network(config, shape_of(options), world, form_grid(config.parallel, config.seed))
-    for parameter in network.parameters():
+    for _, parameter in network.named_parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     ids = np.random.default_rng(0).integers(0, vocabulary_of(options), tokens).astype(np.int32)
     sequence = Sequence(tokens=ids, positions=from_place(tokens // 16, tokens))
