@@ -75,7 +75,7 @@ def two_updates(policy: Any, config: Any, *, moves: bool) -> list[bytes]:
 def kept(policy: Any) -> list[torch.Tensor]:
     """Weights, and the optimizer's own tensors."""
     trained = policy.trained["policy"]
-    tensors = [*policy.network.parameters()]
+    tensors = [*policy.network.computes_with()]
     for one in trained.optimizer.chained_optimizers:
         groups = [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
         tensors += [*groups, *(value for state in one.optimizer.state.values() for value in state.values())]
@@ -95,7 +95,7 @@ def ways(policy: Any) -> dict[str, Any]:
     """What is seen of two ways and back, in bytes, and what stays on the device on the way."""
     residence, trained = residence_of(policy), policy.trained["policy"]
     buffers = [one for chunk in trained.wrapped for one in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    weights = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in policy.network.parameters()}
+    weights = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in policy.network.computes_with()}
     own = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in kept(policy)}
     gradients = [one.grad_data.untyped_storage() for one in buffers]
     found: dict[str, Any] = {"weights": size(weights.values()), "all": size(own.values())}
