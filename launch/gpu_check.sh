@@ -15,7 +15,8 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/gpu_parts.sh
 export MEGARL_GPU_RESULTS="$PWD/runs/gpu_check"
-rm -rf "$MEGARL_GPU_RESULTS"
+# What chosen parts find is put beside what others have found before.
+[[ -n "${MEGARL_GPU_PARTS:-}" ]] || rm -rf "$MEGARL_GPU_RESULTS"
 mkdir -p "$MEGARL_GPU_RESULTS"
 
 # Seconds add up to less than ten minutes.

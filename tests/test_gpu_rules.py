@@ -38,6 +38,14 @@ def config_with(**sections: Any) -> RunConfig:
                 "Fix: set precision=bf16 or parallel.context=1."
             ],
         ),
+        ({"precision": "fp8-blockwise", "deterministic": True}, []),
+        (
+            {"precision": "fp8-delayed", "deterministic": True},
+            [
+                "precision=fp8-delayed with deterministic=true on a GPU: cannot resume to the last bit: Transformer "
+                "Engine's histories of amaxes are in no checkpoint. Fix: set another precision, or deterministic=false."
+            ],
+        ),
         ({"moe": {"routing_replay": "on"}}, []),
         (
             {"moe": {"routing_replay": "compare"}, "rollout": {"tensor": 4, "max_tokens": 64}},

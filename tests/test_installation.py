@@ -17,7 +17,7 @@ LACKING = (
     "lacks its extension for PyTorch, transformer_engine_torch, without which Megatron-core cannot be imported{} "
     "run launch/setup.sh with MEGARL_LOCK=gpu, which builds it, or uninstall Transformer Engine"
 )
-WITHOUT_APEX = "Transformer Engine's fused Adam is used; gradients of weights are added in a pass of their own"
+WITHOUT_APEX = "not needed: Transformer Engine's fused Adam is used"
 
 
 @pytest.fixture

@@ -38,10 +38,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def kept(folder: Path) -> list[Figure]:
-    """What tests have kept."""
+    """What tests have kept, of each name the newest."""
     path = folder / "figures.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [Figure(**json.loads(line)) for line in lines]
+    found = [Figure(**json.loads(line)) for line in lines]
+    return list({figure.name: figure for figure in found}.values())
 
 
 def parameters(model: dict[str, Any]) -> tuple[int, int]:
@@ -117,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_table: {parts} is missing: run launch/gpu_check.sh", file=sys.stderr)
         return 2
     rows = [tuple(line.split("\t")) for line in parts.read_text(encoding="utf-8").splitlines()]
-    print(table(("part", "outcome", "seconds"), rows))
+    # Of a part that was run again the newest.
+    print(table(("part", "outcome", "seconds"), list({row[0]: row for row in rows}.values())))
     figures = kept(options.folder)
     rates = {figure.name: figure.value for figure in figures}
     figures += of_steps(options.folder, options.inputs, rates)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+from megarl.config.fp8 import DELAYED
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.quantisation import BLOCK
@@ -48,6 +49,12 @@ def of_repeating(config: RunConfig) -> Iterator[Refusal]:
             "rollout.keep_unfinished=true with deterministic=true on a GPU",
             "makes the rest of a step's samples without those that are kept, and so with other bits",
             "remove it, or set deterministic=false",
+        )
+    if config.deterministic and config.precision == DELAYED:
+        yield Refusal(
+            f"precision={DELAYED} with deterministic=true on a GPU",
+            "cannot resume to the last bit: Transformer Engine's histories of amaxes are in no checkpoint",
+            "set another precision, or deterministic=false",
         )
 
 

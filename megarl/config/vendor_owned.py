@@ -85,7 +85,8 @@ OWNED: dict[str, dict[str, str]] = {
                 "perform_initialization", "use_distributed_optimizer", "moe_token_dispatcher_type",
                 "finalize_model_grads_func", "check_for_nan_in_grad", "overlap_grad_reduce", "overlap_param_gather",
                 "overlap_param_gather_with_optimizer_step", "use_megatron_fsdp", "num_distributed_optimizer_instances",
-                "moe_grouped_gemm", "overlap_p2p_comm", "batch_p2p_comm", "gradient_accumulation_fusion", "optimizer",
+                "moe_grouped_gemm", "overlap_p2p_comm", "batch_p2p_comm",
+                "batch_p2p_sync", "gradient_accumulation_fusion", "optimizer",
                 "use_layer_wise_distributed_optimizer", "grad_norm_skip_threshold", "moe_router_load_balancing_type",
                 "moe_router_quantile_balancing_ema", "moe_router_force_load_balancing", "moe_router_force_biased",
                 "moe_z_loss_coeff",
@@ -122,7 +123,7 @@ OWNED: dict[str, dict[str, str]] = {
             (
                 "quantization", "hf_overrides", "skip_tokenizer_init", "load_format", "enable_sleep_mode",
                 "logprobs_mode", "generation_config", "enable_return_routed_experts", "aux_output_config",
-                "logits_processors", "config_format", "hf_config_path", "override_generation_config",
+                "logits_processors", "config_format", "hf_config_path",
                 "quantization_config", "runner", "convert",
             ),
             _FIXED,

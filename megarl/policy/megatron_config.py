@@ -134,10 +134,12 @@ def _fp8(config: RunConfig) -> dict[str, Any]:
     """Megatron's fields for Transformer Engine's layers; on the CPU `megarl.policy.fp8_layers` has the same of ours.
 
     What Megatron makes of them (`megatron.core.fp8_utils`): Float8CurrentScaling, DelayedScaling or Float8BlockScaling
-    with its defaults, scales of blocks as powers of two; amaxes of delayed scaling reduced over tensor, data and
-    context parallelism. Under current scaling Transformer Engine 2.11 reduces an amax over tensor-parallel ranks where
-    sequence parallelism has cut a column-parallel layer's inputs or a row-parallel layer's gradients along the tokens;
-    weights, and activations cut along their features, have each rank's own, and no setting changes that.
+    with its defaults, scales of blocks as powers of two; amaxes of delayed scaling reduced over tensor and context
+    parallelism. Not over data parallelism: Transformer Engine reduces with every micro-batch, and replicas have
+    different numbers of these, so that one would wait for another for good. Under current scaling Transformer Engine
+    2.11 reduces an amax over tensor-parallel ranks where sequence parallelism has cut a column-parallel layer's inputs
+    or a row-parallel layer's gradients along the tokens; weights, and activations cut along their features, have each
+    rank's own, and no setting changes that.
 
     Tokens of experts are padded with zeros by Megatron's grouped MLP. moe_router_padding_for_quantization, which is
     left off, would send experts other tokens instead, of which amaxes would be.
@@ -153,7 +155,7 @@ def _fp8(config: RunConfig) -> dict[str, Any]:
         "fp8_amax_history_len": settings.amax_history_len,
         "fp8_amax_compute_algo": settings.amax_compute_algo,
         "fp8_margin": settings.margin,
-        "tp_only_amax_red": False,
+        "tp_only_amax_red": True,
     }
 
 

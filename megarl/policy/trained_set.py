@@ -203,8 +203,9 @@ class TrainedSet:
 
     def weights_changed(self) -> None:
         """Tell the optimizer that the weights were written from outside (its fp32 copies follow)."""
-        self.network.round_weights()
         self.optimizer.reload_model_params()
+        # Afterwards: the optimizer's own weights are finer than FP8's.
+        self.network.round_weights()
         self.movement.forget()
         self._residence.forget()
 

@@ -130,16 +130,18 @@ def chunk_activations(config: RunConfig, shape: ModelShape, chunk: Chunk) -> Chu
     moving = 0.0
     for sparse in {shape.is_sparse(layer) for layer in chunk.layers}:
         terms = layer_terms(config, shape, sparse=sparse)
-        in_fp8 = 2 * operand_bytes(config) / e if config.uses_fp8 else 0
-        gradients = sum(term.bytes * (1 + in_fp8 * term.made) for term in terms if term.mlp)
+        copies = 2 * operand_bytes(config) / e if config.uses_fp8 else 0
+        gradients = sum(term.bytes * (1 + copies * term.made) for term in terms if term.mlp)
         moving = max(moving, gradients + e * h)
     return ChunkActivations(kept, again, moving)
 
 
 def _terms_of(config: RunConfig, shape: ModelShape, chunk: Chunk) -> list[tuple[Term, ...]]:
     """What each layer of a chunk keeps without recomputation."""
-    in_fp8 = layers_in_fp8(config.fp8, shape.num_layers) if config.uses_fp8 else ()
-    return [layer_terms(config, shape, sparse=shape.is_sparse(layer), fp8=layer in in_fp8) for layer in chunk.layers]
+    fp8_layers = layers_in_fp8(config.fp8, shape.num_layers) if config.uses_fp8 else ()
+    return [
+        layer_terms(config, shape, sparse=shape.is_sparse(layer), fp8=layer in fp8_layers) for layer in chunk.layers
+    ]
 
 
 def _under(recompute: RecomputeSettings, layers: list[tuple[Term, ...]]) -> tuple[float, float]:

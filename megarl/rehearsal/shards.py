@@ -113,13 +113,14 @@ def shards_of(config: RunConfig, shape: ModelShape, world: int) -> list[Shard]:
 
     Raises `Refusal` for what Megatron's configuration refuses.
     """
-    parallel, in_fp8 = config.parallel, layers_in_fp8(config.fp8, shape.num_layers)
+    parallel, fp8_layers = config.parallel, layers_in_fp8(config.fp8, shape.num_layers)
     built: dict[Any, Shard] = {}
     shards: list[Shard] = []
     for stage in range(parallel.pipeline):
         chunks = chunks_of_stage(shape.num_layers, parallel, stage)
         content = tuple(
-            (c.first, c.last, tuple((shape.is_sparse(layer), layer in in_fp8) for layer in c.layers)) for c in chunks
+            (c.first, c.last, tuple((shape.is_sparse(layer), layer in fp8_layers) for layer in c.layers))
+            for c in chunks
         )
         if content not in built:
             built[content] = _build(config, shape, world, stage, chunks)
@@ -141,7 +142,7 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
         by_kind: Counter[str] = Counter()
         once: Counter[str] = Counter()
         modules: dict[tuple[int, str], int] = defaultdict(int)
-        in_fp8 = largest = 0
+        fp8_elements = largest = 0
         fp8_layers = layers_in_fp8(config.fp8, shape.num_layers) if config.uses_fp8 else range(0)
         for number, model in enumerate(models):
             for name, parameter in model.named_parameters():
@@ -151,7 +152,7 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
                 if _LINEAR.fullmatch(name):
                     largest = max(largest, parameter.numel())
                 if _is_in_fp8(name, chunks[number], fp8_layers):
-                    in_fp8 += parameter.numel()
+                    fp8_elements += parameter.numel()
         implied = Implied(config)
         buffers: tuple[Buffer, ...] = ()
         if not implied.base_is_frozen:
@@ -163,7 +164,7 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
             dict(once),
             buffers,
             max(modules.values()),
-            fp8=in_fp8,
+            fp8=fp8_elements,
             largest_linear=largest,
         )
         if implied.adapter is None:
@@ -178,10 +179,10 @@ def _build(config: RunConfig, shape: ModelShape, world: int, stage: int, chunks:
         )
 
 
-def _is_in_fp8(name: str, chunk: Chunk, in_fp8: range) -> bool:
-    """Whether a parameter of a chunk is the weight of a linear layer of one of the decoder layers `in_fp8`."""
+def _is_in_fp8(name: str, chunk: Chunk, fp8_layers: range) -> bool:
+    """Whether a parameter of a chunk is the weight of a linear layer of one of the decoder layers `fp8_layers`."""
     found = _LINEAR.fullmatch(name)
-    return found is not None and chunk.layers.start + int(found[1]) in in_fp8
+    return found is not None and chunk.layers.start + int(found[1]) in fp8_layers
 
 
 def _once(name: str, parameter: Any, shape: ModelShape, grid: Grid) -> int:

@@ -69,7 +69,7 @@ def _accelerations(cuda: bool) -> Iterator[Fact]:
     yield (found := _transformer_engine(engine))
     capability = torch.cuda.get_device_capability(0)
     fp8 = found.found and capability >= (8, 9)
-    why = "needs Transformer Engine and a GPU of compute capability 8.9 or more (Ada, Hopper): layers stay BF16"
+    why = "needs Transformer Engine and a GPU of compute capability 8.9 or more (Ada, Hopper): FP8 is refused"
     yield Fact("FP8", f"compute capability {capability[0]}.{capability[1]}" if fp8 else None, "" if fp8 else why)
     attention = installed("flash-attn")
     yield Fact("flash-attn", attention, "" if attention else "Transformer Engine takes cuDNN's fused attention instead")
@@ -87,7 +87,7 @@ def _apex() -> Fact:
     version = installed("apex")
     if accelerations.has_apex():
         return Fact("apex", version or "version unknown")
-    without = "Transformer Engine's fused Adam is used; gradients of weights are added in a pass of their own"
+    without = "not needed: Transformer Engine's fused Adam is used"
     other = "" if version is None else f"apex {version} is not NVIDIA's, or was built without its kernels: "
     return Fact("apex", None, f"{other}{without}")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megarl.ops import fp8
-from megarl.policy.fp8_linear import AmaxHistory, Fp8Scaling, fp8_linear
+from megarl.policy.fp8_linear import AmaxHistory, Fp8Scaling, end_step, fp8_linear
 
 TOKENS, INPUTS, OUTPUTS = 96, 384, 256
 STEPS, HISTORY = 4, 3
@@ -56,7 +56,7 @@ def test_a_layer_computes_what_its_emulation_computes(name: str, figure) -> None
     layer = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, device="cuda")
     weight = layer.weight.detach().cpu().requires_grad_()
     history = AmaxHistory(HISTORY, "max") if fp8.RECIPES[name].delayed else None
-    scaling: Any = Fp8Scaling(name, amax_history=history)
+    scaling = Fp8Scaling(name, amax_history=history)
     worst: dict[str, float] = {}
     for step in range(STEPS):
         inputs = (torch.randn(TOKENS, INPUTS) * 2.0**step).bfloat16().requires_grad_()
@@ -68,7 +68,7 @@ def test_a_layer_computes_what_its_emulation_computes(name: str, figure) -> None
         found.backward(gradient.cuda())
         outputs = fp8_linear(inputs, weight, None, scaling)
         outputs.backward(gradient)
-        scaling.update()
+        end_step([scaling])
         exact_weight, exact_inputs = weight.detach().double(), inputs.detach().double()
         triples = {
             "outputs": (found, outputs, exact_inputs @ exact_weight.T),

@@ -12,6 +12,8 @@ import numpy as np
 import parity
 import torch
 
+from megarl.train.memory import held_bytes
+
 CYCLES = 50
 PROMPTS, TOKENS = 16, 32
 #: Twice what BF16 itself costs this model's log-probs (gpu_numbers.py, on the CPU: 0.04 nats).
@@ -19,12 +21,12 @@ GAP = 0.08
 MIB, GIB = 1 << 20, 1 << 30
 
 
-def held_by_others() -> int:
-    """Bytes of the GPU that are no tensor's of PyTorch's: contexts, communicators, graphs, what was not given back."""
+def held_while_asleep() -> int:
+    """Bytes in use of the GPU while policy and engine are away: contexts, communicators, graphs, what was not given
+    back. PyTorch counts a sleeping engine's tensors, which keep their addresses and have no memory."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_allocated()
+    return held_bytes()
 
 
 def test_push_generate_sleep(world: Any, tmp_path: Path, figure) -> None:
@@ -62,7 +64,7 @@ def test_push_generate_sleep(world: Any, tmp_path: Path, figure) -> None:
             made = engine.generate(requests, Sampling(TOKENS))
             push.check()
             engine.sleep()
-            held.append(held_by_others())
+            held.append(held_while_asleep())
             policy.onload()
             if cycle in (0, CYCLES - 1):
                 gaps.append(gap(policy, prompts, made))
