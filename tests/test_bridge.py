@@ -177,13 +177,7 @@ def counting(run: Any, calls: list[bool], policy: Any, here: list[tuple[str, ...
 
 def on_the_device(policy: Any) -> tuple[str, ...]:
     """The sets that can be trained; on the CPU nothing moves, but each knows where it would be."""
-    found = []
-    for name, one in policy.trained.items():
-        residence = one._residence
-        if not residence._gradients_away:
-            assert not (residence._weights_away or residence._optimizer_away), name
-            found.append(name)
-    return tuple(found)
+    return tuple(name for name, one in policy.trained.items() if one._residence.trainable)
 
 
 class Misprinted:

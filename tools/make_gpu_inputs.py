@@ -71,7 +71,9 @@ def write(out: Path, memory: int, rows: int, seed: int) -> dict[str, int]:
     }
     for name, number in layers.items():
         (out / name).mkdir(parents=True, exist_ok=True)
-        (out / name / "config.json").write_text(json.dumps(QWEN_7B | {"num_hidden_layers": number}, indent=1))
+        (out / name / "config.json").write_text(
+            json.dumps(QWEN_7B | {"num_hidden_layers": number}, indent=1), encoding="utf-8"
+        )
     draw = random.Random(seed)
     with (out / "long.jsonl").open("w", encoding="utf-8") as file:
         for number in range(rows):

@@ -32,6 +32,8 @@ class Residence:
     ) -> None:
         self._chunks, self._optimizer, self._frozen = chunks, optimizer, frozen
         self._moves = has_cuda() if moves is None else moves
+        #: Whether all is on the device that training takes; without a GPU, whether it would be.
+        self.trainable = True
         stream = torch.cuda.Stream() if self._moves else None
         self._state = Movable(self._state_tensors, stream)
         # A pass zeroes them before it adds to them.
@@ -44,6 +46,7 @@ class Residence:
         """Move optimizer state away and free the gradient buffers; the weights stay, as a push reads them."""
         for chunk in (*self._chunks, *self._frozen):
             _forget_copies(chunk)
+        self.trainable = False
         self._put_away(self._gradients, self._state)
 
     def offload_weights(self) -> None:
@@ -76,6 +79,7 @@ class Residence:
         """Bring everything back."""
         self.onload_state()
         self._gradients.bring_back()
+        self.trainable = True
 
     def _put_away(self, *parts: Movable) -> None:
         if self._moves:

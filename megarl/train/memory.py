@@ -102,7 +102,7 @@ def held_bytes() -> int:
     if has_cuda():
         free, total = torch.cuda.mem_get_info()
         return total - free
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
 
 def peak_memory_bytes() -> int:
