@@ -6,6 +6,7 @@ place in all ranks: here the function that says which phase begins.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -162,10 +163,22 @@ def fill(disk: Path, leave: int, *, saving: bool) -> Callable[[], None]:
         while saving and time.monotonic() < until and not list(disk.glob("**/step_*.partial/*")):
             time.sleep(0.0005)
         with open(disk / "filler", "wb") as file:
-            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-            os.posix_fallocate(file.fileno(), 0, max(1, free - leave))
+            while not _taken(file.fileno(), disk, leave):
+                pass
 
     return deed
+
+
+def _taken(file: int, disk: Path, leave: int) -> bool:
+    """Give a file all but `leave` bytes of what is free; false where the run has written meanwhile."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    try:
+        os.posix_fallocate(file, 0, max(1, free - leave))
+    except OSError as error:
+        if error.errno != errno.ENOSPC or free <= leave:
+            raise
+        return False
+    return True
 
 
 def cut_network() -> None:
