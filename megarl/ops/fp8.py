@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarl.config.quantisation import BLOCK
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 #: Half a unit in the last place of 1.0: the most that rounding changes a normal number by, relative to it.
@@ -27,12 +29,11 @@ ROUNDING = {E4M3: 2.0**-4, E5M2: 2.0**-3}
 
 #: Rows and columns that share a scale.
 Tile = tuple[int, int]
-TILE_SIDE = 128
-WEIGHT_TILE: Tile = (TILE_SIDE, TILE_SIDE)
+WEIGHT_TILE: Tile = (BLOCK, BLOCK)
 #: Of activations and gradients, along what a product sums over.
-ROW_TILE: Tile = (1, TILE_SIDE)
+ROW_TILE: Tile = (1, BLOCK)
 #: The same of what is transposed before a product.
-COLUMN_TILE: Tile = (TILE_SIDE, 1)
+COLUMN_TILE: Tile = (BLOCK, 1)
 
 #: Below which vLLM takes a tile's amax for this.
 VLLM_LEAST_AMAX = 1e-4
@@ -256,7 +257,7 @@ def quantise_weight(weight_NK: Tensor) -> Quantised:
     Rows of blocks are quantised by themselves, `SLAB_ELEMENTS` at a time: beside the result it takes `SLAB_BYTES`.
     """
     values, scales = torch.empty_like(weight_NK, dtype=E4M3, memory_format=torch.contiguous_format), list[Tensor]()
-    rows = max(1, SLAB_ELEMENTS // (TILE_SIDE * max(1, weight_NK.shape[1]))) * TILE_SIDE
+    rows = max(1, SLAB_ELEMENTS // (BLOCK * max(1, weight_NK.shape[1]))) * BLOCK
     for slab, place in zip(weight_NK.split(rows), values.split(rows), strict=True):
         scales.append(power_of_two_scale(tile_amax(slab.abs(), WEIGHT_TILE)))
         place.copy_(saturating_cast(times_tiles(slab.float(), 1.0 / scales[-1], WEIGHT_TILE), E4M3))
@@ -278,9 +279,9 @@ def product(a_MK: Quantised, b_NK: Quantised) -> Tensor:
         if a_MK.tile is not None or b_NK.tile is not None:
             raise ValueError("a product of a matrix with tiles and one without. Fix: quantise both by one recipe")
         return (numbers(a_MK.values) @ numbers(b_NK.values).T) * (a_MK.scales * b_NK.scales)
-    if a_MK.tile[1] != TILE_SIDE or b_NK.tile[1] != TILE_SIDE:
+    if a_MK.tile[1] != BLOCK or b_NK.tile[1] != BLOCK:
         raise ValueError(
-            f"tiles of {a_MK.tile} and {b_NK.tile}: a product sums over {TILE_SIDE} columns of one scale. "
+            f"tiles of {a_MK.tile} and {b_NK.tile}: a product sums over {BLOCK} columns of one scale. "
             "Fix: quantise the transposed matrix, not transpose the quantised one"
         )
     return a_MK.dequantised() @ b_NK.dequantised().T

@@ -41,14 +41,18 @@ class CpuRMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class CpuColumnParallelLinear(ColumnParallelLinear):
-    """Megatron's, in FP8 where it has a `scaling`."""
+class _Scaled(torch.nn.Module):
+    """Beside one of Megatron's linear layers: how it becomes FP8, None where it does not."""
 
     scaling: Fp8Scaling | None
 
-    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.scaling = None
+
+
+class CpuColumnParallelLinear(_Scaled, ColumnParallelLinear):
+    """Megatron's, in FP8 where it has a `scaling`."""
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.scaling is None:
@@ -60,14 +64,8 @@ class CpuColumnParallelLinear(ColumnParallelLinear):
         return fp8_linear(input, weight, kwargs["bias"], self.scaling)
 
 
-class CpuRowParallelLinear(RowParallelLinear):
+class CpuRowParallelLinear(_Scaled, RowParallelLinear):
     """Megatron's, in FP8 where it has a `scaling`."""
-
-    scaling: Fp8Scaling | None
-
-    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, **kwargs)
-        self.scaling = None
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         # Megatron reduces over ranks, and adds the bias, afterwards.

@@ -20,9 +20,7 @@ from megarl.config.model_shape import ModelShape
 from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
 from megarl.config.sections import RecomputeSettings
-
-#: Bytes of an element by `precision`.
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+from megarl.reshard.wire import BYTES
 
 #: Tokens of the busiest of several expert-parallel ranks / the mean. Our assumption: no token is ever dropped, and what
 #: routers choose is not known before they are trained.
@@ -44,7 +42,7 @@ class Term:
 def layer_terms(config: RunConfig, shape: ModelShape, *, sparse: bool, fp8: bool = False) -> tuple[Term, ...]:
     """All that one layer keeps without recomputation; `sparse`: one with a mixture of experts; `fp8`: one whose linear
     layers multiply in FP8."""
-    i = operand_bytes(config) if fp8 else ELEMENT_BYTES[config.params_dtype]
+    i = operand_bytes(config) if fp8 else BYTES[config.params_dtype]
     mlp = _experts(config, shape, i) if sparse else _dense_mlp(config, shape, i)
     return (*_attention(config, shape, i, fp8), *mlp)
 
@@ -55,7 +53,7 @@ def operand_bytes(config: RunConfig) -> float:
 
 
 def _attention(config: RunConfig, shape: ModelShape, i: float, fp8: bool) -> Iterator[Term]:
-    e, h = ELEMENT_BYTES[config.params_dtype], shape.hidden_size
+    e, h = BYTES[config.params_dtype], shape.hidden_size
     t, s = config.parallel.tensor, _sequence_parallel(config)
     query = shape.num_heads * shape.head_dim / t
     # Where ranks are more than key-value heads, each attends with a whole one.
@@ -74,7 +72,7 @@ def _attention(config: RunConfig, shape: ModelShape, i: float, fp8: bool) -> Ite
 
 
 def _dense_mlp(config: RunConfig, shape: ModelShape, i: float) -> Iterator[Term]:
-    e, h, ffn = ELEMENT_BYTES[config.params_dtype], shape.hidden_size, shape.ffn_size / config.parallel.tensor
+    e, h, ffn = BYTES[config.params_dtype], shape.hidden_size, shape.ffn_size / config.parallel.tensor
     again = frozenset({"mlp"})
     yield Term("the MLP's norm, input of gate and up", i * h / _sequence_parallel(config), again, mlp=True)
     yield Term("gate and up", e * 2 * ffn, again, mlp=True, made=True)
@@ -82,7 +80,7 @@ def _dense_mlp(config: RunConfig, shape: ModelShape, i: float) -> Iterator[Term]
 
 
 def _experts(config: RunConfig, shape: ModelShape, i: float) -> Iterator[Term]:
-    e, h, k = ELEMENT_BYTES[config.params_dtype], shape.hidden_size, shape.experts_per_token
+    e, h, k = BYTES[config.params_dtype], shape.hidden_size, shape.experts_per_token
     t, s = config.parallel.tensor, _sequence_parallel(config)
     expert_tensor = config.parallel.expert_tensor or t
     # Copies of tokens that arrive at a rank, per token: each goes to k experts, and to all ranks that share an expert.
@@ -121,7 +119,7 @@ class ChunkActivations:
 
 def chunk_activations(config: RunConfig, shape: ModelShape, chunk: Chunk) -> ChunkActivations:
     """A chunk under the run's recomputation; `chunk` has a layer."""
-    e, h, s = ELEMENT_BYTES[config.params_dtype], shape.hidden_size, _sequence_parallel(config)
+    e, h, s = BYTES[config.params_dtype], shape.hidden_size, _sequence_parallel(config)
     kept, again = _under(config.recompute, _terms_of(config, shape, chunk))
     # The input of the final norm, or what a chunk before the last has sent on.
     kept += e * h / s
@@ -163,7 +161,7 @@ def _under(recompute: RecomputeSettings, layers: list[tuple[Term, ...]]) -> tupl
 
 def forward_bytes(config: RunConfig, shape: ModelShape, chunk: Chunk) -> float:
     """Bytes per token of a pass without a gradient: at most what one layer would keep, and its input once more."""
-    e, layers = ELEMENT_BYTES[config.params_dtype], _terms_of(config, shape, chunk)
+    e, layers = BYTES[config.params_dtype], _terms_of(config, shape, chunk)
     return max(sum(term.bytes for term in layer) for layer in layers) + e * shape.hidden_size
 
 
@@ -175,7 +173,7 @@ def head_bytes(config: RunConfig, shape: ModelShape, tokens: int, *, backward: b
     rows, their gradient, and that of the weight: added up in fp32, in the end in the weight's type besides; then, the
     logits gone, the gradient of the hidden states.
     """
-    e, h = ELEMENT_BYTES[config.params_dtype], shape.hidden_size
+    e, h = BYTES[config.params_dtype], shape.hidden_size
     rows = -(-shape.vocab_size // config.parallel.tensor)
     logits = min(config.batch.logprob_chunk, tokens) * rows
     if not backward:

@@ -10,7 +10,6 @@ from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
-from megarl.rehearsal.activations import ELEMENT_BYTES
 from megarl.rehearsal.report import KvCache
 from megarl.reshard.wire import BYTES
 from megarl.weights.push_plan import engine_tensors, push_wire
@@ -37,7 +36,7 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
     engine in FP8 what is multiplied of these, once more in a byte, with a scale for 128. Logits, processed log-probs
     and probabilities in fp32. vLLM measures the real figure when it starts.
     """
-    e, h, t = ELEMENT_BYTES[config.engine_dtype], shape.hidden_size, config.rollout.tensor
+    e, h, t = BYTES[config.engine_dtype], shape.hidden_size, config.rollout.tensor
     tokens = Implied(config).batched_tokens
     attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim / t
     dense = 0.0 if shape.is_moe and all(shape.sparse_layers) else 3 * shape.ffn_size / t
@@ -55,7 +54,7 @@ def working_bytes(config: RunConfig, shape: ModelShape) -> int:
 def kv_bytes_per_token(config: RunConfig, shape: ModelShape) -> int:
     """Keys and values of all layers on one rank; heads are copied where ranks are more."""
     heads = max(1, shape.num_kv_heads // config.rollout.tensor)
-    return 2 * shape.num_layers * heads * shape.head_dim * ELEMENT_BYTES[config.engine_dtype]
+    return 2 * shape.num_layers * heads * shape.head_dim * BYTES[config.engine_dtype]
 
 
 @dataclass(frozen=True, slots=True)

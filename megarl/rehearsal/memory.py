@@ -21,11 +21,11 @@ from megarl.config.quantisation import BLOCK
 from megarl.config.schema import RunConfig
 from megarl.ops.fp8 import SLAB_BYTES
 from megarl.rehearsal import activations
-from megarl.rehearsal.activations import ELEMENT_BYTES
 from megarl.rehearsal.engine import EngineMemory
 from megarl.rehearsal.report import Amount, HostMemory, PhaseMemory, PhaseName, Work
 from megarl.rehearsal.schedule import peak_of_chunks
 from megarl.rehearsal.shards import Buffer, Shard
+from megarl.reshard.wire import BYTES
 
 #: Bytes of one of AdamW's two moments, and of the optimizer's own copy of a weight: fp32.
 OPTIMIZER_ELEMENT = 4
@@ -130,7 +130,7 @@ def _work(run: Run, shard: Shard) -> Iterator[Amount]:
     )
     layer = max(chunk.again + chunk.moving for chunk in chunks) * tokens
     # Gradients of a layer's weights are added to the buffers when they are complete.
-    layer += shard.largest_layer * ELEMENT_BYTES[config.params_dtype]
+    layer += shard.largest_layer * BYTES[config.params_dtype]
     head = 0
     if shard.chunks[-1].last:
         entropy = any(objective.entropy_gradient for objective in run.algorithm.objectives)
@@ -171,7 +171,7 @@ def score_bytes(config: RunConfig, shape: ModelShape, shard: Shard, settings: In
     layers = {layer for chunk in shard.chunks for layer in chunk.layers}
     if settings.layers is not None and layers.isdisjoint(settings.layers):
         return 0
-    e, width = ELEMENT_BYTES[config.params_dtype], shape.head_dim
+    e, width = BYTES[config.params_dtype], shape.head_dim
     heads, keys = shape.num_heads // config.parallel.tensor, max(1, shape.num_kv_heads // config.parallel.tensor)
     gathered = e * config.batch.tokens_per_microbatch * keys * width if config.parallel.context > 1 else 0
     if settings.heads is not None:
@@ -213,7 +213,7 @@ def _adapter(shard: Shard) -> Iterator[Amount]:
 
 def policy_weights(run: Run, shard: Shard) -> int:
     """Bytes of the policy's weights on a rank, frozen ones beside an adapter included."""
-    return weights(shard.trained) + shard.frozen * ELEMENT_BYTES[run.config.params_dtype]
+    return weights(shard.trained) + shard.frozen * BYTES[run.config.params_dtype]
 
 
 def fp8_weights(config: RunConfig, shard: Shard) -> int:
@@ -235,7 +235,7 @@ def merged_bytes(config: RunConfig, shard: Shard) -> int:
     is made of: the base, the product of the factors, the same in the base's order, and the sum."""
     if not shard.merged:
         return 0
-    return shard.largest_layer * ELEMENT_BYTES[config.params_dtype] + 4 * OPTIMIZER_ELEMENT * shard.merged
+    return shard.largest_layer * BYTES[config.params_dtype] + 4 * OPTIMIZER_ELEMENT * shard.merged
 
 
 def gradients(buffers: Sequence[Buffer]) -> int:
@@ -258,7 +258,7 @@ def _shards_in_fp32(buffers: Sequence[Buffer]) -> int:
 
 def weight_set(run: Run, shard: Shard, *, base: bool = True) -> int:
     """Bytes of a named copy of the weights (`Policy.keep`), without `base` of an adapter's alone."""
-    return ((shard.parameters if base else 0) + shard.adapter) * ELEMENT_BYTES[run.config.params_dtype]
+    return ((shard.parameters if base else 0) + shard.adapter) * BYTES[run.config.params_dtype]
 
 
 def micro_batch_bytes(config: RunConfig, shape: ModelShape, sequences: int) -> int:
@@ -287,7 +287,7 @@ def _push(run: Run, engine: EngineMemory, shard: Shard) -> Iterator[Amount]:
     if any(one.generates for one in run.implied.kept_sets):
         yield Amount("weight set", weight_set(run, shard), True)
     yield Amount("engine weights", engine.weights, True)
-    element = ELEMENT_BYTES[run.config.params_dtype]
+    element = BYTES[run.config.params_dtype]
     yield Amount("merged weights", shard.merged * (element + 4 * OPTIMIZER_ELEMENT), False)
     if run.config.rollout.precision == "fp8":
         yield Amount("quantised weights", shard.largest_linear * (1 + element) + SLAB_BYTES, False)

@@ -25,8 +25,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 
+from megarl.config.quantisation import BLOCK
 from megarl.errors import Refusal
-from megarl.ops.fp8 import ROW_TILE, TILE_SIDE, WEIGHT_TILE, Quantised, quantise_tiles
+from megarl.ops.fp8 import ROW_TILE, WEIGHT_TILE, Quantised, quantise_tiles
 
 
 def register() -> None:
@@ -39,10 +40,10 @@ class BlockConfig(Fp8Config):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """See vLLM. Raises `Refusal` for a checkpoint with other scales than those of blocks."""
-        if self.weight_block_size != [TILE_SIDE, TILE_SIDE]:
+        if self.weight_block_size != [BLOCK, BLOCK]:
             raise Refusal(
                 f"FP8 weights with weight_block_size={self.weight_block_size}",
-                f"have no kernel on the CPU but in blocks of {TILE_SIDE} x {TILE_SIDE}",
+                f"have no kernel on the CPU but in blocks of {BLOCK} x {BLOCK}",
                 "use a checkpoint with such blocks",
             )
         if isinstance(layer, LinearBase):
@@ -54,7 +55,7 @@ class BlockConfig(Fp8Config):
 class BlockLinear(LinearMethodBase):
     """A linear layer; `cpu_linear` is its product with the weights that the values stand for, packed by vLLM."""
 
-    _BLOCK: ClassVar = [TILE_SIDE, TILE_SIDE]
+    _BLOCK: ClassVar = [BLOCK, BLOCK]
 
     def create_weights(
         self,
