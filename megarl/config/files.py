@@ -93,7 +93,10 @@ def checkpoint_refusals(folder: Path) -> Iterator[Refusal]:
             yield Refusal(str(file), wrong, "copy the checkpoint again")
             whole = False
         else:
-            tensors |= {tensor: (entry["dtype"], tuple(entry["shape"])) for tensor, entry in found.items()}
+            # An entry that lacks them is refused where the file is read.
+            tensors |= {
+                tensor: (entry.get("dtype", ""), tuple(entry.get("shape", ()))) for tensor, entry in found.items()
+            }
     if whole:
         yield from scales_refusals(tensors, str(folder))
 
