@@ -253,3 +253,11 @@ def test_transformers_builds_of_it_the_layers_that_were_written(name: str) -> No
     assert found == {name for name in wanted if ".experts." not in name}
     experts = [type(module).__name__ for path, module in network.named_modules() if path.endswith(".experts")]
     assert bool(experts) == shape.is_moe and all("FP8" in one for one in experts)
+
+
+def test_a_header_without_types_is_left_to_who_reads_it(tmp_path: Path) -> None:
+    header = json.dumps({"model.norm.weight": {"data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert list(checkpoint_refusals(tmp_path)) == []
+    with pytest.raises(Refusal, match=r"must be a whole safetensors file"):
+        HfCheckpoint(tmp_path)
