@@ -11,6 +11,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from megarl.config.schema import RunConfig
+
 MODEL = {
     "model_type": "qwen2",
     "hidden_size": 64,
@@ -21,6 +23,9 @@ MODEL = {
     "vocab_size": 300,
     "max_position_embeddings": 256,
 }
+
+#: One that FP8 can multiply: its sides are multiples of 16 under TP 1 to 4.
+DENSE = MODEL | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 64}
 
 #: A tokenizer of two tokens: unknown words, and the end.
 TOKENIZER: dict[str, Any] = {
@@ -42,6 +47,11 @@ RUN: dict[str, Any] = {
     "rollout": {"max_tokens": 64},
     "batch": {"prompts": 12, "tokens_per_microbatch": 512},
 }
+
+
+def config_with(**sections: Any) -> RunConfig:
+    """That run, with other top-level keys."""
+    return RunConfig.model_validate(RUN | sections)
 
 
 def write_case(folder: Path, **changes: Any) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from config_case import MODEL, RUN
+from config_case import DENSE, config_with
 
 from megarl.config import fp8_rules
 from megarl.config.model_shape import ModelShape, model_shape_from_hf
@@ -14,8 +14,6 @@ from megarl.config.rules import broken_setting_rules
 from megarl.config.schema import RunConfig
 from megarl.policy.batch import Cut
 
-#: Sides of 16 under TP 1 to 4, and 4 layers.
-DENSE = MODEL | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 64}
 SPARSE = DENSE | {
     "model_type": "qwen2_moe",
     "num_experts": 4,
@@ -26,7 +24,7 @@ SPARSE = DENSE | {
 
 
 def run_of(precision: str, **sections: Any) -> RunConfig:
-    return RunConfig.model_validate(RUN | {"precision": precision, "logging": {"tensorboard": False}} | sections)
+    return config_with(precision=precision, logging={"tensorboard": False}, **sections)
 
 
 def shape_of(fields: dict[str, Any]) -> ModelShape:
@@ -140,30 +138,48 @@ def test_rules_of_a_run_have_them():
     assert any("gives mlp.linear_fc2 72 inputs" in one for one in found)
 
 
-HOPPER: dict[str, Any] = {"capability": (9, 0), "engine": "2.11.0", "cuda": "13.0", "fp32_scales": False}
-
-
 @pytest.mark.parametrize(
-    ("precision", "machine", "messages"),
+    ("precision", "capability", "messages"),
     [
-        *((precision, {}, []) for precision in ALL_RECIPES),
-        ("bf16", {"capability": (7, 0), "engine": None}, []),
+        *((precision, (9, 0), []) for precision in ALL_RECIPES),
+        *((precision, (12, 0), []) for precision in ALL_RECIPES),
+        ("fp8-delayed", (8, 9), []),
+        ("bf16", (7, 0), []),
         (
             "fp8-blockwise",
-            {"capability": (8, 9)},
+            (8, 9),
             [
-                "precision=fp8-blockwise: needs a GPU of compute capability 9.0 or more, and this one has 8.9. "
+                "precision=fp8-blockwise: needs GPUs of compute capability 9.0 or more, not 8.9. "
                 "Fix: set precision=bf16 or fp8-tensorwise."
             ],
         ),
         (
             "fp8-delayed",
-            {"capability": (8, 0)},
-            [
-                "precision=fp8-delayed: needs a GPU of compute capability 8.9 or more, and this one has 8.0. "
-                "Fix: set precision=bf16."
-            ],
+            (8, 0),
+            ["precision=fp8-delayed: needs GPUs of compute capability 8.9 or more, not 8.0. Fix: set precision=bf16."],
         ),
+    ],
+)
+def test_gpus(precision: str, capability: tuple[int, int], messages: list[str]):
+    assert [str(one) for one in fp8_rules.on_gpu(run_of(precision), capability)] == messages
+
+
+def test_weights_in_fp8_on_the_cpu():
+    assert list(fp8_rules.on_cpu(run_of("fp8-blockwise", fp8={"param": True}))) == []
+    assert [str(one) for one in fp8_rules.on_cpu(run_of("fp8-delayed", fp8={"param": True}))] == [
+        "fp8.param=true with precision=fp8-delayed on the CPU: is not possible: weights are in bf16 there, which FP8's "
+        "values fit with powers of two as scales alone. Fix: remove it, or set precision=fp8-blockwise."
+    ]
+
+
+LIBRARIES: dict[str, Any] = {"engine": "2.11.0", "cuda": "13.0", "fp32_scales": False}
+
+
+@pytest.mark.parametrize(
+    ("precision", "libraries", "messages"),
+    [
+        *((precision, {}, []) for precision in ALL_RECIPES),
+        ("bf16", {"engine": None}, []),
         (
             "fp8-blockwise",
             {"engine": "2.2.1"},
@@ -198,8 +214,8 @@ HOPPER: dict[str, Any] = {"capability": (9, 0), "engine": "2.11.0", "cuda": "13.
         ),
     ],
 )
-def test_gpus_and_libraries(precision: str, machine: dict[str, Any], messages: list[str]):
-    assert [str(one) for one in fp8_rules.on_gpu(run_of(precision), **HOPPER | machine)] == messages
+def test_libraries(precision: str, libraries: dict[str, Any], messages: list[str]):
+    assert [str(one) for one in fp8_rules.of_libraries(run_of(precision), **LIBRARIES | libraries)] == messages
 
 
 def test_what_megatron_is_told_on_a_gpu(monkeypatch: pytest.MonkeyPatch):

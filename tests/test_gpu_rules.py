@@ -5,25 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from config_case import MODEL
+from config_case import MODEL, config_with
 
 from megarl.config import gpu_rules
 from megarl.config.model_shape import model_shape_from_hf
 from megarl.config.schema import RunConfig
 
 
-def config_with(**sections: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "name": "test",
-            "steps": 1,
-            "model": {"path": "model"},
-            "algorithm": {"name": "grpo"},
-            "data": {"path": "unused", "max_prompt_tokens": 64},
-            "rollout": {"max_tokens": 64},
-        }
-        | sections
-    )
+def refused(config: RunConfig, hidden: int = 128, capability: tuple[int, int] = gpu_rules.HOPPER) -> list[str]:
+    shape = model_shape_from_hf(MODEL | {"hidden_size": hidden, "num_attention_heads": 4})
+    return [str(refusal) for refusal in gpu_rules.refusals(config, shape, capability)]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +53,20 @@ def config_with(**sections: Any) -> RunConfig:
             ],
         ),
         (
+            {"moe": {"routing_replay": "on"}, "vllm": {"enable_prefix_caching": False}},
+            [
+                "vllm.enable_prefix_caching=false: must be left on where routing is recorded, which vLLM keeps by "
+                "cached block. Fix: remove it, or do not record the routing."
+            ],
+        ),
+        (
+            {"deterministic": True, "rollout": {"keep_unfinished": True}},
+            [
+                "rollout.keep_unfinished=true with deterministic=true on a GPU: makes the rest of a step's samples "
+                "without those that are kept, and so with other bits. Fix: remove it, or set deterministic=false."
+            ],
+        ),
+        (
             {"precision": "fp32", "batch": {"packed": True}, "parallel": {"context": 4}},
             [
                 "precision=fp32 with batch.packed=true on a GPU: has no attention kernel in Transformer Engine. "
@@ -73,7 +78,46 @@ def config_with(**sections: Any) -> RunConfig:
     ],
 )
 def test_what_a_gpu_cannot_do_is_refused(sections: dict[str, Any], messages: list[str]) -> None:
-    assert [str(refusal) for refusal in gpu_rules.refusals(config_with(**sections))] == messages
+    assert refused(config_with(**sections)) == messages
+
+
+@pytest.mark.parametrize(
+    ("capability", "sections", "messages"),
+    [
+        ((8, 0), {"precision": "bf16", "rollout": {"precision": "bf16"}}, []),
+        (
+            (8, 0),
+            {"deterministic": True},
+            [
+                "deterministic=true on a GPU of compute capability 8.0: Transformer Engine's attention has a backward "
+                "pass that repeats on 9.0 (Hopper) alone. Fix: set deterministic=false."
+            ],
+        ),
+        (
+            (10, 0),
+            {"deterministic": True, "precision": "fp8-blockwise", "rollout": {"precision": "fp8"}},
+            [
+                "deterministic=true on a GPU of compute capability 10.0: Transformer Engine's attention has a backward "
+                "pass that repeats on 9.0 (Hopper) alone. Fix: set deterministic=false.",
+                "rollout.precision=fp8 on a GPU of compute capability 10.0: needs 9.0 (Hopper), where vLLM keeps FP8 "
+                "blocks as they are pushed. Fix: set rollout.precision=bf16.",
+            ],
+        ),
+        ((8, 9), {"precision": "fp8-tensorwise"}, []),
+        (
+            (8, 9),
+            {"precision": "fp8-blockwise"},
+            [
+                "precision=fp8-blockwise: needs GPUs of compute capability 9.0 or more, not 8.9. "
+                "Fix: set precision=bf16 or fp8-tensorwise."
+            ],
+        ),
+    ],
+)
+def test_what_a_gpu_of_another_kind_cannot_do(
+    capability: tuple[int, int], sections: dict[str, Any], messages: list[str]
+) -> None:
+    assert refused(config_with(**sections), capability=capability) == messages
 
 
 @pytest.mark.parametrize(
@@ -106,5 +150,4 @@ def test_what_a_gpu_cannot_do_is_refused(sections: dict[str, Any], messages: lis
 )
 def test_what_kernels_of_an_fp8_engine_take(hidden: int, precision: str, vllm: dict[str, Any], messages: list[str]):
     config = config_with(rollout={"max_tokens": 64, "precision": precision}, vllm=vllm)
-    shape = model_shape_from_hf(MODEL | {"hidden_size": hidden, "num_attention_heads": 4})
-    assert [str(one) for one in gpu_rules.of_fp8_engine(config, shape)] == messages
+    assert refused(config, hidden) == messages

@@ -24,6 +24,7 @@ from megarl.rehearsal.shards import shards_of
 CLUSTER = {
     "gpus_per_node": 4,
     "gpu_memory_gib": 16,
+    "compute_capability": "9.0",
     "host_memory_gib": 64,
     "nvlink_bytes_per_second": 1e11,
     "network_bytes_per_second": 1e10,
@@ -116,6 +117,10 @@ def test_what_is_refused(case: Path) -> None:
     assert "Fix: use h100 or h200, or the path" in refused("--gpus", "4", "--cluster", "a100", folder=case)
     sequence = refused("--gpus", "4", "precision=fp32", folder=case)
     assert "has no attention kernel in Transformer Engine" in sequence
+    (case / "ada.yaml").write_text(yaml.safe_dump(CLUSTER | {"compute_capability": 8.9}))
+    assert "on a GPU of compute capability 8.9: Transformer Engine's attention has a backward pass" in refused(
+        "--gpus", "4", "deterministic=true", "--cluster", "ada.yaml", folder=case
+    )
     unknown = refused("--gpus", "4", "parallel.tensr=2", folder=case)
     assert unknown == "megarl: parallel.tensr: is not a known key. Fix: use parallel.tensor.\n"
 
@@ -135,6 +140,8 @@ def test_what_megatrons_configuration_refuses_is_one_sentence(case: Path) -> Non
             "hbm_bytes_per_second=fast: must be a plain decimal number. Fix: give hbm_bytes_per_second such a value",
         ),
         ({"speed": 1}, "speed: is not a known key"),
+        ({"compute_capability": 9}, "compute_capability=9: must be NVIDIA's major and minor number, such as 9.0"),
+        ({"compute_capability": None}, "compute_capability=null: must be text"),
         ({"gpu_memory_gib": None}, "gpu_memory_gib=null: must be a valid number"),
     ],
 )
@@ -149,6 +156,8 @@ def test_a_cluster_is_checked(changes: dict[str, Any], sentence: str, tmp_path: 
 def test_clusters_that_have_names() -> None:
     h100, h200 = read_cluster("h100"), read_cluster("h200", gpu_memory_gib=100)
     assert (h100.gpus_per_node, h200.gpus_per_node) == (8, 8)
+    assert h100.capability == h200.capability == (9, 0)
+    assert Cluster.model_validate(CLUSTER | {"compute_capability": "12.1"}).capability == (12, 1)
     assert h100.nvlink_bytes_per_second == 450e9
     assert h100.network_bytes_per_second == 400e9 / 8
     assert h200.gpu_memory == 100 * GIB

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 import yaml
-from config_case import write_case
+from config_case import DENSE, write_case
 from test_cli import CLEAN, ROOT, megarl
 from test_plan_cli import CLUSTER
 
@@ -166,6 +166,18 @@ def test_a_run_that_does_not_fit_its_gpus_is_refused(case: Path) -> None:
     assert refusal.startswith(
         "megarl: case on 2 nodes with 4 GPUs of 1.0 GiB each: does not fit: push on pipeline stage 0 needs 1.5 GiB, "
         "and a GPU has 1.0 GiB. Fix: set "
+    )
+
+
+def test_what_the_gpus_cannot_do(case: Path) -> None:
+    """Nor the CPU, for a job without any."""
+    (case / "ada.yaml").write_text(yaml.safe_dump(CLUSTER | {"compute_capability": "8.9"}))
+    on_ada = refused(case, "--nodes", "2", "--cluster", "ada.yaml", "deterministic=true")
+    assert on_ada.startswith("deterministic=true on a GPU of compute capability 8.9: ")
+    (case / "model" / "config.json").write_text(json.dumps(DENSE))
+    given = ("precision=fp8-delayed", "fp8.param=true", "logging.tensorboard=false")
+    assert refused(case, "--nodes", "2", *CPU, *given).startswith(
+        "fp8.param=true with precision=fp8-delayed on the CPU: is not possible: "
     )
 
 

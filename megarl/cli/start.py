@@ -1,6 +1,6 @@
 """What the commands share: read and check the configuration, then run a worker in this process or in local ones.
 
-Nothing here imports torch before the configuration has passed.
+Nothing here imports torch before the rules have passed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 import typer
 
 from megarl.config import determinism
+from megarl.config.cluster import Cluster
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
 from megarl.errors import Interrupted, Refusal
@@ -45,13 +46,15 @@ def prepare(
     evaluates: bool = False,
     starts: bool = False,
     reads: bool = True,
+    cluster: Cluster | None = None,
 ) -> RunConfig:
     """The checked configuration. Raises `Refusal` before anything is started or written.
 
     `trains`: the run's folder is written as that of a training, so what an earlier run has left there counts.
     `evaluates`: it is an evaluation alone. `starts`: the run follows, so signals that ask to stop are answered as soon
     as the configuration says how. `reads`: prompts are read, so that tokenizer, data and rewards count; those of a run
-    that a launcher started are looked at when it joins.
+    that a launcher started are looked at when it joins. `cluster`: whose GPUs it is for, where they are not this
+    machine's.
     """
     config = load_config(path, overrides or ())
     place = launcher_place()
@@ -61,9 +64,12 @@ def prepare(
     if starts and world not in (None, 1):
         # Rank 0 reads for all of them, once they have met (`megarl.train.run.session_of`).
         reads = False
-    for refusal in admission.refusals(config, world, trains=trains, evaluates=evaluates, starts=starts, reads=reads):
-        raise refusal
+    # Before CUDA starts, which it does where a GPU is looked at.
     determinism.set_variables(config)
+    for refusal in admission.refusals(
+        config, world, trains=trains, evaluates=evaluates, starts=starts, reads=reads, cluster=cluster
+    ):
+        raise refusal
     return config
 
 

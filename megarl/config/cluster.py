@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from megarl.config.base import Settings
 from megarl.config.load import read_table, record_of
@@ -23,6 +24,7 @@ class Cluster(Settings):
 
     gpus_per_node: PositiveInt = Field(description="GPUs of a node, which its fast links join.")
     gpu_memory_gib: PositiveFloat = Field(description="Memory of a GPU in GiB, as a program finds it.")
+    compute_capability: str = Field(description="Of a GPU, by which rules of FP8 and of runs that repeat go.")
     host_memory_gib: PositiveFloat = Field(description="Host memory of a node in GiB.")
     nvlink_bytes_per_second: PositiveFloat = Field(description="Between the GPUs of a node.")
     network_bytes_per_second: PositiveFloat = Field(description="Between nodes.")
@@ -33,10 +35,23 @@ class Cluster(Settings):
         "fragmentation."
     )
 
+    @field_validator("compute_capability")
+    @classmethod
+    def _major_and_minor(cls, value: str) -> str:
+        if not re.fullmatch(r"[1-9]\d?\.\d", value):
+            raise ValueError("must be NVIDIA's major and minor number, such as 9.0 for Hopper")
+        return value
+
     @property
     def gpu_memory(self) -> int:
         """Bytes of a GPU."""
         return int(self.gpu_memory_gib * GIB)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """A GPU's compute capability, major and minor."""
+        major, _, minor = self.compute_capability.partition(".")
+        return int(major), int(minor)
 
     @property
     def host_memory(self) -> int:

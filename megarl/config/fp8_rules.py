@@ -14,8 +14,10 @@ from megarl.errors import Refusal
 
 _OF_HISTORY = ("amax_history_len", "amax_compute_algo", "margin")
 
-#: Compute capability, and the Transformer Engine that megatron-core wants (`megatron.core.fp8_utils.get_fp8_recipe`).
-_HARDWARE = {"fp8-tensorwise": (8, 9), DELAYED: (8, 9), BLOCKWISE: (9, 0)}
+#: The least compute capability, as Transformer Engine's check_recipe_support has it. From 10.0 on it computes
+#: fp8-blockwise as MXFP8, which takes scales that are powers of two.
+HARDWARE = {"fp8-tensorwise": (8, 9), DELAYED: (8, 9), BLOCKWISE: (9, 0)}
+#: The Transformer Engine that megatron-core wants (`megatron.core.fp8_utils.get_fp8_recipe`).
 _ENGINE = {"fp8-tensorwise": (2, 2), DELAYED: (2, 1), BLOCKWISE: (2, 3)}
 #: Transformer Engine's check_fp8_block_scaling_support: cuBLAS multiplies blocks from here on.
 _BLOCKWISE_CUDA = (12, 9)
@@ -149,26 +151,26 @@ def on_cpu(config: RunConfig) -> Iterator[Refusal]:
         )
 
 
-def on_gpu(
-    config: RunConfig, capability: tuple[int, int], engine: str | None, cuda: str | None, fp32_scales: bool
-) -> Iterator[Refusal]:
-    """What a GPU or the libraries do not do.
+def on_gpu(config: RunConfig, capability: tuple[int, int]) -> Iterator[Refusal]:
+    """What a GPU of that compute capability does not do."""
+    if config.uses_fp8 and capability < (needed := HARDWARE[config.precision]):
+        least, found = (".".join(map(str, one)) for one in (needed, capability))
+        other = " or fp8-tensorwise" if capability >= HARDWARE["fp8-tensorwise"] else ""
+        rule = f"needs GPUs of compute capability {least} or more, not {found}"
+        yield Refusal(f"precision={config.precision}", rule, f"set precision=bf16{other}")
+
+
+def of_libraries(config: RunConfig, engine: str | None, cuda: str | None, fp32_scales: bool) -> Iterator[Refusal]:
+    """What the libraries of a machine with a GPU do not do.
 
     Args:
-        capability: the GPU's compute capability.
         engine: Transformer Engine's version; None where it is not installed.
         cuda: the version that torch was built with.
         fp32_scales: whether NVTE_FP8_BLOCK_SCALING_FP32_SCALES asks Transformer Engine for scales of any size.
     """
     if not config.uses_fp8:
         return
-    value, fix = f"precision={config.precision}", "set precision=bf16"
-    needed = _HARDWARE[config.precision]
-    if capability < needed:
-        found = f"{capability[0]}.{capability[1]}"
-        rule = f"needs a GPU of compute capability {needed[0]}.{needed[1]} or more, and this one has {found}"
-        other = " or fp8-tensorwise" if capability >= _HARDWARE["fp8-tensorwise"] else ""
-        yield Refusal(value, rule, fix + other)
+    value = f"precision={config.precision}"
     least = _ENGINE[config.precision]
     if engine is None or _version(engine) < least:
         found = "none is installed" if engine is None else f"{engine} is installed"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
-from typing import Any
 
+from megarl.config import fp8_rules
 from megarl.config.fp8 import DELAYED
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
@@ -18,11 +18,18 @@ from megarl.errors import Refusal
 KEEPING_BACKENDS = {"linear_backend": ("auto", "cutlass", "deep_gemm", "triton"), "moe_backend": ("triton",)}
 
 
-def refusals(config: RunConfig) -> Iterator[Refusal]:
-    """What `config` asks for and a GPU cannot do."""
-    yield from chain(of_policy(config), of_repeating(config))
+#: Compute capability of the GPUs on which vLLM's kernels read FP8 blocks as a checkpoint has them (older ones repack
+#: weights for Marlin, newer ones pack scales for DeepGEMM), and on which Transformer Engine has a backward pass of
+#: attention that repeats: its FusedAttention gives way on others, and what would stand in takes no packed sequences.
+HOPPER = (9, 0)
+
+
+def refusals(config: RunConfig, shape: ModelShape, capability: tuple[int, int]) -> Iterator[Refusal]:
+    """What `config` asks for and a GPU of that compute capability cannot do."""
+    yield from chain(of_policy(config), fp8_rules.on_gpu(config, capability))
+    yield from chain(of_repeating(config, capability), of_fp8_engine(config, shape, capability))
     if Implied(config).records_routing:
-        yield from of_recorded_routing(config.vllm, config.rollout.tensor)
+        yield from of_recorded_routing(config)
 
 
 def of_policy(config: RunConfig) -> Iterator[Refusal]:
@@ -42,8 +49,15 @@ def of_policy(config: RunConfig) -> Iterator[Refusal]:
             )
 
 
-def of_repeating(config: RunConfig) -> Iterator[Refusal]:
-    """What keeps a run on a GPU from repeating: vLLM's numbers depend there on which samples it makes side by side."""
+def of_repeating(config: RunConfig, capability: tuple[int, int]) -> Iterator[Refusal]:
+    """What keeps a run on a GPU from repeating: attention's backward pass; vLLM, whose numbers depend there on which
+    samples it makes side by side; and histories of amaxes."""
+    if config.deterministic and capability != HOPPER:
+        yield Refusal(
+            f"deterministic=true on a GPU of compute capability {_shown(capability)}",
+            f"Transformer Engine's attention has a backward pass that repeats on {_shown(HOPPER)} (Hopper) alone",
+            "set deterministic=false",
+        )
     if config.deterministic and config.rollout.keep_unfinished:
         yield Refusal(
             "rollout.keep_unfinished=true with deterministic=true on a GPU",
@@ -58,11 +72,17 @@ def of_repeating(config: RunConfig) -> Iterator[Refusal]:
         )
 
 
-def of_fp8_engine(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
-    """What vLLM's FP8 kernels cannot take: activations are quantised in rows of whole blocks; and kernels that put
-    weights in an order of their own, into which nothing can be pushed."""
+def of_fp8_engine(config: RunConfig, shape: ModelShape, capability: tuple[int, int]) -> Iterator[Refusal]:
+    """What vLLM's FP8 kernels cannot take: activations are quantised in rows of whole blocks; and GPUs and kernels for
+    which weights are put in an order of their own, into which nothing can be pushed."""
     if config.rollout.precision != "fp8":
         return
+    if capability != HOPPER:
+        yield Refusal(
+            f"rollout.precision=fp8 on a GPU of compute capability {_shown(capability)}",
+            f"needs {_shown(HOPPER)} (Hopper), where vLLM keeps FP8 blocks as they are pushed",
+            "set rollout.precision=bf16",
+        )
     if shape.hidden_size % BLOCK:
         yield Refusal(
             "rollout.precision=fp8 on a GPU",
@@ -78,25 +98,28 @@ def of_fp8_engine(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:
             yield Refusal(f"vllm.{name}={chosen}", rule, f"remove vllm.{name}, or set rollout.precision=bf16")
 
 
-def of_recorded_routing(engine_arguments: Mapping[str, Any], tensor: int) -> Iterator[Refusal]:
-    """What stands in the way of recording the experts of every token, by an engine of `tensor` GPUs;
-    `engine_arguments`: fields of EngineArgs."""
-    if tensor > 1:
+def of_recorded_routing(config: RunConfig) -> Iterator[Refusal]:
+    """What stands in the way of recording the experts of every token."""
+    if (tensor := config.rollout.tensor) > 1:
         # Every rank has a scheduler, which asks for the record within its step; nothing can be handed on before.
         yield Refusal(
             f"rollout.tensor={tensor} with recorded routing on a GPU",
             "must be 1: vLLM keeps the record on the first rank of an engine, and the others stop without it",
             "set rollout.tensor=1 or moe.routing_replay=off",
         )
-    if engine_arguments.get("async_scheduling"):
+    if config.vllm.get("async_scheduling"):
         yield Refusal(
             "vllm.async_scheduling=true",
             "must be off where routing is recorded: a step would still be under way when prefixes are forgotten",
             "remove it, or do not record the routing",
         )
-    if engine_arguments.get("enable_prefix_caching") is False:
+    if config.vllm.get("enable_prefix_caching") is False:
         yield Refusal(
             "vllm.enable_prefix_caching=false",
             "must be left on where routing is recorded, which vLLM keeps by cached block",
             "remove it, or do not record the routing",
         )
+
+
+def _shown(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

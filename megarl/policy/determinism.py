@@ -1,4 +1,4 @@
-"""The policy's side of `deterministic: true`: PyTorch's own operations, and what a GPU must be."""
+"""The policy's side of `deterministic: true`: PyTorch's own operations."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from typing import Any
 import torch
 
 from megarl.config.schema import RunConfig
-from megarl.errors import Refusal
 from megarl.parallel.cpu_platform import has_cuda
-
-#: The compute capability (major) for which Transformer Engine has a backward pass of attention that repeats: Hopper's.
-#: Its FusedAttention gives way on older and newer ones, and what would stand in for it takes no packed sequences.
-HOPPER = 9
 
 
 def repeats(config: RunConfig) -> bool:
@@ -42,13 +37,3 @@ def deterministic_algorithms(asked: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         settings.fill_uninitialized_memory = filled
-
-
-def check_gpu(capability: tuple[int, int]) -> None:
-    """Raise `Refusal` for a GPU whose attention has no backward pass that repeats."""
-    if capability[0] != HOPPER:
-        raise Refusal(
-            f"deterministic=true on a GPU of compute capability {capability[0]}.{capability[1]}",
-            f"Transformer Engine's attention has a backward pass that repeats on {HOPPER}.0 (Hopper) alone",
-            "set deterministic=false",
-        )

@@ -7,7 +7,6 @@ only; the numbers returned for a whole mini-batch are the same on every rank.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from contextlib import contextmanager, nullcontext
@@ -18,19 +17,15 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megarl.algorithms.objective import BatchTotals, Objective
-from megarl.config import fp8_rules, gpu_rules
 from megarl.config.grid import Grid
 from megarl.config.implied import Implied
 from megarl.config.influence import InfluenceSettings
 from megarl.config.model_shape import ModelShape
 from megarl.config.parameter_sets import ADAPTER, POLICY, ParameterSet
 from megarl.config.schema import RunConfig
-from megarl.errors import MegarlError, PhaseError, Refusal
-from megarl.health.facts import installed
+from megarl.errors import MegarlError, PhaseError
 from megarl.parallel.bootstrap import World
-from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy.adapter import Merged
-from megarl.policy.determinism import check_gpu
 from megarl.policy.losses import LossStage, Pass, look_over
 from megarl.policy.network import Network, Survey
 from megarl.policy.passes import Passes
@@ -57,10 +52,6 @@ class Policy:
         trains: Collection[ParameterSet] = (),
     ) -> None:
         self.config, self.shape, self.world, self.grid = config, shape, world, grid
-        for refusal in _of_platform(config):
-            raise refusal
-        if has_cuda() and config.deterministic:
-            check_gpu(torch.cuda.get_device_capability())
         network, implied = Network(config, shape, world, grid), Implied(config)
         alone = network.base_is_frozen
         self.trained = {POLICY: TrainedSet(config, network, step_budget, of_adapter=alone)}
@@ -363,18 +354,6 @@ class Policy:
         self._given_away = False
         for name in self.own_sets:
             self.trained[name].onload()
-
-
-def _of_platform(config: RunConfig) -> Iterator[Refusal]:
-    """What this machine cannot do."""
-    if not has_cuda():
-        yield from fp8_rules.on_cpu(config)
-        return
-    yield from gpu_rules.of_policy(config)
-    yield from gpu_rules.of_repeating(config)
-    engine = installed("transformer-engine", "transformer_engine")
-    fp32_scales = os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "0"
-    yield from fp8_rules.on_gpu(config, torch.cuda.get_device_capability(), engine, torch.version.cuda, fp32_scales)
 
 
 def _kinds_of(name: str, by_pass: Mapping[str, Sequences[Objective]]) -> Callable[[str], bool]:

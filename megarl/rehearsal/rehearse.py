@@ -38,7 +38,7 @@ def rehearse(
     this machine's disk is among the report's notes, since a plan may be made elsewhere. Raises `Refusal` for the first
     rule that is broken, and where the number of GPUs is not known.
     """
-    config, world = _checked(config, processes)
+    config, world = _checked(config, cluster, processes)
     shape = read_model_shape(config.model.path)
     status(f"building the shards of {config.parallel.pipeline} pipeline stage(s), without memory")
     report = _in_a_process_of_its_own(config, shape, cluster, world)
@@ -48,7 +48,7 @@ def rehearse(
 
 def schedule(config: RunConfig, cluster: Cluster, processes: int | None, rank: int) -> Iterator[str]:
     """The lines of a rank's schedule of a weight push. Raises `Refusal` as `rehearse` does, and for no such rank."""
-    config, world = _checked(config, processes)
+    config, world = _checked(config, cluster, processes)
     if not 0 <= rank < world:
         raise Refusal(f"--schedule {rank}", f"must be a rank of the {world} GPUs", f"give 0 to {world - 1}")
     # Brings torch in.
@@ -57,21 +57,17 @@ def schedule(config: RunConfig, cluster: Cluster, processes: int | None, rank: i
     return push_plan_of(config, read_model_shape(config.model.path), cluster, world, rank).lines()
 
 
-def _checked(config: RunConfig, processes: int | None) -> tuple[RunConfig, int]:
+def _checked(config: RunConfig, cluster: Cluster, processes: int | None) -> tuple[RunConfig, int]:
     """The configuration with its number of GPUs, and that number. Raises `Refusal` for what cannot run."""
     world = processes or config.parallel.processes
     if world is None:
         raise Refusal("parallel.processes", "must be known to plan a run", "give --gpus N, or set parallel.processes")
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"processes": world})})
-    for refusal in _broken(config, world):
+    for refusal in rules.broken_setting_rules(config, processes=world):
+        raise refusal
+    for refusal in gpu_rules.refusals(config, read_model_shape(config.model.path), cluster.capability):
         raise refusal
     return config, world
-
-
-def _broken(config: RunConfig, world: int) -> Iterator[Refusal]:
-    yield from rules.broken_setting_rules(config, processes=world)
-    yield from gpu_rules.refusals(config)
-    yield from gpu_rules.of_fp8_engine(config, read_model_shape(config.model.path))
 
 
 def _in_a_process_of_its_own(*arguments: object) -> Report:

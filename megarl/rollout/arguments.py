@@ -11,7 +11,6 @@ from vllm import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from megarl.config import gpu_rules
 from megarl.config.implied import Implied
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.config.schema import RunConfig
@@ -22,9 +21,6 @@ GIB = 1 << 30
 #: By which PyTorch's allocator is told its settings: its name of old, and that of today.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 CPU_KV_CACHE_GIB = 0.25
-#: Of the GPUs on which vLLM's kernels read FP8 blocks as a checkpoint has them: older ones repack weights for Marlin,
-#: newer ones pack scales for DeepGEMM.
-FP8_CAPABILITY = (9, 0)
 #: Sizes that vLLM's CPU kernels for experts take; it pads the experts' own size, but not the model's.
 CPU_EXPERT_MULTIPLE = 32
 
@@ -93,8 +89,6 @@ def _routing_arguments(shape: ModelShape, arguments: dict[str, Any]) -> dict[str
             "leave the routing of a dense model alone",
         )
     if torch.cuda.is_available():
-        for refusal in gpu_rules.of_recorded_routing(arguments, arguments["tensor_parallel_size"]):
-            raise refusal
         # With steps under way while the next is scheduled, the last one's record would come after a reset.
         return {"enable_return_routed_experts": True, "async_scheduling": False}
     if not arguments["enforce_eager"]:
@@ -144,8 +138,6 @@ def _cpu_arguments(config: RunConfig, shape: ModelShape, length: int) -> dict[st
 
 
 def _gpu_arguments(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
-    if config.rollout.precision == "fp8":
-        _check_fp8(config, shape)
     for name in ALLOCATOR_VARIABLES:
         if "expandable_segments:True" in os.environ.get(name, ""):
             raise Refusal(
@@ -162,18 +154,6 @@ def _gpu_arguments(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
         # Chooses among kernels by what they take at this start.
         **({"enable_flashinfer_autotune": False} if config.deterministic else {}),
     }
-
-
-def _check_fp8(config: RunConfig, shape: ModelShape) -> None:
-    for refusal in gpu_rules.of_fp8_engine(config, shape):
-        raise refusal
-    capability = torch.cuda.get_device_capability()
-    if capability != FP8_CAPABILITY:
-        raise Refusal(
-            f"rollout.precision=fp8 on a GPU of compute capability {'.'.join(map(str, capability))}",
-            f"needs {'.'.join(map(str, FP8_CAPABILITY))} (Hopper), where vLLM keeps FP8 blocks as they are pushed",
-            "set rollout.precision=bf16",
-        )
 
 
 def register_model_class(family: str) -> None:

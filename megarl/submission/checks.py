@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from megarl.config import files, rules
+from megarl.config import files, fp8_rules, gpu_rules, rules
 from megarl.config.cluster import GIB, Cluster
+from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 from megarl.rehearsal.rehearse import rehearse
@@ -17,10 +18,15 @@ from megarl.submission.resources import Resources, seconds_of, shown_time
 from megarl.train import past
 
 
-def rule_refusals(config: RunConfig, resources: Resources) -> Iterator[Refusal]:
-    """Every rule that needs no file but the model's config.json; first those about the job's size."""
+def rule_refusals(config: RunConfig, cluster: Cluster, resources: Resources) -> Iterator[Refusal]:
+    """Every rule that needs no file but the model's config.json; first those about the job's size, last those of the
+    cluster's GPUs, or of a job without any."""
     yield from _size_refusals(config, resources)
     yield from rules.broken_setting_rules(config, processes=resources.world)
+    if resources.gpus_per_node:
+        yield from gpu_rules.refusals(config, read_model_shape(config.model.path), cluster.capability)
+    else:
+        yield from fp8_rules.on_cpu(config)
 
 
 def file_refusals(config: RunConfig) -> Iterator[Refusal]:

@@ -80,7 +80,7 @@ def prepare(
     runs = [load_config(request.config, overrides) for overrides in _overrides(request)]
     train = read_template("train")
     for run in runs:
-        _raise_first(checks.rule_refusals(run, request.resources))
+        _raise_first(checks.rule_refusals(run, request.cluster, request.resources))
         _raise_first(checks.history_refusals(run, request.resources.time, _lead(train, request.resources)))
         if (sentence := past.outlook(run)) is not None:
             say(sentence)
@@ -143,7 +143,7 @@ def _check_orders(request: Request, orders: Sequence[Order], runs: Iterable[RunC
         for run in own:
             _raise_first(order.refusals(run, is_array=request.sweep is not None))
             if order.overrides:
-                _raise_first(checks.rule_refusals(run, request.resources))
+                _raise_first(checks.rule_refusals(run, request.cluster, request.resources))
 
 
 def _check_files(

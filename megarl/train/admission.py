@@ -1,6 +1,6 @@
 """What can be known of a run within seconds, before anything of it is built: `check`, `submit` and `train` ask here.
 
-Free of torch, and of the libraries that read data until the rules have passed.
+Free of torch where there is no GPU, and of the libraries that read data until the rules have passed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megarl.config import files, rules
+from megarl.config import files, gpu_rules, rules
 from megarl.config.algorithms import ALGORITHM_SETTINGS
+from megarl.config.cluster import Cluster
 from megarl.config.implied import Implied
 from megarl.config.model_shape import read_model_shape
 from megarl.config.rewards import ScoreSettings
@@ -24,7 +25,7 @@ from megarl.formats import checkpoint_folder, peft
 from megarl.rewards.grader import BUILTIN_KINDS
 from megarl.rewards.scorer import build_scorer
 from megarl.servers.client import key_of
-from megarl.train import past, replay
+from megarl.train import hardware, past, replay
 
 #: Seconds for a file's rows where the run, which reads all of them, follows at once. Our choice.
 BRIEFLY = 1.0
@@ -40,14 +41,19 @@ def refusals(
     evaluates: bool = False,
     starts: bool = False,
     reads: bool = True,
+    cluster: Cluster | None = None,
 ) -> Iterator[Refusal]:
     """Everything that is known to end a run at its start, what is quick to find first.
 
     `processes` is the world that a launcher started. `trains`: the run's folder is written as that of a training.
     `evaluates`: it is an evaluation alone. `starts`: the run, which reads all of its data, follows at once.
-    `reads`: prompts are read at all.
+    `reads`: prompts are read at all. `cluster`: whose GPUs the run is for; default: this machine's.
     """
     yield from rules.broken_rules(config, processes=processes)
+    if cluster is None:
+        yield from hardware.refusals(config)
+    else:
+        yield from gpu_rules.refusals(config, read_model_shape(config.model.path), cluster.capability)
     if trains:
         yield from past.refusals(config)
     if reads:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from shutil import which
 
-from megarl.config import accelerations
+from megarl.config import accelerations, fp8_rules
 from megarl.config.cluster import GIB
 from megarl.health.facts import installed, nccl_version, shared_memory_free
 
@@ -68,8 +68,10 @@ def _accelerations(cuda: bool) -> Iterator[Fact]:
     yield Fact("NCCL", nccl_version())
     yield (found := _transformer_engine(engine))
     capability = torch.cuda.get_device_capability(0)
-    fp8 = found.found and capability >= (8, 9)
-    why = "needs Transformer Engine and a GPU of compute capability 8.9 or more (Ada, Hopper): FP8 is refused"
+    least = fp8_rules.HARDWARE["fp8-tensorwise"]
+    fp8 = found.found and capability >= least
+    needed = f"{least[0]}.{least[1]}"
+    why = f"needs Transformer Engine and a GPU of compute capability {needed} or more (Ada, Hopper): FP8 is refused"
     yield Fact("FP8", f"compute capability {capability[0]}.{capability[1]}" if fp8 else None, "" if fp8 else why)
     attention = installed("flash-attn")
     yield Fact("flash-attn", attention, "" if attention else "Transformer Engine takes cuDNN's fused attention instead")
