@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import pickle
+import queue
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ import parity
 import pytest
 import torch
 from live_bytes import LiveBytes
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 
 from megarl.errors import Refusal, TrainingStopped
 from megarl.formats import checkpoint_folder, checksums, megatron
@@ -459,3 +462,25 @@ def test_old_checkpoints_go_but_for_the_newest_and_every_so_many(root: Path):
     checkpoint_folder.publish(again, root / "step_000006", keep=1, keep_every=0)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000006"]
     assert (root / "step_000006" / "new").exists() and (root / "latest").read_text() == "step_000006"
+
+
+def test_a_file_that_cannot_be_written_is_told_by_the_systems_own_error():
+    """Torch and Megatron's writer would say `unexpected pos` and the type of an error."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writer
+    from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    from megarl.policy.checkpoint import _system_errors_kept
+
+    tensor = torch.zeros(1 << 16)
+    shape = torch.Size([1 << 16])
+    chunk = ChunkStorageMetadata(torch.Size([0]), shape)
+    data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), shape)
+    item = WriteItem(MetadataIndex("weight"), WriteItemType.TENSOR, tensor_data=data)
+    plain = Writer.write_preloaded_data
+    results: queue.Queue = queue.Queue()
+    with _system_errors_kept():
+        bucket: Any = ("/dev/full", "full", ([], [(item, tensor)]))
+        Writer.write_preloaded_data_multithread([_StorageWriterTransforms()], False, 0, [bucket], results)
+    assert os.strerror(errno.ENOSPC) in str(results.get())
+    assert Writer.write_preloaded_data is plain

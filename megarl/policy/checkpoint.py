@@ -81,7 +81,7 @@ def save(
     # takes seconds to start, and stays when this one is killed.
     writers: Any = filesystem_async
     writers._results_queue = writers._results_queue or queue.Queue()
-    with _causes_named():
+    with _causes_named(), _system_errors_kept():
         dist_checkpointing.save(state, str(partial), content_metadata=dict(megatron.CONTENT))
     beside(partial)
     facts = {"step": step, "optimizer": optimizer} | _facts(found, optimizer=optimizer) | _of_adapter(policy)
@@ -251,6 +251,36 @@ def _causes_named() -> Iterator[None]:
     except CheckpointException as error:
         causes: list[list[str]] = gather_all([str(cause) for cause, _ in error.failures.values()])
         raise OSError("; ".join(dict.fromkeys(cause for some in causes for cause in some))) from error
+
+
+@contextmanager
+def _system_errors_kept() -> Iterator[None]:
+    """A file that could not be written is told by the system's own error, such as a full disk's.
+
+    Torch raises one of its own in place of it, of which Megatron's writer passes on the type alone.
+    """
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    write = writer.write_preloaded_data
+
+    def write_or_raise(*args: Any, **kwargs: Any) -> Any:
+        written = write(*args, **kwargs)
+        if isinstance(written[1], Exception):
+            raise _system_error(written[1])
+        return written
+
+    writer.write_preloaded_data = staticmethod(write_or_raise)
+    try:
+        yield
+    finally:
+        writer.write_preloaded_data = staticmethod(write)
+
+
+def _system_error(error: BaseException) -> BaseException:
+    """The error of the system that led to `error`, which is itself where there is none."""
+    found: BaseException | None = error
+    while found is not None and not (isinstance(found, OSError) and found.errno):
+        found = found.__cause__ or found.__context__
+    return error if found is None else found
 
 
 def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:

@@ -22,6 +22,8 @@ JOINED = "joined"
 
 #: Seconds for a save to begin to write.
 BEGINS = 3.0
+#: Bytes at a time of what fills a disk. A piece that finds no room is given back: the disk is full for a moment alone.
+PIECES = (1 << 20, 1 << 16, 1 << 12)
 
 
 @dataclass(frozen=True)
@@ -163,22 +165,25 @@ def fill(disk: Path, leave: int, *, saving: bool) -> Callable[[], None]:
         while saving and time.monotonic() < until and not list(disk.glob("**/step_*.partial/*")):
             time.sleep(0.0005)
         with open(disk / "filler", "wb") as file:
-            while not _taken(file.fileno(), disk, leave):
-                pass
+            for piece in PIECES:
+                while _taken(file.fileno(), disk, leave, piece):
+                    pass
 
     return deed
 
 
-def _taken(file: int, disk: Path, leave: int) -> bool:
-    """Give a file all but `leave` bytes of what is free; false where the run has written meanwhile."""
+def _taken(file: int, disk: Path, leave: int, piece: int) -> bool:
+    """Have a file grow by `piece` bytes; false where less than that is free beside what is left."""
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     try:
-        os.posix_fallocate(file, 0, max(1, free - leave))
+        if free >= leave + piece:
+            os.posix_fallocate(file, os.fstat(file).st_size, piece)
+            return True
     except OSError as error:
-        if error.errno != errno.ENOSPC or free <= leave:
+        # The run has written meanwhile.
+        if error.errno != errno.ENOSPC:
             raise
-        return False
-    return True
+    return False
 
 
 def cut_network() -> None:
