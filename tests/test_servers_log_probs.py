@@ -147,7 +147,7 @@ def test_too_many_failures_end_the_run(tokenizer: Tokenizer) -> None:
     with serving(script(tokenizer, reply([None]))) as server:
         teacher = ready(tokenizer, server, retries=0, max_failed_share=0.1)
         with pytest.raises(ScoringStopped) as caught:
-            teacher.log_probs(numbered(20))
+            teacher.log_probs([tuple(range(first, first + 6)) for first in range(3, 23)])
     assert str(caught.value) == (
         f"The teacher at {server.url} gave no log-probs of 3 of 20 answers, more than "
         "algorithm.teacher.server.max_failed_share=0.1 allows (first seen: 1 log-probs of 6 tokens). Fix: see the "
