@@ -15,9 +15,12 @@ python_kind() {
     "$1" -c 'import platform, sys; print("cp{0.major}{0.minor}-{1}".format(sys.version_info, platform.machine()))'
 }
 
-# The folder for the extension of lock $1 under a Python of kind $2: named by all that it is compiled against.
+# The folder for the extension of lock $1 under a Python of kind $2: named by all that it is compiled against, NVIDIA's
+# wheels, which carry the headers, by a hash of their lines.
 extension_folder() {
-    echo "${MEGARL_CACHE:-$HOME/.cache/megarl}/wheels/$EXTENSION-$(locked "$1" $EXTENSION)-torch-$(locked "$1" torch)-$2"
+    local headers wheels="${MEGARL_CACHE:-$HOME/.cache/megarl}/wheels"
+    headers="$(sed -n '/^nvidia-/p' "$1" | sha256sum | cut -c1-12)"
+    echo "$wheels/$EXTENSION-$(locked "$1" $EXTENSION)-torch-$(locked "$1" torch)-$2-$headers"
 }
 
 # The wheel in folder $1; fails where there is none.
@@ -52,8 +55,8 @@ jobs_for() {
 
 # Compiles version $2 in the environment at $1, which holds all else of the lock, and puts the wheel into folder $3.
 # No CUDA toolkit is needed: NVIDIA's wheels carry every header, and the extension has no kernels of its own.
-compile_extension() {
-    local bin nvidia cores memory built
+# In a shell of its own, whose end, by a signal too, takes what is half made away.
+compile_extension() (
     bin="$(cd "$1/bin" && pwd)"
     nvidia="$("$bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/nvidia"
     # nproc would count threads by these variables.
@@ -62,6 +65,7 @@ compile_extension() {
     mkdir -p "$3"
     # Made beside its place and moved there whole: a build that was stopped leaves no wheel.
     built="$(mktemp -d "$3/built.XXXXXX")"
+    trap 'rm -rf "$built"' EXIT
     # A toolkit of the machine's is passed over: it may be of another version than the wheels, or there in part.
     # NVTE_PYTORCH_FORCE_BUILD: nothing is looked for on the network. No cache of pip's, which knows no torch.
     if ! env PATH="$bin:$PATH" CUDA_HOME="$nvidia/cu13" NVTE_PYTORCH_FORCE_BUILD=TRUE \
@@ -70,9 +74,7 @@ compile_extension() {
         "$bin/python" -m pip wheel --no-deps --no-build-isolation --no-cache-dir --wheel-dir "$built" \
         "$EXTENSION==$2" >"$built/log" 2>&1; then
         tail -n 40 "$built/log" >&2
-        rm -rf "$built"
-        return 1
+        exit 1
     fi
     mv "$(wheel_in "$built")" "$3/"
-    rm -rf "$built"
-}
+)

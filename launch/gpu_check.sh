@@ -19,7 +19,7 @@ export MEGARL_GPU_RESULTS="$PWD/runs/gpu_check"
 [[ -n "${MEGARL_GPU_PARTS:-}" ]] || rm -rf "$MEGARL_GPU_RESULTS"
 mkdir -p "$MEGARL_GPU_RESULTS"
 
-# Seconds add up to less than ten minutes.
+# Seconds, killing included, add up to less than ten minutes.
 [[ -z "$bundle" ]] || part install 140 install_bundle "$bundle"
 # Of the environment that is there by now.
 source launch/environment.sh

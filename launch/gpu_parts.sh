@@ -2,10 +2,11 @@
 
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
-# part NAME SECONDS COMMAND...: runs the command for so long at most. Its output goes to NAME.out and NAME.log among the
-# results, a line "name, outcome, seconds" to parts.tsv. Always succeeds: the next part runs whatever became of this one.
+# part NAME SECONDS COMMAND...: runs the command for so long at most: it is asked to end a twentieth earlier, and killed
+# then. Its output goes to NAME.out and NAME.log among the results, a line "name, outcome, seconds" to parts.tsv. Always
+# succeeds: the next part runs whatever became of this one.
 part() {
-    local name=$1 limit=$2 started=$EPOCHREALTIME outcome=ok rc=0
+    local name=$1 limit=$2 started=$EPOCHREALTIME outcome=ok rc=0 asked grace
     shift 2
     [[ " ${MEGARL_GPU_PARTS:-$name} " == *" $name "* ]] || return 0
     echo "gpu_check: $name (at most $limit s)" >&2
@@ -14,7 +15,8 @@ part() {
         export -f "$1"
         set -- bash -c '"$@"' bash "$@"
     fi
-    timeout --kill-after=5 "$limit" "$@" >"$MEGARL_GPU_RESULTS/$name.out" 2>"$MEGARL_GPU_RESULTS/$name.log" || rc=$?
+    read -r asked grace < <(awk -v s="$limit" 'BEGIN { printf "%.2f %.2f\n", 0.95 * s, 0.05 * s }')
+    timeout --kill-after="$grace" "$asked" "$@" >"$MEGARL_GPU_RESULTS/$name.out" 2>"$MEGARL_GPU_RESULTS/$name.log" || rc=$?
     case $rc in
         0) ;;
         124 | 137) outcome="not done in $limit s" ;;

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
 
@@ -68,12 +70,14 @@ def test_cudas_two_bindings_are_of_one_version() -> None:
 def test_an_extension_is_kept_by_what_it_is_compiled_against(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
 
-    def folder(te: str = "2.11.0", torch: str = "2.13.0", kind: str = "cp311-x86_64") -> str:
-        lock.write_text(f"torch==={torch}\ntransformer-engine-torch=={te}\n")
+    def folder(te: str = "2.11.0", torch: str = "2.13.0", kind: str = "cp311-x86_64", cudnn: str = "9.20") -> str:
+        lock.write_text(f"nvidia-cudnn-cu13=={cudnn}\ntorch==={torch}\ntransformer-engine-torch=={te}\nzstd==1.5\n")
         return out('extension_folder "$@"', lock, kind, MEGARL_CACHE=tmp_path)
 
-    assert folder() == f"{tmp_path}/wheels/transformer-engine-torch-2.11.0-torch-2.13.0-cp311-x86_64"
-    assert len({folder(), folder(te="2.12.0"), folder(torch="2.14.0"), folder(kind="cp312-x86_64")}) == 4
+    assert folder().startswith(f"{tmp_path}/wheels/transformer-engine-torch-2.11.0-torch-2.13.0-cp311-x86_64-")
+    others = {folder(te="2.12.0"), folder(torch="2.14.0"), folder(kind="cp312-x86_64"), folder(cudnn="9.21")}
+    assert len({folder(), *others}) == 5
+    assert folder() == folder()
     here = f"cp{sys.version_info.major}{sys.version_info.minor}-{os.uname().machine}"
     assert out('python_kind "$@"', sys.executable) == here
     assert run('extension_folder "$@"', lock, here, MEGARL_CACHE="", HOME="/home/x").stdout.startswith(
@@ -152,6 +156,28 @@ def test_a_compilation_that_fails_says_why_and_leaves_nothing(tmp_path: Path, so
     done = compile_into(kept, source)
     assert done.returncode == 1
     assert "cusparse.h: No such file or directory" in done.stderr
+    assert list(kept.iterdir()) == []
+
+
+def test_a_compilation_that_is_stopped_leaves_nothing(tmp_path: Path, source: Path) -> None:
+    kept = tmp_path / "kept"
+    package = source / "transformer_engine_torch-9.9"
+    (package / "setup.py").write_text("import time\ntime.sleep(60)")
+    subprocess.run(["tar", "-czf", f"{package.name}.tar.gz", package.name], cwd=source, check=True)
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(source), "PIP_CONFIG_FILE": os.devnull}
+    compiling = subprocess.Popen(
+        ["bash", "-c", 'source launch/extension.sh; compile_extension "$@"', "bash", sys.prefix, "9.9", str(kept)],
+        cwd=ROOT,
+        env=os.environ | offline,
+        start_new_session=True,
+    )
+    for _ in range(600):
+        if list(kept.glob("built.*/log")):
+            break
+        time.sleep(0.05)
+    assert len(list(kept.iterdir())) == 1
+    os.killpg(compiling.pid, signal.SIGINT)
+    compiling.wait(30)
     assert list(kept.iterdir()) == []
 
 
