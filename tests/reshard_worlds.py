@@ -15,10 +15,10 @@ from megarl.config.schema import RunConfig
 from megarl.config.sections import ParallelSettings
 from megarl.config.splits import engine_refusals, policy_refusals
 from megarl.reshard.copying import box_view, copy_box
+from megarl.reshard.fp8_map import in_parts, local_scales, quantised_weights, with_scales
 from megarl.reshard.layout import Place, Split, Spread
 from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
-from megarl.reshard.quantised import in_parts, local_scales, quantised_weights, with_scales
 from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
 from megarl.reshard.wire import BYTES, all_in
 

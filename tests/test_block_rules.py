@@ -118,13 +118,13 @@ def within(box: tuple[tuple[int, int], ...], dims: tuple[int, ...]) -> bool:
 def test_the_rule_is_that_of_the_layouts(case: Any):
     """Refused is what any rank of policy or engine has of a checkpoint's tensor with an end within a block, or would
     have within a block of vLLM's fused tensor."""
-    from megarl.reshard.quantised import parts_of, quantised_weights
+    from megarl.reshard.fp8_map import quantised_weights, weight_parts
     from megarl.reshard.weight_map import hf_tensors
 
     dims, weights = hf_tensors(case.shape), quantised_weights(case.shape)
     bad = False
     for rank in range(case.world):
-        bad |= any(within(part.box, dims[part.name]) for part in parts_of(case.policy(rank), weights))
+        bad |= any(within(part.box, dims[part.name]) for part in weight_parts(case.policy(rank), weights))
         for tensor in case.plain_engine_of(rank).values():
             for region in tensor.regions:
                 if region.hf_name in weights:

@@ -26,7 +26,7 @@ from megarl.conversion.ranks import Ranks
 from megarl.errors import Refusal
 from megarl.formats.huggingface import HfCheckpoint
 from megarl.reshard.boxes import whole
-from megarl.reshard.quantised import quantised_weights, quantization_config
+from megarl.reshard.fp8_map import quantised_weights, quantization_config
 
 #: Several blocks in both directions, and smaller ones at the far edges.
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 160, "head_dim": 32}

@@ -6,7 +6,7 @@ from reshard_worlds import ONE_BYTE, Case, cases, fp8_cases
 
 from megarl.config.sections import ParallelSettings
 from megarl.reshard import matching
-from megarl.reshard.quantised import quantised_wire
+from megarl.reshard.fp8_map import quantised_wire
 from megarl.reshard.traffic import count_traffic
 
 

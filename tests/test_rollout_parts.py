@@ -17,7 +17,7 @@ from megarl.parallel.launch import deliver
 from megarl.rollout import vllm_setup
 from megarl.rollout.arguments import engine_arguments, register_model_class
 from megarl.rollout.draw import FixedAssignment, SharedCounter
-from megarl.rollout.phases import NoSleeper, Part, Phase, Phases
+from megarl.rollout.phases import Memory, NoSleeper, Phase, Phases
 from megarl.rollout.seeds import batch_seed, hash_seed, sample_seed
 
 
@@ -81,9 +81,9 @@ def test_phases_in_order():
     phases.require_ready()
     for _ in range(2):
         phases.sleep()
-        phases.require(Part.OPTIMIZER)
+        phases.require(Memory.OPTIMIZER)
         phases.wake_weights()
-        phases.require(Part.POLICY)
+        phases.require(Memory.POLICY)
         phases.weights_written()
         phases.wake_cache()
         phases.require_ready()
@@ -96,7 +96,7 @@ def test_sleeping_parts_are_named():
     with pytest.raises(PhaseError, match="engine weights used in phase generate before a push"):
         phases.require_ready()
     with pytest.raises(PhaseError, match="optimizer state touched in phase generate"):
-        phases.require(Part.OPTIMIZER)
+        phases.require(Memory.OPTIMIZER)
     with pytest.raises(PhaseError, match="cannot wake the engine's weights in phase generate"):
         phases.wake_weights()
     phases.sleep()
@@ -111,7 +111,7 @@ def test_sleeping_parts_are_named():
     with pytest.raises(PhaseError, match="engine weights used in phase push before a push"):
         phases.wake_cache()
     with pytest.raises(PhaseError, match="engine KV cache touched in phase push"):
-        phases.require(Part.ENGINE_CACHE)
+        phases.require(Memory.ENGINE_CACHE)
 
 
 #: A mixture of experts of a size that fits.

@@ -10,7 +10,7 @@ import parity
 import torch
 from reshard_reference import make_shape, random_checkpoint, rank_tensors, slice_reader
 from reshard_worlds import Case, layout_of, moe_shape, plan_of
-from test_reshard_quantised import bits, quantise_after_gather
+from test_reshard_fp8_map import bits, quantise_after_gather
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megarl.config.sections import ParallelSettings
@@ -77,14 +77,14 @@ def in_fp8(world: Any, case: Any, bucket: int) -> tuple[list[str], int, int, int
     """
     from megarl.config.quantisation import scale_name
     from megarl.reshard.copying import read_local
-    from megarl.reshard.quantised import parts_of, quantised_wire
-    from megarl.weights.quantised import QuantisedWeights, origins
-    from megarl.weights.transfer import TORCH, Mover
+    from megarl.reshard.fp8_map import quantised_wire, weight_parts
+    from megarl.weights.quantising import QuantisedWeights, origins
+    from megarl.weights.transfer import WIRE_TYPES, Mover
 
     checkpoint, weights = random_checkpoint(case.shape), case.quantised
     wire = quantised_wire(weights, "fp32")
     tensors, held = case.engine_of(world.rank), case.policy(world.rank)
-    parts = list(parts_of(held, weights))
+    parts = list(weight_parts(held, weights))
     of_policy = {one.tensor for one in parts}
     plain = {name: read_local(one, slice_reader(checkpoint), torch.float32) for name, one in held.items()}
     quantised = Watched(plain)
@@ -92,7 +92,7 @@ def in_fp8(world: Any, case: Any, bucket: int) -> tuple[list[str], int, int, int
     class Tensors(dict[str, torch.Tensor]):
         def buffer(self, name: str) -> torch.Tensor:
             if name not in self:
-                dtype = TORCH[wire(tensors[name].regions[0].hf_name)]
+                dtype = WIRE_TYPES[wire(tensors[name].regions[0].hf_name)]
                 self[name] = torch.zeros(tensors[name].shape, dtype=dtype)
             return self[name]
 
@@ -117,9 +117,9 @@ def in_fp8(world: Any, case: Any, bucket: int) -> tuple[list[str], int, int, int
 def push(world: Any, kind: Kind) -> tuple[list[str], list[str], int, int, int, int]:
     from megarl.reshard.copying import read_local
     from megarl.reshard.weight_map import vllm_tensors
-    from megarl.weights.transfer import TORCH, Mover
+    from megarl.weights.transfer import WIRE_TYPES, Mover
 
-    dtype = TORCH[kind]
+    dtype = WIRE_TYPES[kind]
     cut = {"tensor": 2, "pipeline": 1, "pipeline_rank": 0}
     layouts = [rank_tensors(SHAPE, tensor_rank=rank, **cut) for rank in range(2)]
     targets = [vllm_tensors(SHAPE, tensor=1, tensor_rank=0) for _ in range(2)]

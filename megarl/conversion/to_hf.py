@@ -16,7 +16,7 @@ from megarl.formats.companions import copy_companions
 from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, HfFiles
 from megarl.formats.staging import Staging, check_absent
 from megarl.reshard.boxes import whole
-from megarl.reshard.quantised import quantised_weights, quantization_config
+from megarl.reshard.fp8_map import quantised_weights, quantization_config
 from megarl.reshard.weight_map import StoredParameter, hf_tensors
 
 #: Bytes of the parameters after which the work so far is put on the disk and recorded.

@@ -15,7 +15,7 @@ from megarl.config.implied import Implied
 from megarl.config.model_shape import FAMILIES, ModelShape
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
-from megarl.reshard.quantised import quantization_config
+from megarl.reshard.fp8_map import quantization_config
 
 GIB = 1 << 30
 #: By which PyTorch's allocator is told its settings: its name of old, and that of today.

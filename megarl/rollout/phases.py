@@ -23,8 +23,8 @@ class Phase(Enum):
     GENERATE = "generate"
 
 
-class Part(Enum):
-    """What can be asleep."""
+class Memory(Enum):
+    """Whose memory can be away."""
 
     OPTIMIZER = "optimizer state"
     POLICY = "policy weights"
@@ -32,11 +32,11 @@ class Part(Enum):
     ENGINE_CACHE = "engine KV cache"
 
 
-#: Parts awake in each phase. The policy's weights are the source of a push, so they sleep only while generating.
-AWAKE: dict[Phase, frozenset[Part]] = {
-    Phase.TRAIN: frozenset({Part.OPTIMIZER, Part.POLICY}),
-    Phase.PUSH: frozenset({Part.POLICY, Part.ENGINE_WEIGHTS}),
-    Phase.GENERATE: frozenset({Part.ENGINE_WEIGHTS, Part.ENGINE_CACHE}),
+#: What is awake in each phase. The policy's weights are the source of a push, so they sleep only while generating.
+AWAKE: dict[Phase, frozenset[Memory]] = {
+    Phase.TRAIN: frozenset({Memory.OPTIMIZER, Memory.POLICY}),
+    Phase.PUSH: frozenset({Memory.POLICY, Memory.ENGINE_WEIGHTS}),
+    Phase.GENERATE: frozenset({Memory.ENGINE_WEIGHTS, Memory.ENGINE_CACHE}),
 }
 
 
@@ -95,23 +95,25 @@ class Phases:
 
     def weights_written(self) -> None:
         """Note that a push has ended."""
-        self.require(Part.ENGINE_WEIGHTS)
+        self.require(Memory.ENGINE_WEIGHTS)
         self._weights_written = True
 
-    def require(self, part: Part) -> None:
-        """Raise `PhaseError`, naming phase and part, where `part` sleeps."""
-        if part not in AWAKE[self.phase]:
+    def require(self, memory: Memory) -> None:
+        """Raise `PhaseError`, naming it and the phase, where that memory is away."""
+        if memory not in AWAKE[self.phase]:
             awake = ", ".join(sorted(p.value for p in AWAKE[self.phase]))
-            raise PhaseError(f"{part.value} touched in phase {self.phase.value}, in which only {awake} are awake")
+            raise PhaseError(f"{memory.value} touched in phase {self.phase.value}, in which only {awake} are awake")
 
     def require_ready(self) -> None:
         """Raise `PhaseError` where the engine cannot generate: asleep, or weights never pushed."""
-        self.require(Part.ENGINE_CACHE)
+        self.require(Memory.ENGINE_CACHE)
         self._require_written()
 
     def _require_written(self) -> None:
         if not self._weights_written:
-            raise PhaseError(f"{Part.ENGINE_WEIGHTS.value} used in phase {self.phase.value} before a push filled them")
+            raise PhaseError(
+                f"{Memory.ENGINE_WEIGHTS.value} used in phase {self.phase.value} before a push filled them"
+            )
 
     def _leave(self, expected: Phase, action: str) -> None:
         if self.phase is not expected:

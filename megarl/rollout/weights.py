@@ -24,7 +24,7 @@ from megarl.ops.fp8 import E4M3, times_blocks
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.rollout import experts
-from megarl.rollout.phases import Part, Phases
+from megarl.rollout.phases import Memory, Phases
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def load_by_name(engine: Fillable, tensors: Iterable[tuple[str, torch.Tensor]]) 
     vLLM restores its layers to what they were before packing, loads, and packs them again. Raises `PhaseError` where
     the engine's weights sleep.
     """
-    engine.phases.require(Part.ENGINE_WEIGHTS)
+    engine.phases.require(Memory.ENGINE_WEIGHTS)
     engine.call_worker(lambda worker: worker.model_runner.reload_weights(weights_iterator=tensors))
     engine.weights_changed()
 
@@ -122,7 +122,7 @@ class EngineWeights:
 
     def begin(self, *, watched: bool = False) -> None:
         """Start a push; `watched`: `changed` will be asked. Raises `PhaseError` where the engine's weights sleep."""
-        self._engine.phases.require(Part.ENGINE_WEIGHTS)
+        self._engine.phases.require(Memory.ENGINE_WEIGHTS)
         self._watched = watched
         self._prints.clear()
         self._boxes.clear()

@@ -12,9 +12,9 @@ from megarl.formats.huggingface import DTYPE_NAMES, FILE_BYTES, PRECISIONS, HfFi
 from megarl.parallel.whole_folder import whole_folder
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import whole
+from megarl.reshard.fp8_map import quantised_weights, quantization_config
 from megarl.reshard.model_layouts import checkpoint_layout, lanes, policy_layout
 from megarl.reshard.plan import make_plan
-from megarl.reshard.quantised import quantised_weights, quantization_config
 from megarl.reshard.weight_map import hf_tensors
 from megarl.reshard.wire import all_in
 from megarl.weights.source import PolicyWeights, WeightSource

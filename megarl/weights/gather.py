@@ -18,7 +18,7 @@ from megarl.reshard.copying import box_view
 from megarl.reshard.model_layouts import policy_layout
 from megarl.reshard.weight_map import hf_tensors
 from megarl.rollout.weights import Fillable, check_reloadable, load_by_name
-from megarl.weights.push_plan import quantised
+from megarl.weights.push_plan import weights_in_fp8
 from megarl.weights.source import PolicyWeights
 
 
@@ -34,7 +34,7 @@ class GatherPush:
         self._source = PolicyWeights(policy)
         self.received_bytes = 0
         self._shapes = hf_tensors(policy.shape)
-        self._quantised = quantised(policy.config, policy.shape)
+        self._quantised = weights_in_fp8(policy.config, policy.shape)
         layout = policy_layout(policy.shape, policy.config.parallel, policy.world.size)
         # Every part of every tensor comes from the first rank that holds it.
         self._parts = {name: (layout[name][0].tensor, layout[name][0].split.places) for name in self._shapes}

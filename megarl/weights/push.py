@@ -21,12 +21,12 @@ from megarl.parallel.exchange import anywhere, gather_all
 from megarl.policy.policy import Policy
 from megarl.reshard.boxes import LocalTensor, contains
 from megarl.reshard.copying import box_view
-from megarl.reshard.quantised import parts_of
+from megarl.reshard.fp8_map import weight_parts
 from megarl.reshard.weight_map import megatron_tensors
 from megarl.rollout.weights import EngineWeights, Fillable
 from megarl.weights.ledger import Journey
-from megarl.weights.push_plan import engine_tensors, push_plan, quantised
-from megarl.weights.quantised import QuantisedWeights, origins
+from megarl.weights.push_plan import engine_tensors, push_plan, weights_in_fp8
+from megarl.weights.quantising import QuantisedWeights, origins
 from megarl.weights.source import PolicyWeights, WeightSource
 from megarl.weights.transfer import Mover
 
@@ -66,7 +66,7 @@ class Push:
         self._padding = [name for name, target in self._targets.items() if not target.regions]
         held = megatron_tensors(policy.shape, policy.config.parallel, policy.grid)
         #: What leaves in FP8.
-        self._parts = list(parts_of(held, quantised(policy.config, policy.shape)))
+        self._parts = list(weight_parts(held, weights_in_fp8(policy.config, policy.shape)))
         self.mover = Mover(
             push_plan(policy.config, policy.shape, policy.world.rank, policy.world.node_of_rank),
             device=policy.world.device,

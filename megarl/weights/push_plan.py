@@ -8,10 +8,7 @@ from megarl.config.grid import Grid
 from megarl.config.model_shape import ModelShape
 from megarl.config.schema import RunConfig
 from megarl.reshard.boxes import LocalTensor
-from megarl.reshard.layout import Layout
-from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
-from megarl.reshard.plan import Plan, make_plan
-from megarl.reshard.quantised import (
+from megarl.reshard.fp8_map import (
     in_parts,
     local_parts,
     local_scales,
@@ -19,6 +16,9 @@ from megarl.reshard.quantised import (
     quantised_wire,
     with_scales,
 )
+from megarl.reshard.layout import Layout
+from megarl.reshard.model_layouts import engine_layout, lanes, policy_layout
+from megarl.reshard.plan import Plan, make_plan
 from megarl.reshard.weight_map import megatron_tensors, vllm_tensors
 from megarl.reshard.wire import Wire
 
@@ -28,11 +28,11 @@ def push_layouts(config: RunConfig, shape: ModelShape, world: int) -> tuple[Layo
     rollout = config.rollout
     engines = engine_layout(shape, tensor=rollout.tensor, world=world, expert_parallel=rollout.expert_parallel)
     policy = policy_layout(shape, config.parallel, world)
-    weights = quantised(config, shape)
+    weights = weights_in_fp8(config, shape)
     return in_parts(policy, weights), with_scales(engines, weights)
 
 
-def quantised(config: RunConfig, shape: ModelShape) -> Collection[str]:
+def weights_in_fp8(config: RunConfig, shape: ModelShape) -> Collection[str]:
     """The checkpoint's weights that the engines have in FP8."""
     return quantised_weights(shape) if config.rollout.precision == "fp8" else ()
 
@@ -53,7 +53,7 @@ def push_plan(config: RunConfig, shape: ModelShape, rank: int, node_of_rank: Seq
 
 def push_wire(config: RunConfig, shape: ModelShape) -> Wire:
     """In which types weights go to the engines."""
-    return quantised_wire(quantised(config, shape), config.engine_dtype)
+    return quantised_wire(weights_in_fp8(config, shape), config.engine_dtype)
 
 
 def engine_tensors(config: RunConfig, shape: ModelShape, rank: int) -> dict[str, LocalTensor]:
@@ -62,9 +62,9 @@ def engine_tensors(config: RunConfig, shape: ModelShape, rank: int) -> dict[str,
     tensors = vllm_tensors(
         shape, tensor=rollout.tensor, tensor_rank=rank % rollout.tensor, expert_parallel=rollout.expert_parallel
     )
-    return local_scales(tensors, quantised(config, shape))
+    return local_scales(tensors, weights_in_fp8(config, shape))
 
 
 def policy_tensors(config: RunConfig, shape: ModelShape, grid: Grid) -> dict[str, LocalTensor]:
     """The policy's tensors on a rank as they are sent, as the plan sees them."""
-    return local_parts(megatron_tensors(shape, config.parallel, grid), quantised(config, shape))
+    return local_parts(megatron_tensors(shape, config.parallel, grid), weights_in_fp8(config, shape))

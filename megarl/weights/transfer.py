@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from megarl.errors import Interrupted, RankLost
+from megarl.formats.huggingface import PRECISIONS
 from megarl.ops.bits import Digest, digest
+from megarl.ops.fp8 import E4M3
 from megarl.parallel import progress
 from megarl.parallel.absence import find_absent, meet
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
 from megarl.reshard.plan import Message, Plan, Round, Transfer
-from megarl.reshard.wire import Kind
 from megarl.weights.ledger import Journey, Ledger
 from megarl.weights.source import WeightSource
 
@@ -52,8 +53,8 @@ class PushAbsence(PushError, RankLost):
     """A push that failed because a rank is gone or silent."""
 
 
-#: The types that travel, in torch.
-TORCH: dict[Kind, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+#: The types that travel, in torch: `Kind` by name.
+WIRE_TYPES = PRECISIONS | {"e4m3": E4M3}
 
 #: Messages begin at a multiple of that many bytes in a round's buffer, at which elements of every type can be read.
 _ALIGNMENT = 64
@@ -141,7 +142,7 @@ class Mover:
         leaving: list[_Leaving] = []
         for message, place in messages:
             flat = buffer.take(message.nbytes) if place is None else place
-            parts = [(one, flat[start:stop].view(TORCH[one.kind])) for one, start, stop in message.spans()]
+            parts = [(one, flat[start:stop].view(WIRE_TYPES[one.kind])) for one, start, stop in message.spans()]
             if message.incoming:
                 arriving.extend(_Piece(transfer, part, place is not None) for transfer, part in parts)
                 self.received_bytes += sum(part.nbytes for _, part in parts)
@@ -179,7 +180,7 @@ class Mover:
 
     def _copy(self, transfer: Transfer, sources: _Asked, target: Target) -> Digest | None:
         """Copy a box within the rank; as `_known` of it."""
-        part = box_view(sources[transfer.source_name], transfer.source_box).to(TORCH[transfer.kind])
+        part = box_view(sources[transfer.source_name], transfer.source_box).to(WIRE_TYPES[transfer.kind])
         if self._verify:
             self._ledger.sent(transfer, part)
         view = box_view(target.buffer(transfer.target_name), transfer.target_box)
@@ -199,7 +200,7 @@ class Mover:
             view = box_view(target.buffer(transfer.target_name), transfer.target_box)
         else:
             view = box_view(sources[transfer.source_name], transfer.source_box)
-        as_it_travels = view.is_contiguous() and view.dtype == TORCH[transfer.kind] and view.device == self.device
+        as_it_travels = view.is_contiguous() and view.dtype == WIRE_TYPES[transfer.kind] and view.device == self.device
         return view.view(-1).view(torch.uint8) if as_it_travels else None
 
     def _post(self, operations: list[dist.P2POp], messages: Sequence[Message]) -> list[tuple[Any, Message]]:

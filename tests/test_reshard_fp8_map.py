@@ -16,9 +16,9 @@ from megarl.config.sections import ParallelSettings
 from megarl.ops.fp8 import WEIGHT_TILE, quantise_tiles, quantise_weight
 from megarl.reshard.boxes import missing_bytes, padding_boxes
 from megarl.reshard.copying import box_view, read_local
-from megarl.reshard.quantised import local_parts, parts_of, quantised_weights, quantised_wire
+from megarl.reshard.fp8_map import local_parts, quantised_weights, quantised_wire, weight_parts
 from megarl.reshard.weight_map import hf_tensors
-from megarl.weights.quantised import QuantisedWeights
+from megarl.weights.quantising import QuantisedWeights
 
 
 def test_linear_layers_of_decoder_layers_and_nothing_else():
@@ -93,7 +93,7 @@ def test_engines_hold_what_quantising_after_gathering_gives(case, bucket_bytes):
         held = {
             name: read_local(one, slice_reader(checkpoint), torch.float32) for name, one in case.policy(rank).items()
         }
-        sources.append(Bits(QuantisedWeights(held, list(parts_of(case.policy(rank), weights)))))
+        sources.append(Bits(QuantisedWeights(held, list(weight_parts(case.policy(rank), weights)))))
     targets = [blank(case.engine_of(rank)) for rank in range(case.world)]
     plans = case.plans(bucket_bytes, wire)
     execute(plans, sources, targets)
@@ -129,7 +129,7 @@ def test_parameters_that_are_kept_in_blocks_travel_as_they_are():
     for head_dim, kept in ((128, True), (64, False)):
         shape = replace(shape, head_dim=head_dim)
         case = Case(shape, ParallelSettings(), 1, False, 1, 1, True)
-        parts = list(parts_of(case.policy(0), case.quantised))
+        parts = list(weight_parts(case.policy(0), case.quantised))
         drawn = torch.Generator().manual_seed(1)
         held = {
             name: Kept(torch.randn(one.shape, generator=drawn))

@@ -10,7 +10,7 @@ from megarl.config.quantisation import BLOCK, scale_name
 from megarl.ops.fp8 import E4M3, WEIGHT_TILE, Quantised, quantise_weight
 from megarl.reshard.boxes import Box
 from megarl.reshard.copying import box_view
-from megarl.reshard.quantised import Part, block_box
+from megarl.reshard.fp8_map import WeightPart, block_box
 from megarl.weights.source import WeightSource
 
 
@@ -22,10 +22,10 @@ class QuantisedWeights:
     all values are kept, and scales, which are few, of every one: a target's values are asked for before its scales.
     """
 
-    def __init__(self, source: WeightSource, parts: Sequence[Part]) -> None:
+    def __init__(self, source: WeightSource, parts: Sequence[WeightPart]) -> None:
         self._source = source
         self._tensor_of = origins(parts)
-        self._parts: dict[str, list[Part]] = {}
+        self._parts: dict[str, list[WeightPart]] = {}
         for part in parts:
             self._parts.setdefault(part.tensor, []).append(part)
         self._last: tuple[str, Mapping[str, torch.Tensor]] | None = None
@@ -53,12 +53,12 @@ class QuantisedWeights:
         return found
 
 
-def origins(parts: Sequence[Part]) -> dict[str, str]:
+def origins(parts: Sequence[WeightPart]) -> dict[str, str]:
     """The policy's tensors that values and scales of `parts` are made of."""
     return {name: part.tensor for part in parts for name in (part.name, scale_name(part.name))}
 
 
-def _kept(weight: torch.Tensor, part: Part) -> Quantised | None:
+def _kept(weight: torch.Tensor, part: WeightPart) -> Quantised | None:
     """A part of a parameter that is kept in blocks of FP8, as it is, or None for any other.
 
     Transformer Engine's Float8BlockwiseQTensor (2.11): values as bytes, scales with columns up to a multiple of 4, by

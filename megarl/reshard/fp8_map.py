@@ -116,7 +116,7 @@ def local_scales(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightPart:
     """A rank's part of the checkpoint tensor `name`: the boxes of its tensor `tensor` in the order of the checkpoint's
     rows, which together are `box` there."""
 
@@ -126,7 +126,7 @@ class Part:
     local_boxes: tuple[Box, ...]
 
 
-def parts_of(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -> Iterator[Part]:
+def weight_parts(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -> Iterator[WeightPart]:
     """What a rank of the policy quantises, tensor by tensor."""
     for name, tensor in tensors.items():
         regions: dict[str, list[Region]] = {}
@@ -136,12 +136,12 @@ def parts_of(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -> It
         for hf_name, found in regions.items():
             found.sort(key=lambda region: region.hf_box)
             box = _joined([region.hf_box for region in found])
-            yield Part(hf_name, name, box, tuple(region.local_box for region in found))
+            yield WeightPart(hf_name, name, box, tuple(region.local_box for region in found))
 
 
 def local_parts(tensors: Mapping[str, LocalTensor], weights: Collection[str]) -> dict[str, LocalTensor]:
     """A rank's tensors of the policy as they are sent, as `in_parts` has them on all ranks."""
-    parts = list(parts_of(tensors, weights))
+    parts = list(weight_parts(tensors, weights))
     cut = {part.tensor for part in parts}
     found = {name: tensor for name, tensor in tensors.items() if name not in cut}
     for part in parts:
