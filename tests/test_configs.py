@@ -10,24 +10,30 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from megarl.config import rules
+from megarl.config import files, rules
 from megarl.config.data import DATA_SUFFIXES
 from megarl.config.implied import Implied
 from megarl.config.load import load_config
+from megarl.config.model_shape import read_model_shape
 from megarl.config.schema import RunConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+#: Every run; tables and suites are none.
+RUNS = [*CONFIGS.glob("*.yaml"), *(CONFIGS / "reproduce").glob("*.yaml")]
 
 #: Models that the recipes name: type, hidden, layers, heads, key-value heads, MLP, vocabulary, positions.
 PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int, int]] = {
     "Qwen2.5-Math-7B": ("qwen2", 3584, 28, 28, 4, 18944, 152064, 4096),
     "Qwen2.5-32B": ("qwen2", 5120, 64, 40, 8, 27648, 152064, 131072),
     "Qwen2.5-72B": ("qwen2", 8192, 80, 64, 8, 29568, 152064, 131072),
+    "Qwen2.5-72B-Instruct": ("qwen2", 8192, 80, 64, 8, 29568, 152064, 32768),
+    "Qwen2.5-7B-Instruct": ("qwen2", 3584, 28, 28, 4, 18944, 152064, 32768),
     "Qwen2.5-3B-Instruct": ("qwen2", 2048, 36, 16, 2, 11008, 151936, 32768),
     "Qwen2.5-3B": ("qwen2", 2048, 36, 16, 2, 11008, 151936, 32768),
     "DeepSeek-R1-Distill-Qwen-1.5B": ("qwen2", 1536, 28, 12, 2, 8960, 151936, 131072),
     "DeepSeek-R1-Distill-Qwen-7B": ("qwen2", 3584, 28, 28, 4, 18944, 152064, 131072),
     "DeepSeek-R1-Distill-Qwen-32B": ("qwen2", 5120, 64, 40, 8, 27648, 152064, 131072),
+    "DeepSeek-R1-Distill-Llama-70B": ("llama", 8192, 80, 64, 8, 28672, 128256, 131072),
     "Llama-3.2-3B": ("llama", 3072, 28, 24, 8, 8192, 128256, 131072),
     "Qwen3-8B-Base": ("qwen3", 4096, 36, 32, 8, 12288, 151936, 32768),
     "Qwen3-8B": ("qwen3", 4096, 36, 32, 8, 12288, 151936, 40960),
@@ -46,26 +52,6 @@ LAPTOP_MODELS = {
     "data/gpu/push_model": ("qwen2", 3584, 8, 28, 4, 18944, 152064, 8192),
     "data/quickstart_fp8/model": ("qwen2", 256, 4, 4, 4, 512, 320, 2048),
     "data/quickstart_moe/model": ("qwen3_moe", 128, 4, 4, 2, 128, 320, 2048),
-}
-#: GPUs that the large recipes are written for.
-PROCESSES = {
-    "nft_qwen2.5_math_7b": 64,
-    "nft_qwen2.5_32b": 128,
-    "exp_grpo_qwen2.5_3b_instruct": 8,
-    "start_qwen3_8b": 16,
-    "start_qwen3_32b": 64,
-    "bridge_qwen2.5_3b": 4,
-    "bridge_llama3.2_3b": 4,
-    "bridge_qwen3_8b": 8,
-    "bridge_qwen2.5_32b": 64,
-    "attnrl_r1_distill_qwen_1.5b": 8,
-    "attnrl_r1_distill_qwen_7b": 24,
-    "attnrl_r1_distill_qwen_32b": 64,
-    "grpo_qwen3_30b_a3b": 32,
-    "grpo_qwen2.5_32b_16k": 64,
-    "grpo_qwen2.5_72b": 128,
-    "grpo_lora_qwen2.5_72b": 16,
-    "grpo_qwen3_235b_a22b": 256,
 }
 
 
@@ -104,19 +90,37 @@ def write_files(config: RunConfig) -> None:
             Path(name).write_text("{}")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_shipped_configuration_breaks_no_rule(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(CONFIGS / f"{name}.yaml")
-    assert config.name == name
+@pytest.mark.parametrize("path", sorted(RUNS), ids=lambda path: path.stem)
+def test_shipped_configuration_breaks_no_rule(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
     # Paths are relative to the working directory; some lead to its neighbours.
     (tmp_path / "checkout").mkdir()
     monkeypatch.chdir(tmp_path / "checkout")
     write_files(config)
-    assert [str(refusal) for refusal in rules.broken_rules(config, processes=PROCESSES.get(name))] == []
+    assert [str(refusal) for refusal in rules.broken_rules(config, processes=config.gpus)] == []
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_known_model_has_its_published_sizes(name: str, tmp_path: Path) -> None:
+    write_model(tmp_path / name, PUBLISHED[name])
+    assert parameters_of(files.KNOWN_MODELS / name) == parameters_of(tmp_path / name)
+
+
+def parameters_of(folder: Path) -> tuple[Any, ...]:
+    shape = read_model_shape(folder)
+    experts = (shape.num_experts, shape.experts_per_token, shape.expert_ffn_size)
+    sizes = (shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.ffn_size)
+    return (shape.family, *sizes, shape.vocab_size, shape.max_positions, shape.sparse_layers, *experts)
+
+
+def test_every_model_that_is_known_is_published_and_large() -> None:
+    known = {folder.name for folder in files.KNOWN_MODELS.iterdir()}
+    assert known == {*PUBLISHED, "qwen2_307m"}
 
 
 def test_the_rules_are_really_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(CONFIGS / "nft_qwen2.5_math_7b.yaml", ["parallel.tensor=3", "rollout.max_tokens=4000"])
+    config = load_config(CONFIGS / "reproduce" / "nft_7b_nft.yaml", ["parallel.tensor=3", "rollout.max_tokens=4000"])
     monkeypatch.chdir(tmp_path)
     write_files(config)
     broken = [refusal.value for refusal in rules.broken_rules(config, processes=66)]

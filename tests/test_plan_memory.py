@@ -30,20 +30,16 @@ from megarl.records import Sequence, from_place
 from megarl.rehearsal.activations import head_bytes, layer_terms
 from megarl.rehearsal.build import build_report
 from megarl.rehearsal.memory import micro_batch_bytes, score_bytes, work_of
+from megarl.rehearsal.rehearse import checked
 from megarl.rehearsal.report import Report
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-#: Runs that are to fit nodes of H100 with 80 GB, their model's sizes and their GPUs.
-RECIPES = [
-    ("grpo_qwen2.5_32b_16k", "qwen2.5_32b", 64),
-    ("grpo_qwen2.5_72b", "qwen2.5_72b", 128),
-    ("grpo_qwen3_30b_a3b", "qwen3_30b_a3b", 32),
-    ("grpo_qwen3_235b_a22b", "qwen3_235b_a22b", 256),
-]
+#: Runs that are to fit the GPUs that they are written for, on nodes of H100 with 80 GB.
+LARGE = sorted([*CONFIGS.glob("grpo_*.yaml"), *(CONFIGS / "reproduce").glob("*.yaml")])
 
 
 @cache
-def plan(*overrides: str, name: str = "grpo_qwen2.5_32b_16k", model: str = "qwen2.5_32b", world: int = 64) -> Report:
+def plan(*overrides: str, name: str = "grpo_qwen2.5_32b_16k", model: str = "Qwen2.5-32B", world: int = 64) -> Report:
     given = [f"model.path={CONFIGS}/models/{model}", f"parallel.processes={world}", *overrides]
     config = load_config(CONFIGS / f"{name}.yaml", given)
     return build_report(config, read_model_shape(config.model.path), read_cluster("h100"), world)
@@ -54,14 +50,20 @@ def run_of(**sections: Any) -> RunConfig:
     return RunConfig.model_validate(base | {"algorithm": {"name": "grpo"}} | sections)
 
 
-@pytest.mark.parametrize(("name", "model", "world"), RECIPES)
-def test_recipes_fit_their_gpus(name: str, model: str, world: int) -> None:
-    report = plan(name=name, model=model, world=world)
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_recipes_fit_their_gpus(path: Path) -> None:
+    """As `megarl plan FILE` has it, in one process: rules, every shard, every phase."""
+    cluster = read_cluster("h100")
+    config, world = checked(load_config(path), cluster, None)
+    report = build_report(config, read_model_shape(config.model.path), cluster, world)
     assert report.fits, report.verdict
     assert report.verdict.startswith("fits: the tightest is ")
     assert min(phase.margin for phase in report.phases) > 2 * GIB
+    assert report.parameters.counted == report.parameters.exact
     # Of the 235B mixture 10: its engines of 8 GPUs have little room beside their weights.
     assert report.kv_cache is not None and report.kv_cache.sequences >= 10
+    assert world % 8 == 0 or world < 8
+    assert (report.hours.gpu_hours or 0) > 1
 
 
 def test_states_of_a_dense_model_by_hand() -> None:
@@ -81,7 +83,7 @@ def test_states_of_a_dense_model_by_hand() -> None:
 
 
 def test_experts_have_data_parallel_ranks_of_their_own() -> None:
-    report = plan(name="grpo_qwen3_30b_a3b", model="qwen3_30b_a3b", world=32)
+    report = plan(name="grpo_qwen3_30b_a3b", model="Qwen3-30B-A3B", world=32)
     train = report.busiest("train")
     assert train is not None
     own = report.parameters.stages[train.stage]
@@ -92,7 +94,7 @@ def test_experts_have_data_parallel_ranks_of_their_own() -> None:
 
 def test_a_dense_layer_is_the_sum_of_korthikanti_adapted() -> None:
     """Per token 8 h for norms and residual, what attention and a gated MLP keep, and attention's log-sum-exp."""
-    shape = read_model_shape(CONFIGS / "models" / "qwen2.5_72b")
+    shape = read_model_shape(CONFIGS / "models" / "Qwen2.5-72B")
     h, ffn, query, key = 8192, 29568, 8192, 1024
     whole = sum(term.bytes for term in layer_terms(run_of(), shape, sparse=False))
     assert whole == 2 * (4 * h + (query + 2 * key) + query + 3 * ffn) + 4 * 64
@@ -124,7 +126,7 @@ def test_an_engine_in_fp8_has_a_byte_for_a_weight_of_its_layers() -> None:
 def test_a_dense_layer_in_fp8_keeps_a_byte_of_what_it_multiplies() -> None:
     """Of two norms and two products (h, h, ffn and beside attention's output query) one byte, and with blocks the fp32
     scale of 128; all else as in bf16."""
-    shape = read_model_shape(CONFIGS / "models" / "qwen2.5_72b")
+    shape = read_model_shape(CONFIGS / "models" / "Qwen2.5-72B")
     h, ffn, query, key = 8192, 29568, 8192, 1024
     rest = 2 * (2 * h + (query + 2 * key) + query + 2 * ffn) + 4 * 64
     for precision, byte in (("fp8-tensorwise", 1), ("fp8-delayed", 1), ("fp8-blockwise", 1 + 1 / 32)):
@@ -197,7 +199,7 @@ def test_attention_that_is_measured_stands_in_the_passes_for_log_probs() -> None
     def scores(**settings: Any) -> list[int]:
         config = load_config(
             CONFIGS / "grpo_qwen2.5_32b_16k.yaml",
-            [f"model.path={CONFIGS}/models/qwen2.5_32b", "parallel.processes=64"],
+            [f"model.path={CONFIGS}/models/Qwen2.5-32B", "parallel.processes=64"],
         )
         algorithm = Attentive(attention=InfluenceSettings(**settings))
         config = config.model_copy(update={"algorithm": algorithm})
@@ -237,7 +239,7 @@ def test_a_set_that_trains_beside_the_policy_is_on_a_gpu_in_its_turn(monkeypatch
     monkeypatch.setattr(Implied, "parameter_sets", (ParameterSet("namer", trains=True),))
     config = load_config(
         CONFIGS / "grpo_qwen2.5_32b_16k.yaml",
-        [f"model.path={CONFIGS}/models/qwen2.5_32b", "parallel.processes=64"],
+        [f"model.path={CONFIGS}/models/Qwen2.5-32B", "parallel.processes=64"],
     )
     both = build_report(config, read_model_shape(config.model.path), read_cluster("h100"), 64)
     found = {phase.phase: phase for phase in both.phases if phase.stage == 0}
@@ -253,8 +255,8 @@ def test_a_set_that_trains_beside_the_policy_is_on_a_gpu_in_its_turn(monkeypatch
 @pytest.mark.parametrize("shadow", ["persistent", "rebuilt"])
 def test_a_step_of_bridge_takes_no_more_than_one_set_beside_the_policy(shadow: str) -> None:
     config = load_config(
-        CONFIGS / "bridge_qwen2.5_32b.yaml",
-        [f"model.path={CONFIGS}/models/qwen2.5_32b", "parallel.processes=64", f"algorithm.shadow={shadow}"],
+        CONFIGS / "reproduce" / "bridge_32b_bridge.yaml",
+        [f"model.path={CONFIGS}/models/Qwen2.5-32B", "parallel.processes=64", f"algorithm.shadow={shadow}"],
     )
     report = build_report(config, read_model_shape(config.model.path), read_cluster("h100"), 64)
     found = {phase.phase: phase for phase in report.phases}

@@ -15,7 +15,7 @@ from test_submit import CPU, case
 
 __all__ = ["case"]
 
-RECIPE = ("configs/grpo_qwen2.5_32b_16k.yaml", "model.path=configs/models/qwen2.5_32b", "--nodes", "16")
+RECIPE = ("configs/grpo_qwen2.5_32b_16k.yaml", "--nodes", "16")
 
 #: In the place of python, where the job starts megarl and tools: says how it was called, and fails where it is told to.
 STAND_IN = """\

@@ -15,7 +15,7 @@ from megarl.parallel import terminal
 from megarl.rehearsal import rehearse as rehearsal
 from megarl.rehearsal.table import print_report
 
-Gpus = Annotated[int | None, typer.Option("--gpus", help="World size; default: parallel.processes.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="GPUs of the run; default: parallel.processes, or gpus.")]
 GpuMemory = Annotated[float | None, typer.Option("--gpu-memory-gib", help="Memory of a GPU; default: the cluster's.")]
 ClusterName = Annotated[
     str, typer.Option("--cluster", help="Name in configs/clusters/, or a YAML file like those there.")

@@ -64,6 +64,9 @@ def prepare(
     if starts and world not in (None, 1):
         # Rank 0 reads for all of them, once they have met (`megarl.train.run.session_of`).
         reads = False
+    if world is None and not starts and config.parallel.processes is None:
+        # Looked at where it does not run.
+        world = config.gpus
     # Before CUDA starts, which it does where a GPU is looked at.
     determinism.set_variables(config)
     for refusal in admission.refusals(

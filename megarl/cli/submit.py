@@ -10,14 +10,17 @@ import typer
 
 from megarl.cli.start import ConfigPath, Overrides
 from megarl.config.cluster import read_cluster
+from megarl.config.load import load_config
 from megarl.parallel import terminal
 from megarl.submission.jobs import Request, prepare
 from megarl.submission.queue import dry_run, submit_all
-from megarl.submission.resources import Resources
+from megarl.submission.resources import Resources, nodes_for
 from megarl.submission.sweep import parse_sweep
 from megarl.train import admission
 
-Nodes = Annotated[int, typer.Option("--nodes", help="Nodes of the run.", show_default=False)]
+Nodes = Annotated[
+    int | None, typer.Option("--nodes", help="Nodes of the run; default: as many as gpus of CONFIG fill.")
+]
 GpusPerNode = Annotated[
     int | None,
     typer.Option("--gpus-per-node", help="GPUs of a node, 0 for a run on CPUs; default: the --cluster's."),
@@ -72,8 +75,8 @@ DryRun = Annotated[
 
 def submit(
     config: ConfigPath,
-    nodes: Nodes,
     overrides: Overrides = None,
+    nodes: Nodes = None,
     gpus_per_node: GpusPerNode = None,
     tasks_per_node: TasksPerNode = None,
     cpus_per_task: CpusPerTask = None,
@@ -86,7 +89,7 @@ def submit(
     sbatch: Others = None,
     dry: DryRun = False,
 ) -> None:
-    """Check the run of CONFIG for so many nodes, write its Slurm script from slurm/train.sbatch, and submit it.
+    """Check the run of CONFIG for its nodes, write its Slurm script from slurm/train.sbatch, and submit it.
 
     What cannot run is refused here, with code 2, before it waits in the queue: a broken rule, a missing file, a phase
     that does not fit the GPUs' memory, a partition or a time limit that is not possible. Scripts and logs are kept in
@@ -94,6 +97,8 @@ def submit(
     """
     machines = read_cluster(cluster)
     gpus = machines.gpus_per_node if gpus_per_node is None else gpus_per_node
+    if nodes is None:
+        nodes, gpus = nodes_for(load_config(config, overrides or ()).gpus, gpus)
     tasks = tasks_per_node if tasks_per_node is not None else max(gpus, 1)
     request = Request(
         config=config,

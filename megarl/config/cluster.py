@@ -29,6 +29,7 @@ class Cluster(Settings):
     nvlink_bytes_per_second: PositiveFloat = Field(description="Between the GPUs of a node.")
     network_bytes_per_second: PositiveFloat = Field(description="Between nodes.")
     hbm_bytes_per_second: PositiveFloat = Field(description="Of a GPU's own memory.")
+    bf16_flops_per_second: PositiveFloat = Field(description="Dense BF16 operations of a GPU in a second.")
     message_seconds: NonNegativeFloat = Field(description="What a message takes beside its bytes.")
     reserved_gib: NonNegativeFloat = Field(
         description="GPU memory in GiB of no tensor: CUDA's context, communication buffers, captured graphs, "

@@ -17,6 +17,19 @@ from megarl.config.quantisation import scales_refusals
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 
+#: Folders of published models without weights, by the models' names.
+KNOWN_MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+
+
+def with_known_model(config: RunConfig) -> RunConfig:
+    """`config` for a plan: where its model is not on this machine, and configs/models/ has one of that name, with that
+    one, of which the sizes are known."""
+    path = Path(config.model.path)
+    known = KNOWN_MODELS / path.name
+    if (path / "config.json").is_file() or not (known / "config.json").is_file():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(known)})})
+
 
 def named(looks: Iterator[Refusal]) -> Iterator[Refusal]:
     """What `looks` yields, and a refusal where a path cannot be looked at (too long, forbidden, a disk's error)."""

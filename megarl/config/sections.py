@@ -23,6 +23,7 @@ from megarl.config.data import DataSettings, DataSource, Sourced
 from megarl.config.environments import EnvironmentSettings
 from megarl.config.fp8 import Fp8Settings, Precision
 from megarl.config.health import HealthSettings
+from megarl.config.reproduces import ReproducesSettings
 from megarl.config.rewards import RewardSettings
 
 
@@ -336,6 +337,11 @@ class RunSettings(Settings):
         description="What is trained: all of the policy's weights, or an adapter (LoRA) alone beside frozen ones.",
     )
     adapter: AdapterSettings = AdapterSettings()
+    gpus: PositiveInt | None = Field(
+        default=None,
+        description="GPUs that the run is written for: what megarl check, plan and submit take where they are told no "
+        "other number. A run on more or fewer is not refused.",
+    )
     parallel: ParallelSettings = ParallelSettings()
     recompute: RecomputeSettings = RecomputeSettings()
     moe: MoeSettings = MoeSettings()
@@ -349,6 +355,9 @@ class RunSettings(Settings):
     logging: LoggingSettings = LoggingSettings()
     weights: WeightsSettings = WeightsSettings()
     health: HealthSettings = HealthSettings()
+    reproduces: ReproducesSettings | None = Field(
+        default=None, description="The row of a published table that the run is; none: it is none."
+    )
     megatron: dict[str, Any] = Field(
         default={},
         description="Further fields of Megatron's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig.",

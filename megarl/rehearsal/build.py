@@ -16,6 +16,7 @@ from megarl.errors import Refusal
 from megarl.policy.forward import check_rotary_on_gpu
 from megarl.rehearsal import engine
 from megarl.rehearsal.changes import Change, changes_for
+from megarl.rehearsal.hours import hours_of
 from megarl.rehearsal.memory import Run, host_of, phases_of
 from megarl.rehearsal.push import push_traffic
 from megarl.rehearsal.report import HostMemory, PhaseMemory, Report
@@ -47,6 +48,7 @@ def build_report(config: RunConfig, shape: ModelShape, cluster: Cluster, world: 
         verdict=_verdict(run, phases, short, host, world),
         notes=tuple(_notes(config, cluster, world)),
         push=None if run.engine is None else push_traffic(config, shape, cluster, world),
+        hours=hours_of(config, shape, cluster, world),
     )
 
 

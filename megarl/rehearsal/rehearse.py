@@ -30,7 +30,7 @@ _HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def rehearse(
     config: RunConfig, cluster: Cluster, processes: int | None = None, status: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Rehearse `config` on `processes` GPUs (default: parallel.processes) of `cluster`.
+    """Rehearse `config` on `processes` GPUs (default: parallel.processes, or gpus) of `cluster`.
 
     `status` is told what takes a while, in a sentence.
 
@@ -38,17 +38,17 @@ def rehearse(
     this machine's disk is among the report's notes, since a plan may be made elsewhere. Raises `Refusal` for the first
     rule that is broken, and where the number of GPUs is not known.
     """
-    config, world = _checked(config, cluster, processes)
+    given, (config, world) = config, checked(config, cluster, processes)
     shape = read_model_shape(config.model.path)
     status(f"building the shards of {config.parallel.pipeline} pipeline stage(s), without memory")
     report = _in_a_process_of_its_own(config, shape, cluster, world)
-    missing = tuple(f"a start here would be refused: {refusal}" for refusal in files.refusals(config))
+    missing = tuple(f"a start here would be refused: {refusal}" for refusal in files.refusals(given))
     return replace(report, notes=(*report.notes, *missing))
 
 
 def schedule(config: RunConfig, cluster: Cluster, processes: int | None, rank: int) -> Iterator[str]:
     """The lines of a rank's schedule of a weight push. Raises `Refusal` as `rehearse` does, and for no such rank."""
-    config, world = _checked(config, cluster, processes)
+    config, world = checked(config, cluster, processes)
     if not 0 <= rank < world:
         raise Refusal(f"--schedule {rank}", f"must be a rank of the {world} GPUs", f"give 0 to {world - 1}")
     # Brings torch in.
@@ -57,12 +57,16 @@ def schedule(config: RunConfig, cluster: Cluster, processes: int | None, rank: i
     return push_plan_of(config, read_model_shape(config.model.path), cluster, world, rank).lines()
 
 
-def _checked(config: RunConfig, cluster: Cluster, processes: int | None) -> tuple[RunConfig, int]:
-    """The configuration with its number of GPUs, and that number. Raises `Refusal` for what cannot run."""
-    world = processes or config.parallel.processes
+def checked(config: RunConfig, cluster: Cluster, processes: int | None) -> tuple[RunConfig, int]:
+    """The configuration as it is planned, with its number of GPUs, and that number.
+
+    Raises `Refusal` for what cannot run.
+    """
+    world = processes or config.parallel.processes or config.gpus
     if world is None:
-        raise Refusal("parallel.processes", "must be known to plan a run", "give --gpus N, or set parallel.processes")
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"processes": world})})
+        raise Refusal("gpus", "must be known to plan a run", "give --gpus N, or set gpus")
+    parallel = config.parallel.model_copy(update={"processes": world})
+    config = files.with_known_model(config).model_copy(update={"gpus": world, "parallel": parallel})
     for refusal in rules.broken_setting_rules(config, processes=world):
         raise refusal
     for refusal in gpu_rules.refusals(config, read_model_shape(config.model.path), cluster.capability):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from megarl.rehearsal.hours import Hours
+
 #: The phases of a step that own a GPU's memory in turn: `log-probs` are the passes without a gradient, `train` those of
 #: the policy, `train beside` those of a model that trains beside it, and `save` a checkpoint of several.
 PhaseName = Literal["log-probs", "train", "train beside", "push", "rollout", "save"]
@@ -131,7 +133,8 @@ class PushTraffic:
 class Report:
     """A rehearsal. `fits`: whether every phase of every stage has the memory; `verdict` says it in a sentence.
 
-    `notes` are what could not be checked or is not modelled. `push` is None where nothing is generated.
+    `notes` are what could not be checked or is not modelled. `push` is None where nothing is generated; `hours` is
+    an estimate.
     """
 
     name: str
@@ -146,6 +149,7 @@ class Report:
     verdict: str
     notes: tuple[str, ...]
     push: PushTraffic | None
+    hours: Hours
 
     def busiest(self, phase: str) -> PhaseMemory | None:
         """The stage with the least memory left in a phase; None where the run has no such phase."""
@@ -156,4 +160,5 @@ class Report:
         table = asdict(self)
         table["phases"] = [asdict(one) | {"used": one.used, "margin": one.margin} for one in self.phases]
         table["host"] |= {"used": self.host.used}
+        table["hours"] |= {"gpu_hours": self.hours.gpu_hours}
         return table

@@ -46,6 +46,11 @@ def print_report(report: Report, stream: TextIO | None = None) -> None:
         console.print(_push_table(report.push))
     host = ", ".join(f"{amount.kind} {_gib(amount.bytes)}" for amount in report.host.amounts) or "nothing"
     console.print(f"[bold]Host[/bold] of a node: {_gib(report.host.used)} of {_gib(report.host.limit)} GiB ({host})")
+    hours = report.hours
+    whole = "" if hours.gpu_hours is None else f", {hours.gpu_hours:,.0f} GPU-hours in {hours.steps:,} steps"
+    console.print(
+        f"[bold]Time[/bold] *: {hours.generate:,.0f} s a step to generate, {hours.train:,.0f} s to train{whole}"
+    )
     for note in report.notes:
         console.print(f"[yellow]Note[/yellow]: {note}", soft_wrap=True)
     colour = "green" if report.fits else "red"

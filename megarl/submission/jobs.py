@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megarl.config import files
 from megarl.config.cluster import Cluster
 from megarl.config.load import load_config
 from megarl.config.schema import RunConfig
@@ -21,9 +22,20 @@ from megarl.train import past
 #: What slurm/train.sbatch gives before all other settings, so that a job that starts again goes on.
 RESUME = "resume=auto"
 #: Sections of a configuration that change nothing of what a GPU must hold.
-_WEIGHTLESS = ("name", "seed", "steps", "optimizer", "logging", "reward")
+_WEIGHTLESS = ("name", "seed", "steps", "optimizer", "logging", "reward", "gpus", "reproduces")
 #: Those that change nothing of what a run makes of its files.
-_CONTENTLESS = ("name", "seed", "steps", "optimizer", "logging", "batch", "checkpoint", "parallel")
+_CONTENTLESS = (
+    "name",
+    "seed",
+    "steps",
+    "optimizer",
+    "logging",
+    "batch",
+    "checkpoint",
+    "parallel",
+    "gpus",
+    "reproduces",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +90,11 @@ def prepare(
     request.resources.check()
     orders = [Order("train"), *map(parse_order, request.following)]
     runs = [load_config(request.config, overrides) for overrides in _overrides(request)]
+    # A dry run may be made where the model is not.
+    planned = list(map(files.with_known_model, runs)) if dry else runs
     train = read_template("train")
-    for run in runs:
-        _raise_first(checks.rule_refusals(run, request.cluster, request.resources))
+    for run, as_planned in zip(runs, planned, strict=True):
+        _raise_first(checks.rule_refusals(as_planned, request.cluster, request.resources))
         _raise_first(checks.history_refusals(run, request.resources.time, _lead(train, request.resources)))
         if (sentence := past.outlook(run)) is not None:
             say(sentence)

@@ -105,6 +105,25 @@ class Resources:
         return asked
 
 
+def nodes_for(gpus: int | None, gpus_per_node: int) -> tuple[int, int]:
+    """Nodes, and GPUs of each, of a run on `gpus` GPUs: whole nodes, or a part of one.
+
+    Raises `Refusal` where the run says no number, or one that leaves a node's GPUs over.
+
+    >>> nodes_for(24, 8), nodes_for(4, 8)
+    ((3, 8), (1, 4))
+    """
+    if gpus is None or not gpus_per_node:
+        what = "a run on CPUs does not say it" if not gpus_per_node else "the configuration has no gpus that say it"
+        raise Refusal("--nodes", f"must be known, and {what}", "give --nodes N")
+    if gpus <= gpus_per_node:
+        return 1, gpus
+    if gpus % gpus_per_node:
+        rule = f"does not fill nodes of {gpus_per_node} GPUs"
+        raise Refusal(f"gpus={gpus}", rule, "give --nodes, with --gpus-per-node where a node's are not all used")
+    return gpus // gpus_per_node, gpus_per_node
+
+
 def seconds_of(time: str) -> float:
     """A time limit in seconds; infinite where there is none. Raises `Refusal` where Slurm would not read it."""
     if time.lower() in ("unlimited", "infinite"):

@@ -21,7 +21,8 @@ from megarl.records import Prompt
 PARTS = ("seed", "model", "data")
 #: Settings and sections that change no number of a run by more than rounding, or that are there to be changed.
 _FREE = (
-    "name", "runs_dir", "resume", "resume_changes", "steps", "epochs", "parallel", "recompute", "checkpoint", "logging",
+    "name", "runs_dir", "resume", "resume_changes", "steps", "epochs", "gpus", "reproduces", "parallel", "recompute",
+    "checkpoint", "logging",
     "weights", "health", "rollout.tensor", "rollout.expert_parallel", "rollout.chunk", "rollout.max_concurrent",
     "rollout.kv_cache_gib", "rollout.gpu_memory_fraction", "rollout.save", "rollout.keep_unfinished", "reward.workers",
     "evaluation.save",

@@ -1,0 +1,54 @@
+"""The section `reproduces`: which row of a published table a run is, and what came out there. Torch-free.
+
+It changes no number of a run. What reads it is `megarl reproduce`, and the table in docs/reproduce.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat
+
+from megarl.config.base import PathText, Settings
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class MadeFile(Settings):
+    """A file that the run reads, and how it comes to be."""
+
+    path: PathText = Field(description="The file, as data or evaluation name it.")
+    hub: str | None = Field(default=None, description="Hub name of the data set that it is made of; none: of no other.")
+    make: str = Field(description="The command that makes it, from megarl's repository.")
+
+
+class ReproducesSettings(Settings):
+    """A row of a published table, or a recipe of our own beside such rows."""
+
+    table: str = Field(
+        description="The table that it belongs to: a file of configs/reproduce/tables/.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    row: str = Field(min_length=1, description="What the row is called there.")
+    source: str = Field(min_length=1, description="The paper and its table; ours: a row that no paper has.")
+    model: str = Field(min_length=1, description="Hub name of the model that model.path is a copy of.")
+    files: tuple[MadeFile, ...] = Field(default=(), description="The files of the data, and how each is made.")
+    suites: tuple[str, ...] = Field(
+        default=(), description="The suites that the trained model is evaluated on: names in configs/suites/, or files."
+    )
+    measure: str = Field(
+        default="avg",
+        pattern=r"^(avg|maj|pass@[1-9][0-9]*)$",
+        description="What the published scores are: avg (the mean over samples), maj, or pass@k.",
+    )
+    scores: dict[str, Percent] = Field(
+        default={}, description="The published score on each benchmark of the suites, in percent."
+    )
+    average: Percent | None = Field(
+        default=None, description="The published mean over the benchmarks, in percent; none: none was published."
+    )
+    tolerance: NonNegativeFloat = Field(
+        default=2.0,
+        description="Points by which a published score may lie outside the interval of the measured one and still "
+        "count as reproduced. Our choice.",
+    )
