@@ -15,6 +15,7 @@ from config_case import DENSE, write_case
 from test_cli import CLEAN, ROOT, megarl
 from test_plan_cli import CLUSTER
 
+from megarl.submission.resources import nodes_for
 from megarl.submission.script import read_template
 
 CPU = ("--gpus-per-node", "0")
@@ -52,6 +53,19 @@ THEN = "Fix: use --then evaluate or --then convert, with arguments as in --then 
     ("arguments", "sentence"),
     [
         (("--nodes", "2", *CPU), NO_SLURM),
+        (
+            (),
+            "--nodes: must be known, and the configuration has no gpus that say it. Fix: give --nodes N.\n",
+        ),
+        (
+            CPU,
+            "--nodes: must be known, and a run on CPUs does not say it. Fix: give --nodes N.\n",
+        ),
+        (
+            ("gpus=12",),
+            "gpus=12: does not fill nodes of 8 GPUs. Fix: give --nodes, with --gpus-per-node where a node's are not "
+            "all used.\n",
+        ),
         (
             ("--nodes", "2", *CPU, "batch.updates=5"),
             "batch.updates=5: must divide batch.prompts=12, so that every update gets an equal share. "
@@ -294,3 +308,9 @@ def test_a_controller_that_is_away(case: Path) -> None:
         "megarl: scontrol: cannot reach Slurm (Unable to contact slurm controller (connect failure)). "
         "Fix: see whether Slurm's controller runs (scontrol ping).\n"
     )
+
+
+def test_a_run_that_says_its_gpus_fills_nodes_or_a_part_of_one() -> None:
+    assert nodes_for(24, 8) == (3, 8)
+    assert nodes_for(4, 8) == (1, 4)
+    assert nodes_for(8, 8) == (1, 8)
