@@ -35,7 +35,7 @@ def config(**changes: Any) -> RunConfig:
 
 
 def made(folder: Path, step: int = 4, rank: int = 0, **changes: Any) -> Journal:
-    return Journal(folder, step, config(**changes), rank=rank, writes=True)
+    return journal.step_journal(folder, step, config(**changes), rank=rank, writes=True)
 
 
 def written(folder: Path, rank: int = 0) -> None:
@@ -79,7 +79,7 @@ def test_what_is_known_is_not_written_again_and_a_silent_rank_writes_nothing(tmp
     written(tmp_path)
     again = made(tmp_path, rank=1)
     again.add(KEYS["first"], FIRST)
-    silent = Journal(tmp_path, 4, config(), rank=2, writes=False)
+    silent = journal.step_journal(tmp_path, 4, config(), rank=2, writes=False)
     silent.add(Key(9, 9, 0), FIRST)
     assert len(list(tmp_path.iterdir())) == 1
 

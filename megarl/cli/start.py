@@ -57,9 +57,23 @@ def prepare(
     machine's.
     """
     config = load_config(path, overrides or ())
+    admit([config], trains=trains, evaluates=evaluates, starts=starts, reads=reads, cluster=cluster)
+    return config
+
+
+def admit(
+    configs: Sequence[RunConfig],
+    *,
+    trains: bool = False,
+    evaluates: bool = False,
+    starts: bool = False,
+    reads: bool = True,
+    cluster: Cluster | None = None,
+) -> None:
+    """Raise the first `Refusal` of what is to run in one session; arguments as for `prepare`."""
     place = launcher_place()
     if starts:
-        answer_stops(config.health.notice)
+        answer_stops(configs[0].health.notice)
     world = place[1] if place else None
     if starts and world not in (None, 1):
         # Rank 0 reads for all of them, once they have met (`megarl.train.run.session_of`).
@@ -68,12 +82,12 @@ def prepare(
         # Looked at where it does not run.
         world = config.gpus
     # Before CUDA starts, which it does where a GPU is looked at.
-    determinism.set_variables(config)
-    for refusal in admission.refusals(
-        config, world, trains=trains, evaluates=evaluates, starts=starts, reads=reads, cluster=cluster
-    ):
-        raise refusal
-    return config
+    determinism.set_variables(configs[0])
+    for one in configs:
+        for refusal in admission.refusals(
+            one, world, trains=trains, evaluates=evaluates, starts=starts, reads=reads, cluster=cluster
+        ):
+            raise refusal
 
 
 def say(sentence: str) -> None:

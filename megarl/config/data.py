@@ -38,6 +38,7 @@ class DataSource(Settings):
     source_column: str | None = Field(default=None, description="As data.source_column.")
     extra_columns: tuple[str, ...] | None = Field(default=None, description="As data.extra_columns.")
     answer_pattern: str | None = Field(default=None, description="As data.answer_pattern.")
+    instruction: str | None = Field(default=None, description="As data.instruction.")
     max_rows: PositiveInt | None = Field(default=None, description="As data.max_rows.")
 
 
@@ -86,10 +87,13 @@ class DataSettings(Sourced):
     subset: str | None = Field(default=None, description="Configuration of a hub data set that has several.")
     split: str = Field(default="train", description="Split of a hub data set.")
     prompt_column: str = Field(
-        default="prompt", description="Column of the question: a string or a list of messages; dots go into records."
+        default="prompt",
+        description="Column of the question: a string or a list of messages; dots go into records, and numbers behind "
+        "them into lists.",
     )
-    answer_column: str = Field(
-        default="reward_model.ground_truth", description="Column of the reference answer; dots go into records."
+    answer_column: str | None = Field(
+        default="reward_model.ground_truth",
+        description="Column of the reference answer; dots go into records. null: there are none, for a judge.",
     )
     solution_column: str | None = Field(
         default=None, description="Column of a worked solution, for algorithms that learn it."
@@ -105,6 +109,9 @@ class DataSettings(Sourced):
         default=None,
         description="Regular expression with one group that picks the reference out of the answer column "
         "(GSM8K: '####\\s*(.+)').",
+    )
+    instruction: str | None = Field(
+        default=None, description="Text that follows the question in its turn, such as how the answer is to be written."
     )
     template: str | None = Field(
         default=None,

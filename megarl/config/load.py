@@ -7,6 +7,7 @@ the working directory. What a value's text means is said in `megarl.config.writt
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises `Refusal` for a missing, empty or malformed file, an unknown key, or a value of the wrong
     type or range. Rules that span sections are checked by `megarl.config.rules.check`.
     """
-    table = _read_with_base(Path(os.path.expanduser(path)))
+    return config_of(read_with_base(Path(os.path.expanduser(path))), overrides)
+
+
+def config_of(table: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a `table` describes, as `read_with_base` reads it, changed by `overrides`. Raises `Refusal`."""
+    table = copy.deepcopy(table)
     for override in overrides:
         _apply_override(table, override)
     return record_of(_lists_again(table), RunConfig)
@@ -50,7 +56,8 @@ def dump_config(config: RunConfig) -> str:
     return yaml.dump(table, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _read_with_base(path: Path) -> dict[str, Any]:
+def read_with_base(path: Path) -> dict[str, Any]:
+    """A YAML file as a table, its base's keys below its own. Raises `Refusal`."""
     table = read_table(path)
     if "base" not in table:
         return table
@@ -67,7 +74,7 @@ def _read_with_base(path: Path) -> dict[str, Any]:
             "a base may not have a base itself",
             f"move what {base_path} takes from its base into it",
         )
-    return _merge(base_table, table)
+    return merge(base_table, table)
 
 
 def read_table(path: Path, needed: str = "name, steps, model, algorithm and data") -> dict[str, Any]:
@@ -91,7 +98,7 @@ def read_table(path: Path, needed: str = "name, steps, model, algorithm and data
     return table
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`base` with the keys of `top`; tables are merged, everything else is replaced.
 
     A table with another `name` is replaced whole: settings of one algorithm mean nothing to another.
@@ -102,7 +109,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         if isinstance(old, dict) and isinstance(value, dict):
             name = text_of(value.get("name"))
             if name is None or name == text_of(old.get("name")):
-                value = _merge(old, value)
+                value = merge(old, value)
         merged[key] = value
     return merged
 

@@ -23,16 +23,37 @@ class NoText(ValueError):
 def lookup(row: Mapping[str, Any], column: str) -> Any:
     """The value at a column, None where there is none.
 
-    A column of that very name, dots included, comes first; else dots go into records.
+    A column of that very name, dots included, comes first; else dots go into records, and numbers into lists.
     """
     if column in row:
         return row[column]
     value: Any = row
     for part in column.split("."):
+        if isinstance(value, list) and part.isdecimal():
+            value = value[int(part)] if int(part) < len(value) else None
+            continue
         if not isinstance(value, Mapping):
             return None
         value = value.get(part)
     return value
+
+
+class Places(Mapping[str, Any]):
+    """The names inside a list, whose length differs from row to row: every number, with what is inside each item."""
+
+    def __init__(self, inside: Any = None) -> None:
+        self._inside = inside
+
+    def __getitem__(self, place: str) -> Any:
+        if not place.isdecimal():
+            raise KeyError(place)
+        return self._inside
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 def names_at(tables: Iterator[Mapping[str, Any]], column: str) -> tuple[int, list[str]] | None:
@@ -47,6 +68,8 @@ def names_at(tables: Iterator[Mapping[str, Any]], column: str) -> tuple[int, lis
         reached = 0
         while reached < len(parts) and isinstance(inside, Mapping) and parts[reached] in inside:
             inside = inside[parts[reached]]
+            if isinstance(inside, list):
+                inside = dict(zip(map(str, range(len(inside))), inside, strict=True))
             reached += 1
         if reached == len(parts):
             return None

@@ -183,7 +183,8 @@ class SourceReader:
         self._source, self._settings = source, source.settings
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens or source.settings.max_prompt_tokens
-        self._need_solution, self._need_answer = need_solution, need_answer
+        self._need_solution = need_solution
+        self._answer_column = source.settings.answer_column if need_answer else None
         self._pattern = _compiled(self._settings.answer_pattern)
         if self._settings.template is not None and "{prompt}" not in self._settings.template:
             raise Refusal(
@@ -196,8 +197,7 @@ class SourceReader:
         self._file = str(self._settings.path)
         self._default_name = Path(self._file).stem if several else ""
         self._table = _with_columns(source, need_answer)
-        answer = self._settings.answer_column if need_answer else None
-        read = (self._settings.prompt_column, answer, self._settings.solution_column)
+        read = (self._settings.prompt_column, self._answer_column, self._settings.solution_column)
         self._beside = [name for name in BESIDE if name not in read]
         self._refused: TemplateRefusal | None = None
 
@@ -257,8 +257,8 @@ class SourceReader:
             return unfit.reason
         try:
             answers = [""]
-            if self._need_answer:
-                answers = self._answers(lookup(row, self._settings.answer_column))
+            if self._answer_column is not None:
+                answers = self._answers(lookup(row, self._answer_column))
             solution = None
             if self._settings.solution_column is not None:
                 solution = text_of(lookup(row, self._settings.solution_column))
@@ -312,10 +312,13 @@ class SourceReader:
 
 
 def question_ids(settings: DataSettings, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids of the whole prompt that asks the question `messages`.
+    """Ids of the whole prompt that asks the question `messages`, with `settings.instruction` behind it.
 
     `settings.template` with the messages' text where there is one; else the chat, after `settings.system`.
     """
+    if settings.instruction is not None:
+        *before, last = messages
+        messages = [*before, {**last, "content": f"{last['content']} {settings.instruction}"}]
     if settings.template is not None:
         # Not str.format: questions and templates are full of braces.
         return prompt_ids(tokenizer, settings.template.replace("{prompt}", question_of(messages)))
@@ -328,7 +331,7 @@ def _with_columns(source: OneSource, need_answer: bool) -> Table:
     """The source's table. Raises `Refusal` where a column leads nowhere, naming what there is at that depth."""
     settings, section = source.settings, "data" if need_answer else DEMONSTRATIONS
     named = [(settings.prompt_column, "prompt_column")]
-    if need_answer:
+    if need_answer and settings.answer_column is not None:
         named.append((settings.answer_column, "answer_column"))
     if settings.solution_column is not None:
         named.append((settings.solution_column, "solution_column"))

@@ -67,7 +67,15 @@ def _sources(config: RunConfig, evaluates: bool) -> Iterator[tuple[OneSource, bo
 
 def _cells(source: OneSource) -> dict[str, object]:
     """The file and what is read of its rows."""
-    names = {"path", "prompt_column", "answer_column", "answer_pattern", "source_column", "extra_columns"}
+    names = {
+        "path",
+        "prompt_column",
+        "answer_column",
+        "answer_pattern",
+        "instruction",
+        "source_column",
+        "extra_columns",
+    }
     return source.settings.model_dump(include=names)
 
 

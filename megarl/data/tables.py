@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megarl.config.data import DATA_SUFFIXES, OneSource
-from megarl.data.cells import Written
+from megarl.data.cells import Places, Written
 from megarl.errors import Refusal
 
 Row = Mapping[str, Any]
@@ -205,10 +205,17 @@ def _parquet(path: Path, value: str, columns: Sequence[str]) -> Table:
 
 
 def _schema_names(fields: Any) -> dict[str, Any]:
-    """Names of an Arrow schema's columns, those of records below them."""
+    """Names of an Arrow schema's columns, those of records and the places of lists below them."""
+    return {field.name: _names_in(field.type) for field in fields}
+
+
+def _names_in(kind: Any) -> Any:
     import pyarrow
 
-    return {f.name: _schema_names(f.type) if pyarrow.types.is_struct(f.type) else None for f in fields}
+    if pyarrow.types.is_struct(kind):
+        return _schema_names(kind)
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    return Places(_names_in(kind.value_type)) if is_list else None
 
 
 def _outer(names: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:

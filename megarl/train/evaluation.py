@@ -7,18 +7,21 @@ policy's thinking, and its answers are scored.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from megarl.algorithms.plan import Responder
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
+from megarl.config.rewards import RewardSettings
 from megarl.errors import ScoringStopped, TrainingStopped
 from megarl.parallel.exchange import gather_all, gather_to_first
-from megarl.rollout.engine import Request, Sampling
+from megarl.records import Prompt
+from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.play import Task
 from megarl.rollout.seeds import hash_seed
 from megarl.train.generation import Thinkings, generate, respond, think
+from megarl.train.journal import Entries
 from megarl.train.outputs import Output
 from megarl.train.played import play_outputs
 from megarl.train.recorder import turn_rows
@@ -52,23 +55,11 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     awake with the current weights. Raises `TrainingStopped` on all ranks where rewards cannot be found any more, and
     `StopAsked` where the run was asked to stop and the evaluation would not end in time.
     """
-    settings, rollout = session.config.evaluation, session.config.rollout
+    settings = session.config.evaluation
     assert session.data.held_out is not None
     engine = session.inference.running_engine
     prompts, k = session.data.held_out.prompts, settings.samples
-    requests = [
-        # The same in every evaluation.
-        Request(p.token_ids, i * k + j, hash_seed("evaluation", session.config.seed, p.index, j))
-        for i, p in enumerate(prompts)
-        for j in range(k)
-    ]
-    sampling = Sampling(
-        max_tokens=settings.max_tokens or rollout.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        stop_token_ids=rollout.stop_token_ids,
-        seed=hash_seed("evaluation", session.config.seed),
-    )
+    requests, sampling = requests_of(session), sampling_of(session)
     constants = {
         "evaluation_problems": len(prompts),
         "evaluation_problems_in_training_data": session.data.held_out_in_training,
@@ -78,8 +69,8 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     consumer = Implied(session.config).consumer
     if consumer is None:
         # Before turns are graded, which happens while they are made.
-        _begin_grading(session)
-        outputs = _outputs(session, requests, sampling)
+        begin_grading(session)
+        outputs = outputs_of(session, requests, sampling)
         session.stops.give_up_if(engine.interrupted)
         numbers = _numbers(session, outputs, "", "evaluation_", rows)
         _keep(session, name, rows)
@@ -90,18 +81,51 @@ def evaluate(session: Session, name: str) -> dict[str, Any]:
     outputs = [respond(inference, end, thinkings, sampling, Responder(weights)) for weights in (POLICY, consumer)]
     session.stops.give_up_if(engine.interrupted)
     own, cross = outputs
-    _begin_grading(session)
+    begin_grading(session)
     numbers = _numbers(session, own, "", "evaluation_", rows)
-    _begin_grading(session)
+    begin_grading(session)
     numbers |= _numbers(session, cross, "cross_", "cross_", rows)
     _keep(session, name, rows)
     return numbers | constants
 
 
-def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) -> list[Output]:
-    """This replica's answers, in one turn each or with the run's environment."""
+def requests_of(session: Session) -> list[Request]:
+    """What is asked: every prompt of the evaluation `evaluation.samples` times, with seeds that are the same in every
+    evaluation. Sample j of prompt i has the index i * samples + j."""
+    assert session.data.held_out is not None
+    k, seed = session.config.evaluation.samples, session.config.seed
+    return [
+        Request(prompt.token_ids, i * k + j, hash_seed("evaluation", seed, prompt.index, j))
+        for i, prompt in enumerate(session.data.held_out.prompts)
+        for j in range(k)
+    ]
+
+
+def sampling_of(session: Session) -> Sampling:
+    """How the evaluation samples."""
+    settings, rollout = session.config.evaluation, session.config.rollout
+    return Sampling(
+        max_tokens=settings.max_tokens or rollout.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        stop_token_ids=rollout.stop_token_ids,
+        seed=hash_seed("evaluation", session.config.seed),
+    )
+
+
+def outputs_of(
+    session: Session,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    entries: Entries | None = None,
+    on_made: Callable[[Completion], None] | None = None,
+) -> list[Output]:
+    """This replica's answers, in one turn each or with the run's environment. What is played is not among `entries`.
+
+    Collective. Raises as `play_outputs`.
+    """
     if session.host is None:
-        return [Output(completion) for completion in generate(session.inference, requests, sampling)]
+        return [Output(one) for one in generate(session.inference, requests, sampling, entries, on_made)]
     assert session.data.held_out is not None
     prompts, k = session.data.held_out.prompts, session.config.evaluation.samples
     tasks = []
@@ -112,10 +136,46 @@ def _outputs(session: Session, requests: Sequence[Request], sampling: Sampling) 
     return play_outputs(session, tasks, sampling, session.evaluation_grading, session.inference.work(len(tasks)))
 
 
-def _begin_grading(session: Session) -> None:
+def begin_grading(session: Session) -> None:
     """Have the reward's bounds per step start anew."""
     if session.evaluation_grading is not None:
         session.evaluation_grading.scoring.begin_step()
+
+
+class GradedTogether(NamedTuple):
+    """This rank's outputs with their grades, none where another rank of its replica grades; what was counted and
+    failed first on all ranks."""
+
+    graded: list[Graded]
+    counters: dict[str, int]
+    first_failure: str | None
+
+
+def grade(session: Session, prompts: Sequence[Prompt], outputs: Sequence[Output]) -> GradedTogether:
+    """Find the rewards of this rank's outputs, one prompt each, by the evaluation's rule. Collective.
+
+    Raises `TrainingStopped` on all ranks where rewards cannot be found any more.
+    """
+    grading = session.evaluation_grading
+    graded: list[Graded] = []
+    failed = failure = None
+    counters: Counter[str] = Counter()
+    if grading is not None:
+        try:
+            graded = grading.grade(prompts, outputs)
+            for one in graded:
+                counters.update(one.counters)
+        except ScoringStopped as error:
+            failure = str(error)
+        counters.update(grading.scoring.take_counters())
+        failed = grading.scoring.take_first_failure()
+    parts = gather_all((counters, failed, failure))
+    for *_, stopped in parts:
+        if stopped:
+            raise TrainingStopped(stopped)
+    first = next((failed for _, failed, _ in parts if failed), None)
+    session.recorder.failure(first)
+    return GradedTogether(graded, dict(sum((counted for counted, *_ in parts), Counter())), first)
 
 
 def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, rows: list[_Row]) -> dict[str, Any]:
@@ -125,38 +185,15 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
     """
     config, data = session.config, session.data.held_out
     assert data is not None
-    grading = session.evaluation_grading
-    mine: list[tuple[int, float | None, dict[str, float | None], int, bool]] = []
-    failed = failure = None
-    counters: Counter[str] = Counter()
-    if grading is not None:
-        prompts = [data.prompts[o.completion.index // config.evaluation.samples] for o in outputs]
-        try:
-            graded = grading.grade(prompts, outputs)
-            mine = [
-                (
-                    o.completion.index,
-                    g.reward,
-                    g.terms,
-                    len(o.completion.token_ids),
-                    o.completion.finish_reason == "length",
-                )
-                for o, g in zip(outputs, graded, strict=True)
-            ]
-            for one in graded:
-                counters.update(one.counters)
-            rows += _rows(session, outputs, graded, consumer=bool(prefix))
-        except ScoringStopped as error:
-            failure = str(error)
-        counters.update(grading.scoring.take_counters())
-        failed = grading.scoring.take_first_failure()
-    parts = gather_all((mine, counters, failed, failure))
-    first_failed = next((failed for *_, failed, _ in parts if failed), None)
-    failures = [failed for *_, failed in parts if failed]
-    if failures:
-        raise TrainingStopped(failures[0])
-    session.recorder.failure(first_failed)
-    answers = sorted((answer for part, *_ in parts for answer in part), key=lambda answer: answer[0])
+    prompts = [data.prompts[one.completion.index // config.evaluation.samples] for one in outputs]
+    found = grade(session, prompts, outputs)
+    rows += _rows(session, outputs, found.graded, consumer=bool(prefix))
+    mine = [
+        (o.completion.index, g.reward, g.terms, len(o.completion.token_ids), o.completion.finish_reason == "length")
+        for o, g in zip(outputs, found.graded, strict=False)
+    ]
+    parts = gather_all(mine)
+    answers = sorted((answer for part in parts for answer in part), key=lambda answer: answer[0])
     settings = config.evaluation.reward or config.reward
     rewards = [reward for _, reward, *_ in answers if reward is not None]
     numbers: dict[str, Any] = {
@@ -165,12 +202,12 @@ def _numbers(session: Session, outputs: list[Output], prefix: str, detail: str, 
         f"{detail}truncated_share": sum(cut for *_, cut in answers) / len(answers),
         f"{detail}length_mean": sum(length for *_, length, _ in answers) / len(answers),
         f"{detail}unscored": len(answers) - len(rewards),
-        f"{detail}counters": dict(sum((counted for _, counted, *_ in parts), Counter())),
+        f"{detail}counters": found.counters,
     }
     if terms := term_means(terms for _, _, terms, *_ in answers):
         numbers[f"{detail}reward_terms"] = terms
-    if first_failed is not None:
-        numbers[f"{detail}reward_failure"] = first_failed
+    if found.first_failure is not None:
+        numbers[f"{detail}reward_failure"] = found.first_failure
     if data.source_names:
         k = config.evaluation.samples
         sources = [(data.prompts[index // k].source, reward) for index, reward, *_ in answers]
@@ -184,29 +221,38 @@ def _rows(session: Session, outputs: Sequence[Output], graded: Sequence[Graded],
     assert data is not None
     settings = config.evaluation.reward or config.reward
     found = []
-    for output, one in zip(outputs, graded, strict=True):
+    # Of a replica one rank grades.
+    for output, one in zip(outputs if graded else (), graded, strict=True):
         number, sample = divmod(output.completion.index, config.evaluation.samples)
         prompt = data.prompts[number]
-        row: dict[str, Any] = {
-            "prompt_index": prompt.index,
-            "sample_index": sample,
-            "by": "consumer" if consumer else "policy",
-            "source": prompt.source,
-            "prompt": prompt.text,
-            "answer": prompt.answer,
-            "response": one.text,
-            "reward": one.reward,
-            "right": None if one.reward is None else bool(above_middle([one.reward], settings)),
-            "length": len(output.completion.token_ids),
-            "finish_reason": output.completion.finish_reason,
-        }
-        if one.terms:
-            row["reward_terms"] = one.terms
-        if output.played is not None:
-            ids, parts = output.completion.token_ids, output.stretches
-            row["turns"] = turn_rows(parts, [session.tokenizer.decode(ids[part.start : part.end]) for part in parts])
-        found.append(((consumer, output.completion.index), row))
+        by = {"by": "consumer" if consumer else "policy"}
+        row = answer_row(session, prompt, sample, output, one, settings)
+        found.append(((consumer, output.completion.index), by | row))
     return found
+
+
+def answer_row(
+    session: Session, prompt: Prompt, sample: int, output: Output, graded: Graded, settings: RewardSettings
+) -> dict[str, Any]:
+    """The line of one graded answer in a file of answers; `settings` are those of its reward."""
+    row: dict[str, Any] = {
+        "prompt_index": prompt.index,
+        "sample_index": sample,
+        "source": prompt.source,
+        "prompt": prompt.text,
+        "answer": prompt.answer,
+        "response": graded.text,
+        "reward": graded.reward,
+        "right": None if graded.reward is None else bool(above_middle([graded.reward], settings)),
+        "length": len(output.completion.token_ids),
+        "finish_reason": output.completion.finish_reason,
+    }
+    if graded.terms:
+        row["reward_terms"] = graded.terms
+    if output.played is not None:
+        ids, parts = output.completion.token_ids, output.stretches
+        row["turns"] = turn_rows(parts, [session.tokenizer.decode(ids[part.start : part.end]) for part in parts])
+    return row
 
 
 def _keep(session: Session, name: str, rows: list[_Row]) -> None:

@@ -166,15 +166,20 @@ def sampling_of(config: RunConfig, step: int, batch: int, weights: str = POLICY)
 
 
 def generate(
-    inference: Inference, requests: Sequence[Request], sampling: Sampling, entries: Entries | None = None
+    inference: Inference,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    entries: Entries | None = None,
+    on_made: Callable[[Completion], None] | None = None,
 ) -> list[Completion]:
     """This replica's completions. The same on all its ranks.
 
-    With `entries`, those that were made before are not made again: the replicas take them in turns.
+    With `entries`, those that were made before are not made again: the replicas take them in turns. `on_made` is told
+    each that is made now.
     """
     engine = inference.running_engine
     left, known = split(requests, entries)
-    made = engine.generate(left, sampling, inference.work(len(left)), added_to(entries))
+    made = engine.generate(left, sampling, inference.work(len(left)), _each(added_to(entries), on_made))
     return together(made, known[engine.replica :: engine.num_replicas], entries)
 
 
@@ -257,6 +262,15 @@ def split(requests: Sequence[Request], entries: Entries | None) -> tuple[list[Re
 def added_to(entries: Entries | None) -> Callable[[Completion], None] | None:
     """What is done with each completion as soon as it is made."""
     return None if entries is None else lambda one: entries.journal.add(entries.keys[one.index], one)
+
+
+def _each(*actions: Callable[[Completion], None] | None) -> Callable[[Completion], None]:
+    def act(completion: Completion) -> None:
+        for action in actions:
+            if action is not None:
+                action(completion)
+
+    return act
 
 
 def together(made: list[Completion], known: Sequence[Request], entries: Entries | None) -> list[Completion]:

@@ -1,5 +1,5 @@
-"""Completions of a step that has not been saved yet: kept as they are made, so that a run that is killed does not make
-them again.
+"""Completions that nothing else has yet: kept as they are made, so that a process that is killed does not make them
+again. Those of a training step wait for its checkpoint, those of an evaluation for their grades.
 
 `runs/<name>/unfinished/step_000012.rank_0003.bin` holds what that rank's engine made: a line of JSON that says what
 for, then record after record: a line of JSON with key, length and how it ended; token ids as int32; log-probs as
@@ -28,17 +28,17 @@ _ELSEWHERE += ("evaluation", "checkpoint", "logging", "weights", "health")
 
 
 class Journal:
-    """One step's completions in `directory`, as one of the ranks writes and reads them. Collective to make.
+    """Completions under a `name` in `directory`, as one of the ranks writes and reads them. Collective to make.
 
-    What was made for other settings, or by later steps' weights, is not read. `writes`: this rank's completions count.
+    What was made for something else than `made_for` is not read. `writes`: this rank's completions count.
     """
 
-    def __init__(self, directory: Path, step: int, config: RunConfig, *, rank: int, writes: bool) -> None:
-        self._file = directory / f"step_{step:06d}.rank_{rank:04d}.bin"
-        self._writes, self._identity = writes, _identity(config)
+    def __init__(self, directory: Path, name: str, made_for: str, *, rank: int, writes: bool) -> None:
+        self._file = directory / f"{name}.rank_{rank:04d}.bin"
+        self._writes, self._identity = writes, made_for
         self._handle: BinaryIO | None = None
         self._found: dict[Key, Completion] = {}
-        for file in sorted(directory.glob(f"step_{step:06d}.rank_*.bin")):
+        for file in sorted(directory.glob(f"{name}.rank_*.bin")):
             self._found |= dict(_read(file, self._identity))
         # The same on all ranks, so that all leave the same out of their engines' work.
         seen = gather_all(frozenset(self._found))
@@ -83,6 +83,11 @@ class Journal:
             self._handle = None
 
 
+def step_journal(directory: Path, step: int, config: RunConfig, *, rank: int, writes: bool) -> Journal:
+    """The journal of a step, which reads nothing that was made for other settings, or by later steps' weights."""
+    return Journal(directory, _step_name(step), _identity(config), rank=rank, writes=writes)
+
+
 class Entries(NamedTuple):
     """The journal of a call to the engine, and the keys of its requests by their index."""
 
@@ -99,8 +104,17 @@ def forget(directory: Path, step: int) -> None:
 
 def discard(directory: Path, step: int) -> None:
     """Remove what is kept of one step, which is not to be used."""
-    for file in directory.glob(f"step_{step:06d}.*bin"):
+    remove(directory, _step_name(step))
+
+
+def remove(directory: Path, name: str) -> None:
+    """Remove what is kept under a name."""
+    for file in directory.glob(f"{name}.rank_*.bin"):
         file.unlink(missing_ok=True)
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def _identity(config: RunConfig) -> str:

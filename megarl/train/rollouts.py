@@ -25,7 +25,7 @@ from megarl.rollout.play import Played
 from megarl.train import continuing, generation, replay, texts, trust
 from megarl.train.generation import Job
 from megarl.train.groups import Begun, Kept, Made, Rollouts, added, draw
-from megarl.train.journal import Journal
+from megarl.train.journal import Journal, step_journal
 from megarl.train.outputs import Output
 from megarl.train.scoring import Grading
 from megarl.train.session import Session, unfinished_directory
@@ -130,7 +130,7 @@ def _journal(session: Session, plan: Plan, step: int, *, say: bool) -> Journal |
         return None
     if config.rollout.replay is not None or config.moe.routing_replay != "off" or not _keeps_unfinished(config):
         return None
-    journal = Journal(unfinished_directory(config), step, config, rank=session.world.rank, writes=engine.speaks)
+    journal = step_journal(unfinished_directory(config), step, config, rank=session.world.rank, writes=engine.speaks)
     if say and len(journal):
         session.recorder.status(f"step {step}: {len(journal)} completions were made before")
     return journal

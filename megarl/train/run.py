@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,13 @@ WATCHED_MINUTES = 24 * 60.0
 
 
 @contextlib.contextmanager
-def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool = False) -> Iterator[Session]:
+def session_of(
+    config: RunConfig, *, evaluate_only: bool = False, writes: bool = False, also_read: Sequence[RunConfig] = ()
+) -> Iterator[Session]:
     """Join the world, build this rank's session under watch, and take both down in the end.
 
-    `writes`: the run's folder is written, which no other run may do meanwhile.
+    `writes`: the run's folder is written, which no other run may do meanwhile. `also_read`: whose files the session
+    will read in place of its own, which a launched world looks into before anything is built.
     """
     progress.enter("start")
     health = config.health
@@ -68,7 +71,7 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
         with guard.one_voice():
             if world.size > 1 and not started_here():
                 # Where the command started the ranks it has looked itself.
-                first_decides(lambda: _look_into_files(config, evaluate_only))
+                first_decides(lambda: _look_into_files([config, *also_read], evaluate_only))
             if writes:
                 lock = RunLock(directory, say=terminal.say)
                 at_end.callback(lock.release)
@@ -76,7 +79,8 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
             if writes and health.preflight.enabled:
                 _look_before(config, world)
             grid = form_grid(config.parallel, config.seed)
-            session = build(config, world, grid, Stops(guard.stopping), evaluate_only=evaluate_only)
+            stops, warns = Stops(guard.stopping), not also_read
+            session = build(config, world, grid, stops, evaluate_only=evaluate_only, warns=warns)
             weights = config.model.weights
             given = f"model.path={config.model.path}" if weights is None else f"model.weights={weights}"
             divergence.refuse_weights(session, given)
@@ -86,10 +90,11 @@ def session_of(config: RunConfig, *, evaluate_only: bool = False, writes: bool =
     bootstrap.leave()
 
 
-def _look_into_files(config: RunConfig, evaluates: bool) -> None:
+def _look_into_files(configs: Sequence[RunConfig], evaluates: bool) -> None:
     """Raise the first `Refusal` of tokenizer, data or reward functions."""
-    for refusal in admission.contents(config, evaluates=evaluates, seconds=admission.BRIEFLY):
-        raise refusal
+    for config in configs:
+        for refusal in admission.contents(config, evaluates=evaluates, seconds=admission.BRIEFLY):
+            raise refusal
 
 
 def _look_before(config: RunConfig, world: World) -> None:

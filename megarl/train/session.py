@@ -90,8 +90,13 @@ class Session:
             self.inference.engine.close()
 
 
-def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate_only: bool = False) -> Session:
-    """Build the session of this rank. Collective. Raises `Refusal` for data or checkpoints that cannot be used."""
+def build(
+    config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate_only: bool = False, warns: bool = True
+) -> Session:
+    """Build the session of this rank. Collective. `warns`: of rows that are skipped it says how many and why.
+
+    Raises `Refusal` for data or checkpoints that cannot be used.
+    """
     _seed_everything(config.seed)
     shape = read_model_shape(config.model.path)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
@@ -112,7 +117,8 @@ def build(config: RunConfig, world: World, grid: Grid, stops: Stops, *, evaluate
     if implied.marks_thinking:
         thinking_end.require_token()
     recorder = Recorder(config, world.is_first, show=world.is_first)
-    _warn_of_skipped(data, recorder)
+    if warns:
+        _warn_of_skipped(data, recorder)
     served = _served_sets(implied, tokenizer, recorder, world, grid)
     engine = _engine(config, shape, implied, eos, recorder, world) if implied.has_engine else None
     if engine is not None:

@@ -1,0 +1,1 @@
+"""Evaluation on suites of benchmarks: what is asked, what is kept, and what the scores are."""
