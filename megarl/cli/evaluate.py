@@ -92,6 +92,8 @@ def _on_suites(
             print(json.dumps(results), file=stream, flush=True)
             return
         for one in results.values():
-            print_scores(Console(file=stream, highlight=False, soft_wrap=True), one)
+            console = Console(file=stream, highlight=False)
+            # A file has no width.
+            print_scores(console if console.is_terminal else Console(file=stream, highlight=False, width=160), one)
         for folder in evaluation.folders:
             print(f"answers and results.json: {folder}", file=stream)

@@ -1,7 +1,7 @@
 """Suites of benchmarks, read from small YAML files: which problems, how they are sampled, and how answers are graded.
 
 A suite speaks of a benchmark in the words of a run's sections `data` and `evaluation`; what it leaves out stands in
-configs/benchmarks.yaml. Torch-free.
+configs/benchmarks/NAME.yaml. Torch-free.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: Where suites have names.
 FOLDER = _CONFIGS / "suites"
 #: Where benchmarks have names.
-BENCHMARKS = _CONFIGS / "benchmarks.yaml"
+BENCHMARKS = _CONFIGS / "benchmarks"
 #: Where a benchmark's file is looked for, from the working folder.
 DATA = Path("data")
 
@@ -139,14 +139,13 @@ def _benchmark(name: str, given: Any, common: dict[str, Any], origin: str) -> Be
 
 
 def _known(name: str, origin: str) -> dict[str, Any]:
-    """The entry of configs/benchmarks.yaml. Raises `Refusal` where there is none."""
-    known = read_table(BENCHMARKS)
-    if name not in known:
-        rule = f"is none that is known ({', '.join(known)}), and names no file of its own"
+    """What configs/benchmarks/ says of it. Raises `Refusal` where it is not there."""
+    file = BENCHMARKS / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(one.stem for one in BENCHMARKS.glob("*.yaml")))
+        rule = f"is none that is known ({known}), and names no file of its own"
         raise Refusal(f"benchmark {name} of {origin}", rule, f"give {name}.data.path and its columns")
-    entry = known[name]
-    assert isinstance(entry, dict)
-    return entry
+    return read_table(file)
 
 
 def _placed(known: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ benchmark's file, scores in results.json.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -171,6 +172,9 @@ def _answer(
     book.close()
     if session.world.is_first:
         journal.remove(folder, name)
+        with contextlib.suppress(OSError):
+            # Of benchmarks that were given up something may be left.
+            folder.rmdir()
     return new, counters
 
 
