@@ -78,9 +78,9 @@ def admit(
     if starts and world not in (None, 1):
         # Rank 0 reads for all of them, once they have met (`megarl.train.run.session_of`).
         reads = False
-    if world is None and not starts and config.parallel.processes is None:
+    if world is None and not starts and configs[0].parallel.processes is None:
         # Looked at where it does not run.
-        world = config.gpus
+        world = configs[0].gpus
     # Before CUDA starts, which it does where a GPU is looked at.
     determinism.set_variables(configs[0])
     for one in configs:

@@ -21,7 +21,7 @@ from megarl.formats import durable
 Row = dict[str, Any]
 #: Sections whose settings change no answer by more than rounding.
 _ELSEWHERE = {"name", "runs_dir", "parallel", "recompute", "logging", "weights", "health", "checkpoint", "batch"}
-_ELSEWHERE |= {"optimizer", "algorithm", "steps", "epochs", "resume", "resume_changes"}
+_ELSEWHERE |= {"optimizer", "algorithm", "gpus", "steps", "epochs", "resume", "resume_changes"}
 #: The engine's place and size.
 _ENGINE = {"tensor", "expert_parallel", "chunk", "max_concurrent", "kv_cache_gib", "gpu_memory_fraction", "assignment"}
 
