@@ -39,8 +39,8 @@ def test_groups_for_the_device_have_no_connections_between_hosts():
     for found in parity.run_world(__name__, "descriptors", 4):
         alone, sizes = found["fake"]
         whole, default = found["default"]
-        assert sizes.keys() == {"fake", "gloo"} and default.keys() == {"gloo"}
-        assert len(sizes["gloo"]) == 3 and sorted(sizes["gloo"] + sizes["fake"]) == sorted(default["gloo"])
+        assert sizes.keys() == {"fake"} and default.keys() == {"gloo"}
+        assert sorted(sizes["fake"]) == sorted(default["gloo"])
         peers = sum(size - 1 for size in sizes["fake"])
-        # Seen: 71 more for 14 groups with 18 connections, about 4 of each group's own.
+        # Seen: 99 more for 20 groups with 19 connections, 4 of each group's own.
         assert peers > 10 and whole - alone >= peers + 2 * len(sizes["fake"])

@@ -1,5 +1,7 @@
 """Boxes: cutting, translating, padding, and copies through torch."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from megarl.reshard.boxes import (
     contains,
     intersect,
     numel,
+    of_range,
     overlap,
     padding_boxes,
     to_local,
@@ -55,6 +58,17 @@ def test_cells_cover_the_box_once_and_never_straddle_a_cut(box, cuts):
     for part in parts:
         for cut in cuts:
             assert intersect(part, cut) is None or contains(cut, part)
+
+
+@given(st.lists(st.integers(1, 4), max_size=4), st.data())
+def test_a_flat_range_is_a_few_boxes_in_its_order(shape, data):
+    elements = torch.arange(prod(shape)).view(shape)
+    start = data.draw(st.integers(0, elements.numel()))
+    stop = data.draw(st.integers(start, elements.numel()))
+    found = of_range(shape, start, stop)
+    parts = [box_view(elements, box) for box in found]
+    assert [int(one) for part in parts for one in part.flatten()] == list(range(start, stop))
+    assert len(found) <= max(1, 2 * len(shape) - 1)
 
 
 @given(st.lists(boxes(dims=3, limit=5), max_size=6))

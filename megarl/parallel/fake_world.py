@@ -50,7 +50,7 @@ def rank_of_fake_world(rank: int, world: int, parallel: ParallelSettings) -> Ite
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         with torch.random.fork_rng(devices=[]):
-            grid = form_grid(parallel, seed=0, host_groups=False, backend="fake")
+            grid = form_grid(parallel, seed=0, backend="fake")
             with torch.device("meta"), _OnMeta():
                 yield grid
     finally:

@@ -15,11 +15,10 @@ from megarl.errors import MegarlError
 from megarl.parallel.cpu_platform import has_cuda
 
 
-def form_grid(parallel: ParallelSettings, seed: int, *, host_groups: bool = True, backend: str | None = None) -> Grid:
+def form_grid(parallel: ParallelSettings, seed: int, *, backend: str | None = None) -> Grid:
     """Initialise Megatron's groups over the default process group and seed its random states.
 
-    `host_groups`: also the groups over gloo that checkpoints travel in, which a fake process group cannot have.
-    `backend`: what all others communicate by; None: NCCL where there is a GPU, else what the default group has.
+    `backend`: what they communicate by; None: NCCL where there is a GPU, else what the default group has.
     Raises `MegarlError` where Megatron places this rank elsewhere than `grid_of_rank`, on which plans rest.
     """
     if not parallel_state.is_initialized():
@@ -32,7 +31,7 @@ def form_grid(parallel: ParallelSettings, seed: int, *, host_groups: bool = True
                 context_parallel_size=parallel.context,
                 expert_model_parallel_size=parallel.expert,
                 expert_tensor_parallel_size=parallel.expert_tensor,
-                create_gloo_process_groups=host_groups,
+                create_gloo_process_groups=False,
             )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     grid, found = grid_of_rank(dist.get_rank(), dist.get_world_size(), parallel), _grid_of_megatron()

@@ -20,27 +20,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.config.implied import Implied
-from megarl.config.parameter_sets import ADAPTER, POLICY
+from megarl.config.parameter_sets import POLICY
 from megarl.errors import Refusal
 from megarl.formats import checkpoint_folder, checksums, megatron
 from megarl.parallel import terminal
 from megarl.parallel.bootstrap import World
 from megarl.parallel.exchange import first_decides, from_first, gather_all
-from megarl.policy import adam_state
+from megarl.policy import adam_state, checkpoint_tensors
 from megarl.policy import digest as digests
 from megarl.policy.fp8_linear import scalings
 from megarl.policy.model import is_expert
 from megarl.policy.policy import Policy
-from megarl.policy.trained_set import TrainedSet
-
-#: Of the data-parallel ranks the first alone gathers a shard's optimizer state, in host memory, to write it; by default
-#: each of them does, on its GPU. How it was gathered is nothing that the checkpoint has to say.
-_ON_ONE_HOST = {"distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 def save(
@@ -75,8 +69,9 @@ def save(
         partial.mkdir()
     dist.barrier()
     names = policy.trained if optimizer else policy.own_sets
-    modules = _trained_modules(policy, names)
-    state = _state(policy, modules, megatron.CONTENT | _ON_ONE_HOST, optimizer=optimizer, loading=False)
+    state = checkpoint_tensors.weights_by_set(_modules_of(policy, names), megatron.CONTENT)
+    if optimizer:
+        state |= checkpoint_tensors.of_training(policy)
     # Megatron would start a process to hold the writers' results, for saves that go on behind the caller's back. It
     # takes seconds to start, and stays when this one is killed.
     writers: Any = filesystem_async
@@ -122,38 +117,66 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     _check_base(policy, directory, progress)
     # How the checkpoint names its tensors, which need not be how this version does.
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
-    modules = _trained_modules(policy, policy.trained) if optimizer else _modules_saved(policy, progress)
-    template: Any = _state(policy, modules, content, optimizer=optimizer, loading=True)
+    modules = _modules_of(policy, policy.trained) if optimizer else checkpoint_tensors.modules_saved(policy, progress)
+    template = checkpoint_tensors.weights_by_set(modules, content)
+    if optimizer:
+        template |= checkpoint_tensors.scaling_of_base(policy, content)
     _begin_scaling(policy, template, directory)
-    with _causes_named():
-        state: Any = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
+    state = _read(template, directory)
     if not optimizer:
         for name, parts in modules.items():
-            _load_models(parts, _of_set(state, name))
+            _load_models(parts, checkpoint_tensors.of_set(state, name))
         adapter = policy.network.adapter
         if adapter is not None and not any(adapter in parts for parts in modules.values()):
             # The weights are a whole policy.
             adapter.clear()
         policy.weights_changed()
         return progress
-    found = {name: _load_trained(trained, _of_set(state, name)) for name, trained in policy.trained.items()}
-    for key, model in _by_key(policy.network.chunks).items():
-        if _SCALING + key in state:
-            model.load_state_dict(state[_SCALING + key], strict=False)
+    for key, model in checkpoint_tensors.by_key(policy.network.chunks).items():
+        if checkpoint_tensors.SCALING + key in state:
+            model.load_state_dict(state[checkpoint_tensors.SCALING + key], strict=False)
+    for name, trained in policy.trained.items():
+        of_set = checkpoint_tensors.of_set(state, name)
+        _load_models(trained.modules, of_set)
+        trained.scheduler.load_state_dict(of_set["scheduler"])
+    found = _load_optimizers(policy, directory, content)
     _check_state(directory, progress, found)
     for name, trained in policy.trained.items():
         trained.movement.begin_from(found[name], directory.name)
     return progress
 
 
-def _load_trained(trained: TrainedSet, state: dict[str, Any]) -> digests.Digest:
-    """Load a set's weights, schedule and optimizer; gives the digest of what the optimizer then has."""
-    _load_models(trained.modules, state)
-    trained.scheduler.load_state_dict(state["scheduler"])
-    adam_state.load(trained.optimizer, state["optimizer"], trained.scheduler.num_steps)
-    # Those of a run without FP8 weights are not such yet.
-    trained.network.round_weights()
-    return digests.digest(trained.optimizer)
+def _modules_of(policy: Policy, names: Iterable[str]) -> dict[str, Sequence[Any]]:
+    """What trains on this rank, by the names of the sets."""
+    return {name: policy.trained[name].modules for name in names}
+
+
+def _load_optimizers(policy: Policy, directory: Path, content: dict[str, Any]) -> dict[str, digests.Digest]:
+    """Read the optimizers' fp32 weights and moments to where they have them; gives digests of what they then have.
+
+    After all else: weights in fp32 are the optimizer's own, and of bf16 ones that were saved it had finer. Collective.
+    """
+    parts = {name: adam_state.owned(trained.optimizer) for name, trained in policy.trained.items()}
+    _read(
+        {
+            name: adam_state.boxes(parts[name], checkpoint_tensors.weights(trained.modules, content, name))
+            for name, trained in policy.trained.items()
+        },
+        directory,
+    )
+    found = {}
+    for name, trained in policy.trained.items():
+        adam_state.loaded(parts[name], trained.scheduler.num_steps)
+        # Those of a run without FP8 weights are not such yet.
+        trained.network.round_weights()
+        found[name] = digests.digest(trained.optimizer)
+    return found
+
+
+def _read(template: dict[str, Any], directory: Path) -> Any:
+    """Fill the template's tensors from the checkpoint; gives what it asks for and all that is no tensor. Collective."""
+    with _causes_named():
+        return dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
 
 
 def _facts(found: Mapping[str, digests.Digest], *, optimizer: bool) -> dict[str, Any]:
@@ -329,7 +352,7 @@ def _begin_scaling(policy: Policy, template: dict[str, Any], directory: Path) ->
 
 
 def _load_models(modules: Sequence[Any], state: dict[str, Any]) -> None:
-    for key, model in _by_key(modules).items():
+    for key, model in checkpoint_tensors.by_key(modules).items():
         _load_model(model, state[key])
 
 
@@ -344,75 +367,3 @@ def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
             "must hold exactly the model's parameters",
             "use a checkpoint of this model",
         )
-
-
-#: What the keys begin with of how a frozen base's layers scale, which is saved without its weights.
-_SCALING = "scaling."
-
-
-def _trained_modules(policy: Policy, names: Iterable[str]) -> dict[str, Sequence[Any]]:
-    """What trains on this rank, by the names of the sets."""
-    return {name: policy.trained[name].modules for name in names}
-
-
-def _modules_saved(policy: Policy, progress: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-    """The policy's own modules that a checkpoint has the weights of, by the set that they were saved with."""
-    network = policy.network
-    if "adapter" in progress:
-        return {POLICY: [network.adapter]}
-    found: dict[str, Sequence[Any]] = {POLICY: network.chunks}
-    return found | ({ADAPTER: [network.adapter]} if "beside" in progress else {})
-
-
-def _state(
-    policy: Policy,
-    modules: Mapping[str, Sequence[Any]],
-    content: dict[str, Any],
-    *,
-    optimizer: bool,
-    loading: bool,
-) -> dict[str, Any]:
-    """What is saved of these modules, and with `optimizer` of the optimizers and schedules of their sets."""
-    state: dict[str, Any] = {}
-    for name, parts in modules.items():
-        found = dict[str, Any]()
-        # Megatron adds this layout's process groups to the record that it is given.
-        metadata = dict(content)
-        for key, model in _by_key(parts).items():
-            tensors = model.sharded_state_dict(metadata=metadata)
-            found[key] = {k: v for k, v in tensors.items() if not megatron.is_extra_state(k)}
-        if name != POLICY:
-            add_prefix_for_sharding(found, f"{checkpoint_folder.SETS}{name}.")
-        if optimizer:
-            trained = policy.trained[name]
-            adam_state.allocate(trained.optimizer)
-            found["optimizer"] = trained.optimizer.sharded_state_dict(
-                dict(found), is_loading=loading, metadata=metadata
-            )
-            found["scheduler"] = trained.scheduler.state_dict()
-        state |= {_key(key, name): value for key, value in found.items()}
-    if optimizer and policy.network.base_is_frozen:
-        for key, model in _by_key(policy.network.chunks).items():
-            tensors = model.sharded_state_dict(metadata=dict(content))
-            state[_SCALING + key] = {k: v for k, v in tensors.items() if megatron.is_scaling(k)}
-    return state
-
-
-def _of_set(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a loaded state has of one set, under the keys of the policy's own."""
-    prefix = _key("", name)
-    return {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if key.startswith(prefix) and (name != POLICY or not key.startswith(checkpoint_folder.SETS))
-    }
-
-
-def _key(key: str, name: str) -> str:
-    """Where a set's part of the state stands."""
-    return key if name == POLICY else f"{checkpoint_folder.SETS}{name}.{key}"
-
-
-def _by_key(modules: Sequence[Any]) -> dict[str, Any]:
-    """Modules by Megatron's keys: model, or of several chunks model0, ..."""
-    return {"model": modules[0]} if len(modules) == 1 else {f"model{i}": one for i, one in enumerate(modules)}

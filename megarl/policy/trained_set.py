@@ -56,7 +56,9 @@ class TrainedSet:
         self.wrapped: list[Any] = (
             wrap_data_parallel(config, network.megatron_config, self.modules) if of_adapter else network.wrapped
         )
-        self._optimizer: Any = get_megatron_optimizer(optimizer_config(config), self.wrapped)
+        self._optimizer: Any = get_megatron_optimizer(
+            optimizer_config(config), self.wrapped, use_gloo_process_groups=False
+        )
         network.megatron_config.grad_scale_func = self._optimizer.scale_loss
         self.scheduler = _scheduler(config, self._optimizer, step_budget)
         self.movement = Movement(self._optimizer, config.optimizer.lr)

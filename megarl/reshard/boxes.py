@@ -96,6 +96,30 @@ def narrow(box: Box, axis: int, start: int, stop: int) -> Box:
     return tuple(spans)
 
 
+def of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The boxes that elements [start, stop) of a row-major tensor of this shape make up.
+
+    They come in the order of their elements, of which each has consecutive ones: at most two per dimension, less one.
+    """
+    if start >= stop:
+        return []
+    if not shape:
+        return [()]
+    row = prod(shape[1:])
+    # Whole rows.
+    first, last = -(-start // row), stop // row
+    if first > last:
+        return _in_row(shape, last, start - last * row, stop - last * row)
+    head = _in_row(shape, first - 1, start - (first - 1) * row, row) if start < first * row else []
+    tail = _in_row(shape, last, 0, stop - last * row)
+    rows = [((first, last), *whole(shape[1:]))] if first < last else []
+    return [*head, *rows, *tail]
+
+
+def _in_row(shape: Sequence[int], number: int, start: int, stop: int) -> list[Box]:
+    return [((number, number + 1), *box) for box in of_range(shape[1:], start, stop)]
+
+
 def cells(box: Box, cuts: Iterable[Box]) -> list[Box]:
     """Split `box` so that each part lies wholly inside or wholly outside every box of `cuts`.
 
