@@ -147,6 +147,12 @@ RECIPES: dict[str, Recipe] = {
     "math500": Recipe("math500.jsonl", "HuggingFaceH4/MATH-500", math500, split="test"),
     "math_train": Recipe("math_train.jsonl", _HENDRYCKS, solved(), subsets=_MATH),
     "math_level3to5": Recipe("math_level3to5.jsonl", _HENDRYCKS, solved(_LEVELS), subsets=_MATH),
+    **{
+        f"math_level{level}": Recipe(
+            f"math_level{level}.jsonl", _HENDRYCKS, solved(frozenset((f"Level {level}",))), split="test", subsets=_MATH
+        )
+        for level in range(1, 6)
+    },
     "deepmath": Recipe("deepmath.jsonl", "zwhe99/DeepMath-103K", deepmath),
     "general_qa": Recipe("general_qa.jsonl", _DOLLY, general(heldout=False)),
     "general_qa_test": Recipe("general_qa_test.jsonl", _DOLLY, general(heldout=True)),

@@ -17,6 +17,7 @@ from megarl.cli.evaluate import evaluate
 from megarl.cli.generate import generate
 from megarl.cli.home import require_home
 from megarl.cli.plan import plan
+from megarl.cli.reproduce import reproduce
 from megarl.cli.submit import submit
 from megarl.cli.train import train
 from megarl.config import user_code
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, generate, check, plan, submit, doctor):
+for _command in (train, evaluate, generate, check, plan, submit, reproduce, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

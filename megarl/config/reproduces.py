@@ -19,7 +19,9 @@ class MadeFile(Settings):
 
     path: PathText = Field(description="The file, as data or evaluation name it.")
     hub: str | None = Field(default=None, description="Hub name of the data set that it is made of; none: of no other.")
-    make: str = Field(description="The command that makes it, from megarl's repository.")
+    make: str = Field(
+        min_length=1, description="What makes it: a program of tools/, with its arguments, in the working folder."
+    )
 
 
 class ReproducesSettings(Settings):
@@ -31,10 +33,15 @@ class ReproducesSettings(Settings):
     )
     row: str = Field(min_length=1, description="What the row is called there.")
     source: str = Field(min_length=1, description="The paper and its table; ours: a row that no paper has.")
-    model: str = Field(min_length=1, description="Hub name of the model that model.path is a copy of.")
+    model: str | None = Field(
+        default=None, description="Hub name of the model that model.path is a copy of; none: one of the files is it."
+    )
     files: tuple[MadeFile, ...] = Field(default=(), description="The files of the data, and how each is made.")
     suites: tuple[str, ...] = Field(
         default=(), description="The suites that the trained model is evaluated on: names in configs/suites/, or files."
+    )
+    suite_settings: tuple[str, ...] = Field(
+        default=(), description="Settings of this evaluation in place of the suites' own, each KEY=VALUE."
     )
     measure: str = Field(
         default="avg",

@@ -40,7 +40,9 @@ _CONTENTLESS = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A run to submit. `following`: jobs to run after it, in order; `command`: what the user typed."""
+    """A run to submit. `following`: jobs to run after it, in order; `before`: such jobs ahead of it, and `made` further
+    settings of the run, which name what they make. `trains`: the run itself is left to do. `command`: what the user
+    typed."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -48,6 +50,9 @@ class Request:
     cluster: Cluster
     sweep: Sweep | None = None
     following: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
+    trains: bool = True
     command: str = "megarl submit"
 
 
@@ -88,7 +93,8 @@ def prepare(
     `Refusal` for what cannot run, and `NoAnswer` where Slurm is away and this is no dry run.
     """
     request.resources.check()
-    orders = [Order("train"), *map(parse_order, request.following)]
+    own = [Order("train")] if request.trains else []
+    orders = [*map(parse_order, request.before), *own, *map(parse_order, request.following)]
     runs = [load_config(request.config, overrides) for overrides in _overrides(request)]
     # A dry run may be made where the model is not.
     planned = list(map(files.with_known_model, runs)) if dry else runs
@@ -220,7 +226,8 @@ def _job(request: Request, runs: Sequence[RunConfig], order: Order) -> Job:
     arguments: list[list[str]] = []
     for index, run in enumerate(runs):
         of_task = request.sweep.overrides(index, name) if request.sweep is not None else ()
-        arguments.append(order.arguments([str(request.config), *request.overrides, *of_task], run))
+        made = request.made if order.kind == "train" else ()
+        arguments.append(order.arguments([str(request.config), *request.overrides, *of_task, *made], run))
     if is_array:
         directives["array"] = f"0-{len(runs) - 1}"
     lines = filled_in(folder / order.kind, arguments, is_array=is_array)

@@ -57,28 +57,49 @@ class Order:
     def arguments(self, settings: Sequence[str], run: RunConfig) -> list[str]:
         """The script's arguments for `run`, which CONFIG and overrides in `settings` describe."""
         folder = str(Path(run.runs_dir) / run.name)
+        if self.kind == "convert" and self.is_of_a_model:
+            return list(self.more)
         if self.kind == "convert":
             return ["--megatron", folder, "--out", f"{folder}/hf", *self.more]
+        if self.kind == "evaluate" and self.suites:
+            # Settings of the training would take the place of the suites'.
+            of_run = [f"name={run.name}", f"runs_dir={run.runs_dir}"]
+            return [settings[0], *of_run, f"checkpoint={folder}", *self.more]
         if self.kind == "evaluate":
             return [*settings, f"checkpoint={folder}", *self.more]
         return list(settings)
 
     @property
+    def suites(self) -> bool:
+        """Whether an evaluation is of suites, whose problems and settings are their own."""
+        return any(word == "--suite" or word.startswith("--suite=") for word in self.more)
+
+    @property
+    def is_of_a_model(self) -> bool:
+        """Whether a conversion is of Hugging Face's files, not of what the run leaves."""
+        return any(word == "--hf" or word.startswith("--hf=") for word in self.more)
+
+    @property
     def overrides(self) -> list[str]:
         """Those of its own arguments that replace settings of the run."""
-        if self.kind != "evaluate":
+        if self.kind != "evaluate" or self.suites:
             return []
         return [text for text in self.more if not text.startswith(("--", "checkpoint="))]
 
     def refusals(self, run: RunConfig, *, is_array: bool) -> Iterator[Refusal]:
         """What keeps the job from following `run`, which has the job's own settings."""
-        if self.kind == "train":
+        if self.kind == "train" or (self.kind == "convert" and self.is_of_a_model):
             return
         text = f"--then {shlex.join([self.kind, *self.more])}"
         if not run.checkpoint.end and not run.checkpoint.every:
             rule = "needs a checkpoint, which checkpoint.every=0 with checkpoint.end=false never saves"
             yield Refusal(text, rule, "set checkpoint.end=true")
-        if self.kind == "evaluate" and not run.evaluation.names_files and run.evaluation.rows is None:
+        if (
+            self.kind == "evaluate"
+            and not self.suites
+            and not run.evaluation.names_files
+            and run.evaluation.rows is None
+        ):
             rule = "would answer all of data.path, which the run learns from, as evaluation.path names nothing else"
             yield Refusal(text, rule, "add evaluation.path=FILE, or evaluation.rows=N if that is meant")
         if self.kind != "convert":

@@ -57,7 +57,8 @@ def keep(prepared: Prepared) -> list[Path]:
     paths: list[Path] = []
     while not paths:
         try:
-            paths = [_write(prepared.folder / f"{number:03d}-train.sbatch", prepared.jobs[0].script)]
+            first = prepared.jobs[0]
+            paths = [_write(prepared.folder / f"{number:03d}-{first.kind}.sbatch", first.script)]
         except FileExistsError:
             # Another submission of this run was quicker.
             number += 1

@@ -1,0 +1,1 @@
+"""From a row of a published table to a score and a verdict, stage by stage. Torch-free."""

@@ -1,0 +1,112 @@
+"""A row from its inputs to its verdict: what is to be done, done here, or handed to Slurm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from megarl.errors import Refusal
+from megarl.reproduction import stages, verdict
+from megarl.reproduction.commands import megarl_command
+from megarl.reproduction.inputs import Missing, absent_start, how_to_start, missing
+from megarl.reproduction.rows import Row
+
+Say = Callable[[str], None]
+#: Files of the GPUs that a machine has, as the driver makes them.
+_GPUS = Path("/dev")
+
+
+def describe(rows: Sequence[Row], stream: TextIO) -> None:
+    """Print every stage of the rows: what is done, and the commands of what is not."""
+    for row in rows:
+        print(f"{row.name}: {row.about.row} ({row.about.source})", file=stream)
+        if (why := _waits(row)) is not None:
+            print(f"  start     first {how_to_start(row)}: {why}", file=stream)
+        for stage in stages.stages(row):
+            if stage.done is not None:
+                print(f"  {stage.name:<9} done: {stage.done}", file=stream)
+            for command in stage.commands if stage.done is None else ():
+                print(f"  {stage.name:<9} {command}", file=stream)
+        print("  table     paper, measured, difference", file=stream)
+
+
+def carry_out(rows: Sequence[Row], say: Say, stream: TextIO) -> None:
+    """Do what is left of every row here, in order, and print one table of them.
+
+    Files that come over no network are made; others are asked for. Raises `Refusal` for what is missing, and what a
+    stage's command ended with.
+    """
+    names = {row.name for row in rows}
+    for row in rows:
+        _check(row, say)
+        if row.start not in names and not stages.is_trained(row):
+            _require_start(row)
+    found: dict[str, verdict.Verdict] = {}
+    for row in rows:
+        for stage in (stages.inputs_stage, *_conversions(row), stages.training_stage, stages.evaluation_stage):
+            now = stage(row)
+            if now.done is not None:
+                say(f"{row.name}, {now.name}: {now.done}")
+                continue
+            if stage is stages.training_stage:
+                _require_start(row)
+            for command in now.commands:
+                say(f"{row.name}, {now.name}: {command}")
+                command.run()
+        if row.about.suites:
+            found[row.name] = verdict.judge(row.about, stages.results(row))
+            verdict.keep(row, found[row.name])
+    if found:
+        verdict.print_verdicts(found, stream)
+    page(rows, say)
+
+
+def page(rows: Sequence[Row], say: Say) -> None:
+    """One page of the rows' runs."""
+    folders = [str(row.folder) for row in rows if (row.folder / "metrics.jsonl").is_file()]
+    if not folders:
+        return
+    out = rows[0].folder if len(rows) == 1 else rows[0].folder.parent / rows[0].about.table
+    command = megarl_command("report", *folders, "--out", f"{out}.html" if len(rows) > 1 else f"{out}/report.html")
+    say(str(command))
+    command.run()
+
+
+def require_inputs(row: Row, say: Say) -> None:
+    """Raise `Refusal` for the first input that must be fetched; of several each is said, with its command."""
+    lacking = [one for one in missing(row) if one.fetches] if not stages.is_trained(row) else []
+    for one in lacking[1:]:
+        say(str(_refusal(row, one)))
+    if lacking:
+        raise _refusal(row, lacking[0])
+
+
+def _check(row: Row, say: Say) -> None:
+    """What would end the chain later and can be known now."""
+    require_inputs(row, say)
+    needed = row.config.gpus
+    if needed is None or stages.training_stage(row).done is not None:
+        return
+    there = len([file for file in _GPUS.glob("nvidia[0-9]*") if file.name.removeprefix("nvidia").isdigit()])
+    if there < needed:
+        rule = f"is written for {needed} GPUs, and this machine has {there}"
+        raise Refusal(row.name, rule, "use --submit on a cluster's login node, or --dry-run")
+
+
+def _require_start(row: Row) -> None:
+    if (why := absent_start(row)) is not None:
+        rule = f"begins with the end of {row.start}, and {why}"
+        raise Refusal(row.name, rule, f"first {how_to_start(row)}")
+
+
+def _waits(row: Row) -> str | None:
+    return None if stages.is_trained(row) else absent_start(row)
+
+
+def _conversions(row: Row) -> list[Callable[[Row], stages.Stage]]:
+    return [lambda one: stages.conversion_stages(one)[0]] if stages.conversion_stages(row) else []
+
+
+def _refusal(row: Row, one: Missing) -> Refusal:
+    return Refusal(f"{row.name} without {one.path}", one.rule, f"fetch it: {one.command}")
