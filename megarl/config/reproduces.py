@@ -28,7 +28,7 @@ class ReproducesSettings(Settings):
     """A row of a published table, or a recipe of our own beside such rows."""
 
     table: str = Field(
-        description="The table that it belongs to: a file of configs/reproduce/tables/.",
+        description="Name of the table that it belongs to.",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
     )
     row: str = Field(min_length=1, description="What the row is called there.")

@@ -49,18 +49,15 @@ def row_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def table_names() -> list[str]:
-    """All tables, by name."""
-    return sorted(file.stem for file in (FOLDER / "tables").glob("*.yaml"))
-
-
 def read_row(path: Path) -> Row:
     """The row that the file `path` is. Raises `Refusal` where it says of no row, and as `load_config`."""
     config = load_config(path)
     if config.reproduces is None:
         rule = "says not what it reproduces"
         raise Refusal(str(path), rule, "add the section reproduces, as the files of configs/reproduce/ have it")
-    return Row(path, config, config.reproduces)
+    # As somebody would type it.
+    shown = Path(os.path.relpath(path))
+    return Row(path if shown.parts[0] == ".." else shown, config, config.reproduces)
 
 
 def all_rows() -> list[Row]:
@@ -76,12 +73,13 @@ def find(name: str) -> list[Row]:
     """
     if name in row_names():
         return [read_row(FOLDER / f"{name}.yaml")]
-    if name in table_names():
-        return in_order([row for row in all_rows() if row.about.table == name])
     path = Path(os.path.expanduser(name))
     if path.suffix in (".yaml", ".yml"):
         return [read_row(path)]
-    known = [*row_names(), *table_names()]
+    rows = all_rows()
+    if of_table := [row for row in rows if row.about.table == name]:
+        return in_order(of_table)
+    known = [*row_names(), *dict.fromkeys(row.about.table for row in rows)]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     fix = f"use {' or '.join(near)}" if near else "use one of those that `megarl reproduce` lists"
     raise Refusal(name, "is no row and no table of configs/reproduce/, and no YAML file", fix)
