@@ -8,7 +8,6 @@ from typing import TextIO
 
 from megarl.errors import Refusal
 from megarl.reproduction import stages, verdict
-from megarl.reproduction.commands import megarl_command
 from megarl.reproduction.inputs import Missing, absent_start, how_to_start, missing
 from megarl.reproduction.rows import Row
 
@@ -18,16 +17,19 @@ _GPUS = Path("/dev")
 
 
 def describe(rows: Sequence[Row], stream: TextIO) -> None:
-    """Print every stage of the rows: what is done, and the commands of what is not."""
+    """Print every stage of the rows: what is done, and the commands of what is not, each once."""
+    names, said = {row.name for row in rows}, set[str]()
     for row in rows:
         print(f"{row.name}: {row.about.row} ({row.about.source})", file=stream)
-        if (why := _waits(row)) is not None:
+        if row.start not in names and (why := _waits(row)) is not None:
             print(f"  start     first {how_to_start(row)}: {why}", file=stream)
-        for stage in stages.stages(row):
+        for stage in filter(None, (look(row) for look in stages.STAGES)):
             if stage.done is not None:
                 print(f"  {stage.name:<9} done: {stage.done}", file=stream)
-            for command in stage.commands if stage.done is None else ():
-                print(f"  {stage.name:<9} {command}", file=stream)
+            for command in map(str, stage.commands if stage.done is None else ()):
+                if command not in said:
+                    print(f"  {stage.name:<9} {command}", file=stream)
+                said.add(command)
         print("  table     paper, measured, difference", file=stream)
 
 
@@ -44,33 +46,28 @@ def carry_out(rows: Sequence[Row], say: Say, stream: TextIO) -> None:
             _require_start(row)
     found: dict[str, verdict.Verdict] = {}
     for row in rows:
-        for stage in (stages.inputs_stage, *_conversions(row), stages.training_stage, stages.evaluation_stage):
-            now = stage(row)
-            if now.done is not None:
-                say(f"{row.name}, {now.name}: {now.done}")
-                continue
-            if stage is stages.training_stage:
-                _require_start(row)
-            for command in now.commands:
-                say(f"{row.name}, {now.name}: {command}")
-                command.run()
+        _finish(row, say)
         if row.about.suites:
             found[row.name] = verdict.judge(row.about, stages.results(row))
             verdict.keep(row, found[row.name])
     if found:
         verdict.print_verdicts(found, stream)
-    page(rows, say)
 
 
-def page(rows: Sequence[Row], say: Say) -> None:
-    """One page of the rows' runs."""
-    folders = [str(row.folder) for row in rows if (row.folder / "metrics.jsonl").is_file()]
-    if not folders:
-        return
-    out = rows[0].folder if len(rows) == 1 else rows[0].folder.parent / rows[0].about.table
-    command = megarl_command("report", *folders, "--out", f"{out}.html" if len(rows) > 1 else f"{out}/report.html")
-    say(str(command))
-    command.run()
+def _finish(row: Row, say: Say) -> None:
+    """Do what is left of a row's stages, each looked at when the ones before it are done."""
+    for look in stages.STAGES:
+        stage = look(row)
+        if stage is None:
+            continue
+        if stage.done is not None:
+            say(f"{row.name}, {stage.name}: {stage.done}")
+            continue
+        if look is stages.training_stage:
+            _require_start(row)
+        for command in stage.commands:
+            say(f"{row.name}, {stage.name}: {command}")
+            command.run()
 
 
 def require_inputs(row: Row, say: Say) -> None:
@@ -102,10 +99,6 @@ def _require_start(row: Row) -> None:
 
 def _waits(row: Row) -> str | None:
     return None if stages.is_trained(row) else absent_start(row)
-
-
-def _conversions(row: Row) -> list[Callable[[Row], stages.Stage]]:
-    return [lambda one: stages.conversion_stages(one)[0]] if stages.conversion_stages(row) else []
 
 
 def _refusal(row: Row, one: Missing) -> Refusal:

@@ -66,7 +66,8 @@ def request_of(row: Row, wanted: Wanted) -> Request | None:
         raise Refusal(row.name, "names no GPUs, and needs no cluster", f"run it here: megarl reproduce {row.name}")
     nodes, of_a_node = nodes_for(gpus, wanted.cluster.gpus_per_node)
     trained = stages.is_trained(row)
-    conversion = [stage for stage in stages.conversion_stages(row) if stage.done is None]
+    conversion = stages.conversion_stage(row)
+    conversions = conversion.commands if conversion is not None and conversion.done is None else ()
     evaluates = stages.evaluation_stage(row).done is None
     if trained and not evaluates:
         return None
@@ -79,7 +80,7 @@ def request_of(row: Row, wanted: Wanted) -> Request | None:
             nodes, of_a_node, of_a_node, None, wanted.time, wanted.partition, wanted.account, wanted.others
         ),
         cluster=wanted.cluster,
-        before=tuple(shlex.join(["convert", *command.arguments]) for one in conversion for command in one.commands),
+        before=tuple(shlex.join(["convert", *command.arguments]) for command in conversions),
         made=tuple(settings),
         trains=not trained,
         following=(shlex.join(suites),) if evaluates else (),

@@ -6,6 +6,7 @@ very weights. So a reproduction that was stopped anywhere goes on there, whoever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,21 @@ class Stage:
     commands: tuple[Command, ...]
 
 
-def stages(row: Row) -> list[Stage]:
-    """All stages as they stand now."""
-    return [inputs_stage(row), *conversion_stages(row), training_stage(row), evaluation_stage(row)]
-
-
 def inputs_stage(row: Row) -> Stage:
     """Model and data."""
+    if is_trained(row):
+        return Stage("inputs", "the run has ended", ())
     lacking = missing(row)
-    done = None if lacking or is_trained(row) else "model and data are there"
-    return Stage("inputs", "the run has ended" if is_trained(row) else done, tuple(one.command for one in lacking))
+    # Several files may come of one command.
+    brought = tuple(dict.fromkeys(one.command for one in lacking))
+    return Stage("inputs", None if lacking else "model and data are there", brought)
 
 
-def conversion_stages(row: Row) -> list[Stage]:
-    """The model as a Megatron checkpoint, which a start of many processes reads sooner; a row that begins with a run
-    has none."""
+def conversion_stage(row: Row) -> Stage | None:
+    """The model as a Megatron checkpoint, which a start of many processes reads sooner; None of a row that begins with
+    a run, or with a model that is made here."""
     if not _converts(row):
-        return []
+        return None
     config, out = row.config, converted(row)
     layout = config.parallel
     sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "expert": layout.expert}
@@ -62,7 +61,7 @@ def conversion_stages(row: Row) -> list[Stage]:
         done = "the run has ended"
     elif checkpoint_folder.find(out) is not None:
         done = f"{out} is whole"
-    return [Stage("convert", done, (command,))]
+    return Stage("convert", done, (command,))
 
 
 def training_stage(row: Row) -> Stage:
@@ -79,6 +78,15 @@ def evaluation_stage(row: Row) -> Stage:
         return Stage("evaluate", None, (command,))
     done = None if evaluation(row).left else f"results of {', '.join(row.about.suites)} are there"
     return Stage("evaluate", done, (command,))
+
+
+#: All of them in order, each as it stands when it is asked.
+STAGES: tuple[Callable[[Row], Stage | None], ...] = (
+    inputs_stage,
+    conversion_stage,
+    training_stage,
+    evaluation_stage,
+)
 
 
 def settings(row: Row) -> list[str]:

@@ -156,7 +156,7 @@ def print_verdicts(verdicts: Mapping[str, Verdict], stream: TextIO) -> None:
     for source in dict.fromkeys(
         f"{one.source}; {one.measure}, tolerance {one.tolerance:g}" for one in verdicts.values()
     ):
-        print(f"paper: {source}", file=stream)
+        print(f"paper: {source}", file=stream, flush=True)
 
 
 def _shown(value: float | None) -> str:
