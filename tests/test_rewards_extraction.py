@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarl.rewards.extraction import answer_in, boxed
+from megarl.rewards.extraction import boxed, taken
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_time_is_linear_in_the_length(piece: str) -> None:
     def seconds(length: int) -> float:
         text = piece * (length // len(piece))
         start = time.process_time()
-        answer_in(text)
+        taken(text)
         return time.process_time() - start
 
     seconds(1000)
@@ -99,5 +99,5 @@ def test_the_time_is_linear_in_the_length(piece: str) -> None:
     ],
 )
 def test_without_a_box_the_last_statement_counts(text: str, answer: str | None) -> None:
-    found = answer_in(text)
+    found = taken(text).answer
     assert (None if found is None else found.strip()) == answer

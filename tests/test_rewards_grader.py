@@ -93,7 +93,8 @@ def test_nothing_of_an_answer_is_parsed_in_this_process(kind: str, monkeypatch: 
             for rule in (
                 "boxed",
                 "boxes",
-                "answer_in",
+                "taken",
+                "decide",
                 "after_thinking",
                 "boxed_equals",
                 "math_equals",

@@ -24,6 +24,7 @@ from megarl.config.algorithms import AlgorithmSettings
 from megarl.config.data import DataSettings
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
+from megarl.config.rewards import RULE_KINDS
 from megarl.config.schema import RunConfig
 from megarl.data.thinking import ThinkingEnd
 from megarl.data.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ class AlgorithmContext:
             demonstrations=Implied(config).demonstrations,
             reward_low=low,
             reward_high=high,
-            reward_judges=config.reward.kind in ("math", "boxed"),
+            reward_judges=config.reward.kind in RULE_KINDS,
             tokenizer=tokenizer,
             data=config.data,
             thinking_end=ThinkingEnd(tokenizer, config.rollout.thinking_end),

@@ -9,6 +9,11 @@ from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, Positiv
 from megarl.config.base import Settings
 from megarl.config.servers import ServerSettings
 
+#: Kinds that answer right or wrong, by rules of megarl's (`megarl.rewards.math`).
+RULE_KINDS = ("math", "boxed", "deepscaler")
+#: Kinds that call no function of the user's, for one reward.
+BUILTIN_KINDS = (*RULE_KINDS, "f1", "judge")
+
 
 class JudgeSettings(ServerSettings):
     """A language model that scores answers from 1 to 10 over the chat-completions protocol. All are our choice."""
@@ -50,9 +55,9 @@ class ScoreSettings(Settings):
     kind: str = Field(
         default="math",
         description="math: the answer equals the reference, however both are written; boxed: the last \\boxed{} equals "
-        "the reference as text; f1: words shared with the reference; judge: scored by a language model (reward.judge); "
-        "or a function of your own, package.module:function or folder/file.py:function. sum: the weighted "
-        "sum of reward.terms.",
+        "the reference as text; deepscaler: DeepScaleR's rule with math-verify, as AttnRL grades; f1: words shared with "
+        "the reference; judge: scored by a language model (reward.judge); or a function of your own, "
+        "package.module:function or folder/file.py:function. sum: the weighted sum of reward.terms.",
     )
     graded: Literal["whole", "response"] = Field(
         default="whole", description="What the reward sees: the whole answer, or only what follows its thinking."

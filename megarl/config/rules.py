@@ -31,7 +31,7 @@ from megarl.config.grid import sequence_multiple
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.parameter_sets import POLICY
-from megarl.config.rewards import JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
+from megarl.config.rewards import BUILTIN_KINDS, JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
 from megarl.config.schema import RunConfig
 from megarl.config.wording import divisors, listed
 from megarl.errors import Refusal
@@ -248,8 +248,8 @@ def _reward_section(name: str, reward: RewardSettings) -> Iterator[Refusal]:
 def _one_reward(name: str, reward: ScoreSettings) -> Iterator[Refusal]:
     if reward.low >= reward.high:
         yield Refusal(f"{name}.low={reward.low:g}", f"must be below {name}.high={reward.high:g}", "widen the range")
-    if reward.kind not in ("math", "boxed", "f1", "judge") and not user_code.FORM.fullmatch(reward.kind):
-        kinds = "math, boxed, f1, judge" if isinstance(reward, RewardTerm) else "math, boxed, f1, judge, sum"
+    if reward.kind not in BUILTIN_KINDS and not user_code.FORM.fullmatch(reward.kind):
+        kinds = ", ".join(BUILTIN_KINDS if isinstance(reward, RewardTerm) else (*BUILTIN_KINDS, "sum"))
         rule = f"must be {kinds}, package.module:function or folder/file.py:function"
         yield Refusal(f"{name}.kind={reward.kind}", rule, f"correct {name}.kind")
     if reward.kind == "judge" and reward.judge is None:

@@ -15,14 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.config.rewards import RewardSettings
+from megarl.config.rewards import RULE_KINDS, RewardSettings
 from megarl.config.suites import Asked
 from megarl.data.dataset import LoadedPrompts, evaluation_data
-from megarl.errors import Interrupted
+from megarl.errors import Interrupted, ScoringStopped
 from megarl.evaluation.answers import AnswersFile, Place, Results, Row
 from megarl.evaluation.plan import Work, session_config
 from megarl.evaluation.scores import of_suite, scores
 from megarl.evaluation.turns import Turn
+from megarl.evaluation.votes import Group, votes
 from megarl.health.run_lock import RunLock
 from megarl.parallel import progress, terminal
 from megarl.parallel.exchange import first_decides, from_first, gather_all, gather_to_first
@@ -209,7 +210,8 @@ def _score(session: Session, work: Work, file: AnswersFile, rows: list[Row], cou
     assert session.data.held_out is not None
     counted = session.data.held_out.counters
     ordered = file.finish(rows)
-    numbers = scores(work.asked, ordered, counted["rows"] - counted["kept"], None, counters)
+    groups = _votes(session, work.asked, ordered)
+    numbers = scores(work.asked, ordered, counted["rows"] - counted["kept"], groups, counters)
     said = {"made_for": work.made_for, "asked_pass_at": list(work.asked.pass_at)}
     results = Results(work.folder, work.asked.suite, work.model)
     benchmarks = results.known() | {work.asked.benchmark: numbers | said}
@@ -218,6 +220,20 @@ def _score(session: Session, work: Work, file: AnswersFile, rows: list[Row], cou
     score = numbers["score"]
     shown = "no answer has a score" if score is None else f"{100 * score:.1f} %"
     session.recorder.status(f"{work.asked.benchmark}: {shown} on {numbers['problems']} problems")
+
+
+def _votes(session: Session, asked: Asked, rows: Sequence[Row]) -> list[list[Group]] | None:
+    """The groups of equal answers of each problem; None where no rule says what is equal."""
+    settings = asked.config.evaluation.reward or asked.config.reward
+    grading = session.evaluation_grading
+    if grading is None or settings.kind not in RULE_KINDS or asked.turns > 1:
+        return None
+    (part,) = grading.scoring.parts
+    try:
+        return votes(rows, part.scorer, settings.high)
+    except ScoringStopped as error:
+        session.recorder.status(f"warning: {asked.benchmark} has no maj@k: {error}")
+        return None
 
 
 class _Said:

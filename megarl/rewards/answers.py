@@ -50,6 +50,10 @@ class GradedAnswer:
 
     reward: float | None
     counter: str | None = None
+    found: str | None = field(default=None, compare=False)
+    """What a rule of megarl's took for the answer."""
+    why: str | None = field(default=None, compare=False)
+    """Why it decided so, in words."""
 
 
 def scaled(share: float, low: float, high: float) -> float:

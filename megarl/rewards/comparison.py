@@ -9,6 +9,7 @@ import re
 
 from megarl.rewards.notation import choice, without_choice, written
 from megarl.rewards.numerals import numeral, numerals_equal
+from megarl.rewards.reasons import decided
 from megarl.rewards.structure import Part, parts_of, split
 from megarl.rewards.units import contradict, measured
 
@@ -48,19 +49,20 @@ def answers_equal(reference: str, found: str) -> bool:
     """
     reference, found = reference.strip(), found.strip()
     if not reference or not found:
-        return False
+        return decided(False, "the reference is empty" if not reference else "the answer is empty")
     if found == reference:
-        return True
+        return decided(True, "the same text")
     if max(len(found), len(reference)) > LONGEST:
-        return False
+        return decided(False, f"longer than {LONGEST} characters, and not the same text")
     expected, given = written(reference), written(found)
     if not expected or not given:
-        return False
+        return decided(False, "nothing is left of {} but layout", reference if not expected else found)
     if _same_text(expected, given):
-        return True
+        return decided(True, "the same text but for layout: {}", given)
     letter = _letter(expected)
     if letter is not None:
-        return choice(given) == letter
+        chosen = choice(given)
+        return decided(chosen == letter, "the choice is {}, and the reference's {}", chosen or "none", letter)
     return _parts_equal(parts_of(expected), parts_of(without_choice(given)))
 
 
@@ -92,7 +94,7 @@ def _parts_equal(a: Part, b: Part) -> bool:
     A list without brackets may stand for a set, or for a tuple in its order.
     """
     if _same_text(a.text, b.text):
-        return True
+        return decided(True, "{} is the same text but for layout", b.text)
     if a.kind == "value" and b.kind == "value":
         return _values_equal(a.text, b.text)
     if b.kind == "value" and (sides := _sides(b.text)):
@@ -118,18 +120,20 @@ def _parts_equal(a: Part, b: Part) -> bool:
 
 
 def _same_sequence(a: tuple[Part, ...], b: tuple[Part, ...]) -> bool:
-    return len(a) == len(b) and all(map(_parts_equal, a, b))
+    if len(a) != len(b):
+        return decided(False, f"{len(b)} part(s) in order where the reference has {len(a)}")
+    return all(map(_parts_equal, a, b))
 
 
 def _same_collection(a: tuple[Part, ...], b: tuple[Part, ...]) -> bool:
     """Whether the parts are the same in some order, each as often."""
     if len(a) != len(b):
-        return False
+        return decided(False, f"{len(b)} part(s) where the reference has {len(a)}")
     left = list(b)
     for part in a:
         match = next((other for other in left if _parts_equal(part, other)), None)
         if match is None:
-            return False
+            return decided(False, "no part is equal to {}", part.text)
         left.remove(match)
     return True
 
@@ -138,14 +142,21 @@ def _same_set(a: Part, b: Part) -> bool:
     """Whether math-verify finds equal sets, where both are of numbers that no list can give."""
     a, b = (parts_of(_without_membership(part.text)) for part in (a, b))
     if not any(part.kind == "union" or _speaks_of_sets(part.text) for part in (a, b)):
-        return False
+        if a.kind == b.kind:
+            return False
+        return decided(False, f"a {_kind(b)}, {{}}, where the reference is a {_kind(a)}, {{}}", b.text, a.text)
     if not all(part.kind not in ("value", "list") or _speaks_of_sets(part.text) for part in (a, b)):
         return False
     if ("^" in b.text and "^" not in a.text) or max(part.text.count(",") for part in (a, b)) > MOST_NUMBERS:
         return False
     from megarl.rewards.expressions import sets_equal
 
-    return sets_equal(a.text, b.text)
+    return decided(sets_equal(a.text, b.text), "as sets, by math-verify: {} and {}", b.text, a.text)
+
+
+def _kind(part: Part) -> str:
+    """What a part is, in a word."""
+    return part.kind if part.kind.isalpha() else f"tuple or interval in {part.kind}"
 
 
 def _speaks_of_sets(text: str) -> bool:
@@ -171,22 +182,22 @@ def _values_equal(a: str, b: str) -> bool:
     a, b = _not_approximate(a), _not_approximate(b)
     one, other = measured(a), measured(b)
     if contradict(one.unit, other.unit):
-        return False
+        return decided(False, "the units of {} and {} contradict each other", b, a)
     return _plain_equal(one.value, other.value)
 
 
 def _plain_equal(a: str, b: str) -> bool:
     """Whether two values without unit and relation are equal."""
     if _same_text(a, b):
-        return True
+        return decided(True, "the same value but for its unit: {}", b)
     first, second = numeral(_joined_digits(a)), numeral(_joined_digits(b))
     if first is not None and second is not None:
-        return numerals_equal(first, second)
+        return decided(numerals_equal(first, second), "as numbers: {} and {}", b, a)
     if _WORD.fullmatch(a) or _WORD.fullmatch(b):
-        return False
+        return decided(False, "as words: {} and {}", b, a)
     from megarl.rewards.expressions import expressions_equal
 
-    return expressions_equal(_joined_digits(a), _joined_digits(b))
+    return decided(expressions_equal(_joined_digits(a), _joined_digits(b)), "as expressions: {} and {}", b, a)
 
 
 def _joined_digits(text: str) -> str:
@@ -229,10 +240,11 @@ def _equation_given(expected: list[str], given: list[str], b: str) -> bool:
     if named and _named(given[0]) and _same_text(expected[0], given[0]):
         return _all_sides_equal(parts_of(expected[1]), given)
     if len(expected) != 2 or len(given) != 2:
-        return False
+        return decided(False, "a chain of equations where the reference is another: {}", b)
     from megarl.rewards.expressions import equations_equal
 
-    return equations_equal((expected[0], expected[1]), (given[0], given[1]))
+    equal = equations_equal((expected[0], expected[1]), (given[0], given[1]))
+    return decided(equal, "as equations: {} and {}", b, "=".join(expected))
 
 
 def _not_approximate(text: str) -> str:

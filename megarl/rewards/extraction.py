@@ -18,6 +18,8 @@ _JOINT = re.compile(r"[\s$]*(?:\\\)|\\text\s*\{)?[\s$]*(?:,|;|,?\s*(?:and|or))[\
 #: Characters at the end of a response without a box that are searched for an answer. Our choice.
 REACH = 2000
 
+_OPEN = "is negated, left open, or states nothing"
+
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 #: `The answer is`, `Answer:`, `#### `, up to what follows.
 _ANCHOR = re.compile(
@@ -98,21 +100,32 @@ def answering(text: str) -> str:
     return response if says or boxes(response) else text
 
 
-def answer_in(text: str) -> str | None:
-    r"""The answer that a response gives, as it is written there, or None where it gives none.
+class Taken(NamedTuple):
+    """What a response gives as its answer, None where it gives none, and in words where that was found, or why not."""
+
+    answer: str | None
+    where: str
+
+
+def taken(text: str) -> Taken:
+    r"""The answer that a response gives, as it is written there.
 
     What follows the thinking counts; where it says nothing, a box in the thinking does. The last box is the answer,
     together with those before it that `and`, `or` or a comma joins to it. Without a box it is what is stated last
     (`The answer is 42`, `#### 42`), else the mathematics or the number in the last sentence with one. A statement that
     is negated or left open is no answer.
 
-    >>> answer_in("<think>so \\boxed{42}</think>The answer is 41.")
+    >>> taken("<think>so \\boxed{42}</think>The answer is 41.").answer
     '41.'
     """
     part = answering(text)
     found = boxes(part)
     if found:
-        return ", ".join(_joined(part, found))
+        joined = _joined(part, found)
+        where = "the last box" if len(joined) == 1 else f"the last {len(joined)} boxes, which are joined"
+        if part is text and after_thinking(text) != text:
+            where += ", in the thinking, since nothing is said after it"
+        return Taken(", ".join(joined), where)
     return _stated(after_thinking(text)[-REACH:])
 
 
@@ -126,7 +139,7 @@ def _joined(text: str, found: list[Box]) -> list[str]:
     return [part.content for part in parts]
 
 
-def _stated(text: str) -> str | None:
+def _stated(text: str) -> Taken:
     """The answer that a text without boxes states."""
     sentences = [sentence for sentence in _sentences(text) if sentence.strip()]
     for place, sentence in reversed(list(enumerate(sentences))):
@@ -135,11 +148,15 @@ def _stated(text: str) -> str | None:
             before, statement = sentence[: anchors[-1].end()], sentence[anchors[-1].end() :]
             if not statement.strip(" *:"):
                 statement = "".join(sentences[place + 1 : place + 2])
-            return _from_statement(before, statement)
+            said = anchors[-1].group().strip(" *:=\n")
+            found = _from_statement(before, statement)
+            return Taken(found, f"no box; what {said!r} states" if found else f"no box, and {said!r} {_OPEN}")
     for sentence in reversed(sentences):
         if _MATHS.search(sentence) or _NUMBERS.search(sentence):
-            return _from_sentence(sentence)
-    return None
+            found = _from_sentence(sentence)
+            where = "no box and no statement; the last sentence with mathematics or a number"
+            return Taken(found, where if found else f"{where} {_OPEN}")
+    return Taken(None, f"no box, no statement, no mathematics and no number in the last {REACH} characters")
 
 
 def _sentences(text: str) -> Iterator[str]:

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from megarl.config.rewards import ScoreSettings
+from megarl.config.rewards import BUILTIN_KINDS, RULE_KINDS, ScoreSettings
 from megarl.errors import MegarlError, Refusal, ScoringStopped
 from megarl.parallel import progress
 from megarl.rewards.answers import GradedAnswer, GradingItem, scaled
@@ -26,10 +26,6 @@ MAX_FAILED_STARTS = 3
 #: Counts answers whose grading process ended.
 DIED = "grader_died"
 TIMEOUT, ERROR, OUT_OF_RANGE = "grader_timeout", "grader_error", "reward_out_of_range"
-#: Kinds that answer right or wrong, by rules of ours.
-RULE_KINDS = ("math", "boxed")
-#: Kinds that call no function of the user's.
-BUILTIN_KINDS = (*RULE_KINDS, "f1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +130,7 @@ class Grader:
                     self._failures.note(found.counter, found.seen)
                     graded[index] = GradedAnswer(self._settings.low, found.counter)
                 else:
-                    graded[index] = GradedAnswer(found)
+                    graded[index] = found
         self._failures.end()
         return [graded[index] for index in range(len(items))]
 
@@ -156,14 +152,14 @@ class Grader:
         share = max(token_f1(item.text, reference) for reference in item.references)
         return GradedAnswer(scaled(share, self._settings.low, self._settings.high))
 
-    def _collect(self) -> list[tuple[int, float | _Failure]]:
-        """Wait for the next message or deadline; returns (item number, reward or failure) of what ended by it."""
+    def _collect(self) -> list[tuple[int, GradedAnswer | _Failure]]:
+        """Wait for the next message or deadline; returns (item number, grade or failure) of what ended by it."""
         timeout = max(0.0, min(worker.deadline.at for worker in self._busy()) - time.monotonic())
         pipes = {worker.stdout.fileno(): position for position, worker in enumerate(self._workers)}
         poll = select.poll()
         for pipe in pipes:
             poll.register(pipe, select.POLLIN)
-        finished: list[tuple[int, float | _Failure]] = []
+        finished: list[tuple[int, GradedAnswer | _Failure]] = []
         for pipe, _ in poll.poll(timeout * 1000 + 1):
             position = pipes[pipe]
             worker, item = self._workers[position], self._workers[position].item
@@ -179,7 +175,7 @@ class Grader:
                     self._note_start(worker, message)
                 else:
                     worker.item = None
-                    finished.append((item, self._reward(message)))
+                    finished.append((item, self._graded(message)))
         for position, worker in enumerate(self._workers):
             if worker in self._busy() and worker.deadline.passed():
                 late = _Failure(TIMEOUT, f"gave no result within {worker.deadline.seconds:g} s")
@@ -208,7 +204,7 @@ class Grader:
                 self._refuse(_Failure(DIED, f"ended {MAX_FAILED_STARTS} processes in a row ({worker.ended()})"), worker)
         self._workers[position] = self._start()
 
-    def _note_start(self, worker: GradingProcess, message: dict[str, object]) -> None:
+    def _note_start(self, worker: GradingProcess, message: dict[str, Any]) -> None:
         """A message of a worker that starts: it has imported the reward function, or not, or made its first call.
 
         Raises as `_replace`. What the first call gave is of interest until one worker is ready.
@@ -220,7 +216,7 @@ class Grader:
             limit = max(FIRST_CALL_LIMIT, self._settings.time_limit)
             worker.assign(None, _request(self._trial), limit)  # that it is gone would be seen by the next message
             return
-        found = self._reward(message) if worker.tries else 0.0
+        found = self._graded(message) if worker.tries else None
         if isinstance(found, _Failure) and not self._begun:
             self._refuse(found, worker)
         worker.ready = self._begun = True
@@ -256,16 +252,16 @@ class Grader:
         section, settings = self._section, self._settings
         return f"{section}.low={settings.low:g} to {section}.high={settings.high:g}"
 
-    def _reward(self, message: dict[str, object]) -> float | _Failure:
+    def _graded(self, message: dict[str, Any]) -> GradedAnswer | _Failure:
         """What a worker's reply says."""
         reward, low, high = message.get("reward"), self._settings.low, self._settings.high
         if not isinstance(reward, float):
             return _Failure(ERROR, str(message.get("error", "gave no result")))
         if self._settings.kind in RULE_KINDS:
-            return high if reward else low
+            return GradedAnswer(high if reward else low, found=message["found"], why=message["why"])
         if not low <= reward <= high:  # NaN included
             return _Failure(OUT_OF_RANGE, f"returned {reward:g}, outside {self._range()}")
-        return reward
+        return GradedAnswer(reward)
 
 
 def _request(item: GradingItem) -> bytes:

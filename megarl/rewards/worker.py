@@ -3,7 +3,8 @@
 `main(KIND, BACKSTOP_SECONDS)` is what `megarl.rewards.grader` starts. It imports neither torch nor vllm.
 
 Lines are JSON. First line out: `{"ready": true}` or `{"refused": why}`. Request: `[text, [answer, ...], source,
-{column: value}]`. Reply: `{"reward": number}` or `{"error": why}`.
+{column: value}]`. Reply: `{"reward": number}` or `{"error": why}`; a rule of megarl's adds what it took for the answer
+and why it decided so (`found`, `why`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from megarl.config import user_code
 from megarl.parallel.helping import backstop, send, take_pipes
-from megarl.rewards.math import boxed_equals, math_equals, prepare
+from megarl.rewards.math import RULES, decide, prepare
 
 #: f(text, answer, source), with further columns of the data set by name.
 RewardFunction = Callable[..., Any]
@@ -30,14 +31,7 @@ class NoNumber(Exception):
 
 
 def reward_function(kind: str) -> RewardFunction:
-    """The function that `reward.kind` names. Built-in kinds give 1.0 or 0.0.
-
-    Raises `Unusable` where a path does not lead to a function.
-    """
-    if kind == "math":
-        return lambda text, answer, source: float(math_equals(text, answer))
-    if kind == "boxed":
-        return lambda text, answer, source: float(boxed_equals(text, answer))
+    """The user's function that `reward.kind` names. Raises `Unusable` where a path does not lead to a function."""
     function = user_code.load(kind)
     if not callable(function):
         raise user_code.Unusable(f"{kind.rpartition(':')[2]} is no function but {user_code.named(function)}")
@@ -87,15 +81,27 @@ def _number(value: Any) -> float:
     raise NoNumber(f"returned {user_code.named(value)}, which is no number")
 
 
+def _replier(kind: str) -> Callable[..., dict[str, Any]]:
+    """From the fields of a request to the reply. Raises as `reward_function`, and what a function's import raises."""
+    if kind not in RULES:
+        function = reward_function(kind)
+        return lambda *fields: {"reward": best_reward(function, *fields)}
+    resource.setrlimit(resource.RLIMIT_AS, (BUILTIN_MEMORY_BYTES, BUILTIN_MEMORY_BYTES))
+    if kind != "boxed":
+        prepare()
+
+    def decided(text: str, answers: Sequence[str], source: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+        decision = decide(kind, text, answers)
+        return {"reward": float(decision.right), "found": decision.found, "why": decision.why}
+
+    return decided
+
+
 def main(kind: str, backstop_seconds: str) -> int:
     """Serve until standard input closes. The exit status is 1 where `kind` cannot be imported."""
     requests, replies = take_pipes()
     try:
-        function = reward_function(kind)
-        if kind in ("math", "boxed"):
-            resource.setrlimit(resource.RLIMIT_AS, (BUILTIN_MEMORY_BYTES, BUILTIN_MEMORY_BYTES))
-            if kind == "math":
-                prepare()
+        reply_to = _replier(kind)
     except Exception as error:
         why = str(error) if isinstance(error, user_code.Unusable) else user_code.described(error)
         send(replies, {"refused": why})
@@ -105,7 +111,7 @@ def main(kind: str, backstop_seconds: str) -> int:
         request = json.loads(line)
         with backstop(float(backstop_seconds)):
             try:
-                reply = {"reward": best_reward(function, *request)}
+                reply = reply_to(*request)
             except NoNumber as error:
                 reply = {"error": str(error)}
             except BaseException as error:  # an exit included

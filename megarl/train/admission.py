@@ -14,7 +14,7 @@ from megarl.config.algorithms import ALGORITHM_SETTINGS
 from megarl.config.cluster import Cluster
 from megarl.config.implied import Implied
 from megarl.config.model_shape import read_model_shape
-from megarl.config.rewards import ScoreSettings
+from megarl.config.rewards import BUILTIN_KINDS, ScoreSettings
 from megarl.config.schema import RunConfig
 from megarl.data.preview import SECONDS, data_refusals, first_prompt
 from megarl.data.thinking import ThinkingEnd
@@ -22,7 +22,6 @@ from megarl.data.tokenizer import Tokenizer, check_vocabulary, differing_token, 
 from megarl.environments import host as environments
 from megarl.errors import MegarlError, Refusal
 from megarl.formats import checkpoint_folder, peft
-from megarl.rewards.grader import BUILTIN_KINDS
 from megarl.rewards.scorer import build_scorer
 from megarl.servers.client import key_of
 from megarl.train import hardware, past, replay
@@ -177,7 +176,7 @@ def _look_at_algorithm(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def _look_at_reward(section: str, settings: ScoreSettings, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Start what finds rewards, try it on the first row as the run will, and end it again; a judge is not asked."""
-    if settings.kind in BUILTIN_KINDS:
+    if settings.kind in BUILTIN_KINDS and settings.kind != "judge":
         return
     with _in_a_sentence(f"{section}.kind={settings.kind}", "correct what it imports"):
         if settings.kind == "judge" and settings.judge is not None:

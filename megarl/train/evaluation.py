@@ -247,6 +247,8 @@ def answer_row(
         "length": len(output.completion.token_ids),
         "finish_reason": output.completion.finish_reason,
     }
+    if graded.why is not None:
+        row |= {"found": graded.found, "why": graded.why}
     if graded.terms:
         row["reward_terms"] = graded.terms
     if output.played is not None:

@@ -32,6 +32,10 @@ class Graded:
     counters: dict[str, int] = field(default_factory=dict)
     terms: dict[str, float | None] = field(default_factory=dict)
     """What each term of a sum gave."""
+    found: str | None = None
+    """What a rule of megarl's took for the answer."""
+    why: str | None = None
+    """Why it decided so, in words."""
 
     def count(self, name: str) -> None:
         """Add one to a counter."""
@@ -148,6 +152,7 @@ class Grading:
         items = [GradingItem.of(prompts[one.output], text) for one, text in zip(responses, texts, strict=True)]
         for response, answer in zip(responses, part.scorer.grade(items), strict=True):
             rewards[response.output].append(answer.reward)
+            graded[response.output].found, graded[response.output].why = answer.found, answer.why
             if answer.counter:
                 graded[response.output].count(answer.counter)
         for one, found in zip(graded, rewards, strict=True):
