@@ -333,7 +333,8 @@ REFUSED: list[tuple[str, str]] = [
     ("reward.low=1", "reward.low=1: must be below reward.high=1. Fix: widen the range."),
     (
         "reward.kind=maths",
-        "reward.kind=maths: must be math, boxed, f1, judge, sum, package.module:function or folder/file.py:function. "
+        "reward.kind=maths: must be math, boxed, deepscaler, f1, judge, sum, package.module:function or "
+        "folder/file.py:function. "
         "Fix: correct reward.kind.",
     ),
     (

@@ -21,7 +21,8 @@ JUDGE = "reward.kind=judge reward.judge.url=http://host:8000/v1 reward.judge.mod
     [
         (
             "reward.kind=f2",
-            "reward.kind=f2: must be math, boxed, f1, judge, sum, package.module:function or folder/file.py:function. "
+            "reward.kind=f2: must be math, boxed, deepscaler, f1, judge, sum, package.module:function or "
+            "folder/file.py:function. "
             "Fix: correct reward.kind.",
         ),
         (
@@ -77,7 +78,7 @@ JUDGE = "reward.kind=judge reward.judge.url=http://host:8000/v1 reward.judge.mod
             "reward.terms with the name a: must have a name each. Fix: give one another name.\n"
             "reward.low=-1.0: belongs to each term, since reward.kind=sum. Fix: set it in reward.terms.\n"
             "reward.terms.0.weight=0: must not be 0. Fix: give another weight, or remove the term.\n"
-            "reward.terms.1.kind=sum: must be math, boxed, f1, judge, package.module:function or "
+            "reward.terms.1.kind=sum: must be math, boxed, deepscaler, f1, judge, package.module:function or "
             "folder/file.py:function. Fix: correct reward.terms.1.kind.",
         ),
     ],

@@ -15,6 +15,7 @@ from megarl.cli.check import check
 from megarl.cli.doctor import doctor
 from megarl.cli.evaluate import evaluate
 from megarl.cli.generate import generate
+from megarl.cli.grade import grade
 from megarl.cli.home import require_home
 from megarl.cli.plan import plan
 from megarl.cli.reproduce import reproduce
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, generate, check, plan, submit, reproduce, doctor):
+for _command in (train, evaluate, generate, grade, check, plan, submit, reproduce, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

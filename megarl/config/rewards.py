@@ -54,9 +54,9 @@ class ScoreSettings(Settings):
 
     kind: str = Field(
         default="math",
-        description="math: the answer equals the reference, however both are written; boxed: the last \\boxed{} equals "
-        "the reference as text; deepscaler: DeepScaleR's rule with math-verify, as AttnRL grades; f1: words shared with "
-        "the reference; judge: scored by a language model (reward.judge); or a function of your own, "
+        description="math: the answer equals the reference, however both are written; boxed: the last \\boxed{} "
+        "equals the reference as text; deepscaler: DeepScaleR's rule with math-verify, as AttnRL grades; f1: words "
+        "shared with the reference; judge: scored by a language model (reward.judge); or a function of your own, "
         "package.module:function or folder/file.py:function. sum: the weighted sum of reward.terms.",
     )
     graded: Literal["whole", "response"] = Field(

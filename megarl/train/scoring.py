@@ -32,9 +32,9 @@ class Graded:
     counters: dict[str, int] = field(default_factory=dict)
     terms: dict[str, float | None] = field(default_factory=dict)
     """What each term of a sum gave."""
-    found: str | None = None
+    found: str | None = field(default=None, compare=False)
     """What a rule of megarl's took for the answer."""
-    why: str | None = None
+    why: str | None = field(default=None, compare=False)
     """Why it decided so, in words."""
 
     def count(self, name: str) -> None:
