@@ -6,9 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from config_case import write_case
 
+from megarl.config.load import load_config
 from megarl.errors import Refusal
 from megarl.submission import slurm
+from megarl.submission.orders import parse_order
 from megarl.submission.resources import Resources, seconds_of, shown_time
 from megarl.submission.script import FOLDER, Template, filled_in, read_template
 from megarl.submission.slurm import Partition
@@ -320,3 +323,24 @@ def test_each_task_of_an_array_has_its_own_arguments(tmp_path: Path) -> None:
         logs = f"runs/x/jobs/train-17_{task}\n"
         said = ran(script, SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID=str(task), SLURM_JOB_ID="18")
         assert said == "".join(f"{argument}\n" for argument in arguments) + logs
+
+
+def test_an_evaluation_of_suites_has_the_runs_place_and_none_of_its_settings(tmp_path: Path) -> None:
+    run = load_config(write_case(tmp_path), ["name=mine", "runs_dir=there"])
+    order = parse_order("evaluate --suite=nft evaluation.max_tokens=14336")
+    given = ["run.yaml", "optimizer.lr=1e-6", "evaluation.temperature=0.5"]
+    assert order.arguments(given, run) == [
+        "run.yaml", "name=mine", "runs_dir=there", "checkpoint=there/mine", "--suite=nft",
+        "evaluation.max_tokens=14336",
+    ]  # fmt: skip
+    # The suites say what is asked, so neither the run's data nor its own settings are judged.
+    assert order.overrides == [] and list(order.refusals(run, is_array=False)) == []
+    assert parse_order("evaluate").arguments(given, run)[1:3] == given[1:]
+
+
+def test_a_conversion_of_a_models_files_is_of_its_own_arguments(tmp_path: Path) -> None:
+    run = load_config(write_case(tmp_path), ["checkpoint.end=false"])
+    order = parse_order("convert --hf models/7b --out checkpoints/7b --tensor 4")
+    assert order.arguments(["run.yaml"], run) == ["--hf", "models/7b", "--out", "checkpoints/7b", "--tensor", "4"]
+    assert list(order.refusals(run, is_array=False)) == []
+    assert parse_order("convert --hf-config X").arguments(["run.yaml"], run)[0] == "--megatron"

@@ -76,6 +76,41 @@ def test_slurm_accepts_the_script_of_a_32b_recipe_on_16_nodes(on_slurm: Submit, 
     assert again.returncode == 0 and verdict in again.stderr, again.stderr
 
 
+def test_slurm_accepts_the_jobs_of_a_row_each_for_its_own_tool(slurm: Cluster, tmp_path: Path) -> None:
+    environment = slurm.environment | {"PYTHONPATH": str(ROOT)}
+    options = ("--submit", "--dry-run", "--partition", "gpu", "--time", "1-0")
+    command = [sys.executable, "-m", "megarl", "reproduce", "bridge_32b_bridge", *options]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for kind in ("convert", "train", "evaluate"):
+        assert f"megarl: sbatch --test-only, {kind}: Job " in result.stderr
+    assert "megarl: train would start when convert has succeeded (afterok)" in result.stderr
+    assert "megarl: fits: the tightest is " in result.stderr
+    row = f"{ROOT}/configs/reproduce/bridge_32b_bridge.yaml"
+    started = [line for line in result.stdout.splitlines() if line.startswith("set -- ")]
+    assert started == [
+        "set -- --hf models/Qwen2.5-32B --out checkpoints/Qwen2.5-32B --tensor 8",
+        f"set -- {row} model.weights=checkpoints/Qwen2.5-32B",
+        f"set -- {row} name=bridge_32b_bridge runs_dir=runs checkpoint=runs/bridge_32b_bridge --suite=bridge",
+    ]
+    assert result.stdout.count("#SBATCH --nodes=8\n") == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_the_template_of_conversions_takes_the_tool_by_its_arguments(tmp_path: Path) -> None:
+    """The tool's line, in the shell itself."""
+    lines = (ROOT / "slurm/convert.sbatch").read_text().splitlines()
+    chosen = "\n".join(line for line in lines if "tool" in line and not line.startswith(("#", "run_tasks")))
+    for arguments, tool in (
+        ("--hf models/7b --out checkpoints/7b", "convert_hf_to_megatron"),
+        ("--out checkpoints/7b --hf=models/7b", "convert_hf_to_megatron"),
+        ("--megatron runs/a --out models/a", "convert_megatron_to_hf"),
+        ("--megatron runs/a --out models/a --hf-config models/7b", "convert_megatron_to_hf"),
+    ):
+        script = f"set -- {arguments}\n{chosen}\necho $tool"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == tool
+
+
 LOOK = "Fix: lower what is asked of a node, or use another partition (sinfo -o '%P %D %c %G' shows nodes, cores, GPUs)."
 
 
