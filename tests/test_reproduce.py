@@ -16,9 +16,12 @@ from test_cli import megarl
 
 from megarl.config.cluster import read_cluster
 from megarl.config.files import KNOWN_MODELS
+from megarl.config.load import load_config
 from megarl.config.reproduces import ReproducesSettings
 from megarl.errors import Refusal
+from megarl.evaluation.target import read_target
 from megarl.reproduction import chain, commands, jobs, listing, rows, stages, verdict
+from megarl.submission.orders import parse_order
 
 SAID: list[str] = []
 
@@ -136,6 +139,24 @@ def test_the_list_has_a_line_for_every_row() -> None:
     assert set(rows.row_names()) <= set(lines)
     assert lines["nft_7b_nft"].split()[:5] == ["nft_7b_nft", "NFT", "7.6B", "64", "881"]
     assert lines["nft_7b_nft"].split(maxsplit=5)[5].strip() == "lacks models/Qwen2.5-Math-7B and 2 more"
+
+
+def test_a_base_with_an_adapter_beside_it_is_asked_by_its_merged_export() -> None:
+    row = rows.find("bridge_3b_bridge")[0]
+    export = row.folder / "hf"
+    assert stages.evaluation_arguments(row)[0] == f"checkpoint={export}"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    target = read_target(row.path, str(export))
+    assert target.label == "hf" and target.base["model"] == {"path": str(export), "weights": None}
+    assert str(target.base["parallel"]["tensor"]) == "2" and not {"adapter", "parameters"} & set(target.base)
+    assert stages.evaluation_arguments(rows.find("bridge_3b_rl")[0])[0] == "checkpoint=runs/bridge_3b_rl"
+    unmerged = load_config(row.path, ["checkpoint.export_hf=false"])
+    (refusal,) = parse_order("evaluate --suite=bridge").refusals(unmerged, is_array=False)
+    assert str(refusal) == (
+        "--then evaluate --suite=bridge: needs the base with its adapter merged, which checkpoint.export_hf=false does "
+        "not write. Fix: set checkpoint.export_hf=true."
+    )
 
 
 ABOUT = {"table": "t", "row": "r", "source": "s"}

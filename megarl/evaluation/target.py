@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
 
 def read_target(path: Path, checkpoint: str | None = None) -> Target:
-    """What `path` means; `checkpoint` replaces the weights that a YAML file names.
+    """What `path` means; `checkpoint`, of megarl's or a Hugging Face folder, replaces the model that a YAML file names.
 
     Raises `Refusal` where it is nothing that can be evaluated.
     """
@@ -74,6 +74,11 @@ def _of_file(path: Path, checkpoint: str | None) -> Target:
     if not isinstance(model, dict):
         raise Refusal(str(path), "must name a model", "write model.path")
     model = base["model"] = dict(model)
+    if checkpoint is not None and (Path(checkpoint) / "config.json").is_file():
+        # Such as the run's own export, into which an adapter is merged.
+        base = {key: value for key, value in base.items() if key not in ("parameters", "adapter")}
+        base["model"] = {**model, "path": checkpoint, "weights": None}
+        return Target(_whole(base), _label(Path(checkpoint)))
     if checkpoint is not None:
         model["weights"] = checkpoint
     weights = model.get("weights")

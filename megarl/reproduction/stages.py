@@ -19,6 +19,7 @@ from megarl.formats import checkpoint_folder
 from megarl.reproduction.commands import Command, megarl_command
 from megarl.reproduction.inputs import missing
 from megarl.reproduction.rows import Row
+from megarl.submission.orders import evaluated
 from megarl.train import past
 
 #: Where models are converted to, each once for all rows that begin with it.
@@ -101,8 +102,9 @@ def settings(row: Row) -> list[str]:
 
 def evaluation_arguments(row: Row) -> list[str]:
     """Arguments of `megarl evaluate` behind the file."""
+    model, suites = evaluated(row.config), ",".join(row.about.suites)
     processes = [text for text in settings(row) if text.startswith("parallel.")]
-    return [f"checkpoint={row.folder}", f"--suite={','.join(row.about.suites)}", *processes, *row.about.suite_settings]
+    return [f"checkpoint={model}", f"--suite={suites}", *processes, *row.about.suite_settings]
 
 
 def as_trained(row: Row) -> RunConfig:
@@ -118,7 +120,7 @@ def is_trained(row: Row) -> bool:
 def evaluation(row: Row) -> plan.Evaluation:
     """What of the suites is answered by the end of the run, which must be there. Raises `Refusal`."""
     overrides = [text for text in evaluation_arguments(row) if not text.startswith(("checkpoint=", "--"))]
-    return plan.make(row.path, str(row.folder), overrides, read_suites(",".join(row.about.suites)), ())
+    return plan.make(row.path, str(evaluated(row.config)), overrides, read_suites(",".join(row.about.suites)), ())
 
 
 def results(row: Row) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megarl.config.implied import Implied
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
 from megarl.submission.resources import Resources
@@ -64,7 +65,7 @@ class Order:
         if self.kind == "evaluate" and self.suites:
             # Settings of the training would take the place of the suites'.
             of_run = [f"name={run.name}", f"runs_dir={run.runs_dir}"]
-            return [settings[0], *of_run, f"checkpoint={folder}", *self.more]
+            return [settings[0], *of_run, f"checkpoint={evaluated(run)}", *self.more]
         if self.kind == "evaluate":
             return [*settings, f"checkpoint={folder}", *self.more]
         return list(settings)
@@ -94,12 +95,11 @@ class Order:
         if not run.checkpoint.end and not run.checkpoint.every:
             rule = "needs a checkpoint, which checkpoint.every=0 with checkpoint.end=false never saves"
             yield Refusal(text, rule, "set checkpoint.end=true")
-        if (
-            self.kind == "evaluate"
-            and not self.suites
-            and not run.evaluation.names_files
-            and run.evaluation.rows is None
-        ):
+        if self.kind == "evaluate" and self.suites and not run.checkpoint.export_hf and evaluated(run).name == "hf":
+            rule = "needs the base with its adapter merged, which checkpoint.export_hf=false does not write"
+            yield Refusal(text, rule, "set checkpoint.export_hf=true")
+        own_data = self.kind == "evaluate" and not self.suites
+        if own_data and not run.evaluation.names_files and run.evaluation.rows is None:
             rule = "would answer all of data.path, which the run learns from, as evaluation.path names nothing else"
             yield Refusal(text, rule, "add evaluation.path=FILE, or evaluation.rows=N if that is meant")
         if self.kind != "convert":
@@ -111,6 +111,12 @@ class Order:
         if run.checkpoint.export_hf and not elsewhere:
             rule = "would write the folder hf/ that checkpoint.export_hf=true writes already"
             yield Refusal(text, rule, "leave one of the two away")
+
+
+def evaluated(run: RunConfig) -> Path:
+    """What suites ask of the end of a run: its folder, or its merged export where an adapter trains beside the base."""
+    folder = Path(run.runs_dir) / run.name
+    return folder / "hf" if Implied(run).adapter_optimizer is not None else folder
 
 
 def _name_of(option: str) -> str:
