@@ -11,8 +11,11 @@ from statistics import fmean
 import pytest
 
 from megarl.config.data import DATA_SUFFIXES, DEMONSTRATIONS, each_source
+from megarl.config.files import KNOWN_MODELS
 from megarl.config.reproduces import ReproducesSettings
-from megarl.config.suites import read_suite
+from megarl.config.rules import broken_setting_rules
+from megarl.config.suites import asked, read_suite
+from megarl.evaluation.target import read_target
 from megarl.reproduction.rows import Row, all_rows
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -61,6 +64,16 @@ def test_published_scores_are_of_benchmarks_that_the_suites_have(row: Row) -> No
         assert list(row.about.scores) and set(row.about.scores) == set(benchmarks)
         # The papers' own averages, to half of their last digit and what rounding of six scores adds.
         assert fmean(row.about.scores.values()) == pytest.approx(row.about.average, abs=0.11)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.about.model], ids=lambda row: row.name)
+def test_what_the_suites_ask_of_a_row_breaks_no_rule(row: Row) -> None:
+    """Of a model of the row's sizes, on its GPUs: lengths, sampling, rewards, layout."""
+    base = read_target(row.path, str(KNOWN_MODELS / Path(row.config.model.path).name)).base
+    for name in row.about.suites:
+        for one in asked(read_suite(name), base, row.about.suite_settings):
+            broken = broken_setting_rules(one.config, processes=row.config.gpus)
+            assert [str(refusal) for refusal in broken] == [], one.benchmark
 
 
 def test_every_table_of_the_papers_has_its_rows() -> None:
