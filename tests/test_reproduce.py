@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
-from test_cli import megarl
+from test_cli import CLEAN, ROOT, megarl
 
 from megarl.config.cluster import read_cluster
 from megarl.config.files import KNOWN_MODELS
@@ -157,6 +161,29 @@ def test_a_base_with_an_adapter_beside_it_is_asked_by_its_merged_export() -> Non
         "--then evaluate --suite=bridge: needs the base with its adapter merged, which checkpoint.export_hf=false does "
         "not write. Fix: set checkpoint.export_hf=true."
     )
+
+
+def test_a_signal_is_the_running_commands_affair() -> None:
+    """It gets to save, and its exit code is passed on."""
+    inner = "trap 'echo saved; exit 75' TERM; trap 'echo no' INT; echo ready; while :; do sleep 0.05; done"
+    code = (
+        "import sys; from megarl.reproduction.commands import Command\n"
+        f"try: Command('bash', ('-c', {inner!r})).run()\n"
+        "except Exception as error: print(error); sys.exit(error.exit_code)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=CLEAN | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    # Of a terminal both would get this one; here it alone, which then goes on waiting.
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert output.startswith("saved\n") and "was stopped; give the same command again" in output
 
 
 ABOUT = {"table": "t", "row": "r", "source": "s"}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import megarl
-from megarl.errors import MegarlError
+from megarl.errors import Interrupted, MegarlError
 
 #: megarl's repository.
 HOME = Path(megarl.__file__).resolve().parents[1]
@@ -33,7 +36,7 @@ class Command:
         return ["python", os.path.relpath(HOME / "tools" / self.program)]
 
     def run(self) -> None:
-        """Run it, its output where this process's goes. Raises `MegarlError` where it fails."""
+        """Run it, its output where this process's goes. Raises `Failed` where it does not succeed."""
         if self.program == "megarl":
             words = [sys.executable, "-P", "-m", "megarl"]
         elif self.program.endswith(".py"):
@@ -42,7 +45,9 @@ class Command:
             words = [self.program]
         paths = [str(HOME), str(HOME / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        code = subprocess.run([*words, *self.arguments], env=environment, check=False).returncode
+        code = _waited([*words, *self.arguments], environment)
+        if code == Interrupted.exit_code:
+            raise Failed(f"`{self}` was stopped; give the same command again, which goes on where it was", code)
         if code:
             raise Failed(f"`{self}` ended with code {code}; what went wrong is above", code)
 
@@ -52,7 +57,26 @@ class Failed(MegarlError):
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        self.exit_code = code if 0 < code < 256 else 1
+        # By a signal: as a shell has it.
+        self.exit_code = code if code > 0 else 128 - code
+
+
+def _waited(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """The exit code of a program. Meanwhile what asks this process to stop is the program's affair, which saves."""
+    with subprocess.Popen(words, env=environment) as process:
+        # A terminal sends these to both.
+        handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGQUIT, signal.SIGHUP), _leave)
+        handlers |= {one: lambda number, _: process.send_signal(number) for one in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _leave(_number: int, _frame: object) -> None:
+    """Do nothing; SIG_IGN would be inherited."""
 
 
 def megarl_command(*arguments: str) -> Command:
