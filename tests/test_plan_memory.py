@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,10 +33,18 @@ from megarl.rehearsal.build import build_report
 from megarl.rehearsal.memory import micro_batch_bytes, score_bytes, work_of
 from megarl.rehearsal.rehearse import checked
 from megarl.rehearsal.report import Report
+from megarl.rehearsal.table import print_report
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 #: Runs that are to fit the GPUs that they are written for, on nodes of H100 with 80 GB.
 LARGE = sorted([*CONFIGS.glob("grpo_*.yaml"), *(CONFIGS / "reproduce").glob("*.yaml")])
+
+
+#: Those that docs/plan.md shows, their models, and under which heading.
+SHOWN = [
+    ("grpo_qwen2.5_72b", "Qwen2.5-72B", "How it looks"),
+    ("grpo_qwen2.5_32b_16k", "Qwen2.5-32B", "32B on 16 nodes"),
+]
 
 
 @cache
@@ -64,6 +73,19 @@ def test_recipes_fit_their_gpus(path: Path) -> None:
     assert report.kv_cache is not None and report.kv_cache.sequences >= 10
     assert world % 8 == 0 or world < 8
     assert (report.hours.gpu_hours or 0) > 1
+
+
+@pytest.mark.parametrize(("name", "model", "heading"), SHOWN)
+def test_the_page_shows_what_a_plan_prints(name: str, model: str, heading: str) -> None:
+    """docs/plan.md, for 128 GPUs each: the lines of the first block after the heading, in order."""
+    printed = StringIO()
+    print_report(plan(name=name, model=model, world=128), printed)
+    found = iter([line.rstrip() for line in printed.getvalue().splitlines()])
+    section = (CONFIGS.parent / "docs" / "plan.md").read_text().partition(f"## {heading}\n")[2]
+    shown = [line for line in section.split("```\n")[1].splitlines() if line]
+    assert len(shown) > 20
+    for line in shown:
+        assert line in found, line
 
 
 def test_states_of_a_dense_model_by_hand() -> None:

@@ -207,6 +207,16 @@ def test_generate_makes_the_first_steps_rollouts(base: Path) -> None:
     assert [file.read_text() for file in made] == [file.read_text() for file in trained]
 
 
+def test_benchmarks_measure_the_loop(base: Path) -> None:
+    alone = ("parallel.processes=1", "parallel.tensor=1", "rollout.tensor=1", "evaluation.end=false", "steps=1")
+    found = json.loads(run(base, "bench", "step", "run.yaml", *alone, "--json"))
+    assert found["steps"] == 1 and {"push", "generate", "score", "update"} <= found["seconds"].keys()
+    assert found["step_seconds"] > 0 and found["tokens_generated"] > 0
+    found = json.loads(run(base, "bench", "rollout", "run.yaml", *alone, "--json"))
+    assert found
+    print(found)
+
+
 def test_evaluate_repeats_the_runs_last_evaluation(base: Path) -> None:
     summary = json.loads((base / "runs/base/summary.json").read_text())
     printed = json.loads(run(base, "evaluate", "run.yaml", f"checkpoint={base}/runs/base", "--json"))
