@@ -45,6 +45,7 @@ PROCESSES = frozenset(
         "test_conversion_peer.py",
         "test_conversion_policy.py",
         "test_cpu_platform.py",
+        "test_docs_commands.py",
         "test_doctor.py",
         "test_judge_run.py",
         "test_moe_run.py",

@@ -11,7 +11,9 @@ import pytest
 from docs_case import DOCS, PAGES, ROOT
 
 #: A path of the repository in inline code, perhaps with a name that the file defines: `megarl/train/loop.py:run_step`.
-_PATH = re.compile(r"(?:megarl|tools|tests|launch|slurm|configs|docs|requirements)/[\w./*<>-]+?\.\w+(?::[\w.]+)?(?![\w./])")
+_PATH = re.compile(
+    r"(?:megarl|tools|tests|launch|slurm|configs|docs|requirements)/[\w./*<>-]+?\.\w+(?::[\w.]+)?(?![\w./])"
+)
 #: What a page says of files that a reader makes.
 _PLACEHOLDERS = re.compile(r"CONFIG|<|\*")
 

@@ -213,8 +213,8 @@ def test_benchmarks_measure_the_loop(base: Path) -> None:
     assert found["steps"] == 1 and {"push", "generate", "score", "update"} <= found["seconds"].keys()
     assert found["step_seconds"] > 0 and found["tokens_generated"] > 0
     found = json.loads(run(base, "bench", "rollout", "run.yaml", *alone, "--json"))
-    assert found
-    print(found)
+    assert found["requests"] == 32 and len(found["ratios"]) == 1
+    assert min(found["ratio"], found["loop_tokens_per_second"], found["plain_tokens_per_second"]) > 0
 
 
 def test_evaluate_repeats_the_runs_last_evaluation(base: Path) -> None:
