@@ -4,6 +4,7 @@ rule, and it is run: here, by a test that the table names, or nowhere, where it 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -27,12 +28,14 @@ from megarl.config import gpu_rules, rules
 from megarl.config.cluster import read_cluster
 from megarl.config.load import load_config
 from megarl.config.model_shape import read_model_shape
+from megarl.reproduction import rows
 
 COMMANDS = [command for page in PAGES for command in docs_case.commands(page)]
 
 REPLAY = "test_runs.py::test_replay_trains_as_the_run_that_made_the_rollouts"
 LAUNCHERS = "test_runs.py::test_every_launcher_gives_the_same_run"
 OPTIONS = "test_runs.py::test_every_option_of_the_loop_at_once"
+ROW_TO_VERDICT = "test_reproduce.py::test_a_row_goes_from_its_model_to_its_verdict_and_nothing_is_done_twice"
 ON_SLURM = "test_submit_slurm.py::test_slurm_accepts_the_script_of_a_32b_recipe_on_16_nodes"
 
 #: What stands in capitals for something of the reader's.
@@ -50,7 +53,7 @@ MODELS = {
     "checkpoints/32b/hf": "configs/models/Qwen2.5-32B",
 }
 #: Run here, in a folder with the quickstart's inputs: they take a moment.
-RUN_HERE = ("megarl doctor", "megarl check")
+RUN_HERE = ("megarl doctor", "megarl check", "megarl grade", "megarl reproduce nft_7b_nft --dry-run")
 #: Run with small inputs by tests elsewhere. A command is of the first row all of whose words it has; the functions of
 #: that row, of which one is a test, have the command's verb, options and settings among them, but for `ANYWHERE`.
 RUN_BY: list[tuple[str, list[str]]] = [
@@ -75,6 +78,9 @@ RUN_BY: list[tuple[str, list[str]]] = [
         ],
     ),
     ("megarl submit --dry-run", ["test_submit_slurm.py::RECIPE", ON_SLURM]),
+    ("megarl reproduce quickstart_all", [ROW_TO_VERDICT]),
+    ("megarl reproduce my.yaml", [ROW_TO_VERDICT]),
+    ("megarl reproduce", ["test_reproduce.py::test_the_list_has_a_line_for_every_row", ROW_TO_VERDICT]),
     ("megarl bench step", ["test_runs.py::test_benchmarks_measure_the_loop"]),
     ("megarl bench rollout", ["test_runs.py::test_benchmarks_measure_the_loop"]),
     (
@@ -174,6 +180,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / sizes / "config.json", folder / place)
     row = {"prompt": [{"role": "user", "content": "1+1="}], "reward_model": {"ground_truth": "2"}, "answer": "2"}
     pq.write_table(pa.Table.from_pylist([row] * 4), folder / "data" / "dapo_math_17k.parquet")
+    answers = [{"answer": "3", "response": "1+2 = \\boxed{3}"}, {"answer": "4", "response": "so 4"}]
+    file = folder / "runs/quickstart/evaluations/step_000040.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in answers))
     return folder
 
 
@@ -193,6 +203,8 @@ def test_the_command_line_and_the_rules_take_it(command: Command, quickstart: Pa
     arguments = megarl_arguments(words)
     assert arguments is not None
     given = parsed(arguments)
+    if arguments[0] == "reproduce" and given["name"] not in (None, "my.yaml"):
+        assert rows.find(given["name"])
     path = given.get("config") or given.get("target")
     if path is None or path.suffix != ".yaml":
         return
@@ -219,11 +231,12 @@ def processes_of(words: tuple[str, ...], config: Any, given: dict[str, Any], per
     return config.parallel.processes or getattr(config, "gpus", None) or 1
 
 
-CHEAP = [
-    command
-    for command in COMMANDS
-    if not command.needs and shlex.join(words_of(command)).startswith(RUN_HERE) and "runs/" not in command.words[-1]
-]
+def is_cheap(command: Command) -> bool:
+    words = shlex.join(words_of(command))
+    return not command.needs and words.startswith(RUN_HERE) and words != "megarl doctor runs/quickstart"
+
+
+CHEAP = [command for command in COMMANDS if is_cheap(command)]
 
 
 @pytest.mark.parametrize("command", {words_of(c): c for c in CHEAP}.values(), ids=of_page)
