@@ -219,6 +219,28 @@ def test_the_command_line_and_the_rules_take_it(command: Command, quickstart: Pa
         assert [str(refusal) for refusal in found] == []
 
 
+#: Commands within sentences and tables: those that name a configuration, and tools.
+INLINE = [
+    (str(page.relative_to(ROOT)), code)
+    for page in PAGES
+    for code in docs_case.in_backticks(page)
+    if re.match(r"megarl .*configs/[a-z][\w./-]*\.yaml|python tools/", code)
+]
+
+
+@pytest.mark.parametrize(("page", "code"), INLINE)
+def test_commands_in_sentences_are_the_command_lines(page: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *others = shlex.split(code)
+    if program == "megarl":
+        given = parsed(others)
+        # Sizes that the reader chooses.
+        load_config(given["config"], [re.sub(r"=[A-Z]$", "=1", text) for text in given["overrides"] or ()])
+        return
+    source = (ROOT / others[0]).read_text(encoding="utf-8")
+    assert [word for word in others if word.startswith("--") and f'"{word}"' not in source] == []
+
+
 def processes_of(words: tuple[str, ...], config: Any, given: dict[str, Any], per_node: int) -> int:
     """How many processes a command starts."""
     if words[0] in ("launch/local.sh", "launch/mpirun.sh"):
