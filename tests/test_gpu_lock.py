@@ -13,13 +13,19 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+FILES = (
+    "test_vendor_calls.py",
+    "test_transformer_engine_layers.py",
+    "test_transformer_engine_scaling.py",
+    "test_installation.py",
+)
 PYTHON = os.environ.get("MEGARL_GPU_PYTHON")
 
 
 @pytest.mark.skipif(
     PYTHON is None, reason="needs an environment of requirements/gpu.lock: set MEGARL_GPU_PYTHON to its Python"
 )
-@pytest.mark.parametrize("file", ["test_vendor_calls.py", "test_transformer_engine_layers.py", "test_installation.py"])
+@pytest.mark.parametrize("file", FILES)
 def test_passes_with_the_packages_of_the_gpu_lock(file: str) -> None:
     assert PYTHON is not None
     environment = os.environ | {

@@ -29,12 +29,14 @@ def refused(config: RunConfig, hidden: int = 128, capability: tuple[int, int] = 
                 "Fix: set precision=bf16 or parallel.context=1."
             ],
         ),
-        ({"precision": "fp8-blockwise", "deterministic": True}, []),
+        ({"precision": "fp8-blockwise", "deterministic": True, "fp8": {"param": True}}, []),
+        ({"precision": "fp8-delayed", "deterministic": True}, []),
         (
-            {"precision": "fp8-delayed", "deterministic": True},
+            {"precision": "fp8-delayed", "deterministic": True, "fp8": {"param": True}},
             [
-                "precision=fp8-delayed with deterministic=true on a GPU: cannot resume to the last bit: Transformer "
-                "Engine's histories of amaxes are in no checkpoint. Fix: set another precision, or deterministic=false."
+                "fp8.param=true with precision=fp8-delayed and deterministic=true on a GPU: cannot resume to the last "
+                "bit: checkpoints have bf16 weights, which FP8's values fit with powers of two as scales alone. "
+                "Fix: remove fp8.param, set precision=fp8-blockwise, or deterministic=false."
             ],
         ),
         ({"moe": {"routing_replay": "on"}}, []),

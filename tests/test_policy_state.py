@@ -239,6 +239,13 @@ def loaded(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def test_scaling_is_told_from_parameters_by_the_end_of_its_keys():
+    ends = ("scaling.history", "scaling12.factors", "scaling_fwd.history", "scaling_bwd.factors")
+    assert all(megatron.is_scaling(f"decoder.layers.0.mlp.linear_fc1.{end}") for end in ends)
+    others = ("scaling_fwd.weight", "rescaling.history", "scaling_fwd", "scaling_out.history")
+    assert not any(megatron.is_scaling(f"decoder.layers.0.mlp.linear_fc1.{end}") for end in others)
+
+
 def test_extra_states_are_told_from_parameters_by_the_end_of_their_keys():
     states = ("_extra_state", "decoder.layers.0.mlp.experts.linear_fc1._extra_state", "a.linear_fc2._extra_state127")
     assert all(map(megatron.is_extra_state, states))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from megarl.config import fp8_rules
-from megarl.config.fp8 import DELAYED
+from megarl.config.fp8 import BLOCKWISE
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape
 from megarl.config.quantisation import BLOCK
@@ -51,7 +51,7 @@ def of_policy(config: RunConfig) -> Iterator[Refusal]:
 
 def of_repeating(config: RunConfig, capability: tuple[int, int]) -> Iterator[Refusal]:
     """What keeps a run on a GPU from repeating: attention's backward pass; vLLM, whose numbers depend there on which
-    samples it makes side by side; and histories of amaxes."""
+    samples it makes side by side; and weights in FP8, which checkpoints do not have."""
     if config.deterministic and capability != HOPPER:
         yield Refusal(
             f"deterministic=true on a GPU of compute capability {_shown(capability)}",
@@ -64,11 +64,12 @@ def of_repeating(config: RunConfig, capability: tuple[int, int]) -> Iterator[Ref
             "makes the rest of a step's samples without those that are kept, and so with other bits",
             "remove it, or set deterministic=false",
         )
-    if config.deterministic and config.precision == DELAYED:
+    if config.deterministic and config.fp8.param and config.precision != BLOCKWISE:
         yield Refusal(
-            f"precision={DELAYED} with deterministic=true on a GPU",
-            "cannot resume to the last bit: Transformer Engine's histories of amaxes are in no checkpoint",
-            "set another precision, or deterministic=false",
+            f"fp8.param=true with precision={config.precision} and deterministic=true on a GPU",
+            "cannot resume to the last bit: checkpoints have bf16 weights, which FP8's values fit with powers of two "
+            "as scales alone",
+            f"remove fp8.param, set precision={BLOCKWISE}, or deterministic=false",
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -54,10 +55,12 @@ def is_extra_state(key: str) -> bool:
 
 
 def is_scaling(key: str) -> bool:
-    """Whether a key is of what the CPU layers keep for FP8's delayed scaling (`megarl.policy.fp8_linear`): `history` or
-    `factors` of a layer's `scaling`, of experts' `scaling0`, `scaling1`, ... in a module."""
+    """Whether a key is of FP8's delayed scaling: `history` or `factors` of a CPU layer's `scaling`, of experts'
+    `scaling0`, `scaling1`, ... in a module (`megarl.policy.fp8_linear`), or of `scaling_fwd` and `scaling_bwd` of
+    Transformer Engine's (`megarl.policy.delayed_scaling`)."""
     owner, _, name = key.rpartition(".")
-    return name in ("history", "factors") and owner.rpartition(".")[2].rstrip("0123456789") == "scaling"
+    of_layer = owner.rpartition(".")[2]
+    return name in ("history", "factors") and re.fullmatch(r"scaling(\d*|_fwd|_bwd)", of_layer) is not None
 
 
 class DistributedCheckpoint:

@@ -70,6 +70,7 @@ def save(
     dist.barrier()
     names = policy.trained if optimizer else policy.own_sets
     state = checkpoint_tensors.weights_by_set(_modules_of(policy, names), megatron.CONTENT)
+    state |= checkpoint_tensors.of_delayed_scaling(policy, names)
     if optimizer:
         state |= checkpoint_tensors.of_training(policy)
     # Megatron would start a process to hold the writers' results, for saves that go on behind the caller's back. It
@@ -119,10 +120,14 @@ def load(policy: Policy, directory: Path, *, optimizer: bool) -> dict[str, Any]:
     content = dist_checkpointing.load_content_metadata(str(directory)) or megatron.CONTENT
     modules = _modules_of(policy, policy.trained) if optimizer else checkpoint_tensors.modules_saved(policy, progress)
     template = checkpoint_tensors.weights_by_set(modules, content)
+    template |= checkpoint_tensors.of_delayed_scaling(policy, modules)
     if optimizer:
         template |= checkpoint_tensors.scaling_of_base(policy, content)
     _begin_scaling(policy, template, directory)
     state = _read(template, directory)
+    # Before the weights, which Transformer Engine may keep in FP8 by these factors.
+    for name, scaling in checkpoint_tensors.delayed_scalings(policy, modules).items():
+        scaling.load(checkpoint_tensors.of_set(state, name).get(checkpoint_tensors.SCALING, {}))
     if not optimizer:
         for name, parts in modules.items():
             _load_models(parts, checkpoint_tensors.of_set(state, name))
@@ -331,7 +336,8 @@ def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:
 def _begin_scaling(policy: Policy, template: dict[str, Any], directory: Path) -> None:
     """Begin delayed scaling anew in all layers, and drop from the template what the checkpoint does not have of it: one
     of a run in another precision has none, one with another length of history has others. Collective."""
-    for one in scalings(chain.from_iterable(trained.network.chunks for trained in policy.trained.values())):
+    layers = scalings(chain.from_iterable(trained.network.chunks for trained in policy.trained.values()))
+    for one in (*layers, *checkpoint_tensors.delayed_scalings(policy, policy.trained).values()):
         one.begin_anew()
     stored: Any = dist_checkpointing.load_tensors_metadata(str(directory))
     shapes = {key: tuple(tensor.global_shape) for key, tensor in stored.items()}
@@ -347,7 +353,7 @@ def _begin_scaling(policy: Policy, template: dict[str, Any], directory: Path) ->
     if any(gather_all(dropped)) and policy.world.is_first:
         terminal.say(
             f"{directory.name} has no histories of FP8 amaxes that this run could continue: fp8-delayed begins with "
-            "factors of 1, for one step"
+            "factors of 1"
         )
 
 

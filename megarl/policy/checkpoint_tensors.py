@@ -5,7 +5,7 @@ To save it gives them; to load, where they go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
@@ -13,9 +13,11 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megarl.config.parameter_sets import ADAPTER, POLICY
 from megarl.formats import checkpoint_folder, megatron
 from megarl.policy import adam_state
+from megarl.policy.delayed_scaling import DelayedScaling
 from megarl.policy.policy import Policy
 
-#: What the keys begin with of how a frozen base's layers scale, which is saved without its weights.
+#: What the keys begin with of how a frozen base's layers scale, which is saved without its weights; and the whole key
+#: of how Transformer Engine's do.
 SCALING = "scaling."
 
 
@@ -67,6 +69,27 @@ def scaling_of_base(policy: Policy, content: Mapping[str, Any]) -> dict[str, Any
         for key, model in by_key(policy.network.chunks).items():
             tensors = model.sharded_state_dict(metadata=dict(content))
             state[SCALING + key] = {k: v for k, v in tensors.items() if megatron.is_scaling(k)}
+    return state
+
+
+def delayed_scalings(policy: Policy, names: Iterable[str]) -> dict[str, DelayedScaling]:
+    """That of Transformer Engine's layers, by the sets whose networks have it: of each network once."""
+    found: dict[str, DelayedScaling] = {}
+    for name in names:
+        scaling = policy.trained[name].network.delayed_scaling
+        if scaling is not None and scaling not in found.values():
+            found[name] = scaling
+    return found
+
+
+def of_delayed_scaling(policy: Policy, names: Iterable[str]) -> dict[str, Any]:
+    """What is saved of it."""
+    state: dict[str, Any] = {}
+    for name, scaling in delayed_scalings(policy, names).items():
+        tensors = scaling.sharded()
+        if name != POLICY:
+            add_prefix_for_sharding(tensors, f"{checkpoint_folder.SETS}{name}.")
+        state[_key(SCALING, name)] = tensors
     return state
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megarl import records
+from megarl.config.fp8 import DELAYED
 from megarl.config.grid import Grid, chunks_of_stage
 from megarl.config.implied import Implied
 from megarl.config.influence import InfluenceSettings
@@ -22,6 +23,7 @@ from megarl.parallel.cpu_platform import has_cuda
 from megarl.policy import digest
 from megarl.policy.adapter import Adapter, Attachment
 from megarl.policy.batch import MicroBatch, apart
+from megarl.policy.delayed_scaling import DelayedScaling
 from megarl.policy.fp8_linear import scalings
 from megarl.policy.influence import InfluenceTap
 from megarl.policy.losses import LossStage, Pass, joined
@@ -51,7 +53,8 @@ class Network:
     """A model's chunks, its adapter, which may be another network's too, and the passes over them.
 
     `wrapped` are the chunks with their gradient buffers, none where the base is frozen; `attachment` is the adapter's
-    hold on them.
+    hold on them; `delayed_scaling` is that of Transformer Engine's layers, None under other recipes and on the CPU,
+    whose layers keep it themselves (`megarl.policy.fp8_linear`).
     """
 
     def __init__(
@@ -67,6 +70,9 @@ class Network:
             from megarl.policy.fp8_layers import use_fp8
 
             use_fp8(self.chunks, config, shape.num_layers)
+        self.delayed_scaling: DelayedScaling | None = None
+        if config.precision == DELAYED and has_cuda():
+            self.delayed_scaling = DelayedScaling(self.chunks, self.megatron_config, grid)
         if adapter is None and implied.adapter is not None:
             adapter = Adapter(implied.adapter, shape, config.parallel, grid, self.chunks, config.seed)
         self.adapter = adapter

@@ -218,6 +218,8 @@ class TrainedSet:
                 own.copy_(values)
             for own, found in zip(scalings(self.network.chunks), scalings(other.network.chunks), strict=True):
                 own.load_state_dict(found.state_dict())
+            if self.network.delayed_scaling is not None and other.network.delayed_scaling is not None:
+                self.network.delayed_scaling.load(other.network.delayed_scaling.tensors)
             self.weights_changed()
             # The optimizer's own weights are finer than the model's where these are bf16.
             for own, values in zip(self._main_parameters(), other._main_parameters(), strict=True):

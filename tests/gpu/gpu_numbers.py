@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import parity
 
+from megarl.config.fp8 import DELAYED
 from megarl.config.sections import RunSettings
 
 #: Sizes of which every product may be FP8 in blocks, with heads that attention on GPUs takes.
@@ -25,15 +26,21 @@ PRECISIONS = tuple(one for one in get_args(RunSettings.model_fields["precision"]
 
 def config_of(path: Path, precision: str) -> Any:
     # fp32 has no attention kernel for packed sequences on a GPU; here it is computed on the CPU alone.
-    batch = {"tokens_per_microbatch": 256, "logprob_chunk": 64}
-    return parity.run_config(path, precision=precision, batch=batch)
+    # Delayed scaling goes on with every micro-batch there, and with every step here: one holds the whole mini-batch.
+    batch = {"tokens_per_microbatch": 1024 if precision == DELAYED else 256, "logprob_chunk": 64}
+    return parity.run_config(path, precision=precision, batch=batch, optimizer={"warmup_steps": 1})
 
 
 def numbers(path: Path, precision: str, world: Any) -> dict[str, Any]:
-    """Log-probs (T,) by sequence, before and after an update, with its loss and gradient norm."""
+    """Log-probs (T,) by sequence, before and after an update, with its loss and gradient norm.
+
+    Another update comes first, which changes no weight: delayed scaling begins with factors of 1, of which little can
+    be told, and goes on with those that this one's numbers ask for.
+    """
     config = config_of(path, precision)
     with parity.policy_of(config, world) as policy:
         batch = parity.mini_batch(0)
+        parity.update(policy, parity.grpo(config), parity.with_old_log_probs(batch, policy.measure(batch), 0))
         before = policy.measure(batch)
         result = parity.update(policy, parity.grpo(config), parity.with_old_log_probs(batch, before, 0))
         after = policy.measure(batch)
