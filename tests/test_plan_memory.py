@@ -37,7 +37,11 @@ from megarl.rehearsal.table import print_report
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 #: Runs that are to fit the GPUs that they are written for, on nodes of H100 with 80 GB.
-LARGE = sorted([*CONFIGS.glob("grpo_*.yaml"), *(CONFIGS / "reproduce").glob("*.yaml")])
+LARGE = [
+    path
+    for path in sorted([*CONFIGS.glob("grpo_*.yaml"), *(CONFIGS / "reproduce").glob("*.yaml")])
+    if load_config(path).gpus is not None
+]
 
 
 #: Those that docs/plan.md shows, their models, and under which heading.
@@ -57,6 +61,10 @@ def plan(*overrides: str, name: str = "grpo_qwen2.5_32b_16k", model: str = "Qwen
 def run_of(**sections: Any) -> RunConfig:
     base: dict[str, Any] = {"name": "case", "steps": 1, "model": {"path": "unused"}, "data": {"path": "unused"}}
     return RunConfig.model_validate(base | {"algorithm": {"name": "grpo"}} | sections)
+
+
+def test_all_large_configurations_say_their_gpus() -> None:
+    assert len(LARGE) == 5 + 54
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
