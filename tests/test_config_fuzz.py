@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from config_case import TOKENIZER
-from test_configs import CONFIGS, DATA_SUFFIXES, PROCESSES, write_files
+from test_configs import CONFIGS, DATA_SUFFIXES, GPUS, write_files
 
 from megarl.cli.start import prepare
 from megarl.config.load import dump_config, load_config
@@ -258,9 +258,9 @@ def test_broken_configurations_are_refused_in_sentences(
         file.write_bytes(text)
         for variable in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(variable, raising=False)
-        if name in PROCESSES:
+        if name in GPUS:
             monkeypatch.setenv("RANK", "0")
-            monkeypatch.setenv("WORLD_SIZE", str(PROCESSES[name]))
+            monkeypatch.setenv("WORLD_SIZE", str(GPUS[name]))
         try:
             with within(LIMIT):
                 config = prepare(file, overrides, trains=True)

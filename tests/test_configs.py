@@ -20,6 +20,8 @@ from megarl.config.schema import RunConfig
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 #: Every run; tables and suites are none.
 RUNS = [*CONFIGS.glob("*.yaml"), *(CONFIGS / "reproduce").glob("*.yaml")]
+#: The GPUs of those that name them, by their paths without an ending.
+GPUS = {file.relative_to(CONFIGS).with_suffix("").as_posix(): gpus for file in RUNS if (gpus := load_config(file).gpus)}
 
 #: Models that the recipes name: type, hidden, layers, heads, key-value heads, MLP, vocabulary, positions.
 PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int, int]] = {

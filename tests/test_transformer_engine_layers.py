@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_configs import CONFIGS, PROCESSES, write_files
+from test_configs import CONFIGS, GPUS, write_files
 
 from megarl.config import accelerations
 from megarl.config.grid import chunks_of_stage
@@ -35,7 +35,7 @@ MORE = {
     ],
     "grpo_qwen2.5_32b_16k": [("parallel.sequence=false", "parallel.context=1")],
 }
-CASES = [(name, overrides) for name in sorted(PROCESSES) for overrides in [(), *MORE.get(name, [])]]
+CASES = [(name, overrides) for name in sorted(GPUS) for overrides in [(), *MORE.get(name, [])]]
 
 
 def build(config: RunConfig, shape: ModelShape, world: int, stage: int, engine: bool) -> dict[str, Any]:
@@ -90,6 +90,6 @@ def test_both_kinds_of_layers_hold_and_save_the_same(
     write_files(config)
     shape = read_model_shape(config.model.path)
     for stage in {0, config.parallel.pipeline - 1}:
-        engine, cpu = (build(config, shape, PROCESSES[name], stage, kind) for kind in (True, False))
+        engine, cpu = (build(config, shape, GPUS[name], stage, kind) for kind in (True, False))
         assert engine == cpu
         assert len(engine) > shape.num_layers
