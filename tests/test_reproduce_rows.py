@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 
 from megarl.config.data import DATA_SUFFIXES, DEMONSTRATIONS, each_source
 from megarl.config.files import KNOWN_MODELS
-from megarl.config.reproduces import ReproducesSettings
+from megarl.config.load import load_config
 from megarl.config.rules import broken_setting_rules
 from megarl.config.suites import asked, read_suite
+from megarl.errors import Refusal
 from megarl.evaluation.target import read_target
 from megarl.reproduction.rows import Row, all_rows
 
@@ -102,6 +104,16 @@ def test_the_page_has_the_tables_of_the_files() -> None:
     assert reproduce_table.filled(page.replace("| 51.7 |", "| 51.8 |")) != page.replace("| 51.7 |", "| 51.8 |")
 
 
-def test_a_percentage_is_one() -> None:
-    with pytest.raises(ValueError, match="less than or equal to 100"):
-        ReproducesSettings(table="t", row="r", source="s", scores={"aime24": 320.0})
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("measure=best", "reproduces.measure=best: must be avg, maj or pass@k, such as pass@4. Fix: "),
+        ("measure=pass@0", "reproduces.measure=pass@0: must be avg, maj or pass@k, such as pass@4. Fix: "),
+        ("scores={aime24: 320}", "reproduces.scores.aime24=320: must be less than or equal to 100. Fix: "),
+        ("tolerance=-1", "reproduces.tolerance=-1: must be greater than or equal to 0. Fix: "),
+        ("scors={}", "reproduces.scors: is not a known key. Fix: use reproduces.scores."),
+    ],
+)
+def test_a_wrong_value_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(Refusal, match=f"^{re.escape(sentence)}"):
+        load_config(ROWS["nft_7b_nft"].path, [f"reproduces.{override}"])

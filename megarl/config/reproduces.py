@@ -5,9 +5,10 @@ It changes no number of a run. What reads it is `megarl reproduce`, and the tabl
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, field_validator
 
 from megarl.config.base import PathText, Settings
 
@@ -45,7 +46,6 @@ class ReproducesSettings(Settings):
     )
     measure: str = Field(
         default="avg",
-        pattern=r"^(avg|maj|pass@[1-9][0-9]*)$",
         description="What the published scores are: avg (the mean over samples), maj, or pass@k.",
     )
     scores: dict[str, Percent] = Field(
@@ -59,3 +59,10 @@ class ReproducesSettings(Settings):
         description="Points by which a published score may lie outside the interval of the measured one and still "
         "count as reproduced. Our choice.",
     )
+
+    @field_validator("measure")
+    @classmethod
+    def _is_measured(cls, value: str) -> str:
+        if not re.fullmatch(r"avg|maj|pass@[1-9][0-9]*", value):
+            raise ValueError("must be avg, maj or pass@k, such as pass@4")
+        return value
