@@ -31,7 +31,7 @@ from megarl.config.grid import sequence_multiple
 from megarl.config.implied import Implied
 from megarl.config.model_shape import ModelShape, read_model_shape
 from megarl.config.parameter_sets import POLICY
-from megarl.config.rewards import BUILTIN_KINDS, JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
+from megarl.config.rewards import BUILTIN_KINDS, RULE_KINDS, JudgeSettings, RewardSettings, RewardTerm, ScoreSettings
 from megarl.config.schema import RunConfig
 from megarl.config.wording import divisors, listed
 from megarl.errors import Refusal
@@ -218,6 +218,14 @@ def _reward(config: RunConfig) -> Iterator[Refusal]:
     yield from _reward_section("reward", config.reward)
     if config.evaluation.reward is not None:
         yield from _reward_section("evaluation.reward", config.evaluation.reward)
+    if config.data.answer_column is not None:
+        return
+    # Of the questions of a suite the evaluation's reward alone scores.
+    section = "reward" if config.evaluation.reward is None else "evaluation.reward"
+    for name, one in (config.evaluation.reward or config.reward).named_parts(section):
+        if one.kind in (*RULE_KINDS, "f1"):
+            rule = f"leaves no reference, which {name}.kind={one.kind} compares with"
+            yield Refusal("data.answer_column=null", rule, "name the column, or let a judge score")
 
 
 def _reward_section(name: str, reward: RewardSettings) -> Iterator[Refusal]:
