@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ SMALL = ("rollout.kv_cache_gib=0.02", "rollout.chunk=4", "rollout.max_concurrent
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, as a Hugging Face folder, as a Megatron checkpoint, and as what that is exported to."""
     found = tmp_path_factory.mktemp("suites")
     arithmetic_run.write_inputs(found)
@@ -46,10 +45,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "convert_hf_to_megatron --hf model --out checkpoint",
         "convert_megatron_to_hf --megatron checkpoint --out exported",
     ):
-        name, *arguments = tool.split()
-        command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-        subprocess.run(command, cwd=found, check=True, capture_output=True)
-    yield found
+        started = preloaded.Started(run_tool, *tool.split(), folder=found)
+        output, _ = started.communicate(300)
+        assert started.returncode == 0, output
+    return found
+
+
+def run_tool(name: str, *arguments: str) -> None:
+    """`tools/NAME.py ARGUMENTS`."""
+    sys.exit(importlib.import_module(name).main(list(arguments)))
 
 
 def evaluated(folder: Path, *arguments: str) -> dict[str, Any]:
