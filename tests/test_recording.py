@@ -21,7 +21,7 @@ from megarl.errors import Refusal
 from megarl.parallel import noise
 from megarl.records import Body, Head, Key, Prompt, Stretch, Trajectory
 from megarl.train import display
-from megarl.train.curves import draw_curves, figure_of
+from megarl.report.curves import draw_curves, figure_of
 from megarl.train.display import Display, Pace
 from megarl.train.recorder import Recorder
 from megarl.train.trackers import Wandb, flat

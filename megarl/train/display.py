@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 
-from megarl.train.figures import clock_time, problems, rate
+from megarl.report.figures import clock_time, problems, rate
 
 #: Steps that the time left is estimated from, evaluations and saves between them included.
 RECENT = 20

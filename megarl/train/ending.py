@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megarl.train.figures import clock_time, problems
+from megarl.report.figures import clock_time, problems
 
 #: What lies in a run's folder, in the order in which somebody may want to see it.
 _PLACES = (

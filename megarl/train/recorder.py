@@ -14,7 +14,7 @@ from typing import Any
 from megarl.config.schema import RunConfig
 from megarl.parallel import terminal
 from megarl.records import Prompt, Stretch, Trajectory
-from megarl.train.curves import draw_curves
+from megarl.report.curves import draw_curves
 from megarl.train.display import Display
 from megarl.train.ending import first_and_last, sentences
 from megarl.train.past import keep_configuration

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megarl.train.figures import rate
+from megarl.report.figures import rate
 
 #: Panels of the picture, of which those without a number are left out: metric name and title.
 _PANELS = (
