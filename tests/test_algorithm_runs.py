@@ -153,7 +153,7 @@ def trained(world: Any, table: dict[str, Any], steps: int) -> dict[str, Any]:
         plan = made.algorithm.plan(step)
         rollouts = roll_out(made, plan, step)
         measured = gauges.measure(made, plan, rollouts)
-        batches, totals, counters, _ = trainable(made, rollouts, step)
+        batches, totals, counters, *_ = trainable(made, rollouts, step)
         add_log_probs(made, batches)
         trust.check_before(made, step, batches)
         results = learn(made, batches, totals)
@@ -385,7 +385,7 @@ def responded(world: Any, table: dict[str, Any]) -> list[tuple[int, Any, Any, An
     for step in (1, 2):
         rollouts = roll_out(made, made.algorithm.plan(step), step)
         if step == 1:
-            batches, totals, _, _ = trainable(made, rollouts, step)
+            batches, totals, *_ = trainable(made, rollouts, step)
             learn(made, batches, totals)
             made.progress.step = step
     found = []
@@ -443,7 +443,7 @@ def crossed(world: Any, table: dict[str, Any]) -> list[dict[str, Any]]:
     made = session(world, table)
     with made.inference.awake():
         before = evaluate(made, "before")
-    batches, totals, _, _ = trainable(made, roll_out(made, made.algorithm.plan(1), 1), 1)
+    batches, totals, *_ = trainable(made, roll_out(made, made.algorithm.plan(1), 1), 1)
     learn(made, batches, totals)
     with made.inference.awake():
         after = evaluate(made, "after")

@@ -36,3 +36,22 @@ def test_a_part_of_a_phase_is_counted_apart() -> None:
         clock.count("influence", 0.015)
     seconds = clock.take()
     assert seconds["influence"] == 0.015 and 0.004 < seconds["probes"] < 0.5
+
+
+def test_phases_have_their_place_in_time() -> None:
+    clock = Clock()
+    time.sleep(0.02)
+    clock.align()
+    for _ in range(2):
+        with clock.phase("update"):
+            time.sleep(0.01)
+    time.sleep(0.02)
+    with clock.phase("push"), clock.phase("save"):
+        time.sleep(0.01)
+    found = clock.take_intervals()
+    # Two of one name without a pause between them are one; what is inside comes after what it is inside of.
+    assert [one.name for one in found] == ["update", "push", "save"]
+    update, push, save = found
+    assert update.start == pytest.approx(0, abs=0.01) and update.seconds >= 0.02
+    assert push.start >= 0.04 and save.start >= push.start and save.seconds <= push.seconds
+    assert clock.take_intervals() == []

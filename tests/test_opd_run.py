@@ -81,7 +81,7 @@ def learned(world: Any, table: dict[str, Any], word_file: str) -> dict[str, Any]
     made = session(world, table)
     plan = made.algorithm.plan(1)
     rollouts = roll_out(made, plan, 1)
-    batches, totals, _, _ = trainable(made, rollouts, 1)
+    batches, totals, *_ = trainable(made, rollouts, 1)
     asked = [s for batch in batches for s in batch]
     counters = add_log_probs(made, batches)
     found = made.policy.accumulate(batches[0], made.algorithm.objectives, totals[0], old_is_current=True)["policy"]

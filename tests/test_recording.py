@@ -19,9 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megarl.config.load import load_config
 from megarl.errors import Refusal
 from megarl.parallel import noise
-from megarl.records import Body, Head, Key, Prompt, Stretch, Trajectory
-from megarl.train import display
 from megarl.report.curves import draw_curves, figure_of
+from megarl.train import display
 from megarl.train.display import Display, Pace
 from megarl.train.recorder import Recorder
 from megarl.train.trackers import Wandb, flat
@@ -180,9 +179,7 @@ def recorder(folder: Path, *settings: str, finished: int | None = None) -> Recor
 def record(made: Recorder, *steps: int) -> None:
     for step in steps:
         made.step(RL | {"step": step, "reward_mean": step / 40})
-        prompt = Prompt(7, (1,), "1+1=", "2")
-        head = Head(Key(7, 0, 0), 0, (Stretch(0, 1, "policy", 0),), reward=1.0)
-        made.samples(step, [(prompt, Trajectory(head, Body((5,), (0.0,), f"answer {step}", 1)))])
+        made.samples([{"step": step, "prompt": "1+1=", "response": f"answer {step}", "reward": 1.0, "pieces": []}])
 
 
 SUMMARY = {"name": "run", "steps": 40, "processes": 2, "seconds": 3675.0, "skipped_updates": 0}

@@ -33,7 +33,6 @@ from megarl.train import evaluation, played
 from megarl.train.generation import jobs, tasks_of
 from megarl.train.groups import Made, draw
 from megarl.train.outputs import Output
-from megarl.train.recorder import Recorder
 from megarl.train.replay import read_samples, save_samples
 from megarl.train.route import assign, deliver
 from megarl.train.scoring import Grading
@@ -225,20 +224,3 @@ def test_saved_samples_of_several_turns_come_back(tmp_path: Path) -> None:
     assert mine == [log_probs[place] for place in MINE]
     assert replace(found[0].body, log_probs=()) == replace(body, log_probs=())
     assert found[1] == plain._replace(head=replace(plain.head, holder=0, stretches=(Stretch(0, 1, "policy"),)))
-
-
-def test_samples_show_who_said_what(tmp_path: Path) -> None:
-    config = RunConfig.model_validate(SMALL | {"runs_dir": str(tmp_path)})
-    recorder = Recorder(config, True, show=False)
-    recorder.directory.mkdir()
-    prompt = Prompt(5, (1,), "2+2=", "4")
-    several = Trajectory(Head(Key(5, 0, 0), 0, TURNS[:3]), Body((), text="abc", texts=("a", "b", "c")))
-    single = Trajectory(Head(Key(5, 0, 1), 0, TURNS[:1]), Body((), text="a"))
-    recorder.samples(1, [(prompt, several), (prompt, single)])
-    rows = [json.loads(line) for line in (recorder.directory / "samples.jsonl").read_text().splitlines()]
-    assert rows[0]["turns"] == [
-        {"by": "policy", "text": "a"},
-        {"by": "environment", "text": "b"},
-        {"by": "policy", "text": "c"},
-    ]
-    assert rows[0]["response"] == "abc" and "turns" not in rows[1]

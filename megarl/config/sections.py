@@ -274,7 +274,9 @@ class LoggingSettings(Settings):
         default=None,
         description="Project name in Weights & Biases, which the package wandb is needed for; none: not used.",
     )
-    samples: NonNegativeInt = Field(default=16, description="Samples per step written to samples.jsonl.")
+    samples: NonNegativeInt = Field(
+        default=16, description="Answers per step written to samples.jsonl, each with what goes on from it in a tree."
+    )
     plot_every: PositiveInt = Field(default=10, description="Redraw curves.png every that many steps.")
 
 

@@ -20,13 +20,14 @@ from megarl.records import Prompt
 from megarl.rollout.engine import Completion, Request, Sampling
 from megarl.rollout.play import Task
 from megarl.rollout.seeds import hash_seed
+from megarl.train import timeline
 from megarl.train.generation import Thinkings, generate, respond, think
 from megarl.train.journal import Entries
 from megarl.train.outputs import Output
 from megarl.train.played import play_outputs
-from megarl.train.recorder import turn_rows
 from megarl.train.scoring import Graded, term_means
 from megarl.train.session import Session
+from megarl.train.shown import turn_rows
 from megarl.train.sources import above_middle, by_source
 
 #: A line of an evaluation's file after its place there.
@@ -40,6 +41,7 @@ def evaluate_now(session: Session) -> dict[str, Any]:
         result = evaluate(session, f"step_{session.progress.step:06d}")
     session.progress.evaluation_due = False
     session.recorder.evaluation({"step": session.progress.step, **result, "seconds": session.clock.take()})
+    timeline.record(session, session.progress.step, "evaluation")
     return result
 
 

@@ -31,15 +31,13 @@ def draw(prompts: Iterable[Prompt], before: Sequence[Group] = ()) -> tuple[Group
 class Made:
     """What was made for the groups that a step has drawn.
 
-    On all ranks: `groups` with their heads; `shown`, the first few answers with their texts, each with its prompt;
-    `counters`; `generated_tokens` that were made, by kind, and `engine_tokens`, those that the engines have counted;
-    `reward_failure`, how the reward failed on an answer, where a rank saw that for the first time; `continuations` of
-    trajectories that were there before. On this rank: `bodies` of the trajectories that it holds, and `written`, what
-    its engine wrote, as it was written.
+    On all ranks: `groups` with their heads; `counters`; `generated_tokens` that were made, by kind, and
+    `engine_tokens`, those that the engines have counted; `reward_failure`, how the reward failed on an answer, where a
+    rank saw that for the first time; `continuations` of trajectories that were there before. On this rank: `bodies` of
+    the trajectories that it holds, and `written`, what its engine wrote, as it was written.
     """
 
     groups: tuple[Group, ...] = ()
-    shown: tuple[tuple[Prompt, Trajectory], ...] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
     generated_tokens: Mapping[str, int] = field(default_factory=dict)
     engine_tokens: int = 0
@@ -52,7 +50,6 @@ class Made:
         """What two generation batches of a step have made."""
         return Made(
             self.groups + later.groups,
-            self.shown + later.shown,
             added(self.counters, later.counters),
             added(self.generated_tokens, later.generated_tokens),
             self.engine_tokens + later.engine_tokens,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from megarl.config.parameter_sets import POLICY
 from megarl.errors import TrainingStopped
@@ -17,6 +19,15 @@ from megarl.train.clock import Clock
 from megarl.train.memory import MemoryWatch
 from megarl.train.stops import StopAsked
 from megarl.weights.push import Difference, Push
+
+
+class Traffic(NamedTuple):
+    """Weight pushes of this rank: how many, bytes that went to other ranks and that came from them, and seconds."""
+
+    pushes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    seconds: float = 0.0
 
 
 class Inference:
@@ -36,6 +47,7 @@ class Inference:
         self._push = Push(policy, engine) if engine is not None else None
         #: The parameter set that the engine was last filled with.
         self._weights = POLICY
+        self._traffic = Traffic()
 
     @contextmanager
     def awake(self, weights: str = POLICY) -> Iterator[None]:
@@ -95,6 +107,11 @@ class Inference:
         with self._policy.using(self._weights):
             return self._push.differences()
 
+    def take_traffic(self) -> Traffic:
+        """What was pushed since the last call."""
+        traffic, self._traffic = self._traffic, Traffic()
+        return traffic
+
     def _let_sleep(self, engine: Engine) -> None:
         """Put the engine to sleep, which must still hold what it was filled with: raises `EngineChanged` on all
         ranks."""
@@ -110,7 +127,15 @@ class Inference:
         assert self._push is not None
         engine.wake_weights()
         with self._policy.using(weights):
+            start = time.perf_counter()
             self._push.run(version=self._progress.step)
+            before, mover = self._traffic, self._push.mover
+            self._traffic = Traffic(
+                before.pushes + 1,
+                before.sent_bytes + mover.sent_bytes,
+                before.received_bytes + mover.received_bytes,
+                before.seconds + time.perf_counter() - start,
+            )
             self._memory.note("push")
         self._policy.offload_weights()
         engine.wake_cache()

@@ -6,16 +6,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megarl.algorithms.base import Group
+from megarl.algorithms.base import Group, Span
 from megarl.config.parameter_sets import POLICY
 from megarl.config.schema import RunConfig
 from megarl.data.dataset import LoadedPrompts
 from megarl.policy.losses import Pass
 from megarl.policy.trained_set import StepResult
+from megarl.records import Key
+from megarl.train import shown, timeline
 from megarl.train.groups import Made, Rollouts, added
 from megarl.train.scoring import term_means
 from megarl.train.session import Session
-from megarl.train.sources import by_source
+from megarl.train.sources import by_source, level_of
 
 
 class StepRecord:
@@ -26,6 +28,7 @@ class StepRecord:
         self._rollouts: Rollouts | None = None
         self._counters: dict[str, int] = {}
         self._groups = 0
+        self._spans: Mapping[Key, tuple[Span, ...]] = {}
         self._passes: dict[str, list[Pass]] = {POLICY: []}
         self._steps: dict[str, list[StepResult]] = {POLICY: []}
         self._measured: dict[str, float] = {}
@@ -36,9 +39,9 @@ class StepRecord:
         self.count(rollouts.made.counters)
         self.count(rollouts.kept.counters)
 
-    def credited(self, groups: int, counters: Mapping[str, int]) -> None:
-        """Take how many groups the algorithm has given credit, and what was counted of them."""
-        self._groups = groups
+    def credited(self, groups: int, counters: Mapping[str, int], spans: Mapping[Key, tuple[Span, ...]]) -> None:
+        """Take how many groups the algorithm has given credit, what was counted of them, and what is trained."""
+        self._groups, self._spans = groups, spans
         self.count(counters)
 
     def count(self, counters: Mapping[str, int]) -> None:
@@ -69,6 +72,8 @@ class StepRecord:
         put(values, session.algorithm.numbers(losses))
         put(values, _of_rollouts(self._rollouts, self._groups))
         put(values, _by_source(session.config, session.data.training, self._rollouts))
+        put(values, _by_level(self._rollouts))
+        put(values, staleness(self._rollouts.kept.groups if self._rollouts is not None else (), self._step))
         put(values, _of_turns(session.config, self._rollouts))
         put(values, self._measured)
         # Every rank waits for the slowest in each phase; rank 0's clock shows it.
@@ -78,6 +83,7 @@ class StepRecord:
         put(values, {"seconds": seconds, "time_shares": time_shares(seconds, passes, made.generated_tokens)})
         memory, sentence = session.memory.take()
         put(values, memory)
+        put(values, timeline.record(session, self._step, "step"))
         put(values, {"skipped_updates": session.progress.skipped_updates, "counters": self._counters})
         if made.reward_failure is not None:
             put(values, {"reward_failure": made.reward_failure})
@@ -85,7 +91,7 @@ class StepRecord:
         if sentence is not None:
             session.recorder.status(sentence)
         if self._rollouts is not None:
-            session.recorder.samples(self._step, self._rollouts.made.shown)
+            session.recorder.samples(shown.rows_of(session, self._step, self._rollouts, self._spans))
         if self._step % session.config.logging.plot_every == 0:
             session.recorder.curves()
         return values
@@ -205,6 +211,34 @@ def _by_source(config: RunConfig, data: LoadedPrompts, rollouts: Rollouts | None
         return {}
     answers = [(prompt.source, head.reward) for prompt, head in rollouts.made.answers]
     return by_source(answers, config.reward)
+
+
+def _by_level(rollouts: Rollouts | None) -> dict[str, Any]:
+    """The mean reward of the answers by their problems' level, where the data's extra columns have one."""
+    found: dict[str, list[float]] = {}
+    for prompt, head in rollouts.made.answers if rollouts is not None else ():
+        level = level_of(prompt)
+        if level is not None and head.reward is not None:
+            found.setdefault(level, []).append(head.reward)
+    means = {level: statistics.fmean(rewards) for level, rewards in sorted(found.items())}
+    return {"reward_mean_by_level": means} if means else {}
+
+
+def staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """How many steps the weights that step `step` begins with have learned from since others wrote the tokens of the
+    kept answers: the mean over these tokens, and the most; nothing where that is not known of any."""
+    written = [
+        (step - 1 - stretch.version, stretch.end - stretch.start)
+        for group in groups
+        for head in group.answers
+        for stretch in head.stretches
+        if stretch.source == "policy" and stretch.version is not None
+    ]
+    tokens = sum(count for _, count in written)
+    if not tokens:
+        return {}
+    mean = sum(age * count for age, count in written) / tokens
+    return {"staleness_mean": mean, "staleness_max": max(age for age, _ in written)}
 
 
 def time_shares(seconds: Mapping[str, float], passes: Sequence[Pass], made: Mapping[str, int]) -> dict[str, float]:

@@ -47,6 +47,11 @@ class MemoryWatch:
             # PyTorch counts a sleeping engine's tensors, which keep their addresses.
             self._tensors[moment] = torch.cuda.memory_allocated()
 
+    @property
+    def held(self) -> dict[str, int]:
+        """This rank's bytes at the last end of each phase, as in `memory_bytes`."""
+        return dict(self._held)
+
     def take(self) -> tuple[dict[str, Any], str | None]:
         """The step's numbers for its record, each the largest of any rank, and what is to be told of them. Collective.
 

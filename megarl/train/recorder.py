@@ -1,4 +1,5 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, trackers, summary.json, curves.png; and the terminal.
+"""What a run leaves behind: metrics, samples and phases (.jsonl), trackers, summary.json, curves.png, report.html; and
+the terminal.
 
 Only rank 0 writes; on other ranks every method does nothing.
 """
@@ -13,7 +14,6 @@ from typing import Any
 
 from megarl.config.schema import RunConfig
 from megarl.parallel import terminal
-from megarl.records import Prompt, Stretch, Trajectory
 from megarl.report.curves import draw_curves
 from megarl.train.display import Display
 from megarl.train.ending import first_and_last, sentences
@@ -42,7 +42,7 @@ class Recorder:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         keep_configuration(self.config, finished or 0)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "phases.jsonl"):
             _keep_lines_of(self.directory / name, finished, self.config.steps)
         for file in self.directory.glob("evaluations/step_*.jsonl"):
             if finished is None or int(file.stem.removeprefix("step_")) > finished:
@@ -79,34 +79,30 @@ class Recorder:
     def _record(self, values: dict[str, Any]) -> None:
         if not self._writes:
             return
-        with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(_null_where_not_finite(values)) + "\n")
+        self._append("metrics.jsonl", [_null_where_not_finite(values)])
         for tracker in self._trackers:
             tracker.numbers(values)
 
-    def samples(self, step: int, samples: Sequence[tuple[Prompt, Trajectory]]) -> None:
-        """Append samples, each with its prompt."""
-        if not self._writes or not samples:
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append samples (`megarl.train.shown`)."""
+        if not self._writes or not rows:
             return
-        rows = [
-            {
-                "step": step,
-                "prompt_index": head.key.prompt,
-                "sample_index": head.key.number,
-                "prompt": prompt.text,
-                "answer": prompt.answer,
-                "response": body.text,
-                "reward": head.reward,
-                "finish_reason": head.finish_reason,
-            }
-            | ({"draw": head.key.draw} if head.key.draw else {})
-            | ({"reward_terms": head.reward_terms} if head.reward_terms else {})
-            | ({"turns": turn_rows(head.stretches, body.texts)} if body.texts else {})
-            for prompt, (head, body) in samples
-        ]
-        with open(self.directory / "samples.jsonl", "a", encoding="utf-8") as file:
+        self._append("samples.jsonl", rows)
+        # What a table can show.
+        self._untold += [{name: value for name, value in row.items() if name != "pieces"} for row in rows]
+
+    def phases(self, line: dict[str, Any]) -> None:
+        """Append where the ranks' time went (`megarl.train.timeline`), of which the trackers get what is of no rank."""
+        if not self._writes:
+            return
+        self._append("phases.jsonl", [line])
+        numbers = {name: line[name] for name in ("slowest", "fastest", "push_seconds")}
+        for tracker in self._trackers:
+            tracker.numbers({"step": line["step"], f"{line['kind']}_phases": numbers})
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        with open(self.directory / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._untold += rows
 
     def answers_file(self, name: str) -> Path:
         """The file with the answers of the evaluation `name`."""
@@ -162,11 +158,6 @@ class Recorder:
             tracker.close()
 
 
-def turn_rows(stretches: Sequence[Stretch], texts: Sequence[str]) -> list[dict[str, str]]:
-    """Who said what in a response, for a line of a file."""
-    return [{"by": stretch.source, "text": text} for stretch, text in zip(stretches, texts, strict=True)]
-
-
 def _null_where_not_finite(value: Any) -> Any:
     """JSON has no NaN and no infinity, which the loss of a skipped update may be."""
     if isinstance(value, dict):
@@ -187,7 +178,7 @@ def _keep_lines_of(file: Path, finished: int | None, steps: int) -> None:
             line = json.loads(text)
         except ValueError:
             break
-        made_again = "accuracy" in line and line["step"] >= steps
+        made_again = ("accuracy" in line or line.get("kind") == "evaluation") and line["step"] >= steps
         if finished is not None and line["step"] <= finished and not made_again:
             kept.append(text + "\n")
     fresh = file.with_name(file.name + ".partial")

@@ -7,7 +7,6 @@ A replica's first rank keeps the tokens of the samples its engine made. All rank
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from megarl.data.tokenizer import Tokenizer
 from megarl.errors import Refusal, ScoringStopped, TrainingStopped
 from megarl.parallel.cpu_platform import has_cuda
 from megarl.parallel.exchange import gather_all
-from megarl.records import DEMONSTRATION, Body, Head, Key, Prompt, Trajectory
+from megarl.records import DEMONSTRATION, Body, Head, Key, Trajectory
 from megarl.rollout.play import Played
 from megarl.train import continuing, generation, replay, texts, trust
 from megarl.train.generation import Job
@@ -281,7 +280,6 @@ class _Told(NamedTuple):
 
     heads: list[Head]
     kept: list[tuple[Key, Text]]
-    shown: dict[Key, Trajectory]
     counters: dict[str, int]
     tokens: dict[str, int]
     engine_tokens: int
@@ -301,18 +299,16 @@ def _told(
     engine_tokens: int,
     failure: str | None,
 ) -> Made:
-    """Exchange heads, the texts that are used again, and the samples that are to be shown. Collective."""
+    """Exchange heads, and the texts that are used again. Collective."""
     trajectories, counters = texts.learned(jobs, samples, session.world.rank)
     scoring = None if session.grading is None else session.grading.scoring
     counters = added(counters, scoring.take_counters() if scoring is not None else {})
     answers = {job.key: samples[i] for i, job in enumerate(jobs) if i in samples and job.key.kind == "answer"}
     counters = added(counters, *(sample.body.counters for sample in answers.values()))
-    to_show = _to_show(session.config.logging.samples, groups, plan)
     cached = {one.kind for one in plan.generations if one.refresh_every > 1}
     mine = _Told(
         heads=[one.head for one in trajectories],
         kept=[(h.key, Text(b.token_ids, h.marks)) for h, b in trajectories if h.key.kind in cached],
-        shown={key: _shown(answers[key]) for key in to_show if key in answers},
         counters=counters,
         tokens=tokens,
         engine_tokens=engine_tokens,
@@ -338,12 +334,10 @@ def _told(
         declared.stop_at(declared.of_text(head.key.kind, head.length, session.config))
     for key, text in sorted((pair for one in told for pair in one.kept), key=lambda pair: pair[0]):
         session.texts.keep(step, key, text)
-    shown = {key: sample for one in told for key, sample in one.shown.items()}
     heads = [head for one in told for head in one.heads]
     return Made(
         groups=_with_heads(groups, plan, [head for head in heads if head.parent is None]),
         continuations=tuple(sorted((head for head in heads if head.parent is not None), key=lambda head: head.key)),
-        shown=tuple((prompt, shown[key]) for key, prompt in to_show.items() if key in shown),
         counters=added(*(one.counters for one in told)),
         generated_tokens=added(*(one.tokens for one in told)),
         engine_tokens=sum(one.engine_tokens for one in told),
@@ -351,19 +345,6 @@ def _told(
         bodies={head.key: body for head, body in trajectories},
         written=tuple(samples[position] for position in sorted(samples)),
     )
-
-
-def _to_show(most: int, groups: Sequence[Group], plan: Plan) -> dict[Key, Prompt]:
-    """The step's first `most` answers, as far as they are among those of `groups`, with their prompts."""
-    size = sum(one.count for one in plan.generations if one.kind == "answer")
-    first = groups[0].number * size if groups else 0
-    keys = ((Key(one.prompt.index, one.draw, number), one.prompt) for one in groups for number in range(size))
-    return dict(itertools.islice(keys, max(0, most - first)))
-
-
-def _shown(sample: Trajectory) -> Trajectory:
-    """A sample without what its text says too."""
-    return Trajectory(sample.head, dataclasses.replace(sample.body, token_ids=(), log_probs=(), routed_experts=None))
 
 
 def _with_texts(made: Made, found: Sequence[Trajectory], *counters: dict[str, int]) -> Made:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
 from typing import NamedTuple
 
-from megarl.algorithms.base import Credit, Group, Trained, whole
+from megarl.algorithms.base import Credit, Group, Span, Trained, whole
 from megarl.algorithms.objective import BatchTotals
-from megarl.records import Sequence
+from megarl.records import Key, Sequence
 from megarl.train.groups import Rollouts, added
 from megarl.train.route import CreditedGroup, assign, deliver
 from megarl.train.session import Session
 
 
 class Trainable(NamedTuple):
-    """This rank's sequences of each mini-batch, the whole mini-batch's counts, what was counted on the way, and how
-    many groups were not left out."""
+    """This rank's sequences of each mini-batch, the whole mini-batch's counts, what was counted on the way, how many
+    groups were not left out, and the spans that are trained of each trajectory, which all ranks know."""
 
     batches: list[list[Sequence]]
     totals: list[BatchTotals]
     counters: dict[str, int]
     groups: int
+    spans: Mapping[Key, tuple[Span, ...]]
 
 
 def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
@@ -41,7 +43,8 @@ def trainable(session: Session, rollouts: Rollouts, step: int) -> Trainable:
         items, version = [batch.items for batch in batches], session.progress.step
         sequences = deliver(rollouts.bodies, items, config, session.world, routing_of(session), version)
     groups = sum(credit.left_out is None for credit in credits)
-    return Trainable(sequences, [batch.totals for batch in batches], added(counters, more), groups)
+    spans = {one.head.key: one.spans for group in credited for one in group.trained}
+    return Trainable(sequences, [batch.totals for batch in batches], added(counters, more), groups, spans)
 
 
 def credited_groups(groups: Sequences[Group], credits: Sequences[Credit]) -> tuple[list[CreditedGroup], dict[str, int]]:

@@ -6,6 +6,17 @@ from collections.abc import Iterable
 from statistics import fmean
 
 from megarl.config.rewards import RewardSettings
+from megarl.records import Prompt
+
+#: Names of extra columns that say how hard a problem is.
+LEVELS = ("level", "difficulty")
+
+
+def level_of(prompt: Prompt) -> str | None:
+    """What an extra column of the data calls the problem's level; None where there is none. Fractions are rounded to
+    tenths, so that few are different."""
+    cell = next((cell for name in LEVELS if (cell := prompt.extra.get(name)) is not None), None)
+    return f"{cell:.1f}" if isinstance(cell, float) else str(cell) if isinstance(cell, str | int) else None
 
 
 def above_middle(rewards: list[float], settings: RewardSettings) -> float | None:
