@@ -26,6 +26,10 @@ if [[ -z ${quick[*]} ]] && ! PATH=$PATH:/usr/sbin type -P slurmctld slurmd munge
     fi
     rm -f "$said"
 fi
+# The page of a run is opened in a browser; it says itself what keeps it from one.
+if [[ -z ${quick[*]} ]] && ! bash launch/browser.sh >/dev/null; then
+    echo "test: the test of a run's page is skipped"
+fi
 export PATH="$PWD/.venv/bin:$PATH"
 # Tests run side by side: more threads than one each would wait for each other.
 export OMP_NUM_THREADS=1
