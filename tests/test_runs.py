@@ -15,6 +15,7 @@ import arithmetic_run
 import numpy as np
 import preloaded
 import pytest
+from browser_case import browser, look_at_all, opened, pixels_like
 from parity import read_checkpoint
 from ports import free_port
 
@@ -98,11 +99,42 @@ def test_metrics_have_the_names_that_people_script_on(base: Path) -> None:
         assert line["reward_mean"] == pytest.approx(line["reward_terms"]["digits"] + 0.5)
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert "accuracy" in lines[2] and lines[2]["evaluation_reward_terms"]["box"] == -1.0
-    sample = json.loads((base / "runs/base/samples.jsonl").read_text().splitlines()[0])
+    samples = [json.loads(line) for line in (base / "runs/base/samples.jsonl").read_text().splitlines()]
+    sample = samples[0]
+    assert len(samples) == 32 and "".join(piece["text"] for piece in sample["pieces"]) == sample["response"]
+    for row in samples:
+        assert sum(piece["tokens"] for piece in row["pieces"]) == row["length"]
+        assert row["pieces"][0]["advantage"] == row["advantage"] and len(row["pieces"][0]["sizes"]) == row["length"]
+    by_step = [sum(row["advantage"] for row in samples if row["step"] == step) for step in (1, 2)]
+    assert by_step == pytest.approx([0, 0], abs=1e-3) and {row["advantage"] for row in samples} != {0}
+    phases = [json.loads(line) for line in (base / "runs/base/phases.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["kind"]) for line in phases] == [(1, "step"), (2, "step"), (2, "evaluation")]
+    for line, metrics in zip(phases, lines, strict=True):
+        assert line["ranks"].keys() == {"0", "1"} and line["push_seconds"] <= line["slowest"]["push"]
+        names = [name for name, _, _ in line["ranks"]["1"]["phases"]]
+        assert set(names) == metrics["seconds"].keys()
     assert sample["reward"] == pytest.approx(sample["reward_terms"]["digits"] + 0.5)
-    for file in ("config.yaml", "samples.jsonl", "summary.json", "curves.png", "checkpoints/latest"):
+        assert line["staleness_mean"] == line["staleness_max"] == 0 and line["weight_push"]["pushes"] == 1
+    for file in ("config.yaml", "samples.jsonl", "phases.jsonl", "summary.json", "curves.png", "checkpoints/latest"):
         assert (base / "runs/base" / file).stat().st_size > 0
     assert (base / "runs/base/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_leaves_a_page_that_a_browser_shows(base: Path) -> None:
+    file = base / "runs/base/report.html"
+    assert file.stat().st_size < 5e6
+    with browser() as started, opened(started, file) as page:
+        look_at_all(page)
+        assert page.inner_text("h1") == "base" and page.inner_text("#found") == "32 of 40 samples"
+        reward = page.locator(".charts .chart").first
+        reward.scroll_into_view_if_needed()
+        assert pixels_like(reward, "#2f7ed8") > 50
+        ranks = page.locator("#times .chart").first
+        assert ranks.get_attribute("aria-label").startswith("phases of every rank, step 2: push ")
+        ranks.scroll_into_view_if_needed()
+        assert pixels_like(ranks, "#d9600f") > 1_000
+        page.click("#rows tbody tr")
+        assert page.locator("#sample .token.p4, #sample .token.n4, #sample .token").count() == 12
 
 
 def test_the_log_has_a_line_a_step_each_warning_once_and_ends_with_what_there_is(base: Path) -> None:
@@ -120,7 +152,7 @@ def test_the_log_has_a_line_a_step_each_warning_once_and_ends_with_what_there_is
     assert re.fullmatch(r"  accuracy    [\d.]+ \(step 2\) on 8 held-out problems", end[1])
     places = [Path(line.split()[1]) for line in end[3:]]
     assert all((base / place).exists() for place in places)
-    names = {"summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "evaluations", "step_000002"}
+    names = {"summary.json", "report.html", "curves.png", "metrics.jsonl", "samples.jsonl", "evaluations", "step_000002"}
     assert names <= {place.name for place in places}
 
 
@@ -195,7 +227,10 @@ def test_replay_trains_as_the_run_that_made_the_rollouts(base: Path) -> None:
     # Of saved tokens nobody says which weights made them: they are not held to the policy's.
     gap = ("logprob_gap_mean", "logprob_gap_max", "logprob_k3")
     made, again = steps_of(base, "base"), steps_of(base, "replayed")
-    assert again == [line | dict.fromkeys(gap) for line in made]
+    # Nor is there an engine to push weights to.
+    engines = {"weight_push", "staleness_mean", "staleness_max"}
+    assert all(engines <= line.keys() for line in made)
+    assert again == [{k: v for k, v in line.items() if k not in engines} | dict.fromkeys(gap) for line in made]
     assert all(line[name] is not None for line in made for name in gap)
 
 

@@ -18,6 +18,7 @@ from megarl.cli.generate import generate
 from megarl.cli.grade import grade
 from megarl.cli.home import require_home
 from megarl.cli.plan import plan
+from megarl.cli.report import report
 from megarl.cli.reproduce import reproduce
 from megarl.cli.submit import submit
 from megarl.cli.train import train
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, generate, grade, check, plan, submit, reproduce, doctor):
+for _command in (train, evaluate, generate, grade, check, plan, submit, reproduce, report, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

@@ -6,28 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megarl.report.figures import rate
+from megarl.report.panels import PANELS
 
-#: Panels of the picture, of which those without a number are left out: metric name and title.
-_PANELS = (
-    ("reward_mean", "mean reward"),
-    ("accuracy", "accuracy"),
-    ("cross_accuracy", "cross-accuracy"),
-    ("loss", "loss"),
-    ("sft_loss", "loss on demonstrations"),
-    ("cooperative_gain", "cooperative gain"),
-    ("grad_norm", "gradient norm"),
-    ("lr", "learning rate"),
-    ("entropy", "entropy (nats)"),
-    ("response_length_mean", "response length (tokens)"),
-    ("evaluation_length_mean", "length in evaluation (tokens)"),
-    ("truncated_share", "truncated share (cut at the limit)"),
-    ("clip_share", "clip share"),
-    ("reference_kl", "KL to the reference (nats)"),
-    ("logprob_gap_mean", "|policy - engine| log-prob"),
-    ("importance_weight_mean", "mean importance weight"),
-    ("rejected_share", "rejected share"),
-    ("tokens_per_second", "tokens trained per second"),
-)
 _COLUMNS = 4
 
 
@@ -44,7 +24,7 @@ def draw_curves(lines: list[dict[str, Any]], picture: Path, title: str) -> None:
 def figure_of(lines: list[dict[str, Any]], title: str) -> Any:
     """The picture as matplotlib's figure; None where there is nothing to draw."""
     lines = [line | {"tokens_per_second": rate(line)} for line in lines]
-    panels = [(name, label) for name, label in _PANELS if any(_number(line.get(name)) for line in lines)]
+    panels = [one for one in PANELS if one.pictured and any(_number(line.get(one.metric)) for line in lines)]
     if not panels:
         return None
     from matplotlib.figure import Figure
@@ -55,9 +35,9 @@ def figure_of(lines: list[dict[str, Any]], title: str) -> Any:
     rows = -(-count // columns)
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
-    for axis, (name, label) in zip(axes, panels, strict=False):
-        _draw_metric(axis, name, lines)
-        _label(axis, _held_out(lines, label) if name == "accuracy" else label)
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_metric(axis, panel.metric, lines)
+        _label(axis, held_out(lines, panel.title) if panel.metric == "accuracy" else panel.title)
     if steps:
         _draw_seconds(axes[-1], steps)
         _label(axes[-1], "seconds per phase")
@@ -94,13 +74,13 @@ def _label(axis: Any, title: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _held_out(lines: list[dict[str, Any]], label: str) -> str:
+def held_out(lines: list[dict[str, Any]], label: str) -> str:
     """The title of the accuracy, which says what it was measured on where that is one thing."""
     evaluations = [line for line in lines if _number(line.get("accuracy"))]
     trained = [line.get("evaluation_problems_in_training_data") for line in evaluations]
     if all(number == 0 for number in trained):
         return f"held-out {label}"
-    if all(number == line["evaluation_problems"] for number, line in zip(trained, evaluations, strict=True)):
+    if trained and None not in trained and trained == [line.get("evaluation_problems") for line in evaluations]:
         return f"{label} on training data"
     return label
 

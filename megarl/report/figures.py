@@ -35,3 +35,17 @@ def rate(values: dict[str, Any]) -> float | None:
     """Tokens that a step trained on, prompts included, per second of the whole step; None where it has no such."""
     seconds = sum(values.get("seconds", {}).values())
     return values["tokens"] / seconds if values.get("tokens") and seconds else None
+
+
+def flat(values: dict[str, Any]) -> dict[str, int | float]:
+    """The numbers of a line of metrics.jsonl; those of an inner table are named `table/name`."""
+    leveled = one_level(values)
+    return {n: v for n, v in leveled.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def one_level(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A line without inner tables, whose values are named `table/name`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= one_level(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found

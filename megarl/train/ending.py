@@ -10,6 +10,7 @@ from megarl.report.figures import clock_time, problems
 #: What lies in a run's folder, in the order in which somebody may want to see it.
 _PLACES = (
     ("summary", "summary.json"),
+    ("report", "report.html"),
     ("curves", "curves.png"),
     ("metrics", "metrics.jsonl"),
     ("samples", "samples.jsonl"),

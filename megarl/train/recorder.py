@@ -15,6 +15,7 @@ from typing import Any
 from megarl.config.schema import RunConfig
 from megarl.parallel import terminal
 from megarl.report.curves import draw_curves
+from megarl.report.page import write_page
 from megarl.train.display import Display
 from megarl.train.ending import first_and_last, sentences
 from megarl.train.past import keep_configuration
@@ -140,6 +141,7 @@ class Recorder:
         partial = self.directory / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.directory / "summary.json")
+        write_page([self.directory], self.directory / "report.html")
         for sentence in sentences(summary, lines, self.directory):
             self.display.status(sentence)
         for tracker in self._trackers:

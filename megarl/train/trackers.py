@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megarl.config.schema import RunConfig
 from megarl.errors import Refusal
+from megarl.report.figures import flat, one_level
 
 
 class Tracker(Protocol):
@@ -103,7 +104,7 @@ class Wandb:
         self._run.log(flat(values))
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
-        flattened = [_one_level(row) for row in rows]
+        flattened = [one_level(row) for row in rows]
         columns = list(dict.fromkeys(name for row in flattened for name in row))
         table = self._library.Table(columns=columns, data=[[row.get(name) for name in columns] for row in flattened])
         self._run.log({"samples": table, "step": rows[-1]["step"]})
@@ -121,16 +122,3 @@ def run_id(directory: Path, *, new: bool) -> str:
     if new or not kept.is_file():
         kept.write_text(f"{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
     return kept.read_text(encoding="utf-8").strip()
-
-
-def flat(values: dict[str, Any]) -> dict[str, int | float]:
-    """The numbers of a line of metrics.jsonl; those of an inner table are named `table/name`."""
-    leveled = _one_level(values)
-    return {n: v for n, v in leveled.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
-def _one_level(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _one_level(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
