@@ -17,6 +17,13 @@ from megarl.report.page import write_page
 #: The first two of the page's palette.
 BLUE, ORANGE = "#2f7ed8", "#d9600f"
 
+#: Where the keys go: the element's name, and the style of the line around it.
+FOCUSED = """() => {
+  let one = document.activeElement;
+  while (one.shadowRoot?.activeElement) one = one.shadowRoot.activeElement;
+  return [one.id || one.name || `${one.tagName} ${one.textContent.slice(0, 30)}`, getComputedStyle(one).outlineStyle];
+}"""
+
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[Any]:
@@ -173,7 +180,8 @@ def test_text_stands_out(started: Any, file: Path, theme: Any) -> None:
             contrast, where = page.evaluate(CONTRAST)
             assert contrast >= 4.5, where
         colours = page.evaluate(
-            "Bokeh.documents.map(d => d.roots()[0]).map(f => [f.background_fill_color, f.below[0].major_label_text_color])"
+            "Bokeh.documents.map((one) => one.roots()[0])"
+            ".map((one) => [one.background_fill_color, one.below[0].major_label_text_color])"
         )
         assert len(colours) > 10 and set(map(tuple, colours)) == {
             {"light": ("#ffffff", "#57606a"), "dark": ("#14171c", "#a5adb8")}[theme]
@@ -200,10 +208,7 @@ def test_everything_can_be_reached_by_keys(started: Any, file: Path) -> None:
         reached = []
         for _ in range(120):
             page.keyboard.press("Tab")
-            where = page.evaluate(
-                "(() => { let e = document.activeElement; while (e.shadowRoot?.activeElement) e = e.shadowRoot.activeElement; return [e.id || e.name || e.tagName + ' ' + e.textContent.slice(0, 30),"
-                " getComputedStyle(e).outlineStyle]; })()"
-            )
+            where = page.evaluate(FOCUSED)
             reached.append(where[0])
             assert where[1] != "none" or where[0].startswith("BODY"), where
         wanted = {"theme", "time-run", "time-moment", "time-before", "run", "place", "step_low", "reward_high", "text"}

@@ -31,9 +31,6 @@ def report(run_dirs: RunFolders, out: Out = None, follow: Follow = False, every:
     if every <= 0:
         raise Refusal(f"--every {every:g}", "must be more than 0 seconds", "give some seconds, such as 10")
     file = out or _beside(run_dirs)
-    folder = _there(file.absolute().parent)
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise Refusal(f"--out {file}", "must be a file that can be written", "give another place for the page")
     if follow:
         try:
             page.follow(run_dirs, file, every, terminal.say)
@@ -51,8 +48,3 @@ def _beside(run_dirs: list[Path]) -> Path:
     if len(run_dirs) == 1:
         return run_dirs[0] / "report.html"
     return Path(os.path.commonpath([directory.absolute().parent for directory in run_dirs])) / "report.html"
-
-
-def _there(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
-    return next(one for one in (folder, *folder.parents) if one.exists())

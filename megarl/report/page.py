@@ -19,6 +19,7 @@ import jinja2
 import yaml
 
 import megarl
+from megarl.errors import Refusal
 from megarl.report.charts import charts_of
 from megarl.report.difficulty import SECTION as DIFFICULTY
 from megarl.report.difficulty import charts_of_difficulty
@@ -60,14 +61,18 @@ class Written(NamedTuple):
 
 def write_page(directories: Sequence[Path], out: Path, *, reload: float | None = None) -> Written:
     """Write the page of the runs in these folders to `out`, whole or not at all. With `reload` it loads itself again
-    every so many seconds. Raises `Refusal` where a folder is no run's."""
+    every so many seconds. Raises `Refusal` where a folder is no run's, or the page cannot be written."""
     start = time.perf_counter()
     runs = read_runs(directories)
     text, remarks = page_of(runs, reload)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(text)
-    partial.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + ".partial")
+        partial.write_bytes(text)
+        partial.replace(out)
+    except OSError as error:
+        rule = f"must be a file that can be written ({error.strerror})"
+        raise Refusal(str(out), rule, "give the page another place (--out), or make room there") from None
     return Written(out, len(text), time.perf_counter() - start, remarks)
 
 
