@@ -52,6 +52,9 @@ def _of_run(run: Run) -> Iterator[tuple[str, int | None, list[dict[str, Any]], l
         yield from _of_file("evaluation", step, file)
     last = run.steps[-1]["step"] if run.steps else 0
     for file in sorted(run.directory.glob("suites/*/*.jsonl")):
+        if file.stem.endswith(".partial"):
+            # Answers of a suite that is not done yet.
+            continue
         yield from _of_file(f"{file.parent.name}: {file.stem}", last, file)
 
 
