@@ -28,11 +28,11 @@ from megarl.health.run_lock import RunLock
 from megarl.parallel import progress, terminal
 from megarl.parallel.exchange import first_decides, from_first, gather_all, gather_to_first
 from megarl.records import Key
+from megarl.report.figures import clock_time
 from megarl.rewards.scorer import build_scoring
 from megarl.rollout.engine import Completion
 from megarl.train import journal
 from megarl.train.evaluation import answer_row, begin_grading, grade, outputs_of, sampling_of
-from megarl.train.figures import clock_time
 from megarl.train.journal import Entries, Journal
 from megarl.train.outputs import Output
 from megarl.train.run import session_of
