@@ -102,7 +102,7 @@ def test_metrics_have_the_names_that_people_script_on(base: Path) -> None:
     assert "accuracy" in lines[2] and lines[2]["evaluation_reward_terms"]["box"] == -1.0
     samples = [json.loads(line) for line in (base / "runs/base/samples.jsonl").read_text().splitlines()]
     sample = samples[0]
-    assert len(samples) == 32 and "".join(piece["text"] for piece in sample["pieces"]) == sample["response"]
+    assert len(samples) == 16 and "".join(piece["text"] for piece in sample["pieces"]) == sample["response"]
     for row in samples:
         assert sum(piece["tokens"] for piece in row["pieces"]) == row["length"]
         assert row["pieces"][0]["advantage"] == row["advantage"] and len(row["pieces"][0]["sizes"]) == row["length"]
@@ -125,7 +125,7 @@ def test_a_run_leaves_a_page_that_a_browser_shows(base: Path) -> None:
     assert file.stat().st_size < 5e6
     with browser() as started, opened(started, file) as page:
         look_at_all(page)
-        assert page.inner_text("h1") == "base" and page.inner_text("#found") == "32 of 40 samples"
+        assert page.inner_text("h1") == "base" and page.inner_text("#found") == "16 of 24 samples"
         reward = page.locator(".charts .chart").first
         reward.scroll_into_view_if_needed()
         assert pixels_like(reward, "#2f7ed8") > 50
@@ -134,7 +134,7 @@ def test_a_run_leaves_a_page_that_a_browser_shows(base: Path) -> None:
         ranks.scroll_into_view_if_needed()
         assert pixels_like(ranks, "#d9600f") > 1_000
         page.click("#rows tbody tr")
-        assert page.locator("#sample .token.p4, #sample .token.n4, #sample .token").count() == 12
+        assert page.locator("#sample .value").count() == 1 and page.locator("#sample .token").count() > 3
 
 
 def test_the_log_has_a_line_a_step_each_warning_once_and_ends_with_what_there_is(base: Path) -> None:
