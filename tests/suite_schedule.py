@@ -4,7 +4,7 @@ A file is one piece of work, so that its module's fixtures are made once, and th
 `durations.json`. Tests that mostly wait (joins, watchdogs, Slurm) then run beside those that compute. Where a
 file's tests share nothing it is split (`SPLIT`), and files that share something large are one piece (`TOGETHER`).
 
-`--quick` leaves out what starts worlds of ranks, engines, whole runs or a scheduler; a test that starts processes by
+`--quick` leaves out what starts worlds of ranks, engines, whole runs, a browser or a scheduler; a test that starts processes by
 `preloaded` all the same fails there.
 
 The whole suite fails where a file took far more than `durations.json` has for it. All files' times are first
@@ -63,6 +63,7 @@ PROCESSES = frozenset(
         "test_push_absence.py",
         "test_push_checksum.py",
         "test_weight_source.py",
+        "test_report_page.py",
         "test_reshard_vllm.py",
         "test_resume.py",
         "test_servers_vllm.py",

@@ -238,12 +238,16 @@ def test_tensorboard_has_the_numbers_of_the_metrics(tmp_path: Path) -> None:
     made = recorder(tmp_path)
     record(made, 1, 2)
     made.evaluation(EVALUATION)
+    ranks = {"slowest": {"push": 0.5}, "fastest": {"push": 0.25}, "push_seconds": 0.125, "ranks": {"0": {}}}
+    made.phases({"step": 2, "kind": "step"} | ranks)
     made.close()
     events = EventAccumulator(str(tmp_path / "runs" / "run" / "tensorboard"))
     events.Reload()
     names = set(flat(RL)) | set(flat(EVALUATION))
     assert {"seconds/generate", "counters/groups_dropped", "accuracy", "epoch"} <= names
-    assert set(events.Tags()["scalars"]) == names
+    phases = {f"step_phases/{name}" for name in ("slowest/push", "fastest/push", "push_seconds")}
+    assert set(events.Tags()["scalars"]) == names | phases
+    assert [(point.step, point.value) for point in events.Scalars("step_phases/slowest/push")] == [(2, 0.5)]
     assert [(point.step, point.value) for point in events.Scalars("reward_mean")] == [
         (1, pytest.approx(0.025)),
         (2, pytest.approx(0.05)),

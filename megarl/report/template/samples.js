@@ -137,7 +137,7 @@ const samples = { found: [], page: 0, open: null, sort: "step", down: true };
     };
     for (const [length, by, trained, advantage, sizes] of pieces) {
       const kind = tint(advantage, largest);
-      let stamped = false;
+      let stamped = null;
       // Without the tokens' sizes a piece is one, or two where the thinking ends in it.
       const within = thinks - place > 0 && thinks - place < length ? [thinks - place, length - thinks + place] : [length];
       for (const size of sizes ?? within) {
@@ -146,8 +146,9 @@ const samples = { found: [], page: 0, open: null, sort: "step", down: true };
         token += 1;
         if (!size) continue;
         open(by !== "policy" ? by : start < thinks ? "thinking" : thinks ? "answer" : "response");
-        if (trained && !stamped) {
-          stamped = true;
+        // Once in each block.
+        if (trained && stamped !== block) {
+          stamped = block;
           block.append(element("span", { className: "value" }, advantage === null ? "trained" : signed(advantage)));
         }
         const said = `${sizes ? `token ${token}, ` : ""}${!trained ? "not trained" : advantage === null ? "trained" : `advantage ${signed(advantage)}`}`;
