@@ -4,8 +4,8 @@ A file is one piece of work, so that its module's fixtures are made once, and th
 `durations.json`. Tests that mostly wait (joins, watchdogs, Slurm) then run beside those that compute. Where a
 file's tests share nothing it is split (`SPLIT`), and files that share something large are one piece (`TOGETHER`).
 
-`--quick` leaves out what starts worlds of ranks, engines, whole runs, a browser or a scheduler; a test that starts processes by
-`preloaded` all the same fails there.
+`--quick` leaves out what starts worlds of ranks, engines, whole runs, a browser or a scheduler; a test that starts
+processes by `preloaded` all the same fails there.
 
 The whole suite fails where a file took far more than `durations.json` has for it. All files' times are first
 divided by this machine's pace, the median of time taken over time written down, so that a slow or a busy
