@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ def test_every_token_has_its_characters(tokenizers: dict[str, Tokenizer], kind: 
             assert "\ufffd" in own or said[place : place + size].strip() == own.strip()
             place += size
     assert token_sizes(tokenizer, tokenizer.encode("ab"), "something else") is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_are_no_text_have_a_size_too(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    """As a policy with random weights writes them."""
+    if kind not in tokenizers:
+        pytest.skip("needs shared/data")
+    tokenizer = tokenizers[kind]
+    draw = random.Random(0)
+    for length in (1, 12, 300):
+        ids = [draw.randrange(tokenizer.vocab_size) for _ in range(length)]
+        text = tokenizer.decode(ids)
+        sizes = token_sizes(tokenizer, ids, text)
+        assert sizes is None or (len(sizes) == length and sum(sizes) == len(text))
+        # Hugging Face's decoder of bytes looks at all that stand together, letters among them.
+        assert sizes is not None or kind not in ("sentencepiece", "byte_level")
 
 
 def test_a_response_is_cut_where_its_writer_or_its_advantage_changes() -> None:

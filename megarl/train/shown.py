@@ -18,6 +18,9 @@ from megarl.train.groups import Rollouts
 from megarl.train.session import Session
 from megarl.train.sources import level_of
 
+#: What stands for bytes that are no whole character, and tokens that one character has at most.
+_BROKEN, _PARTS = "\ufffd", 4
+
 
 def rows_of(
     session: Session, step: int, rollouts: Rollouts, spans: Mapping[Key, tuple[Span, ...]]
@@ -120,24 +123,26 @@ def pieces_of(tokenizer: Tokenizer, head: Head, ids: Sequence[int], spans: Seque
 def token_sizes(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int] | None:
     """How many characters of `text`, theirs together, each of the `ids` adds; a character of several tokens is the
     last one's. None where the text is not made of the tokens' own."""
-    own: dict[int, str] = {}
+    own = {token_id: tokenizer.decode([token_id]) for token_id in set(ids)}
+    broken = [_BROKEN in own[token_id] for token_id in ids]
     sizes: list[int] = []
     place, part = 0, list[int]()
-    for token_id in ids:
-        if token_id not in own:
-            own[token_id] = tokenizer.decode([token_id])
+    for token_id, goes_on in zip(ids, [*broken[1:], False], strict=True):
         part.append(token_id)
+        if goes_on and len(part) > _PARTS:
+            # Bytes that are no text: they end where text begins.
+            continue
         said = own[token_id] if len(part) == 1 else tokenizer.decode(part)
-        if "\ufffd" in said and len(part) < 8:
-            sizes.append(0)
+        if _BROKEN in said and goes_on:
             continue
         # A tokenizer that marks where words begin says nothing of it for one alone.
         begins = next((blank for blank in ("", " ") if text.startswith(blank + said, place)), None)
         if begins is None:
             return None
-        sizes.append(len(begins + said))
+        each = [1] * len(part) if len(said) == len(part) else [0] * (len(part) - 1) + [len(said)]
+        sizes += [len(begins) + each[0], *each[1:]]
         place, part = place + len(begins + said), []
-    return sizes if place == len(text) and not part else None
+    return sizes if place == len(text) else None
 
 
 def _mean(spans: Sequence[Span]) -> float | None:
