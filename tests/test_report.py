@@ -8,7 +8,8 @@ import json
 import math
 import os
 import re
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from megarl.errors import Refusal
 from megarl.report import samples as samples_module
 from megarl.report.charts import POINTS, charts_of
 from megarl.report.difficulty import charts_of_difficulty, evaluation_files
-from megarl.report.page import follow, write_page
+from megarl.report.page import write_page
 from megarl.report.runs import read_lines, read_run, read_runs
 from megarl.report.samples import COLUMNS, samples_of
 from megarl.report.times import STEPS, times_of
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(*arguments: object) -> Any:
@@ -247,29 +250,29 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_following_ends_with_the_run(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    said: list[str] = []
-    following = threading.Thread(target=follow, args=([run], tmp_path / "page.html", 0.05, said.append))
-    following.start()
+    run, file = tmp_path / "run", tmp_path / "page.html"
+    command = [sys.executable, "-m", "megarl", "report", str(run), "--follow", "--every", "0.05", "--out", str(file)]
+    following = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
+        # There is nothing yet, which it waits for.
         time.sleep(0.2)
-        assert said == []
         write_run(run, steps=2)
-        until(lambda: len(said) >= 1)
-        assert '"reload":0.05' in (tmp_path / "page.html").read_text(encoding="utf-8")
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(step_line(3)) + "\n")
-        until(lambda: len(said) >= 2)
+        until(file.is_file)
+        assert '"reload":0.05' in file.read_text(encoding="utf-8") and following.poll() is None
+        with open(run / "metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps(step_line(3)) + "\n")
+        until(lambda: '"x":[1,2,3]' in file.read_text(encoding="utf-8"))
         (run / "summary.json").write_text('{"steps": 3}')
-        os.utime(run / "summary.json")
+        said = following.communicate(timeout=60)[1].splitlines()
     finally:
-        following.join(20)
-    assert not following.is_alive() and said[-1].startswith("the runs have ended: ")
-    assert '"reload":null' in (tmp_path / "page.html").read_text(encoding="utf-8")
+        following.kill()
+    assert following.returncode == 0 and len(said) >= 3
+    assert said[-1].startswith(f"megarl: the runs have ended: {file} (")
+    assert '"reload":null' in file.read_text(encoding="utf-8")
 
 
 def until(holds: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -202,32 +202,27 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def follow(
-    directories: Sequence[Path], out: Path, every: float, say: Callable[[str], None], *, patience: float | None = None
-) -> None:
+def follow(directories: Sequence[Path], out: Path, every: float, say: Callable[[str], None]) -> None:
     """Write the page whenever a run has recorded something, until all have ended; it loads itself again meanwhile.
 
-    A run has ended where summary.json is newer than metrics.jsonl. `patience`: seconds after which it is given up that
-    something more is recorded; None: never.
+    Looks every so many seconds, also for runs that have not begun. A run has ended where summary.json is no older than
+    metrics.jsonl.
     """
-    seen: list[tuple[int, int]] | None = None
-    since = time.monotonic()
+    seen: list[tuple[int, int]] = []
     while True:
         now = [_state(directory) for directory in directories]
         ended = all(summary >= metrics > 0 for metrics, summary in now)
-        if patience is not None and time.monotonic() - since > patience:
-            ended = True
-        if (now != seen and all(metrics for metrics, _ in now)) or ended:
+        if now != seen and all(metrics for metrics, _ in now):
             written = write_page(directories, out, reload=None if ended else every)
             say(("the runs have ended: " if ended else "") + written.sentence())
-            seen, since = now, time.monotonic()
+            seen = now
         if ended:
             return
         time.sleep(every)
 
 
 def _state(directory: Path) -> tuple[int, int]:
-    """When metrics.jsonl and summary.json were last written, in nanoseconds; 0 where one is not there."""
+    """When metrics.jsonl, as far as it holds anything, and summary.json were last written, in nanoseconds; else 0."""
     found = [directory / name for name in ("metrics.jsonl", "summary.json")]
-    first, second = (file.stat().st_mtime_ns if file.is_file() else 0 for file in found)
+    first, second = (file.stat().st_mtime_ns if file.is_file() and file.stat().st_size else 0 for file in found)
     return first, second
