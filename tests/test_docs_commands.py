@@ -81,6 +81,11 @@ RUN_BY: list[tuple[str, list[str]]] = [
     ("megarl reproduce quickstart_all", [ROW_TO_VERDICT]),
     ("megarl reproduce my.yaml", [ROW_TO_VERDICT]),
     ("megarl reproduce", ["test_reproduce.py::test_the_list_has_a_line_for_every_row", ROW_TO_VERDICT]),
+    ("megarl report --follow", ["test_report.py::test_following_ends_with_the_run"]),
+    (
+        "megarl report",
+        ["test_report.py::call", "test_report.py::test_runs_beside_each_other_say_in_what_they_differ"],
+    ),
     ("megarl bench step", ["test_runs.py::test_benchmarks_measure_the_loop"]),
     ("megarl bench rollout", ["test_runs.py::test_benchmarks_measure_the_loop"]),
     (
