@@ -27,6 +27,15 @@ MODEL = {
 #: One that FP8 can multiply: its sides are multiples of 16 under TP 1 to 4.
 DENSE = MODEL | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 64}
 
+#: A mixture of experts of such sides.
+SPARSE = DENSE | {
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+
 #: A tokenizer of two tokens: unknown words, and the end.
 TOKENIZER: dict[str, Any] = {
     "version": "1.0",

@@ -6,21 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from config_case import DENSE, config_with
+from config_case import DENSE, SPARSE, config_with
 
 from megarl.config import fp8_rules
 from megarl.config.model_shape import ModelShape, model_shape_from_hf
 from megarl.config.rules import broken_setting_rules
 from megarl.config.schema import RunConfig
 from megarl.policy.batch import Cut
-
-SPARSE = DENSE | {
-    "model_type": "qwen2_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 64,
-}
 
 
 def run_of(precision: str, **sections: Any) -> RunConfig:

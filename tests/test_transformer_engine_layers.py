@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from config_case import DENSE, SPARSE, config_with
 from test_configs import CONFIGS, GPUS, write_files
 
 from megarl.config import accelerations
 from megarl.config.grid import chunks_of_stage
 from megarl.config.load import load_config
-from megarl.config.model_shape import ModelShape, read_model_shape
+from megarl.config.model_shape import ModelShape, model_shape_from_hf, read_model_shape
 from megarl.config.schema import RunConfig
 from megarl.formats import megatron
 from megarl.parallel.fake_world import rank_of_fake_world
 from megarl.policy.megatron_config import transformer_config
-from megarl.policy.model import build_model, is_expert
+from megarl.policy.model import build_model, fuse_weight_gradients, is_expert
 
 pytestmark = pytest.mark.skipif(
     not accelerations.has_extension(), reason="needs Transformer Engine: an environment of requirements/gpu.lock"
@@ -93,3 +94,26 @@ def test_both_kinds_of_layers_hold_and_save_the_same(
         engine, cpu = (build(config, shape, GPUS[name], stage, kind) for kind in (True, False))
         assert engine == cpu
         assert len(engine) > shape.num_layers
+
+
+@pytest.mark.parametrize("fields", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_linear_layers_of_decoder_layers_add_up_their_weights_gradients_themselves(fields: dict[str, Any]) -> None:
+    """And no other layer: what else has a weight, has its gradient added by Megatron's hooks."""
+    config, shape = config_with(), model_shape_from_hf(fields)
+    with rank_of_fake_world(0, 1, config.parallel), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        patch.setattr("torch.cuda.current_device", lambda: 0)
+        models = build_model(transformer_config(config, shape), shape, chunks_of_stage(4, config.parallel, 0))
+        asked = {name for name, one in models[0].named_modules() if getattr(one, "fuse_wgrad_accumulation", False)}
+        assert asked == set()
+        fuse_weight_gradients(models)
+        asked = {name for name, one in models[0].named_modules() if getattr(one, "fuse_wgrad_accumulation", False)}
+    attention = {"self_attention.linear_qkv", "self_attention.linear_proj"}
+    mlps = ("mlp.experts", "mlp.shared_experts") if shape.is_moe else ("mlp",)
+    layers = attention | {f"{mlp}.linear_fc{number}" for mlp in mlps for number in (1, 2)}
+    assert asked == {f"decoder.layers.{number}.{layer}" for number in range(4) for layer in layers}
+    others = {name for name, _ in models[0].named_parameters() if name.rpartition(".")[0] not in asked}
+    kinds = {name.rpartition(".")[0].rpartition(".")[2] for name in others}
+    assert kinds == {"word_embeddings", "final_layernorm", "output_layer"} | (
+        {"router", "pre_mlp_layernorm", "shared_experts"} if shape.is_moe else set()
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from config_case import DENSE, config_with
+from config_case import DENSE, SPARSE, config_with
 from megatron.core import dist_checkpointing
 from torch._C._distributed_c10d import HashStore
 
@@ -31,13 +31,6 @@ pytestmark = pytest.mark.skipif(
     not accelerations.has_extension(), reason="needs Transformer Engine: an environment of requirements/gpu.lock"
 )
 
-SPARSE = DENSE | {
-    "model_type": "qwen2_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 64,
-}
 LENGTH = 3
 
 

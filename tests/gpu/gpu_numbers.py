@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import parity
+import torch
 
 from megarl.config.fp8 import DELAYED
 from megarl.config.sections import RunSettings
@@ -50,6 +52,23 @@ def numbers(path: Path, precision: str, world: Any) -> dict[str, Any]:
         "loss": result.loss,
         "grad_norm": result.grad_norm,
     }
+
+
+def gradients_of_passes(policy: Any, config: Any, passes: Sequence[tuple[int, ...]]) -> dict[str, list[torch.Tensor]]:
+    """What the buffers hold of every parameter after each of `passes`, one mini-batch after the other, which are named
+    by their seeds; none is applied."""
+    batches = [parity.mini_batch(seed) for seed in range(1 + max(map(max, passes)))]
+    likely = [[np.full(one.trained, -np.log(97), np.float32) for one in batch] for batch in batches]
+    batches = [parity.with_old_log_probs(batch, old, seed=0) for batch, old in zip(batches, likely, strict=True)]
+    found: dict[str, list[torch.Tensor]] = {}
+    for seeds in passes:
+        for seed in seeds:
+            objectives = parity.grpo(config).objectives
+            policy.accumulate(batches[seed], objectives, parity.totals(batches[seed]), old_is_current=False)
+        for name, parameter in policy.named_parameters():
+            found.setdefault(name, []).append(parameter.main_grad.clone())
+        policy.discard()
+    return found
 
 
 def main() -> None:

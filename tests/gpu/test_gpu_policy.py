@@ -56,3 +56,17 @@ def test_an_update_is_the_cpus(name: str, precision: str, models: Path, on_the_c
         assert part < most, f"{when}: {part:.2f} of {cost:.2e} nats"
     assert found["loss"] == pytest.approx(cpu["loss"], rel=0.05, abs=1e-3)
     assert found["grad_norm"] == pytest.approx(cpu["grad_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8-blockwise"])
+@pytest.mark.parametrize("name", gpu_numbers.MODELS)
+def test_passes_before_a_step_add_up(name: str, precision: str, models: Path, world: Any) -> None:
+    """A layer that adds its weight's gradient to the buffer itself must find what an earlier pass has left there."""
+    config = gpu_numbers.config_of(models / name, precision)
+    with parity.policy_of(config, world) as policy:
+        sums = gpu_numbers.gradients_of_passes(policy, config, [(0,), (1,), (0, 1)])
+    for parameter, (first, second, both) in sums.items():
+        apart = float((both - first - second).norm())
+        # Attention's backward pass on a GPU adds up in no fixed order.
+        assert apart <= 0.01 * float(both.norm()) + 1e-6, f"{parameter}: {apart:.2e} of {float(both.norm()):.2e}"
+        assert float(first.norm()) > 0.0 or "expert" in parameter, parameter
