@@ -17,8 +17,11 @@ from megarl.config.implied import Implied
 from megarl.config.load import load_config
 from megarl.data.packing import microbatches
 from megarl.parallel.bootstrap import World
+from megarl.parallel.vocab import vocabulary_shard
+from megarl.reshard.weight_map import padded_vocab_size
 
 PAGE = DOCS / "data_flow.md"
+SCRIPT = (ROOT / "launch" / "quickstart.sh").read_text()
 QUICKSTART = load_config(ROOT / "configs" / "quickstart.yaml")
 
 
@@ -68,6 +71,9 @@ def test_numbers_are_those_of_the_configuration() -> None:
     processes, grid = QUICKSTART.parallel.processes or 1, grid_of_rank(0, 4, QUICKSTART.parallel)
     answers, longest = settings.prompts * QUICKSTART.rollout.group_size, implied.longest_trained_sequence
     share = answers // grid.data
+    (words,) = map(int, re.findall(r"make_tiny_model.*?--vocab-size (\d+)", SCRIPT, re.DOTALL))
+    rows_of = padded_vocab_size(words, grid.tensor) // grid.tensor
+    shards = [vocabulary_shard(words, rows_of, rank, None) for rank in range(grid.tensor)]
     assert shown == {
         "prompts of a step": settings.prompts,
         "answers of a step": answers,
@@ -76,6 +82,8 @@ def test_numbers_are_those_of_the_configuration() -> None:
         "sequences of a replica's update": share,
         "longest sequence in tokens": longest,
         "bound of a micro-batch in tokens": settings.tokens_per_microbatch,
+        "words of the vocabulary on tensor rank 0": shards[0].valid,
+        "words on tensor rank 1, padding aside": shards[1].valid,
         "micro-batches of a replica, were all the longest": len(
             microbatches([longest] * share, settings.tokens_per_microbatch)
         ),
