@@ -258,7 +258,7 @@ def test_a_row_goes_from_its_model_to_its_verdict_and_nothing_is_done_twice(
         "inputs", "convert", "train", "evaluate", "table",
     ]  # fmt: skip
     chain.carry_out([row], SAID.append, stream)
-    assert ran == ["make_arithmetic.py", "convert_hf_to_megatron.py", "train", "evaluate"]
+    assert ran == ["make_arithmetic.py", "convert_hf_to_megatron.py", "train", "evaluate", "report"]
     table = json.loads((elsewhere / "runs/mine/reproduction.json").read_text())
     (line,) = table["lines"]
     results = stages.results(row)["sums"]["benchmarks"]["sums"]
@@ -268,7 +268,7 @@ def test_a_row_goes_from_its_model_to_its_verdict_and_nothing_is_done_twice(
 
     ran.clear()
     chain.carry_out([row], SAID.append, io.StringIO())
-    assert ran == []
+    assert ran == ["report"] and (elsewhere / "runs/mine/report.html").is_file()
     # What is gone is to be made again, and nothing else: the run has ended, and its inputs are no longer needed.
     (folder,) = stages.evaluation(row).folders
     (folder / "results.json").unlink()

@@ -52,7 +52,7 @@ def _cells(row: Row, benchmarks: Sequence[str]) -> Iterator[str]:
     facts = facts_of(row, read_cluster("h100")) if row.about.model else Facts(None, row.config.gpus, None)
     yield f"`{row.name}`"
     yield row.about.row
-    yield row.about.model or Path(row.config.model.path).name
+    yield row.about.model or "made here"
     yield "" if facts.parameters is None else shown_size(facts.parameters)
     yield "" if facts.gpus is None else str(facts.gpus)
     yield "" if facts.gpu_hours is None else f"{facts.gpu_hours:,.0f}"

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from megarl.errors import Refusal
 from megarl.reproduction import stages, verdict
+from megarl.reproduction.commands import megarl_command
 from megarl.reproduction.inputs import Missing, absent_start, how_to_start, missing
 from megarl.reproduction.rows import Row
 
@@ -52,6 +53,7 @@ def carry_out(rows: Sequence[Row], say: Say, stream: TextIO) -> None:
             verdict.keep(row, found[row.name])
     if found:
         verdict.print_verdicts(found, stream)
+    _show(rows, say)
 
 
 def _finish(row: Row, say: Say) -> None:
@@ -68,6 +70,15 @@ def _finish(row: Row, say: Say) -> None:
         for command in stage.commands:
             say(f"{row.name}, {stage.name}: {command}")
             command.run()
+
+
+def _show(rows: Sequence[Row], say: Say) -> None:
+    """One page of the rows' runs: of several beside their folders, by their table's name."""
+    folders = [str(row.folder) for row in rows]
+    page = rows[0].folder / "report.html" if len(rows) == 1 else rows[0].folder.with_name(f"{rows[0].about.table}.html")
+    command = megarl_command("report", *folders, "--out", str(page))
+    say(str(command))
+    command.run()
 
 
 def require_inputs(row: Row, say: Say) -> None:
