@@ -64,6 +64,7 @@ PROCESSES = frozenset(
         "test_push_checksum.py",
         "test_weight_source.py",
         "test_report_page.py",
+        "test_reproduce.py",
         "test_reshard_vllm.py",
         "test_resume.py",
         "test_servers_vllm.py",

@@ -24,10 +24,10 @@ from megarl.reshard.weight_map import padded_vocab_size
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 #: Parameters that the models' cards give, in thousands of millions, and what config.json makes of it exactly.
 PUBLISHED = {
-    "qwen2.5_32b": (32.76, 32_763_876_352),
-    "qwen2.5_72b": (72.7, 72_706_203_648),
-    "qwen3_30b_a3b": (30.5, 30_532_122_624),
-    "qwen3_235b_a22b": (235.09, 235_093_634_560),
+    "Qwen2.5-32B": (32.76, 32_763_876_352),
+    "Qwen2.5-72B": (72.7, 72_706_203_648),
+    "Qwen3-30B-A3B": (30.5, 30_532_122_624),
+    "Qwen3-235B-A22B": (235.09, 235_093_634_560),
 }
 #: A mixture of 671 thousand million parameters, for planning alone: 3 dense layers of 61.
 MIXTURE_671B: dict[str, Any] = {
