@@ -75,6 +75,7 @@ PROCESSES = frozenset(
         "test_slurm.py",
         "test_slurm_runs.py",
         "test_start_shortcut.py",
+        "test_suite_runs.py",
         "test_stops.py",
         "test_submit.py",
         "test_submit_slurm.py",

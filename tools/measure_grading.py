@@ -21,7 +21,7 @@ from grading.benchmarks import NAMES, references
 from grading.hostile import hostile_answers
 from grading.rewritings import rewritings
 
-from megarl.config.rewards import RewardSettings
+from megarl.config.rewards import RULE_KINDS, RewardSettings
 from megarl.rewards.answers import GradedAnswer, GradingItem
 from megarl.rewards.grader import Grader
 
@@ -31,20 +31,25 @@ EXAMPLES = """examples:
 """
 
 
-def graded(items: list[GradingItem], workers: int, time_limit: float) -> tuple[list[GradedAnswer], float]:
+def graded(items: list[GradingItem], options: argparse.Namespace) -> tuple[list[GradedAnswer], float]:
     """The answers' rewards, and the seconds that grading took, without the start of the processes."""
-    with Grader(RewardSettings(kind="math", workers=workers, time_limit=time_limit)) as grader:
-        grader.grade([GradingItem("\\boxed{1}", "1")] * workers * 4)
+    settings = RewardSettings(
+        kind=options.rule, workers=options.workers, time_limit=options.time_limit, max_failed_share=1.0
+    )
+    with Grader(settings) as grader:
+        grader.grade([GradingItem("\\boxed{1}", "1")] * options.workers * 4)
         start = time.monotonic()
         answers = grader.grade(items)
         return answers, time.monotonic() - start
 
 
 def check_rewritings(folder: Path, name: str, options: argparse.Namespace) -> int:
-    """Grade every rewriting of every distinct reference of a benchmark; the number that is not right."""
+    """Grade every rewriting of every distinct reference of a benchmark, or the reference itself in a box alone; the
+    number that is not right."""
     distinct = sorted({one for row in references(folder, name) for one in row if one.strip()})
-    cases = [(reference, kind, text) for reference in distinct for kind, text in rewritings(reference)]
-    answers, seconds = graded([GradingItem(text, ref) for ref, _, text in cases], options.workers, options.time_limit)
+    itself = (lambda one: [("itself", rf"\boxed{{{one}}}")]) if options.itself else rewritings
+    cases = [(reference, kind, text) for reference in distinct for kind, text in itself(reference)]
+    answers, seconds = graded([GradingItem(text, ref) for ref, _, text in cases], options)
     wrong = [case for case, answer in zip(cases, answers, strict=True) if answer.reward != 1.0]
     print(
         f"{name}: {len(distinct)} references, {len(cases)} rewritings, {len(wrong)} not right, {seconds:.0f} s",
@@ -63,7 +68,7 @@ def check_others(folder: Path, name: str, options: argparse.Namespace) -> int:
     pairs = [(one, other) for one in distinct for other in distinct if one != other]
     pairs = rng.sample(pairs, min(options.pairs, len(pairs)))
     items = [GradingItem(rf"\boxed{{{other}}}", one) for one, other in pairs]
-    answers, seconds = graded(items, options.workers, options.time_limit)
+    answers, seconds = graded(items, options)
     right = [pair for pair, answer in zip(pairs, answers, strict=True) if answer.reward == 1.0]
     print(f"{name}: {len(pairs)} pairs of different references, {len(right)} graded right, {seconds:.0f} s", flush=True)
     for one, other in right[: options.show]:
@@ -77,7 +82,7 @@ def check_hostile(options: argparse.Namespace) -> int:
     failed, total = 0, 0.0
     for family in sorted({family for family, _, _ in cases}):
         own = [(text, reference) for one, text, reference in cases if one == family]
-        answers, seconds = graded([GradingItem(text, ref) for text, ref in own], options.workers, options.time_limit)
+        answers, seconds = graded([GradingItem(text, ref) for text, ref in own], options)
         counters = Counter(answer.counter for answer in answers if answer.counter)
         right = sum(answer.reward == 1.0 for answer in answers)
         print(
@@ -99,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("references", "hostile"))
     parser.add_argument("--data", type=Path, help="folder with the benchmarks' files")
     parser.add_argument("--benchmarks", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--rule", default="math", choices=RULE_KINDS)
+    parser.add_argument("--itself", action="store_true", help="each reference in a box, in no other writing")
     parser.add_argument("--pairs", type=int, default=20000, help="pairs of different references per benchmark")
     parser.add_argument("--count", type=int, default=10000, help="hostile answers")
     parser.add_argument("--seed", type=int, default=0)
@@ -113,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = 0
     for name in options.benchmarks:
         wrong += check_rewritings(options.data, name, options)
-        check_others(options.data, name, options)
+        if options.pairs:
+            check_others(options.data, name, options)
     return int(wrong > 0)
 
 

@@ -43,7 +43,7 @@ def grade(
     rows: list[dict[str, Any]] = []
 
     def tell(row: GradedRow) -> None:
-        if differing and (row.label is None or row.agrees):
+        if differing and (None in (row.right, row.label) or row.agrees):
             return
         if as_json:
             rows.append({name: value for name, value in row._asdict().items() if name != "label" or label_column})

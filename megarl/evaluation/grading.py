@@ -118,9 +118,9 @@ def _read(row: Row, columns: Columns, last_characters: int | None) -> tuple[Grad
         listed = answers if isinstance(answers, list) else [answers]
         references = [text.strip() for one in listed if (text := text_of(one)) is not None]
     except NoText as error:
-        return f"not graded: {error}", label
+        return f"not readable: {error}", label
     if not references:
-        return f"not graded: no reference in {columns.answer}", label
+        return f"no reference in {columns.answer}", label
     text = response if last_characters is None else response[-last_characters:]
     return GradingItem(text, references[0], alternatives=tuple(references[1:])), label
 
