@@ -67,6 +67,13 @@ RUN_BY: list[tuple[str, list[str]]] = [
     ("megarl train resume", ["test_runs.py::test_a_finished_run_is_not_touched"]),
     ("megarl doctor runs/", ["test_doctor.py::test_whole_ones_are_listed_newest_first"]),
     ("megarl generate", ["test_runs.py::test_generate_makes_the_first_steps_rollouts"]),
+    (
+        "megarl evaluate --suite",
+        [
+            "test_suite_runs.py::evaluated",
+            "test_suite_runs.py::test_a_checkpoint_and_what_it_is_exported_to_have_the_same_scores",
+        ],
+    ),
     ("megarl evaluate checkpoint", ["test_runs.py::test_evaluate_repeats_the_runs_last_evaluation"]),
     ("megarl plan --schedule", ["test_plan_push.py::test_the_schedule_has_a_line_for_every_box"]),
     (
