@@ -49,14 +49,15 @@ def refusals(
     `reads`: prompts are read at all. `cluster`: whose GPUs the run is for; default: this machine's.
     """
     yield from rules.broken_rules(config, processes=processes)
-    if cluster is None:
-        yield from hardware.refusals(config)
-    else:
+    if cluster is not None:
         yield from gpu_rules.refusals(config, read_model_shape(config.model.path), cluster.capability)
     if trains:
         yield from past.refusals(config)
     if reads:
         yield from contents(config, evaluates=evaluates, seconds=BRIEFLY if starts else SECONDS)
+    if cluster is None:
+        # Last, as it may start CUDA: what is tried before starts processes by forks.
+        yield from hardware.refusals(config)
 
 
 def contents(config: RunConfig, *, evaluates: bool = False, seconds: float = SECONDS) -> Iterator[Refusal]:
