@@ -289,9 +289,9 @@ def pressure(engine: Any) -> Iterator[dict[str, int]]:
     scheduler = engine._engine.engine_core.engine_core.scheduler
     complete, preempt = engine._completion, scheduler._preempt_request
 
-    def completed(output: Any, request_id: str) -> Any:
+    def completed(output: Any) -> Any:
         found["cached"] += output.num_cached_tokens
-        return complete(output, request_id)
+        return complete(output)
 
     def preempted(*arguments: Any, **options: Any) -> Any:
         found["thrown out"] += 1
@@ -423,9 +423,9 @@ def turns(engine: Any, folder: Path) -> dict[str, Any]:
     sampling, made = Sampling(max_tokens=40), []
     complete = engine._completion
 
-    def completed(output: Any, request_id: str) -> Any:
+    def completed(output: Any) -> Any:
         made.append((len(output.outputs[0].token_ids), output.num_cached_tokens))
-        return complete(output, request_id)
+        return complete(output)
 
     def played(settings: dict[str, Any], bounds: Any, tasks: Any = tasks, grade: Any = None) -> list[dict[str, Any]]:
         host = hosts.build(EnvironmentSettings(**settings), tokenizer, None, grade) if engine.speaks else None

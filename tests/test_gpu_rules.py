@@ -40,25 +40,12 @@ def refused(config: RunConfig, hidden: int = 128, capability: tuple[int, int] = 
             ],
         ),
         ({"moe": {"routing_replay": "on"}}, []),
-        (
-            {"moe": {"routing_replay": "compare"}, "rollout": {"tensor": 4, "max_tokens": 64}},
-            [
-                "rollout.tensor=4 with recorded routing on a GPU: must be 1: vLLM keeps the record on the first rank "
-                "of an engine, and the others stop without it. Fix: set rollout.tensor=1 or moe.routing_replay=off."
-            ],
-        ),
+        ({"moe": {"routing_replay": "compare"}, "rollout": {"tensor": 4, "max_tokens": 64}}, []),
         (
             {"moe": {"routing_replay": "on"}, "vllm": {"async_scheduling": True}},
             [
                 "vllm.async_scheduling=true: must be off where routing is recorded: a step would still be under way "
                 "when prefixes are forgotten. Fix: remove it, or do not record the routing."
-            ],
-        ),
-        (
-            {"moe": {"routing_replay": "on"}, "vllm": {"enable_prefix_caching": False}},
-            [
-                "vllm.enable_prefix_caching=false: must be left on where routing is recorded, which vLLM keeps by "
-                "cached block. Fix: remove it, or do not record the routing."
             ],
         ),
         (

@@ -152,6 +152,12 @@ def messages(run_file: Path, overrides: str, shape: ModelShape) -> list[str]:
             "moe.routing_replay=on: needs an algorithm that generates: the experts are those of the engine. "
             "Fix: remove it.",
         ),
+        (
+            MOE,
+            "moe.routing_replay=compare vllm.enable_prefix_caching=false",
+            "vllm.enable_prefix_caching=false: must be left on where routing is recorded, which vLLM keeps by cached "
+            "block. Fix: remove it, or set moe.routing_replay=off.",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and "=" in value and ":" not in value else "",
 )

@@ -101,23 +101,10 @@ def of_fp8_engine(config: RunConfig, shape: ModelShape, capability: tuple[int, i
 
 def of_recorded_routing(config: RunConfig) -> Iterator[Refusal]:
     """What stands in the way of recording the experts of every token."""
-    if (tensor := config.rollout.tensor) > 1:
-        # Every rank has a scheduler, which asks for the record within its step; nothing can be handed on before.
-        yield Refusal(
-            f"rollout.tensor={tensor} with recorded routing on a GPU",
-            "must be 1: vLLM keeps the record on the first rank of an engine, and the others stop without it",
-            "set rollout.tensor=1 or moe.routing_replay=off",
-        )
     if config.vllm.get("async_scheduling"):
         yield Refusal(
             "vllm.async_scheduling=true",
             "must be off where routing is recorded: a step would still be under way when prefixes are forgotten",
-            "remove it, or do not record the routing",
-        )
-    if config.vllm.get("enable_prefix_caching") is False:
-        yield Refusal(
-            "vllm.enable_prefix_caching=false",
-            "must be left on where routing is recorded, which vLLM keeps by cached block",
             "remove it, or do not record the routing",
         )
 

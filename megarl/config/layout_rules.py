@@ -118,6 +118,12 @@ def _experts(config: RunConfig) -> Iterator[Refusal]:
             "needs rollouts that are generated: saved ones come without their routing",
             "set moe.routing_replay=off, or remove rollout.replay",
         )
+    if config.moe.routing_replay != "off" and config.vllm.get("enable_prefix_caching") is False:
+        yield Refusal(
+            "vllm.enable_prefix_caching=false",
+            "must be left on where routing is recorded, which vLLM keeps by cached block",
+            "remove it, or set moe.routing_replay=off",
+        )
 
 
 def _no_experts(config: RunConfig, shape: ModelShape) -> Iterator[Refusal]:

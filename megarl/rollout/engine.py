@@ -1,7 +1,8 @@
 """The in-process vLLM engine: token ids in, token ids and log-probs out.
 
 Every process of the world holds one engine core, by vLLM's external launcher; consecutive
-`rollout.tensor` ranks form a replica. Only calls that vLLM 0.24 and 0.32 both have are used.
+`rollout.tensor` ranks form a replica. Only calls that vLLM 0.24 and 0.32 both have are used, but where routing is
+recorded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from vllm import EngineArgs, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from megarl.config.model_shape import ModelShape
@@ -25,11 +27,10 @@ from megarl.config.schema import RunConfig
 from megarl.errors import MegarlError
 from megarl.parallel import progress
 from megarl.records import FinishReason
-from megarl.rollout import vllm_setup
+from megarl.rollout import routing, vllm_setup
 from megarl.rollout.arguments import engine_arguments, register_model_class
 from megarl.rollout.draw import FixedAssignment, SharedCounter, WorkSource
 from megarl.rollout.phases import NoSleeper, Phases
-from megarl.rollout.routing import RoutingRecorder, SlotRecorder, VllmRecorder
 from megarl.rollout.seeds import hash_seed
 
 T = TypeVar("T")
@@ -117,17 +118,18 @@ class Engine:
         """That of the weights in the engine."""
         self.tokens_generated = 0
         """Of all finished requests so far."""
-        # vLLM's own names of the unfinished requests, by ours.
-        self._running: dict[str, str] = {}
+        # The unfinished requests.
+        self._running: set[str] = set()
         self._parameters: Callable[[Request], SamplingParams] | None = None
         self._pumps = itertools.count()
         with vllm_setup.quiet(), vllm_setup.own_randomness(None), self._eager():
             register_model_class(shape.family)
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            vllm_config = EngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+            if record_routing:
+                routing.switch_on(vllm_config)
+            self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
         self.phases = Phases(GpuSleeper(self._engine) if self._on_gpu else NoSleeper())
-        self._routing: RoutingRecorder | None = None
-        if record_routing:
-            self._routing = self.call_worker(VllmRecorder if self._on_gpu else SlotRecorder)
+        self._routing = self.call_worker(routing.RoutingRecorder) if record_routing else None
         if load_weights:
             self.phases.weights_written()
 
@@ -219,7 +221,8 @@ class Engine:
         if self._parameters is None or name in self._running:
             raise MegarlError(f"request {name} submitted outside `generating`, or while one of its index runs")
         prompt = tokens_input(list(request.prompt_token_ids))
-        self._running[name] = self._engine.add_request(name, prompt, self._parameters(request))
+        self._engine.add_request(name, prompt, self._parameters(request))
+        self._running.add(name)
 
     def pump(self) -> list[Completion]:
         """One step of the engine, if it has anything to do: the requests that finished in it.
@@ -232,7 +235,9 @@ class Engine:
             return []
         outputs = self._engine.step()
         progress.tick()
-        return [self._completion(one, self._running.pop(one.request_id)) for one in outputs if one.finished]
+        finished = [one for one in outputs if one.finished]
+        self._running.difference_update(one.request_id for one in finished)
+        return [self._completion(one) for one in finished]
 
     def collect(self) -> Iterator[Completion]:
         """The completions as they come, until nothing runs any more, nor what was submitted on taking one."""
@@ -249,7 +254,7 @@ class Engine:
 
     def _give_up(self) -> None:
         if self._running:
-            self._engine.abort_request(list(self._running))
+            self._engine.abort_request(sorted(self._running))
             self._running.clear()
 
     def _asked_to_stop(self) -> bool:
@@ -282,7 +287,7 @@ class Engine:
 
         return parameters
 
-    def _completion(self, output: Any, request_id: str) -> Completion:
+    def _completion(self, output: Any) -> Completion:
         """Translate vLLM's RequestOutput. Raises `MegarlError` where vLLM gave a request up."""
         answer = output.outputs[0]
         if answer.finish_reason not in ("stop", "length"):
@@ -292,7 +297,7 @@ class Engine:
         experts = None
         if self._routing is not None:
             tokens = len(output.prompt_token_ids) + len(answer.token_ids) - 1
-            experts = self._routing.experts_of(request_id, output, tokens)
+            experts = self._routing.experts_of(output, tokens)
         tokens = tuple(answer.token_ids)
         self.tokens_generated += len(tokens)
         return Completion(int(output.request_id), tokens, log_probs, answer.finish_reason, experts, self.version)
