@@ -21,6 +21,10 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window
 CONTROLS = "bell\x07 escape\x1b[31m nothing\x00 turned \u202edrawkcab separator \u2028 <!-- & café 日本 😀"
 
 
+#: A name of a level, which charts have.
+LEVEL = "</script><script>window.hacked = 3</script>"
+
+
 def write_run(folder: Path, steps: int = 12, **settings: Any) -> Path:
     """A run of so many steps, every fourth of which is evaluated; returns its folder."""
     folder.mkdir(parents=True)
@@ -60,7 +64,7 @@ def step_line(step: int) -> dict[str, Any]:
         "logprob_gap_mean": 1e-7,
         "staleness_mean": 0.25,
         "tokens": 1000,
-        "reward_mean_by_level": {"1": rising, "5": rising / 3},
+        "reward_mean_by_level": {"1": rising, LEVEL: rising / 3},
         "seconds": {"push": 0.5, "generate": 2.0, "update": 1.0},
         "memory_bytes": {"push": 1 << 30, "train": 2 << 30},
         "weight_push": {"pushes": 1, "bytes": 1 << 20, "most_bytes": 1 << 19},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_case import CONTROLS, HOSTILE, step_line, write_lines, write_run
+from report_case import CONTROLS, HOSTILE, LEVEL, step_line, write_lines, write_run
 from typer.testing import CliRunner
 
 from megarl.cli.main import app
@@ -127,7 +127,7 @@ def test_phases_stand_upon_each_other(tmp_path: Path) -> None:
 def test_difficulty_is_a_level_or_a_past(tmp_path: Path) -> None:
     found = charts(write_run(tmp_path / "run"))
     levels = found["mean reward by level, a column of the data"]["series"]
-    assert [one["name"] for one in levels] == ["1", "5"] and levels[0]["y"][0] == pytest.approx(0.181269)
+    assert [one["name"] for one in levels] == ["1", LEVEL] and levels[0]["y"][0] == pytest.approx(0.181269)
     past = found["share of right answers in evaluations, by the problem's past share in those before"]["series"]
     # Of 8 problems 3, then 6, then all were right; nothing is known before the first evaluation.
     assert [(one["name"], one["x"], one["y"]) for one in past] == [
@@ -225,6 +225,7 @@ def test_the_page_is_one_file_without_a_way_out(tmp_path: Path) -> None:
     assert not re.search(r"(?:src|href)=\"(?!#)", own)
     given = re.search(r'id="given">(.*?)</script>', own, re.DOTALL)
     assert given and given[1].isascii() and "<" not in given[1] and json.loads(given[1])["runs"] == ["run"]
+    assert LEVEL in [one["name"] for chart in json.loads(given[1])["charts"] for one in chart["series"]]
     packed = re.search(r'id="samples-packed">(.*?)</script>', own, re.DOTALL)
     assert packed and "hacked" in gzip.decompress(base64.b64decode(packed[1])).decode("ascii")
     assert "rollout.max_tokens" in own and "none" in own
