@@ -178,7 +178,7 @@ def _facts(runs: Sequence[Run]) -> Table:
         if measured and "accuracy_after" not in known:
             known |= {"accuracy_before": measured[0], "accuracy_after": measured[-1]}
         known.setdefault("processes", run.settings.get("parallel.processes"))
-        rows.append([run.name, *(_cell(known.get(name)) for name, _ in _FACTS)])
+        rows.append([run.name, *("–" if known.get(name) is None else _cell(known[name]) for name, _ in _FACTS)])
     return Table("", ["run", *(title for _, title in _FACTS)], rows)
 
 

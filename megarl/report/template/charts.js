@@ -34,16 +34,19 @@ function newFigure(settings, tooltips) {
 function drawLines(chart) {
   const figure = newFigure({ x_axis_label: "step" }, [["", "@name"], ["step", "@x"], ["value", "@y{0.[000000]}"]]);
   const byRun = chart.series.length === new Set(chart.series.map((one) => one.run)).size;
-  chart.series.forEach((one, number) => {
+  // Of several lines of a run the colour says which, and the dashes say of which run.
+  const keyOf = (one) => one.name.replace(`${given.runs[one.run]} · `, "");
+  const names = [...new Set(chart.series.map(keyOf))];
+  const shadeOf = (one) => colour(byRun ? one.run : names.indexOf(keyOf(one)));
+  for (const one of chart.series) {
     const y = one.y.map((value) => value ?? NaN);
     const source = new Bokeh.ColumnDataSource({ data: { x: one.x, y, name: one.x.map(() => one.name) } });
-    const shade = colour(byRun ? one.run : number);
-    const dash = DASHES[(byRun ? one.run : Math.floor(number / PALETTE.length)) % DASHES.length];
+    const shade = shadeOf(one), dash = dashOf(one.run);
     figure.line({ field: "x" }, { field: "y" }, { source, line_color: shade, line_width: 2, line_dash: dash });
     if (one.x.length < 15) figure.scatter({ field: "x" }, { field: "y" }, { source, size: 5, fill_color: shade, line_color: shade });
-  });
+  }
   const keys = chart.series.length > 1 && !(byRun && given.runs.length > 1);
-  return [figure, keys ? chart.series.map((one, number) => [one.name, colour(number)]) : []];
+  return [figure, keys ? chart.series.map((one) => [one.name, shadeOf(one), dashOf(one.run)]) : []];
 }
 
 function drawBars(chart) {
@@ -70,11 +73,7 @@ function frame(title, note, said, wide = false) {
   const list = element("ul", { className: "keys" });
   const shown = element("figure", { className: wide ? "wide" : "" }, caption, place, list);
   return { shown, place, setKeys(pairs) {
-    list.replaceChildren(...pairs.map(([name, shade]) => {
-      const chip = element("span", { className: "chip" });
-      chip.style.borderTopColor = shade;
-      return element("li", {}, chip, name);
-    }));
+    list.replaceChildren(...pairs.map(([name, shade, dash]) => element("li", {}, chipOf(shade, dash), name)));
   } };
 }
 

@@ -5,6 +5,7 @@ const given = JSON.parse(document.getElementById("given").textContent);
 const PALETTE = ["#2f7ed8", "#d9600f", "#1f9254", "#c94a8a", "#8a63d2", "#a67c00", "#d64545", "#0e8f9c", "#7d7f86", "#9a6a3f"];
 const DASHES = ["solid", "dashed", "dotted", "dotdash"];
 const colour = (number) => PALETTE[number % PALETTE.length];
+const dashOf = (run) => DASHES[run % DASHES.length];
 const phases = [];
 /** The colour of a phase, the same in every chart. */
 function colourOf(phase) {
@@ -21,6 +22,13 @@ function element(tag, attributes = {}, ...children) {
   }
   made.append(...children);
   return made;
+}
+
+/** A piece of a line, for a legend. */
+function chipOf(shade, dash = "solid") {
+  const chip = element("span", { className: "chip" });
+  chip.style.borderTop = `4px ${dash === "dotdash" ? "double" : dash} ${shade}`;
+  return chip;
 }
 
 /** What a script element holds as gzip in base64, as an object. */
@@ -59,10 +67,7 @@ document.getElementById("theme").addEventListener("click", () => {
 
 const legend = document.getElementById("run-legend");
 if (legend) given.runs.forEach((name, number) => {
-  const chip = element("span", { className: "chip" });
-  chip.style.borderTopColor = colour(number);
-  chip.style.borderTopStyle = DASHES[number % DASHES.length] === "solid" ? "solid" : "dashed";
-  legend.append(chip, `${name}  `);
+  legend.append(chipOf(colour(number), dashOf(number)), `${name}  `);
 });
 
 if (given.reload !== null) {
