@@ -279,10 +279,10 @@ def test_moments_come_back_bitwise(folder: Path, loaded: dict):
     """What is saved again right after loading is, tensor by tensor, what was loaded, fp32 weights and both moments, and
     what Megatron saves of the same optimizer."""
     roots = [folder / f"{model}-saved" for model in MODELS]
-    copies = {folder / f"{model}-gathered": model for model in MODELS}
+    copies: dict[Path, str] = {folder / f"{model}-gathered": model for model in MODELS}
     copies |= {folder / f"{name}-again": model for name, (model, *_) in loaded.items()}
     found = parity.run_world("test_policy_state", "read_plain", 1, [*roots, *copies])[0]
-    first = dict(zip(MODELS, found, strict=False))
+    first: dict[str, Any] = dict(zip(MODELS, found, strict=False))
     for (root, model), tensors in zip(copies.items(), found[len(MODELS) :], strict=True):
         assert set(tensors) == set(first[model])
         assert not [key for key in tensors if not np.array_equal(tensors[key], first[model][key])], root.name
@@ -523,7 +523,7 @@ def test_a_file_that_cannot_be_written_is_told_by_the_systems_own_error():
     data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), shape)
     item = WriteItem(MetadataIndex("weight"), WriteItemType.TENSOR, tensor_data=data)
     plain = Writer.write_preloaded_data
-    results: queue.Queue = queue.Queue()
+    results: Any = queue.Queue()
     with _system_errors_kept():
         bucket: Any = ("/dev/full", "full", ([], [(item, tensor)]))
         Writer.write_preloaded_data_multithread([_StorageWriterTransforms()], False, 0, [bucket], results)
