@@ -286,6 +286,23 @@ def test_a_killed_run_goes_on_with_its_half_grown_trees(runs: Path) -> None:
         assert notes[0][key] == notes[1][key], key
 
 
+def test_trees_are_among_the_samples_that_are_kept_for_people(runs: Path) -> None:
+    """Those that a step learns from, which the step before has begun: each continuation below what it goes on from."""
+    whole, broken = (lines(runs / "runs" / name / "samples.jsonl") for name in ("whole", "broken"))
+    assert whole == broken and {row["step"] for row in whole} == set(range(2, STEPS + 1))
+    by_place = {
+        (r["step"], r["prompt_index"], r.get("draw"), r["sample_index"], *r.get("branch", ())): r for r in whole
+    }
+    grown = {place: row for place, row in by_place.items() if row.get("branch")}
+    assert len(grown) > 3
+    for place, row in grown.items():
+        parent = by_place[place[:-1]]
+        assert 0 < row["fork"] < parent["length"] and row["prompt"] == parent["prompt"]
+        assert sum(piece["tokens"] for piece in row["pieces"]) == row["length"]
+    # Segments of one response have advantages of their own.
+    assert any(len({piece.get("advantage") for piece in row["pieces"]}) > 2 for row in grown.values())
+
+
 def test_a_run_goes_on_under_another_layout(runs: Path) -> None:
     run(runs, "train", "run.yaml", "name=pipelined", f"steps={STEPS}", "parallel={processes: 4, pipeline: 2}")
     expected, found = steps_of(runs, "whole"), steps_of(runs, "pipelined")
