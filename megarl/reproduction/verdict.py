@@ -144,7 +144,7 @@ def print_verdicts(verdicts: Mapping[str, Verdict], stream: TextIO) -> None:
     for name, verdict in verdicts.items():
         for number, line in enumerate(verdict.lines):
             interval = "-" if line.interval is None else f"{line.interval[0]:.1f} to {line.interval[1]:.1f}"
-            difference = "-" if line.difference is None else f"{line.difference:+.1f}"
+            difference = "-" if line.difference is None else f"{round(line.difference, 1) + 0.0:+.1f}"
             first = f"{name}: {verdict.row}" if number == 0 else ""
             table.add_row(
                 first, line.name, _shown(line.published), _shown(line.measured), interval, difference, line.word
