@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,14 @@ from megarl.evaluation.target import read_target
 
 
 class Work(NamedTuple):
-    """A benchmark that is to be answered: what for (`made_for`), and the folder of its suite's results."""
+    """A benchmark that is to be answered: what for (`made_for`), and the folder of its suite's results. `suite`: what
+    each benchmark of the suite is answered for, in the suite's order."""
 
     asked: Asked
     folder: Path
     made_for: str
     model: str
+    suite: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ def make(
     model = read_target(target, checkpoint)
     works = []
     for suite in suites:
-        for one in asked(suite, model.base, overrides, pass_at):
+        benchmarks = asked(suite, model.base, overrides, pass_at)
+        wanted = {one.benchmark: made_for(one) for one in benchmarks}
+        for one in benchmarks:
             run = Path(one.config.runs_dir) / one.config.name
             folder = run / "suites" / f"{model.label}.{suite.name}"
             weights = one.config.model.weights or one.config.model.path
-            works.append(Work(one, folder, made_for(one), weights))
+            works.append(Work(one, folder, wanted[one.benchmark], weights, wanted))
     return Evaluation(tuple(works), tuple(work for work in works if not _is_done(work)))
 
 

@@ -13,12 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from megarl.config.rewards import RULE_KINDS, RewardSettings
 from megarl.config.suites import Asked
 from megarl.data.dataset import LoadedPrompts, evaluation_data
-from megarl.errors import Interrupted, ScoringStopped
+from megarl.errors import Interrupted, Refusal, ScoringStopped
 from megarl.evaluation.answers import AnswersFile, Place, Results, Row
 from megarl.evaluation.plan import Work, session_config
 from megarl.evaluation.scores import of_suite, scores
@@ -56,39 +55,50 @@ def evaluate(works: Sequence[Work]) -> None:
     config = session_config([work.asked for work in works])
     others = [work.asked.config for work in works]
     with session_of(config, evaluate_only=True, also_read=others) as session:
-        locks = _locked(session, sorted({work.folder for work in works}))
+        locks = _Locks(sorted({work.folder for work in works}))
         gradings = _Gradings(session)
         try:
             progress.enter("step")
             with session.inference.awake():
                 for work in works:
+                    locks.check()
                     _evaluate_one(session, work, gradings)
         except StopAsked:
             raise Interrupted(f"the evaluation stopped at {session.stops.reason}: the same command goes on") from None
         finally:
             gradings.close()
-            for lock in locks:
-                lock.release()
+            locks.release()
 
 
-def _locked(session: Session, folders: Sequence[Path]) -> list[RunLock]:
-    """The suites' folders, which no other evaluation may write meanwhile."""
-    taken: list[RunLock] = []
+class _Locks:
+    """The suites' folders, which no other evaluation may write meanwhile. The first rank holds them."""
 
-    def take() -> None:
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._taken: list[RunLock] = []
+        self._lost: list[Refusal] = []
+        first_decides(lambda: self._take(folders))
+
+    def _take(self, folders: Sequence[Path]) -> None:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder, say=terminal.say)
-            lock.take(lost=_lost)
-            taken.append(lock)
+            lock.take(lost=self._lost.append)
+            self._taken.append(lock)
 
-    first_decides(take)
-    return taken if session.world.is_first else []
+    def check(self) -> None:
+        """Raise on all ranks the `Refusal` of a folder that another evaluation has taken over, as it may where this
+        one was suspended. Collective."""
 
+        def refuse() -> None:
+            for refusal in self._lost:
+                raise refusal
 
-def _lost(error: Any) -> None:
-    """Somebody has taken the folder over, after this process was silent for long."""
-    terminal.say(str(error))
+        first_decides(refuse)
+
+    def release(self) -> None:
+        """Let others write."""
+        for lock in self._taken:
+            lock.release()
 
 
 class _Gradings:
@@ -156,7 +166,7 @@ def _answer(
     folder, engine = work.folder / "unfinished", session.inference.running_engine
     book = Journal(folder, name, work.made_for, rank=session.world.rank, writes=engine.speaks)
     entries = Entries(book, {one.index: _key(turn.place(one)) for one in requests})
-    said = _Said(session, work.asked, turn.number, len(requests))
+    said = _Said(session, work.asked, turn.number, len(requests), len(book))
     outputs = outputs_of(session, requests, sampling_of(session), entries, said.one_more) if requests else []
     session.stops.give_up_if(engine.interrupted)
     new: list[Row] = []
@@ -214,8 +224,10 @@ def _score(session: Session, work: Work, file: AnswersFile, rows: list[Row], cou
     numbers = scores(work.asked, ordered, counted["rows"] - counted["kept"], groups, counters)
     said = {"made_for": work.made_for, "asked_pass_at": list(work.asked.pass_at)}
     results = Results(work.folder, work.asked.suite, work.model)
-    benchmarks = results.known() | {work.asked.benchmark: numbers | said}
-    results.write(of_suite(benchmarks))
+    known = results.known() | {work.asked.benchmark: numbers | said}
+    # What was left of other weights or settings, or of a suite with more benchmarks, is not averaged with them.
+    ours = {name: known[name] for name, digest in work.suite.items() if known.get(name, {}).get("made_for") == digest}
+    results.write(of_suite(ours))
     file.forget_partial()
     score = numbers["score"]
     shown = "no answer has a score" if score is None else f"{100 * score:.1f} %"
@@ -239,14 +251,16 @@ def _votes(session: Session, asked: Asked, rows: Sequence[Row]) -> list[list[Gro
 class _Said:
     """Says from time to time how far a benchmark is."""
 
-    def __init__(self, session: Session, asked: Asked, turn: int, total: int) -> None:
+    def __init__(self, session: Session, asked: Asked, turn: int, asked_for: int, made_before: int) -> None:
+        total = asked_for - made_before
         self._session, self._total = session, total
         self._name = asked.benchmark if asked.turns == 1 else f"{asked.benchmark}, turn {turn}"
         # Replicas draw alike: what one has made stands for all.
         self._replicas = session.inference.running_engine.num_replicas
         self._made, self._began, self._last = 0, time.monotonic(), time.monotonic()
-        if total:
-            session.recorder.status(f"{self._name}: {total} answers to make")
+        before = f", {made_before} were made before" if made_before else ""
+        if total or before:
+            session.recorder.status(f"{self._name}: {total} answers to make{before}")
 
     def one_more(self, _: Completion) -> None:
         """An answer was made here."""
