@@ -198,8 +198,11 @@ def test_a_checkpoint_that_names_no_tokenizer_is_refused(run_file: Path) -> None
     (checkpoint / "progress.json").write_text(json.dumps({"step": 3, "optimizer": False, "files": {}, "model": {}}))
     assert refused(str(checkpoint), "--suite", "math") == (
         "runs/other/checkpoints/step_000003: has no tokenizer and no config.json beside its weights, and does not say "
-        "where its model's are. Fix: evaluate a run's YAML file with checkpoint=DIR, or the run's hf/ folder."
+        "where its model's are. Fix: say it with model.path=DIR, or evaluate the run's hf/ folder."
     )
+    planned = plan.make(checkpoint, None, ["model.path=model"], read_suites(str(written(run_file.parent))), ())
+    model = planned.works[0].asked.config.model
+    assert (model.path, model.weights) == ("model", str(checkpoint))
 
 
 def test_a_runs_file_needs_no_training_section(run_file: Path) -> None:

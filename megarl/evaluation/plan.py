@@ -59,7 +59,8 @@ def make(
     target: Path, checkpoint: str | None, overrides: Sequence[str], suites: Sequence[Suite], pass_at: Sequence[int]
 ) -> Evaluation:
     """Plan the evaluation of `target` on `suites`. Raises `Refusal` for what cannot be evaluated so."""
-    model = read_target(target, checkpoint)
+    model_given = any(text.startswith("model.path=") for text in overrides)
+    model = read_target(target, checkpoint, model_given=model_given)
     works = []
     for suite in suites:
         benchmarks = asked(suite, model.base, overrides, pass_at)

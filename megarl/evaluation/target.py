@@ -39,8 +39,10 @@ class Target(NamedTuple):
     label: str
 
 
-def read_target(path: Path, checkpoint: str | None = None) -> Target:
+def read_target(path: Path, checkpoint: str | None = None, *, model_given: bool = False) -> Target:
     """What `path` means; `checkpoint`, of megarl's or a Hugging Face folder, replaces the model that a YAML file names.
+
+    `model_given`: somebody else says which folder a checkpoint's configuration and tokenizer are in (model.path).
 
     Raises `Refusal` where it is nothing that can be evaluated.
     """
@@ -51,7 +53,7 @@ def read_target(path: Path, checkpoint: str | None = None) -> Target:
         raise Refusal(f"checkpoint={checkpoint}", f"is a second one beside {path}", "give one of the two")
     found = None if (path / "config.json").is_file() else checkpoint_folder.find(path)
     if found is not None:
-        return _of_checkpoint(found)
+        return _of_checkpoint(found, model_given=model_given)
     if (path / "config.json").is_file():
         return _of_hf(path)
     if (path / "hf" / "config.json").is_file():
@@ -89,17 +91,19 @@ def _of_file(path: Path, checkpoint: str | None) -> Target:
     return Target(_whole(base), found.name)
 
 
-def _of_checkpoint(checkpoint: Path) -> Target:
+def _of_checkpoint(checkpoint: Path, *, model_given: bool) -> Target:
     """A checkpoint alone: its model's configuration and tokenizer are where it says."""
     progress = checkpoint_folder.read_progress(checkpoint)
     try:
         folder = checkpoint_folder.hf_folder(checkpoint)
     except Refusal:
-        raise Refusal(
-            str(checkpoint),
-            "has no tokenizer and no config.json beside its weights, and does not say where its model's are",
-            "evaluate a run's YAML file with checkpoint=DIR, or the run's hf/ folder",
-        ) from None
+        if not model_given:
+            raise Refusal(
+                str(checkpoint),
+                "has no tokenizer and no config.json beside its weights, and does not say where its model's are",
+                "say it with model.path=DIR, or evaluate the run's hf/ folder",
+            ) from None
+        folder = checkpoint
     trained = progress.get("config") or {}
     base: dict[str, Any] = {key: trained[key] for key in _KEPT_OF_CHECKPOINT if key in trained}
     base["rollout"] = {key: v for key, v in (trained.get("rollout") or {}).items() if key in _KEPT_OF_ITS_ROLLOUT}
