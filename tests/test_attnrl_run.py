@@ -290,7 +290,7 @@ def test_trees_are_among_the_samples_that_are_kept_for_people(runs: Path) -> Non
     """Those that a step learns from, which the step before has begun: each continuation below what it goes on from."""
     whole, broken = (lines(runs / "runs" / name / "samples.jsonl") for name in ("whole", "broken"))
     assert whole == broken and {row["step"] for row in whole} == set(range(2, STEPS + 1))
-    by_place = {
+    by_place: dict[tuple[Any, ...], dict[str, Any]] = {
         (r["step"], r["prompt_index"], r.get("draw"), r["sample_index"], *r.get("branch", ())): r for r in whole
     }
     grown = {place: row for place, row in by_place.items() if row.get("branch")}

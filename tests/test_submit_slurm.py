@@ -91,7 +91,7 @@ def test_slurm_accepts_the_jobs_of_a_row_each_for_its_own_tool(slurm: Cluster, t
     assert started == [
         "set -- --hf models/Qwen2.5-32B --out checkpoints/Qwen2.5-32B --tensor 8",
         f"set -- {row} model.weights=checkpoints/Qwen2.5-32B",
-        f"set -- {row} name=bridge_32b_bridge runs_dir=runs checkpoint=runs/bridge_32b_bridge --suite=bridge",
+        f"set -- {row} name=bridge_32b_bridge runs_dir=runs checkpoint=runs/bridge_32b_bridge/hf --suite=bridge",
     ]
     assert result.stdout.count("#SBATCH --nodes=8\n") == 2 and list(tmp_path.iterdir()) == []
 
