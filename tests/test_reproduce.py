@@ -136,6 +136,13 @@ def test_a_row_waits_for_the_run_that_it_begins_with(monkeypatch: pytest.MonkeyP
     assert names.index("bridge_3b_sft") < names.index("bridge_3b_sft_rl")
 
 
+def test_a_page_of_a_table_leaves_out_what_others_begin_with() -> None:
+    table = rows.find("quickstart_all")
+    others = [row.name for row in table if row.name != "quickstart_all_warmup"]
+    assert [row.name for row in chain.shown_together(table)] == others and len(others) == 6
+    assert chain.shown_together(table[:1]) == table[:1]
+
+
 def test_the_list_has_a_line_for_every_row() -> None:
     stream = io.StringIO()
     listing.print_rows(rows.all_rows(), read_cluster("h100"), stream)

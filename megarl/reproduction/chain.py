@@ -72,11 +72,16 @@ def _finish(row: Row, say: Say) -> None:
             command.run()
 
 
+def shown_together(rows: Sequence[Row]) -> list[Row]:
+    """Those of whose ends no other of them begins: a warm-up's steps are none to compare with its successors'."""
+    starts = {row.start for row in rows}
+    return [row for row in rows if row.name not in starts]
+
+
 def _show(rows: Sequence[Row], say: Say) -> None:
     """One page of the rows' runs: of several beside their folders, by their table's name."""
-    folders = [str(row.folder) for row in rows]
     page = rows[0].folder / "report.html" if len(rows) == 1 else rows[0].folder.with_name(f"{rows[0].about.table}.html")
-    command = megarl_command("report", *folders, "--out", str(page))
+    command = megarl_command("report", *(str(row.folder) for row in shown_together(rows)), "--out", str(page))
     say(str(command))
     command.run()
 
