@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.health import stacks
+from megarl.health.guard import disk_is_full
 from megarl.health.judgement import Beat, Seen, judge
 from megarl.parallel.progress import Progress
 
@@ -178,3 +182,16 @@ def test_progress_remembers_the_longest_pause_of_each_phase(monkeypatch: pytest.
     now[0] += 4.0
     progress.enter("update")
     assert progress.longest["generate"] == 5.0 and entered == ["generate", "update", "generate", "update"]
+
+
+def test_a_full_disk_is_known_by_what_led_to_the_error(tmp_path: Path):
+    """Torch says `unexpected pos` while it handles the system's error."""
+    try:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904 (as torch does)
+    except RuntimeError as error:
+        refusal = disk_is_full(error, tmp_path)
+    assert refusal is not None and os.strerror(errno.ENOSPC) in str(refusal)
+    assert disk_is_full(RuntimeError("unexpected pos 704 vs 598"), tmp_path) is None
