@@ -4,6 +4,8 @@ Every error megarl raises on purpose derives from `MegarlError`. The command lin
 traceback, and exits with its `exit_code`.
 """
 
+from collections.abc import Iterator
+
 
 class MegarlError(Exception):
     """Base of all errors with a message written for the user."""
@@ -60,3 +62,10 @@ class TrainingStopped(MegarlError):
 
 class ScoringStopped(MegarlError):
     """Answers can no longer be scored (a judge or teacher is away, refuses, fails too often); what was saved stays."""
+
+
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what led to it, one behind the other: a library's own may hide the system's."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

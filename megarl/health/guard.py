@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megarl.config.health import HealthSettings
-from megarl.errors import MegarlError, RankLost, Refusal
+from megarl.errors import MegarlError, RankLost, Refusal, with_causes
 from megarl.health.stopping import Stopping
 from megarl.health.watchdog import Watchdog
 from megarl.parallel import progress
@@ -114,7 +114,7 @@ def disk_is_full(error: Exception, directory: Path) -> Refusal | None:
     """The sentence for an error that comes of a full disk under the run's directory; None for another."""
     signs = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
     # Torch's own error of a file may hide the system's, which led to it.
-    said = next((sign for one in _with_causes(error) for sign in signs if sign in str(one)), None)
+    said = next((sign for one in with_causes(error) for sign in signs if sign in str(one)), None)
     if said is None:
         # Where torch writes a file it does not say why it could not.
         written = isinstance(error, RuntimeError | OSError) and not is_broken_connection(error)
@@ -126,12 +126,6 @@ def disk_is_full(error: Exception, directory: Path) -> Refusal | None:
         "a run must have room for what it writes; finished checkpoints are as they were",
         "free some space and go on with resume=auto; checkpoint.keep says how many checkpoints are kept",
     )
-
-
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _free(directory: Path) -> float:

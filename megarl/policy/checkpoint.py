@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.config.implied import Implied
 from megarl.config.parameter_sets import POLICY
-from megarl.errors import Refusal
+from megarl.errors import Refusal, with_causes
 from megarl.formats import checkpoint_folder, checksums, megatron
 from megarl.parallel import terminal
 from megarl.parallel.bootstrap import World
@@ -305,10 +305,7 @@ def _system_errors_kept() -> Iterator[None]:
 
 def _system_error(error: BaseException) -> BaseException:
     """The error of the system that led to `error`, which is itself where there is none."""
-    found: BaseException | None = error
-    while found is not None and not (isinstance(found, OSError) and found.errno):
-        found = found.__cause__ or found.__context__
-    return error if found is None else found
+    return next((one for one in with_causes(error) if isinstance(one, OSError) and one.errno), error)
 
 
 def _require_room(policy: Policy, root: Path, *, optimizer: bool) -> None:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import logging
 
 from megarl.rewards.extraction import REACH, Taken, boxed
-from megarl.rewards.notation import written
+from megarl.rewards.notation import DEEPEST_VALUE, LONGEST_VALUE, is_long, written
 from megarl.rewards.reasons import decided
 
 _END = "</think>"
-#: Characters of an answer, and brackets in each other, up to which math-verify is asked: on more it may take seconds.
-LONGEST, DEEPEST = 400, 8
 
 
 def deepscaler_taken(text: str) -> Taken:
@@ -41,8 +39,8 @@ def deepscaler_equal(reference: str, found: str) -> bool:
         return decided(False, "the reference is empty" if not reference else "the answer is empty")
     if _bare(found) == _bare(reference):
         return decided(True, "the same text but for layout")
-    if any(len(text) > LONGEST or _depth(text) > DEEPEST for text in (reference, found)):
-        return decided(False, f"longer than {LONGEST} characters or more than {DEEPEST} brackets deep")
+    if is_long(reference) or is_long(found):
+        return decided(False, f"longer than {LONGEST_VALUE} characters or more than {DEEPEST_VALUE} brackets deep")
     from math_verify import verify
 
     expected, given = (_parsed(rf"\boxed{{{text}}}") for text in (reference, found))
@@ -62,12 +60,3 @@ def _parsed(text: str) -> list:
 
 def _bare(text: str) -> str:
     return "".join(written(text).split())
-
-
-def _depth(text: str) -> int:
-    """How many brackets of a text stand in each other at most."""
-    depth = most = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        most = max(most, depth)
-    return most

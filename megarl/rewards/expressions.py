@@ -20,6 +20,7 @@ from math_verify.grader import should_treat_as_complex, verify
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
+from megarl.rewards.notation import is_long
 from megarl.rewards.numerals import tolerance
 from megarl.rewards.units import FUNCTION_OF_ANGLE
 
@@ -27,9 +28,6 @@ from megarl.rewards.units import FUNCTION_OF_ANGLE
 for _library in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(_library).setLevel(logging.CRITICAL)
 
-#: Characters of a value that are still parsed; braces and brackets nested in it. Our choices: no reference of the usual
-#: benchmarks comes near them, and beyond them parsing takes seconds.
-LONGEST_VALUE, DEEPEST_VALUE = 400, 8
 #: Bits of a number in between that are still computed.
 MOST_BITS = 20_000.0
 #: Digits to which exact expressions are compared. Our choice.
@@ -63,7 +61,7 @@ class TooLarge(Exception):
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Any:
     """What math-verify's parser makes of one value in the one writing; None where it is no mathematics."""
-    if len(text) > LONGEST_VALUE or _depth(text) > DEEPEST_VALUE or _evaluates_large(text) or _TWO_NUMBERS.search(text):
+    if is_long(text) or _evaluates_large(text) or _TWO_NUMBERS.search(text):
         return None
     try:
         return latex2sympy(
@@ -79,14 +77,6 @@ def parse(text: str) -> Any:
 def _in_radians(text: str) -> str:
     """`text` with the degrees that a function is taken of in radians; the parser would drop the sign."""
     return _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text) if FUNCTION_OF_ANGLE.search(text) else text
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "{[(") - (char in "}])")
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _evaluates_large(text: str) -> bool:

@@ -9,6 +9,10 @@ import re
 import unicodedata
 from functools import lru_cache
 
+#: Characters of a value that are still parsed; braces and brackets nested in it. Our choices: no reference of the usual
+#: benchmarks comes near them, and beyond them parsing takes seconds.
+LONGEST_VALUE, DEEPEST_VALUE = 400, 8
+
 #: Characters whose compatibility form (NFKC) is not what they mean, and their LaTeX.
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑‒﹣－", "-"),
@@ -281,3 +285,15 @@ def _character(char: str) -> str:
         letter = greek[2].lower().replace("lamda", "lambda")
         return "\\" + (letter if greek[1] == "SMALL" else letter.capitalize()) + " "
     return plain
+
+
+def is_long(text: str) -> bool:
+    """Whether a value has more characters, or more brackets in each other, than math-verify's parser is asked about."""
+    if len(text) > LONGEST_VALUE:
+        return True
+    depth = 0
+    for char in text:
+        depth += (char in "{[(") - (char in "}])")
+        if depth > DEEPEST_VALUE:
+            return True
+    return False
